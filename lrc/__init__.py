@@ -1,0 +1,27 @@
+"""Makes Hugging Face checkpoints smaller and faster by low-rank factorization, and says what that cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lrc.hub.register import install
+
+if TYPE_CHECKING:
+    from lrc.api import compress, evaluate
+    from lrc.hub.loader import load
+
+__all__ = ["__version__", "compress", "evaluate", "load"]
+__version__ = "0.1.0"
+
+_HOMES = {"compress": "lrc.api", "evaluate": "lrc.api", "load": "lrc.hub.loader"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+install()

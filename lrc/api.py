@@ -1,0 +1,227 @@
+"""What ``import lrc`` and the command line call: a model and a plan to a compressed checkpoint and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lrc import __version__
+from lrc.checkpoint.staging import MANIFEST, check_output, staging
+from lrc.compressor import Compressor
+from lrc.errors import UserError
+from lrc.evaluation.perplexity import Perplexity, evaluate_perplexity
+from lrc.hub.loader import load
+from lrc.hub.names import resolve_model
+from lrc.job import Job, find_device, find_dtype, prepare
+from lrc.output import sizes, target_records, write_checkpoint
+from lrc.report.markdown import model_card, report_page
+from lrc.report.report import PerplexityChange, Report
+from lrc.stopwatch import Stopwatch
+from lrc.stream import ModelStream
+from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize
+from lrc.text.source import Text, read_text
+
+Progress = Callable[[str, int], Callable[[int], object]]
+
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
+_BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
+
+
+def compress(
+    model: str | Path,
+    plan: str | Path,
+    *,
+    out: str | Path | None = None,
+    calib: str | None = None,
+    ppl: Sequence[str] | None = None,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    max_windows: int | None = None,
+    fresh: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress a checkpoint by a plan into the folder ``out`` (default ./MODEL-PLAN) and report what it cost.
+
+    ``calib`` and ``ppl`` name texts as ``lrc.text.source.read_text`` does: for calibration (else the plan's, else the
+    model's default), and for the perplexity before and after, which is that of the saved folder loaded back (none if
+    it is empty). Layers run in ``dtype`` (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. An
+    unfinished run of the same settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name
+    and length, and gives the function to call with the steps done. Raises UserError for what the user can mend;
+    nothing then has the name ``out``.
+    """
+    job = prepare(
+        model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    place = find_device(device)
+    precision = find_dtype(dtype, place, job.reader.dtype)
+    target = Path(job.name if out is None else out)
+    check_output(target, force=force)
+    folder = None if data_dir is None else Path(data_dir)
+    default = "builtin" if job.model.builtin else "wikitext2"
+    held_out = [default] if ppl is None else list(ppl)
+    for spec in held_out:  # one that is not there should be known now, not after an hour
+        read_text(spec, "evaluation", folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        job.model.path, trust_remote_code=trust_remote_code
+    )
+    source = read_text(calib or job.plan.plan.calibration.data or default, "calibration", folder)
+    blocks = _blocks(job, tokenizer, source)
+    batch = batch_size or max(_BATCH_TOKENS[place.type] // job.plan.seq_len, 1)
+    settings = _settings(job, source, blocks, place, precision, batch)
+    watch = Stopwatch(place)
+    progress = progress or (lambda label, total: lambda done: None)
+    with _memory_advice(batch), staging(target, settings, fresh=fresh, force=force) as stage:
+        advance = progress("compress", len(job.plan.layers))
+        with watch.stage("load"):
+            stream = ModelStream(job.reader, place, precision)
+        Compressor(stream, job.plan, stage, watch).run(blocks, batch, lambda: advance(1))
+        del stream
+        with watch.stage("write"):
+            table = write_checkpoint(job, stage, settings)
+        perplexity = []
+        if held_out:
+            with watch.stage("evaluate"):
+                pair = [
+                    evaluate(
+                        path,
+                        held_out,
+                        data_dir=data_dir,
+                        max_windows=max_windows,
+                        device=str(place),
+                        dtype=_name(precision),
+                        allow_pickle=allow_pickle,
+                        trust_remote_code=trust_remote_code,
+                        progress=progress,
+                    )
+                    for path in (job.model.path, stage.folder)
+                ]
+            perplexity = [PerplexityChange(*both) for both in zip(*pair, strict=True)]
+        before, after = sizes(job, stage, table)
+        report = Report(
+            model=job.model.source,
+            plan=job.plan_source,
+            out=str(target),
+            keep=job.plan.keep,
+            before=before,
+            after=after,
+            perplexity=perplexity,
+            targets=target_records(job, stage),
+            calibration=settings["calibration"],
+            device=_device_name(place),
+            dtype=_name(precision),
+            seconds=watch.seconds,
+            peak_bytes=watch.peak_bytes(),
+            warnings=[*job.plan.warnings, *source.notes],
+            versions=settings["versions"],
+        )
+        stage.write_file("report.json", report.to_json())
+        stage.write_file("report.md", report_page(report))
+        stage.write_file("README.md", model_card(report, job.plan_text))
+        stage.publish()
+    return report
+
+
+def evaluate(
+    model: str | Path | None = None,
+    ppl: Sequence[str] = ("wikitext2",),
+    *,
+    seq_len: int | None = None,
+    max_windows: int | None = None,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Perplexity]:
+    """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
+
+    The protocol is that of ``lrc.evaluation.perplexity``. Raises UserError for a model or text that cannot be had.
+    """
+    if model is None:
+        path = newest_output(Path.cwd())
+    else:
+        path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
+    place = find_device(device)
+    precision = "auto" if dtype is None else find_dtype(dtype, place, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _memory_advice(None):
+        return evaluate_perplexity(
+            load(path, device=place, dtype=precision, allow_pickle=allow_pickle),
+            tokenizer,
+            list(ppl),
+            data_dir=None if data_dir is None else Path(data_dir),
+            seq_len=seq_len,
+            max_windows=max_windows,
+            progress=progress,
+        )
+
+
+def newest_output(folder: Path) -> Path:
+    """The lrc output below ``folder`` (three levels at most) that was finished last; UserError where there is none."""
+    manifests = [path for depth in ("", "*/", "*/*/", "*/*/*/") for path in folder.glob(f"{depth}{MANIFEST}")]
+    if not manifests:
+        raise UserError(f"there is no lrc output below {folder}; name a model, or run lrc compress first")
+    return max(manifests, key=lambda path: path.stat().st_mtime).parent
+
+
+def _blocks(job: Job, tokenizer: PreTrainedTokenizerBase, source: Text) -> Tensor:
+    settings = job.plan.plan.calibration
+    ids = tokenize(tokenizer, source.text)
+    return calibration_blocks(ids, settings.samples, job.plan.seq_len, settings.seed)
+
+
+def _settings(
+    job: Job, source: Text, blocks: Tensor, device: torch.device, precision: torch.dtype, batch: int
+) -> dict[str, Any]:
+    """Everything that decides the output's bytes: an unfinished run is only taken up if all of it is the same."""
+    samples, seq_len = blocks.shape
+    return {
+        "model": {
+            "source": job.model.source,
+            "revision": job.model.revision,
+            "fingerprint": job.reader.fingerprint,
+        },
+        "plan": {"source": job.plan_source, **job.plan.as_dict()},
+        "calibration": {
+            "data": source.label,
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": job.plan.plan.calibration.seed,
+            "text_sha256": source.sha256,
+            "ids_sha256": ids_sha256(blocks),
+        },
+        "run": {"device": device.type, "dtype": _name(precision), "batch_size": batch},
+        "versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}},
+    }
+
+
+@contextmanager
+def _memory_advice(batch: int | None) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        knob = "a shorter --seq-len" if batch is None else f"--batch-size below {batch}, or fewer calibration samples"
+        raise UserError(f"the GPU is out of memory; try {knob} ({str(error).splitlines()[0]})") from error
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,156 @@
+"""Reads a Hugging Face checkpoint folder lazily: names and shapes from headers, tensors one decoder layer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lrc.checkpoint.headers import StoredTensor, read_headers
+from lrc.errors import UserError
+from lrc.families import Architecture, Family, describe, family_of
+
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+
+
+class CheckpointReader:
+    """A source checkpoint; tensor names are those of its causal language model, whatever the file calls them."""
+
+    def __init__(self, folder: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> None:
+        """Open ``folder``.
+
+        Raises UserError where it is no checkpoint of a supported causal language model, where a file is damaged, and
+        where its weights are pickles and ``allow_pickle`` is not given (they are then read with ``weights_only``).
+        """
+        self.folder, self._trust_remote_code = folder, trust_remote_code
+        self.config_text = _read(folder / "config.json")
+        self.raw_config: dict[str, Any] = _parse(self.config_text, folder / "config.json")
+        if "quantization_config" in self.raw_config:
+            method = self.raw_config["quantization_config"].get("quant_method", "quantized")
+            raise UserError(f"{folder} is a {method} checkpoint already; compress the full-precision original")
+        self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
+        self._check_causal()
+        self._pickles: dict[Path, dict[str, Tensor]] = {}
+        located = self._locate(allow_pickle)
+        self._stored = {self._full_name(n): n for n in located if not n.endswith(self.family.stale)}
+        if self.config.tie_word_embeddings:  # some checkpoints hold the embedding a second time as the head
+            self._stored.pop(f"{self.family.head}.weight", None)
+        self.tensors: dict[str, StoredTensor] = {full: located[name] for full, name in self._stored.items()}
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Shapes and head geometry of the model."""
+        return describe(self.family, self.config, {name: stored.shape for name, stored in self.tensors.items()})
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The precision that most weights are stored in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for stored in self.tensors.values():
+            sizes[stored.dtype] += stored.bytes
+        return sizes.most_common(1)[0][0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and the name, place, shape and precision of every tensor."""
+        digest = hashlib.sha256(self.config_text.encode())
+        for name, stored in sorted(self.tensors.items()):
+            digest.update(f"{name} {stored.file.name} {stored.shape} {stored.dtype}".encode())
+        return digest.hexdigest()
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one decoder layer on the CPU, by their path inside it."""
+        start = f"{self.family.layers}.{index}."
+        names = [name for name in self.tensors if name.startswith(start)]
+        return {name.removeprefix(start): tensor for name, tensor in self._read(names).items()}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Everything outside the decoder layers, by full name."""
+        return self._read(name for name in self.tensors if not name.startswith(f"{self.family.layers}."))
+
+    def _check_causal(self) -> None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
+        named = self.raw_config.get("architectures") or [expected]
+        if expected not in named:
+            raise UserError(f"{self.folder} is a {named[0]}, not a causal language model ({expected})")
+
+    def _locate(self, allow_pickle: bool) -> dict[str, StoredTensor]:
+        """Every tensor by the name it is stored under."""
+        for base in (_SAFETENSORS, _PICKLE):
+            index = self.folder / f"{base}.index.json"
+            if index.exists():
+                names = sorted(set(_parse(_read(index), index)["weight_map"].values()))
+            elif (self.folder / base).exists():
+                names = [base]
+            else:
+                continue
+            if base == _PICKLE and not allow_pickle:
+                raise UserError(f"{self.folder} holds only pickled weights ({names[0]}); pass --allow-pickle to read them")
+            files = [self.folder / name for name in names]
+            missing = [file.name for file in files if not file.exists()]
+            if missing:
+                raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
+            if base == _SAFETENSORS:
+                return read_headers(files)
+            self._pickles = {file: _unpickle(file) for file in files}
+            return {
+                name: StoredTensor(tuple(tensor.shape), tensor.dtype, file)
+                for file, tensors in self._pickles.items()
+                for name, tensor in tensors.items()
+            }
+        raise UserError(f"{self.folder} holds no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json")
+
+    def _full_name(self, name: str) -> str:
+        known = (f"{self.family.prefix}.", f"{self.family.head}.")
+        return name if name.startswith(known) else f"{self.family.prefix}.{name}"
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors on the CPU by name, each file opened once."""
+        files: dict[Path, list[str]] = {}
+        for name in names:
+            files.setdefault(self.tensors[name].file, []).append(name)
+        found = {}
+        for file, group in files.items():
+            if file in self._pickles:
+                found |= {name: self._pickles[file][self._stored[name]] for name in group}
+                continue
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tensors.get_tensor(self._stored[name]) for name in group}
+        return found
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch, pickle and zip each have errors of their own
+        raise UserError(f"{file} cannot be read as pickled weights: {error}") from error
+
+
+def _read(path: Path) -> str:
+    if not path.exists():
+        raise UserError(f"{path.parent} is not a checkpoint: it has no {path.name}")
+    return path.read_text(encoding="utf-8")
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error

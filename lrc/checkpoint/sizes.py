@@ -1,0 +1,42 @@
+"""What a model takes: parameters, bytes, and key and value cache, from shapes and tables alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lrc.checkpoint.headers import StoredTensor
+from lrc.families import Architecture
+
+
+@dataclass(frozen=True)
+class Size:
+    """``parameters`` of the whole model, ``bytes`` of its tensors on disk, key and value cache in bytes per token."""
+
+    parameters: int
+    bytes: int
+    kv_bytes_per_token: int
+
+
+def size_of(
+    tensors: Iterable[StoredTensor],
+    architecture: Architecture,
+    dtype: torch.dtype,
+    table: Mapping[str, Mapping[str, Any]],
+) -> Size:
+    """Size of a checkpoint from its tensors' headers, the cache kept in ``dtype``.
+
+    ``table`` is the module table of a compressed one, empty for an original.
+    """
+    parameters = total = 0
+    for stored in tensors:
+        total += stored.bytes
+        parameters += math.prod(stored.shape) if stored.dtype.is_floating_point else 0
+    whole = 2 * architecture.head_dim
+    reduced = [entry["qk"] + entry["v"] for entry in table.values() if entry["kind"] == "attention"]
+    widths = sum(reduced) + (architecture.layers - len(reduced)) * whole
+    return Size(parameters, total, widths * architecture.kv_heads * dtype.itemsize)

@@ -1,0 +1,232 @@
+"""The loop: for each decoder layer observe, solve, refit, write."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from lrc.assemble import ReducedLayer, assemble
+from lrc.checkpoint.staging import Staging
+from lrc.families.family import ATTENTION_ROLES
+from lrc.measure import LayerMeasure, Measured
+from lrc.methods.contract import Affine, Solution
+from lrc.modules import StructuredLinear
+from lrc.modules.table import Table, apply_table
+from lrc.moments.moment import Moment, MomentSum
+from lrc.moments.observe import observe
+from lrc.plan.resolved import LayerPlan, ResolvedPlan
+from lrc.refit import RefitSum
+from lrc.solve import sites_needed, solve_layer
+from lrc.stopwatch import Stopwatch
+from lrc.stream import Batch, ModelStream
+
+REST = "rest"
+
+
+def part_name(layer: int) -> str:
+    """Name under which a finished layer is staged."""
+    return f"layer-{layer:05d}"
+
+
+class Compressor:
+    """One run over a model's layers, with the original hidden states and, once they part, the compressed ones."""
+
+    def __init__(self, stream: ModelStream, plan: ResolvedPlan, staging: Staging, watch: Stopwatch) -> None:
+        self._stream, self._plan, self._staging, self._watch = stream, plan, staging, watch
+        self._architecture = stream.reader.architecture
+        self._family = self._architecture.family
+        self._batches: list[Batch] = []
+        # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
+        self._compressed: list[Tensor] | None = None
+
+    def run(self, blocks: Tensor, batch_size: int, advance: Callable[[], None]) -> None:
+        """Compress every layer from token blocks (n, tokens), calling ``advance`` after each."""
+        with self._watch.stage("embed"):
+            self._batches = self._stream.embed(blocks, batch_size)
+        for plan in self._plan.layers:
+            self._layer(plan)
+            advance()
+        if not self._staging.has(REST):
+            with self._watch.stage("write"):
+                self._staging.write(REST, self._stream.reader.rest(), {})
+
+    @property
+    def _refits(self) -> bool:
+        return self._plan.plan.refit == "residual"
+
+    def _layer(self, plan: LayerPlan) -> None:
+        with self._watch.stage("load"):
+            layer, state = self._stream.layer(plan.index)
+        if self._staging.has(part_name(plan.index)):
+            self._resume(plan.index, layer)
+            return
+        if not plan.assignments:
+            with self._watch.stage("observe"):
+                self._advance_original(layer, plan.index)
+                self._advance_compressed(layer, plan.index)
+            self._write(plan.index, ReducedLayer(layer, {}, state, {}), [])
+            return
+        with self._watch.stage("observe"):
+            moments = self._observe(layer, plan)
+        with self._watch.stage("solve"):
+            solutions = solve_layer(self._architecture, plan, state, moments)
+            del moments
+        with self._watch.stage("assemble"):
+            plain = self._refit_roles(plan) if self._refits else []
+            dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
+            reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, plain)
+            self._stream.filled(reduced.module, reduced.state)
+            measure = LayerMeasure(self._stream, plan.index, state, solutions)
+        damping = self._fit(layer, plan, reduced, measure)
+        self._write(plan.index, reduced, _record(plan, solutions, measure.results(), damping))
+
+    def _observe(self, layer: nn.Module, plan: LayerPlan) -> dict[str, Moment]:
+        """Moments on the original stream, by site."""
+        sites = {site: self._family.sites[site] for site in sites_needed(self._architecture, plan)}
+        sums: dict[str, MomentSum] = {}
+        for batch in self._batches:
+            with observe(layer, sites) as calls:
+                self._stream.run(layer, plan.index, batch, batch.hidden)
+            for site, call in calls.items():
+                x = self._stream.cast(call.input)
+                sums.setdefault(site, MomentSum(x.shape[-1], x.device)).add(x)
+        return {site: total.moment() for site, total in sums.items()}
+
+    def _refit_roles(self, plan: LayerPlan) -> list[str]:
+        """Output projections that close a half of the layer in which something was reduced."""
+        targets = {assignment.target for assignment in plan.assignments}
+        attention, mlp = {"qk", "ov", *ATTENTION_ROLES}, {"mlp", *self._family.component("mlp")}
+        return [role for role, half in (("o", attention), (self._family.mlp_output, mlp)) if targets & half]
+
+    def _fit(
+        self, layer: nn.Module, plan: LayerPlan, reduced: ReducedLayer, measure: LayerMeasure
+    ) -> dict[str, float]:
+        """Measure the reductions, refit the output projections and take both streams past the layer.
+
+        Returns the damping that each refit took, by role.
+        """
+        damping: dict[str, float] = {}
+        roles = self._refit_roles(plan) if self._refits else []
+        outputs = {role: path for role in roles if (path := _output_path(reduced, role)) is not None}
+        middle, o_sum = self._family.mlp_norm, None
+        self._part_streams()
+        with self._watch.stage("measure"):
+            for i, batch in enumerate(self._batches):
+                with observe(layer, {"middle": middle, **measure.watched}) as calls:
+                    out = self._stream.run(layer, plan.index, batch, batch.hidden)
+                measure.add(calls)
+                if "o" in outputs:
+                    hidden = self._compressed_hidden(i)
+                    with observe(reduced.module, {"x": outputs["o"], "middle": middle}, stop_at="middle") as seen:
+                        self._stream.run(reduced.module, plan.index, batch, hidden)
+                    o_sum = o_sum or self._refit_sum(reduced, outputs["o"])
+                    o_sum.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
+                batch.hidden = out
+        with self._watch.stage("refit"):
+            if o_sum is not None:
+                damping["o"] = self._replace(reduced, outputs["o"], o_sum)
+            role = self._family.mlp_output
+            if role in outputs:
+                total = self._refit_sum(reduced, outputs[role])
+                for i, batch in enumerate(self._batches):
+                    watched = {"middle": middle, "x": outputs[role]}
+                    with observe(reduced.module, watched, stop_at="x") as seen:
+                        self._stream.run(reduced.module, plan.index, batch, self._compressed_hidden(i))
+                    total.add(self._stream.cast(seen["x"].input), batch.hidden - seen["middle"].input)
+                damping[role] = self._replace(reduced, outputs[role], total)
+            self._advance_compressed(reduced.module, plan.index)
+        return damping
+
+    def _refit_sum(self, reduced: ReducedLayer, path: str) -> RefitSum:
+        out, width = reduced.state[f"{path}.weight"].shape
+        return RefitSum(width, out, self._stream.device)
+
+    def _replace(self, reduced: ReducedLayer, path: str, total: RefitSum) -> float:
+        """Refit the linear at ``path`` of a reduced layer, in its tensors and in its module alike."""
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        fitted, damping = total.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
+        dtype = self._stream.reader.dtype
+        new = {weight: fitted.weight.to(dtype)} | ({} if fitted.bias is None else {bias: fitted.bias.to(dtype)})
+        reduced.state.update(new)
+        self._stream.filled(reduced.module, reduced.state)
+        return damping
+
+    def _compressed_hidden(self, i: int) -> Tensor:
+        return self._batches[i].hidden if self._compressed is None else self._compressed[i]
+
+    def _part_streams(self) -> None:
+        if self._refits and self._compressed is None:
+            self._compressed = [batch.hidden for batch in self._batches]
+
+    def _advance_original(self, layer: nn.Module, index: int) -> None:
+        for batch in self._batches:
+            batch.hidden = self._stream.run(layer, index, batch, batch.hidden)
+
+    def _advance_compressed(self, layer: nn.Module, index: int) -> None:
+        if self._compressed is not None:
+            pairs = zip(self._batches, self._compressed, strict=True)
+            self._compressed = [self._stream.run(layer, index, batch, hidden) for batch, hidden in pairs]
+
+    def _resume(self, index: int, layer: nn.Module) -> None:
+        """Take both streams past a layer that an earlier run finished."""
+        with self._watch.stage("resume"):
+            prefix = f"{self._family.layers}.{index}."
+            tensors = self._staging.tensors(part_name(index))
+            state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            table = self._staging.record(part_name(index))["table"]
+            module = copy.deepcopy(self._stream.skeletons[index])
+            apply_table(module, table, self._family)
+            self._stream.filled(module, state)
+            if table:
+                self._part_streams()
+            self._advance_compressed(module, index)
+            self._advance_original(layer, index)
+
+    def _write(self, index: int, reduced: ReducedLayer, results: list[dict[str, Any]]) -> None:
+        with self._watch.stage("write"):
+            prefix = f"{self._family.layers}.{index}."
+            tensors = {prefix + name: tensor for name, tensor in reduced.state.items()}
+            self._staging.write(part_name(index), tensors, {"table": reduced.table, "results": results})
+
+
+def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
+    """The whole model's module table, by full path, from the finished layers."""
+    return {
+        f"{layers}.{layer.index}.{path}": entry
+        for layer in plan.layers
+        for path, entry in staging.record(part_name(layer.index))["table"].items()
+    }
+
+
+def _output_path(reduced: ReducedLayer, role: str) -> str | None:
+    """Path of the linear that a role's module ends in; None where its kind ends in none."""
+    path = reduced.paths[role]
+    module = reduced.module.get_submodule(path)
+    if not isinstance(module, StructuredLinear):
+        return path
+    last = module.output_linear
+    return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
+
+
+def _record(
+    plan: LayerPlan,
+    solutions: Mapping[str, Solution],
+    measured: Mapping[str, Measured],
+    damping: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """What is kept of a layer's targets in the manifest and the report."""
+    return [
+        {
+            **asdict(assignment),
+            "layer": plan.index,
+            "predicted": asdict(solutions[assignment.target].predicted),
+            "measured": asdict(measured[assignment.target]),
+            "numerics": dict(solutions[assignment.target].numerics),
+            "refit_damping": dict(damping),
+        }
+        for assignment in plan.assignments
+    ]

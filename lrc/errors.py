@@ -1,0 +1,18 @@
+"""Mistakes of the user: one message that names the thing, the place and the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints it without a traceback and exits with 2."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """End a message about an unknown word: the nearest choice if one is near, and the choices."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(known) or 'none'}"

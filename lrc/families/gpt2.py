@@ -1,0 +1,29 @@
+"""GPT-2: learned positions, biases everywhere, q, k and v fused in one input-major matrix."""
+
+from lrc.families.family import Family, Stored
+
+FUSED = ("q", "k", "v")
+
+FAMILY = Family(
+    model_type="gpt2",
+    prefix="transformer",
+    layers="transformer.h",
+    attention="attn",
+    mlp="mlp",
+    mlp_norm="ln_2",
+    projections={
+        "q": Stored("attn.c_attn", fused=FUSED, input_major=True),
+        "k": Stored("attn.c_attn", fused=FUSED, input_major=True),
+        "v": Stored("attn.c_attn", fused=FUSED, input_major=True),
+        "o": Stored("attn.c_proj", input_major=True),
+        "fc_in": Stored("mlp.c_fc", input_major=True),
+        "fc_out": Stored("mlp.c_proj", input_major=True),
+    },
+    final_norm="transformer.ln_f",
+    rotary="none",
+    stale=(".attn.bias", ".attn.masked_bias"),
+    dropout="attn_dropout.p",
+    output_dropout="resid_dropout",
+    # The first computes scores in another precision and order, the second adds a block that has no calibration input.
+    unsupported={"reorder_and_upcast_attn": True, "add_cross_attention": True},
+)

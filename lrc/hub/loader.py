@@ -1,0 +1,40 @@
+"""Loads a causal language model, compressed or not, from a folder or by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lrc.errors import UserError
+from lrc.hub.headers import read_headers
+from lrc.hub.names import resolve_model
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a model in eval mode; ``model`` is a folder, a hub id, a short name or a built-in.
+
+    ``kwargs`` go to ``from_pretrained``. Raises UserError for an unknown model, a damaged file, or pickled
+    weights that ``allow_pickle`` does not allow.
+    """
+    folder = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not allow_pickle:
+        raise UserError(
+            f"{folder} has no safetensors weights; pickled ones are read only if allow_pickle is set"
+        )
+    read_headers(files)
+    if device is not None:
+        kwargs["device_map"] = {"": torch.device(device)}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+    return loaded.eval()

@@ -1,0 +1,115 @@
+"""Turns what a user calls a model into a folder: a path, a built-in, a short name or a hub id."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrc.errors import UserError, nearest
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUILTIN = ("tiny-gpt2", "tiny-llama")
+SHORT_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama-30b": "huggyllama/llama-30b",
+    "llama-65b": "huggyllama/llama-65b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+}
+# Config, weights, tokenizer, chat template.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model's folder, the name or id it came from, and the commit where it came from the hub."""
+
+    path: Path
+    source: str
+    revision: str | None = None
+    builtin: bool = False
+
+
+def resolve_model(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> ResolvedModel:
+    """Find a model's folder, downloading it from the hub if it is not there yet.
+
+    Weights that are pickled (``.bin``) are downloaded only if ``allow_pickle``. Raises UserError for a name
+    that is none of these, and for a repository that cannot be had.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} is a folder without config.json, so it is no checkpoint")
+        return ResolvedModel(path, name)
+    if path.is_file():
+        raise UserError(f"{name} is a file; a model is the folder that holds config.json")
+    if name in BUILTIN:
+        return ResolvedModel(ASSETS / name, name, builtin=True)
+    if name in SHORT_NAMES or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return _download(SHORT_NAMES.get(name, name), revision, allow_pickle)
+    if "/" in name or name.startswith((".", "~")):
+        raise UserError(f"there is no folder {name}")
+    raise UserError(
+        f"unknown model {name!r}; {nearest(name, (*SHORT_NAMES, *BUILTIN))}, or a folder, or org/name"
+    )
+
+
+def _download(repository: str, revision: str | None, allow_pickle: bool) -> ResolvedModel:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"{repository} at revision {revision}" if revision else repository
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[*WANTED, "*.bin"] if allow_pickle else WANTED,
+            ignore_patterns=UNWANTED,
+        )
+    except GatedRepoError:
+        message = f"{what} is gated: ask for access on its page at the hub, then run `hf auth login`"
+    except RevisionNotFoundError:
+        message = f"{repository} has no revision {revision!r}"
+    except (RepositoryNotFoundError, HFValidationError):
+        message = (
+            f"there is no folder {repository} here, and no public model {repository} on the Hugging Face hub"
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        message = f"{what} is not on this machine and the Hugging Face hub cannot be reached; pass a folder"
+    except HfHubHTTPError as error:
+        message = f"{what} cannot be downloaded: {error}"
+    except OSError as error:
+        message = f"{what} cannot be stored: {error}"
+    else:
+        path = Path(folder)
+        if not any(path.glob("*.safetensors")) and not allow_pickle:
+            raise UserError(
+                f"{what} has no safetensors weights; its pickled ones are read only with --allow-pickle"
+            )
+        return ResolvedModel(path, repository, path.name)
+    raise UserError(message)

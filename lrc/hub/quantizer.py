@@ -1,0 +1,143 @@
+"""The hook by which ``from_pretrained`` loads compressed checkpoints: transformers' door for other storage.
+
+The skeleton's modules are replaced by those of the checkpoint's table before weights are loaded into it;
+afterwards the model is an ordinary float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrc.errors import UserError
+from lrc.families import Family, family_of
+from lrc.hub.headers import check_shapes, read_headers
+from lrc.modules.table import Table, apply_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "lrc"
+FORMAT_VERSION = 1
+
+
+class LrcConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed checkpoint: its module table, under a format version."""
+
+    def __init__(
+        self, modules: Table | None = None, format_version: int | None = None, **others: Any
+    ) -> None:
+        if modules is None or not isinstance(format_version, int):
+            raise UserError("config.json: quantization_config needs `modules` and a whole `format_version`")
+        if format_version > FORMAT_VERSION:
+            raise UserError(
+                f"the checkpoint has format version {format_version}, this lrc reads up to {FORMAT_VERSION}; "
+                "pip install --upgrade lrc"
+            )
+        self.__dict__.update(others)
+        self.quant_method: Any = METHOD
+        self.format_version = format_version
+        self.modules = modules
+
+
+class LrcQuantizer(HfQuantizer):
+    """Replaces modules before the weights are loaded, and checks that all of them were."""
+
+    requires_calibration = True  # transformers' word for: only for checkpoints that carry the config
+    quantization_config: LrcConfig  # type: ignore[assignment]
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        family = family_of(model.config.model_type)
+        apply_table(model, _local_table(model, self.quantization_config.modules, family), family)
+        if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            prefix = f"{model.base_model_prefix}."
+            stored = {
+                name.removeprefix(prefix): held for name, held in read_headers(checkpoint_files).items()
+            }
+            expected = {
+                n.removeprefix(prefix): tuple(t.shape) for n, t in _own_tensors(model, family).items()
+            }
+            check_shapes(expected, stored)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        family = family_of(model.config.model_type)
+        # Dispatch over several devices makes new tensors without the loader's mark; headers are checked.
+        if len(set((getattr(model, "hf_device_map", None) or {"": None}).values())) == 1:
+            for name, tensor in _own_tensors(model, family).items():
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    raise UserError(f"the checkpoint lacks the tensor {name!r}")
+        model.config.quantization_config = (
+            self.quantization_config.to_dict()
+        )  # as AutoConfig has it, for reuse
+        _unflag(model)
+        model._get_static_cache_init_shape = _no_early_cache  # type: ignore[method-assign]
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
+    """The table by the model's own paths: a base model has no prefix, and other tasks have no such head."""
+    if family.head in table and getattr(model.config, "tie_word_embeddings", False):
+        raise UserError(
+            f"config.json: {family.head!r} is factorized and tie_word_embeddings is true; one must go"
+        )
+    kept = {
+        path: entry for path, entry in table.items() if path != family.head or hasattr(model, family.head)
+    }
+    if model.base_model is not model:
+        return kept
+    return {path.removeprefix(f"{family.prefix}."): entry for path, entry in kept.items()}
+
+
+def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]:
+    """Parameters and persistent buffers that a checkpoint must hold: no tied ones, nor a new task's head."""
+    own = () if model.base_model is model else (f"{model.base_model_prefix}.", f"{family.head}.")
+    tied = model.all_tied_weights_keys
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in tied and (not own or name.startswith(own))
+    }
+
+
+def _unflag(model: PreTrainedModel) -> None:
+    """Make it an ordinary float model: ``half``, adapters and training refuse quantized ones."""
+    model.is_quantized = False  # type: ignore[attr-defined]
+    vars(model).pop("quantization_method", None)
+    vars(model).pop("hf_quantizer", None)
+    vars(model.config).pop("_is_quantized", None)
+
+
+def _no_early_cache() -> None:
+    """Leaves a static cache to take its shapes from the first keys and values, as layers differ."""
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(LrcQuantizer)
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(LrcConfig)

@@ -1,0 +1,46 @@
+"""Makes transformers know compressed checkpoints: at once if it is imported, else as soon as it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+TARGET = "transformers.quantizers.auto"
+
+
+def install() -> None:
+    """Register lrc's loader with transformers without importing transformers for it."""
+    if TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Finds the one module as everyone else would, and registers lrc behind its execution."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        loader, execute = spec.loader, spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            del loader.exec_module
+            execute(module)
+            _register()
+
+        loader.exec_module = execute_and_register
+        return spec
+
+
+def _register() -> None:
+    import lrc.hub.quantizer  # noqa: F401

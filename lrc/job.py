@@ -1,0 +1,74 @@
+"""What a run is about to do, known before any weight is read: the model, the plan worked out for it, device, precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lrc.checkpoint.reader import CheckpointReader
+from lrc.errors import UserError, nearest
+from lrc.hub.names import ResolvedModel, resolve_model
+from lrc.methods import methods
+from lrc.moments import COLLECTORS
+from lrc.plan.library import find_plan
+from lrc.plan.resolve import parse_plan, resolve
+from lrc.plan.resolved import ResolvedPlan
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and a plan worked out for it, from headers alone."""
+
+    model: ResolvedModel
+    reader: CheckpointReader
+    plan_text: str
+    plan_source: str
+    plan: ResolvedPlan
+
+    @property
+    def name(self) -> str:
+        """``MODEL-PLAN``, the output folder's name unless the user gives one."""
+        return f"{Path(self.model.source).name}-{Path(self.plan_source).stem}"
+
+
+def prepare(
+    model: str | Path,
+    plan: str | Path,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Job:
+    """Find a model and a plan, and work the plan out for the model.
+
+    Raises UserError for a model or plan that cannot be had, and with every mistake of the plan at once.
+    """
+    text, source = find_plan(str(plan))
+    draft = parse_plan(text, source)
+    found = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle)
+    reader = CheckpointReader(found.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    return Job(found, reader, text, source, resolve(draft, reader.architecture, methods(), COLLECTORS))
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device a user names; by default the first GPU if there is one. UserError where it is not there."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name is None:
+        return torch.device(gpus[0] if gpus else "cpu")
+    there = ["cpu", *gpus, *(["cuda"] if gpus else [])]
+    if name not in there:
+        raise UserError(f"there is no device {name!r} on this machine; {nearest(name, there)}")
+    return torch.device("cuda:0" if name == "cuda" else name)
+
+
+def find_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The precision layers run in: what a user names, else the checkpoint's own on a GPU and float32 on a CPU."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" or stored not in DTYPES.values() else stored
+    if name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}; {nearest(name, DTYPES)}")
+    return DTYPES[name]

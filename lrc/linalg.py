@@ -1,0 +1,144 @@
+"""Dense linear algebra of the methods: tensors in, tensors out, float64 inside, leading dimensions are batches.
+
+Everything rests on one problem. For a second moment C of what goes in and a Gram matrix H of what reads it, find the
+rank-r map P that minimises tr(H (I − P) C (I − P)ᵀ). Truncated, whitened and two-sided whitened SVD are this problem
+with H = WᵀGW, the queries and keys of attention with H = E[q qᵀ], values and outputs with H = OᵀGO.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.errors import UserError
+
+DAMPING = 1e-6
+_SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-12, 1e-2
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """Lower factor of ``matrix`` = C + ``damping``·mean(diag C)·I; ``damping`` is what it really took."""
+
+    factor: Tensor
+    matrix: Tensor
+    damping: float
+
+    def solve(self, right: Tensor) -> Tensor:
+        """X with X (C + damping) = ``right``, for ``right`` of shape (..., m, n)."""
+        return torch.cholesky_solve(right.mT, self.factor).mT
+
+
+def damped(c: Tensor, damping: float = DAMPING) -> Tensor:
+    """C + ``damping``·mean(diag C)·I in float64, for C of shape (..., n, n)."""
+    c = c.double()
+    diagonal = c.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(dim=-1, keepdim=True)
+    # An input that is zero throughout (a dead head) has no scale of its own; any positive one will do.
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return c + torch.diag_embed(damping * mean.expand_as(diagonal))
+
+
+def damped_cholesky(c: Tensor, damping: float = DAMPING) -> Cholesky:
+    """Factor a symmetric positive semidefinite C (..., n, n), damped relative to the mean of its diagonal.
+
+    A float32 sum may be indefinite by more than the damping asked for; it is then raised tenfold until the factor
+    exists, and the value used is returned. Raises UserError if a hundredth of the mean diagonal is not enough.
+    """
+    largest = max(damping, _LARGEST_DAMPING)
+    while damping <= largest:
+        matrix = damped(c, damping)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not bool(info.any()):
+            return Cholesky(factor, matrix, damping)
+        damping = max(10 * damping, _SMALLEST_DAMPING)
+    raise UserError("a moment is not positive semidefinite; are there NaN or inf in the activations?")
+
+
+@dataclass(frozen=True)
+class Projector:
+    """The rank-r map ``up`` (..., n, r) @ ``down`` (..., r, n), and the damping of the moment behind it."""
+
+    up: Tensor
+    down: Tensor
+    damping: float
+
+
+def best_projector(c: Tensor | None, h: Tensor, rank: int) -> Projector:
+    """Minimise tr(H (I − P) C (I − P)ᵀ) over rank-r P, for C and H of shape (..., n, n); C = None is the identity.
+
+    With C = L Lᵀ and V the top eigenvectors of LᵀHL, P = (L V)(Vᵀ L⁻¹). At full rank P is the identity.
+    """
+    h = h.double()
+    if c is None:
+        top = _top_eigenvectors(h, rank)
+        return Projector(top, top.mT, 0.0)
+    root = damped_cholesky(c)
+    low = root.factor
+    top = _top_eigenvectors(low.mT @ h @ low, rank)
+    # Vᵀ L⁻¹ = (L⁻ᵀ V)ᵀ
+    down = torch.linalg.solve_triangular(low.mT, top, upper=True).mT
+    return Projector(low @ top, down, root.damping)
+
+
+def best_pair(
+    weight: Tensor, rank: int, c: Tensor | None = None, g: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Best rank-r factors B (m, r), A (r, n) of a weight W (m, n) in ‖G^½ (W − BA) C^½‖_F, and the damping used.
+
+    C (n, n) is the moment of the input, G (m, m) that of the loss gradient at the output; None is the identity:
+    truncated SVD (Eckart-Young-Mirsky), whitened SVD (SVD-LLM, arXiv:2403.07378) or its two-sided form. The work is
+    done in the smaller of the two dimensions.
+    """
+    w = weight.double()
+    rows, columns = w.shape[-2:]
+    if rows < columns:
+        # A singular C would leave the order of the directions outside its range arbitrary.
+        inner = w @ w.mT if c is None else w @ damped_cholesky(c).matrix @ w.mT
+        p = best_projector(g, inner, rank)  # of the transposed problem
+        return *balanced(p.down.mT, p.up.mT @ w), p.damping
+    inner = w.mT @ w if g is None else w.mT @ g.double() @ w
+    p = best_projector(c, inner, rank)
+    return *balanced(w @ p.up, p.down), p.damping
+
+
+def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite the product B (m, r) A (r, n) as (U Σ^½)(Σ^½ Vᵀ): both factors of one scale, ready for low precision."""
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.mT)
+    u, s, vt = torch.linalg.svd(rb @ ra.mT)
+    root = s.sqrt()
+    return (qb @ u) * root.unsqueeze(-2), root.unsqueeze(-1) * (vt @ qa.mT)
+
+
+def regress(weight: Tensor, c: Tensor, reader: Tensor) -> tuple[Tensor, float]:
+    """W' minimising E‖W x − W' T x‖² for T = ``reader`` (r, n): W C Tᵀ (T C Tᵀ)⁻¹, and the damping used.
+
+    C is damped on both sides alike, so that an invertible T gives W T⁻¹ exactly. Shapes: W (m, n), C (n, n), W' (m, r).
+    """
+    c = damped(c)
+    through = c @ reader.double().mT
+    root = damped_cholesky(reader.double() @ through, damping=0.0)
+    return root.solve(weight.double() @ through), DAMPING + root.damping
+
+
+def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float]:
+    """``regress`` for a reader that keeps the coordinates ``kept`` (r,) of x, without forming it."""
+    c = damped(c)
+    through = c[:, kept]
+    root = damped_cholesky(through[kept], damping=0.0)
+    return root.solve(weight.double() @ through), DAMPING + root.damping
+
+
+def data_error(delta: Tensor, c: Tensor) -> float:
+    """tr(ΔW C ΔWᵀ) = E‖ΔW x‖², for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
+    delta = delta.double()
+    return float(((delta @ c.double()) * delta).sum())
+
+
+def _top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """Eigenvectors (..., n, r) of the r largest eigenvalues, largest first."""
+    symmetric = (symmetric + symmetric.mT) / 2
+    return torch.linalg.eigh(symmetric).eigenvectors[..., -rank:].flip(-1)

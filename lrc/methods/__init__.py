@@ -1,0 +1,33 @@
+"""Factorization methods: one file a method, one function for each component or projection it solves."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+from lrc.discovery import submodules
+from lrc.methods.contract import Solver
+
+__all__ = ["Method", "methods"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by its file's name: what it says of itself in one line, and its solvers by target."""
+
+    name: str
+    summary: str
+    solvers: dict[str, Solver]
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Every method found in this folder, by name."""
+    found = {}
+    for name, module in submodules(sys.modules[__name__]):
+        solvers = [item.solver for item in vars(module).values() if isinstance(getattr(item, "solver", None), Solver)]
+        if solvers:
+            summary = (module.__doc__ or "").strip().splitlines()[0]
+            found[name] = Method(name, summary, {solver.target: solver for solver in solvers})
+    return found

@@ -1,0 +1,171 @@
+"""What a method is: pure functions from a problem and a size to a solution, one for each thing it solves.
+
+Problems hold canonical (out, in) unfused float weights, the statistics asked for and head geometry; no names, no
+paths, no modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from torch import Tensor
+
+from lrc.families import Heads
+from lrc.moments.moment import Moment
+from lrc.plan.size import SizeRule
+
+Metric = Literal["weight", "data", "loss"]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """One projection: ``weight`` (out, in) and ``bias`` (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ProjectionProblem:
+    """One matrix, the moment of its input and, where gradients are used, G = E[g gᵀ] (out, out) of its output."""
+
+    role: str
+    matrix: Affine
+    input: Moment
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QKProblem:
+    """Queries and keys of one layer and the moment of the input that both read."""
+
+    q: Affine
+    k: Affine
+    heads: Heads
+    input: Moment
+
+
+@dataclass(frozen=True)
+class OVProblem:
+    """Values and output projection of one layer and the moment of the output projection's input."""
+
+    v: Affine
+    o: Affine
+    heads: Heads
+    output: Moment
+
+
+@dataclass(frozen=True)
+class MLPProblem:
+    """The projections into the hidden state by role, the one out of it, and the hidden state's moment."""
+
+    inputs: Mapping[str, Affine]
+    output_role: str
+    output: Affine
+    hidden: Moment
+
+
+Problem = ProjectionProblem | QKProblem | OVProblem | MLPProblem
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One projection stored as the factors of a kind."""
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A squared error and the squared size of what it is an error of, both means over tokens, in the metric named.
+
+    ``metric``: ``output`` (E‖Δy‖² at the projection, OV or MLP output) or ``scores`` (attention scores, before their
+    scale). ``loss``: the predicted rise of the loss in nats, where the method has gradients.
+    """
+
+    error: float
+    reference: float
+    metric: Literal["output", "scores"]
+    loss: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """(E‖Δy‖² / E‖y‖²)^½."""
+        return (self.error / self.reference) ** 0.5 if self.reference > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New projections by role, the predicted error, and what the numerics needed.
+
+    ``rotary_columns`` (kv_heads, rank): kept columns of every key head, first halves then second halves.
+    ``neurons`` (rank,): kept hidden dimensions of the MLP. ``numerics``: damping added, eigenvalues raised.
+    """
+
+    parts: Mapping[str, Affine | Factors]
+    predicted: Prediction
+    rotary_columns: Tensor | None = None
+    neurons: Tensor | None = None
+    numerics: Mapping[str, float] = field(default_factory=dict)
+
+
+# (problem, size, *, options) -> Solution; the keyword-only parameters are the options a plan may set.
+SolveFunction = Callable[..., Solution]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a solver: the type its value must have and the value it has unless a plan sets it."""
+
+    annotation: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Solver:
+    """One function of a method with what the planner must know of it.
+
+    ``target``: ``projection``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``. ``metric``: what
+    the method minimises. ``exact``: at full size it gives the map back. ``refuses``: says why it cannot do a family.
+    """
+
+    solve: SolveFunction
+    target: str
+    size: SizeRule
+    needs: tuple[str, ...]
+    metric: Metric
+    exact: bool
+    paper: str
+    refuses: Callable[[Heads], str | None]
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The keyword-only parameters of the function."""
+        hints = get_type_hints(self.solve, include_extras=True)
+        parameters = inspect.signature(self.solve).parameters.values()
+        return {p.name: Option(hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def solves(
+    target: Literal["projection", "qk", "ov", "mlp"],
+    *,
+    size: SizeRule,
+    needs: tuple[str, ...] = ("moments",),
+    metric: Metric = "data",
+    exact: bool = True,
+    paper: str,
+    refuses: Callable[[Heads], str | None] = lambda heads: None,
+) -> Callable[[SolveFunction], SolveFunction]:
+    """Mark a function as a method's solver of one target; the folder scan finds it."""
+
+    def mark(function: SolveFunction) -> SolveFunction:
+        solver = Solver(function, target, size, needs, metric, exact, paper, refuses)
+        function.solver = solver  # type: ignore[attr-defined]
+        return function
+
+    return mark

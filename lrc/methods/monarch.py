@@ -1,0 +1,90 @@
+"""Monarch: the matrix cut into a grid of blocks, each a low-rank pair, run as two block-diagonal products."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from lrc.families import Target
+from lrc.linalg import best_pair, damped, damped_cholesky, data_error
+from lrc.methods.contract import Factors, Prediction, ProjectionProblem, Solution, solves
+from lrc.methods.pair import corrected_bias, input_moment, reference
+from lrc.plan.size import Options
+
+BLOCKS = 4
+Blocks = Annotated[int, Ge(1)]
+Rounds = Annotated[int, Ge(0)]
+
+
+class MonarchRank:
+    """Rank of every block of a ``blocks`` × ``blocks`` grid."""
+
+    word = "rank"
+
+    def full(self, target: Target, options: Options) -> int:
+        (matrix,) = target.matrices.values()
+        return min(matrix.rows, matrix.columns) // options.get("blocks", BLOCKS)
+
+    def nearest(self, target: Target, keep: float, options: Options) -> int:
+        return max(int(keep * target.parameters / self._unit(target, options)), 1)
+
+    def parameters(self, target: Target, size: int, options: Options) -> int:
+        return size * self._unit(target, options)
+
+    def refusal(self, target: Target, size: int, options: Options) -> str | None:
+        (matrix,) = target.matrices.values()
+        blocks = options.get("blocks", BLOCKS)
+        if blocks < 1 or matrix.rows % blocks or matrix.columns % blocks:
+            divisors = [d for d in range(1, 65) if matrix.rows % d == 0 and matrix.columns % d == 0]
+            return f"blocks {blocks} does not divide {matrix.rows} x {matrix.columns}; these do: {divisors}"
+        if size < 1:
+            return f"rank {size} keeps nothing; the smallest is 1"
+        if size > self.full(target, options):
+            return f"rank {size} is above the full rank of a block; it has {self.full(target, options)}"
+        if self.parameters(target, size, options) > target.parameters:
+            largest = target.parameters // self._unit(target, options)
+            return f"blocks of rank {size} are larger than the matrix itself; the largest that are not have {largest}"
+        return None
+
+    def _unit(self, target: Target, options: Options) -> int:
+        return target.unit * options.get("blocks", BLOCKS)
+
+
+@solves("projection", size=MonarchRank(), paper="Monarch, arXiv:2204.00595, in the metric of the inputs")
+def solve_projection(problem: ProjectionProblem, rank: int, *, blocks: Blocks = BLOCKS, rounds: Rounds = 4) -> Solution:
+    """Minimise E‖(W − W') x‖² over grids of rank-r blocks by block coordinate descent.
+
+    Column group k has the moment C_kk. It starts from the whitened SVD of every block, which is the optimum where C is
+    block-diagonal; then each of ``rounds`` sweeps solves one column group exactly, given the others: the best blocks
+    for T_k = W_k + (Σ_{l≠k} (W − W')_l C_lk) C_kk⁻¹, so that the error never rises.
+    """
+    weight = problem.matrix.weight.double()
+    c = damped(input_moment(problem))
+    grid = weight.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1)).transpose(1, 2)  # (j, k, s, p)
+    moment = c.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1)).transpose(1, 2)  # (l, k, p, p)
+    pairs = [best_pair(grid[:, k], rank, moment[k, k]) for k in range(blocks)]
+    found = torch.stack([b @ a for b, a, _ in pairs], dim=1)
+    for _ in range(rounds):
+        for k in range(blocks):
+            rest = grid - found
+            rest[:, k] = 0
+            pull = torch.einsum("jlsp,lpq->jsq", rest, moment[:, k])
+            target = grid[:, k] + damped_cholesky(moment[k, k]).solve(pull)
+            pairs[k] = best_pair(target, rank, moment[k, k])
+            found[:, k] = pairs[k][0] @ pairs[k][1]
+    delta = weight - found.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return Solution(
+        parts={problem.role: Factors("monarch", _factors(pairs), corrected_bias(problem, delta))},
+        predicted=Prediction(data_error(delta, input_moment(problem)), reference(problem), "output"),
+        numerics={"damping": max(damping for *_, damping in pairs)},
+    )
+
+
+def _factors(pairs: list[tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
+    """The kind's L (j, s, k·r) and R (k, j·r, p) from the pairs (j, s, r), (j, r, p) of every column group."""
+    left = torch.stack([b for b, _, _ in pairs], dim=2).flatten(2, 3)
+    right = torch.stack([a.flatten(0, 1) for _, a, _ in pairs])
+    return {"L": left, "R": right}

@@ -1,0 +1,13 @@
+"""Truncated SVD: the best pair in the Frobenius norm, blind to the data."""
+
+from __future__ import annotations
+
+from lrc.methods.contract import ProjectionProblem, Solution, solves
+from lrc.methods.pair import pair_solution
+from lrc.plan.size import PairRank
+
+
+@solves("projection", size=PairRank(), metric="weight", paper="Eckart and Young 1936; Mirsky 1960")
+def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:
+    """W_r = U_r Σ_r V_rᵀ with squared weight error Σ_{i>r} σ_i²; the moment only predicts what that does to outputs."""
+    return pair_solution(problem, rank, None)

@@ -1,0 +1,164 @@
+"""Attention with fewer query, key and value dimensions, in place of a family's own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrc.errors import UserError
+from lrc.families import Family, families
+
+PREFIX = "Lrc"
+_classes: dict[str, type[ReducedAttention]] = {}
+
+
+class ReducedAttention(nn.Module):
+    """Overrides the forward of a transformers attention class that it is mixed into.
+
+    Projections are split, under the names in ``family.split``; heads are ``qk_dim`` and ``v_dim`` wide, and
+    so is the cache. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos and sin by which the kept
+    dimensions of every key head and its queries turn, first halves then second halves; None where all are
+    kept in place. The scale of the scores stays that of the full head.
+    """
+
+    family: ClassVar[Family]
+    base: ClassVar[type[nn.Module]]
+    qk_dim: int
+    v_dim: int
+    rotary_columns: Tensor | None
+    num_key_value_groups: int
+    if TYPE_CHECKING:  # the class that this one is mixed into has them
+        config: Any
+        layer_idx: int
+        scaling: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        query = self._heads("q", hidden_states, self.qk_dim)
+        key = self._heads("k", hidden_states, self.qk_dim)
+        value = self._heads("v", hidden_states, self.v_dim)
+        if position_embeddings is not None:
+            query, key = self._rotate(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        output = output[..., : self.v_dim].reshape(*hidden_states.shape[:-1], -1)
+        output = getattr(self, self.family.split["o"])(output)
+        if self.family.output_dropout:
+            output = getattr(self, self.family.output_dropout)(output)
+        return output, weights
+
+    def extra_repr(self) -> str:
+        return f"qk_dim={self.qk_dim}, v_dim={self.v_dim}, rotary_columns={self.rotary_columns is not None}"
+
+    def _heads(self, role: str, hidden_states: Tensor, width: int) -> Tensor:
+        projection = getattr(self, self.family.split[role])
+        return projection(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rotary_columns is None:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        else:  # (batch, tokens, columns) -> (batch, kv heads, tokens, kept columns)
+            cos, sin = (table[..., self.rotary_columns].transpose(1, 2) for table in (cos, sin))
+        grouped = query.unflatten(1, (-1, self.num_key_value_groups))
+        turned = _turn(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        return turned, _turn(key, cos, sin)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        implementation = self.config._attn_implementation
+        # Fused kernels want one width for all three, and flash attention crops wider values without a word;
+        # for one token sdpa gains nothing from it.
+        if implementation != "eager" and not (implementation == "sdpa" and query.shape[2] == 1):
+            width = max(self.qk_dim, self.v_dim)
+            query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+        modeling = sys.modules[self.base.__module__]
+        attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, modeling.eager_attention_forward
+        )
+        dropout = attrgetter(self.family.dropout)(self) if self.training else 0.0
+        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+
+class Absent(nn.Module):
+    """Stands where a fused projection was; its zero-element tensor stops a load without lrc."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.new_empty(0))
+
+
+def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family) -> None:
+    """Turn a family's attention module into its reduced form in place; its projections are replaced apart.
+
+    ``entry``: ``qk`` and ``v``, the widths of the heads, and ``rotary_columns``, whether columns are stored.
+    Raises UserError for a configuration or an entry that reduced attention cannot run.
+    """
+    config: Any = module.config
+    for key, value in family.unsupported.items():
+        if getattr(config, key, None) == value:
+            raise UserError(f"config.json: {key}={value!r} is not supported for {family.model_type}")
+    if not hasattr(module, "scaling"):
+        raise UserError(f"compressed attention of {family.model_type} needs transformers 5.4 or newer")
+    qk, rotary, full = entry["qk"], family.rotary != "none", module.head_dim
+    if entry["rotary_columns"] and not rotary:
+        raise UserError(
+            f"an attention entry asks for rotary columns; {family.model_type} has no rotary positions"
+        )
+    if rotary and not entry["rotary_columns"] and qk != full:
+        raise UserError(f"an attention entry keeps {qk} of {full} rotary dimensions without saying which")
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    fused = {family.projections[role].module.removeprefix(f"{family.attention}.") for role in family.split}
+    for name in fused - set(family.split.values()):
+        setattr(module, name, Absent(getattr(module, name).weight))
+    columns = (
+        torch.empty(kv_heads, qk, dtype=torch.int64, device=_device(module))
+        if entry["rotary_columns"]
+        else None
+    )
+    module.__class__ = reduced_class(type(module), family)
+    module.register_buffer("rotary_columns", columns)
+    module.qk_dim, module.v_dim = qk, entry["v"]
+    module.num_key_value_groups = config.num_attention_heads // kv_heads
+
+
+def reduced_class(base: type[nn.Module], family: Family) -> type[ReducedAttention]:
+    """The class of a reduced ``base``, made once; a subclass of it, so that transformers still knows it."""
+    name = PREFIX + base.__name__
+    if name not in _classes:
+        _classes[name] = type(name, (ReducedAttention, base), {"family": family, "base": base})
+    return _classes[name]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(iter(module.state_dict().values())).device
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def __getattr__(name: str) -> Any:
+    """Find a reduced class by its name, as pickle does in a process that has not made it yet."""
+    if name.startswith(PREFIX):
+        for model_type, family in families().items():
+            modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+            if hasattr(modeling, name.removeprefix(PREFIX)):
+                return reduced_class(getattr(modeling, name.removeprefix(PREFIX)), family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

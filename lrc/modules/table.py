@@ -1,0 +1,95 @@
+"""The module table of a compressed checkpoint: which modules are replaced, by what, of which shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc.errors import UserError, nearest
+from lrc.families import Family
+from lrc.modules import kinds
+from lrc.modules.attention import Absent, ReducedAttention, reduce_attention
+from lrc.modules.kind import Entry
+
+Table = dict[str, Entry]
+
+ATTENTION = "attention"
+DENSE = "dense"
+APPLIED = "_lrc_table_applied"
+
+
+def apply_table(root: nn.Module, table: Mapping[str, Mapping[str, Any]], family: Family) -> None:
+    """Replace in place the modules that a table names by paths from ``root``, a model or one decoder layer.
+
+    New modules are uninitialised, with the device and dtype of ``root``. A second call changes nothing.
+    Raises UserError for a kind, a path or an entry that does not fit.
+    """
+    if getattr(root, APPLIED, False):
+        return
+    _check(table, family)
+    like = next(root.parameters())
+    for path, entry in sorted(table.items(), key=lambda item: item[1]["kind"] != ATTENTION):
+        parent_path, _, name = path.rpartition(".")
+        try:
+            parent = root.get_submodule(parent_path)
+            if not (isinstance(parent, ReducedAttention) and name in family.split.values()):
+                parent.get_submodule(name)
+        except AttributeError:
+            raise UserError(f"the module table names {path!r}, which the model does not have") from None
+        try:
+            if entry["kind"] == ATTENTION:
+                reduce_attention(parent.get_submodule(name), entry, family)
+            else:
+                setattr(parent, name, build(entry, like))
+        except KeyError as missing:
+            raise UserError(f"the module table's entry for {path!r} lacks {missing}") from None
+    setattr(root, APPLIED, True)
+
+
+def build(entry: Mapping[str, Any], like: Tensor) -> nn.Module:
+    """Make the uninitialised module of a dense or a kind's entry, with device and dtype of ``like``."""
+    with torch.device("meta"):
+        if entry["kind"] == DENSE:
+            module = nn.Linear(entry["in"], entry["out"], bias=entry["bias"])
+        else:
+            module = kinds()[entry["kind"]].from_entry(entry)
+    return module.to(like.dtype).to_empty(device=like.device)
+
+
+def guard_tensors(root: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The zero-element tensors that a checkpoint holds at the names of fused projections, by path."""
+    absent = [path for path, module in root.named_modules() if isinstance(module, Absent)]
+    return {f"{path}.weight": torch.empty(0, dtype=dtype) for path in absent}
+
+
+def dense_entry(rows: int, columns: int, bias: bool) -> Entry:
+    """The entry of a plain linear map with a weight of (rows, columns)."""
+    return {"kind": DENSE, "in": columns, "out": rows, "bias": bias}
+
+
+def attention_entry(qk: int, v: int, rotary_columns: bool) -> Entry:
+    """The entry of an attention with heads ``qk`` and ``v`` wide.
+
+    ``rotary_columns`` is for fewer dimensions than the full head has; all of them stay in place.
+    """
+    return {"kind": ATTENTION, "qk": qk, "v": v, "rotary_columns": rotary_columns}
+
+
+def _check(table: Mapping[str, Mapping[str, Any]], family: Family) -> None:
+    known = {ATTENTION, DENSE, *kinds()}
+    for path, entry in table.items():
+        kind = entry.get("kind")
+        if kind not in known:
+            raise UserError(
+                f"{path!r} is stored as {kind!r}, which this lrc does not know; {nearest(str(kind), known)}; "
+                "a newer lrc may: pip install --upgrade lrc"
+            )
+        if kind == ATTENTION:
+            for name in family.split.values():
+                if f"{path}.{name}" not in table:
+                    raise UserError(
+                        f"the module table has {path!r} but not its projection {path + '.' + name!r}"
+                    )

@@ -1,0 +1,58 @@
+"""Second moment and mean of the activations at one site, summed unnormalised in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """E[x xᵀ] (n, n) and E[x] (n,) of the ``tokens`` inputs seen at a site."""
+
+    second: Tensor
+    mean: Tensor
+    tokens: int
+
+    @property
+    def centred(self) -> Tensor:
+        """Covariance E[x xᵀ] − E[x] E[x]ᵀ, (n, n)."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+    def shifted(self, offset: Tensor) -> Moment:
+        """The moment of x − offset."""
+        cross = torch.outer(self.mean, offset)
+        return Moment(self.second - cross - cross.T + torch.outer(offset, offset), self.mean - offset, self.tokens)
+
+    def double(self) -> Moment:
+        """The same in float64, for roots and solves."""
+        return Moment(self.second.double(), self.mean.double(), self.tokens)
+
+
+class MomentSum:
+    """Running sums behind a ``Moment``: products of inputs in their own precision, summed in float32."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._second = torch.zeros(width, width, device=device)
+        self._first = torch.zeros(width, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the rows of x (..., width)."""
+        rows = x.reshape(-1, x.shape[-1])
+        self._second += product(rows, rows)
+        self._first += rows.sum(dim=0, dtype=torch.float32)
+        self._tokens += rows.shape[0]
+
+    def moment(self) -> Moment:
+        """The means so far."""
+        return Moment(self._second / self._tokens, self._first / self._tokens, self._tokens)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right in float32, for (tokens, m) and (tokens, n); bfloat16 and float16 are multiplied as they are."""
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.float().T @ right.float()

@@ -1,0 +1,58 @@
+"""Turns the finished layers in a staging folder into a Hugging Face checkpoint with its manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lrc.checkpoint.sizes import Size, size_of
+from lrc.checkpoint.staging import MANIFEST, Staging
+from lrc.compressor import REST, module_table, part_name
+from lrc.hub.quantizer import FORMAT_VERSION
+from lrc.job import Job
+from lrc.modules.table import Table
+
+COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+)
+
+
+def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> Table:
+    """Write everything ``from_pretrained`` reads, and the manifest; returns the module table.
+
+    The config is the source's own text with the table added, so that what other readers know of it stays true.
+    """
+    parts = [part_name(layer.index) for layer in job.plan.layers]
+    table = module_table(job.plan, job.reader.family.layers, staging)
+    staging.assemble([REST, *parts])
+    config = json.loads(job.reader.config_text)
+    config["quantization_config"] = {"quant_method": "lrc", "format_version": FORMAT_VERSION, "modules": table}
+    staging.write_json("config.json", config)
+    for pattern in COPIED:
+        for path in sorted(job.reader.folder.glob(pattern)):
+            staging.copy(path)
+    staging.write_json(MANIFEST, {**settings, "targets": target_records(job, staging)})
+    return table
+
+
+def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
+    """What was recorded of everything shrunk, layer by layer."""
+    names = [part_name(layer.index) for layer in job.plan.layers]
+    return [record for name in names for record in staging.record(name)["results"]]
+
+
+def sizes(job: Job, staging: Staging, table: Table) -> tuple[Size, Size]:
+    """Size of the original and of the output."""
+    reader, parts = job.reader, [REST, *(part_name(layer.index) for layer in job.plan.layers)]
+    written = [stored for part in parts for stored in staging.headers(part).values()]
+    before = size_of(reader.tensors.values(), reader.architecture, reader.dtype, {})
+    return before, size_of(written, reader.architecture, reader.dtype, table)

@@ -1,0 +1,179 @@
+"""From a plan's text to what is done to every layer of one model, with every mistake told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from lrc.errors import nearest
+from lrc.families import Architecture
+from lrc.plan.document import Document, Path, dotted, read_document
+from lrc.plan.layers import COMPONENTS, Levels, Methods, Wish, spans
+from lrc.plan.options import read_options
+from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
+from lrc.plan.schema import Plan, as_text_number, read_plan
+from lrc.plan.solver import SolverData
+
+MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan as its text has it; the document holds the mistakes found so far, which ``resolve`` raises."""
+
+    plan: Plan
+    document: Document
+
+
+def parse_plan(text: str, source: str) -> Draft:
+    """Read a plan's text; ``source`` names it in messages. UserError where it is not a YAML mapping."""
+    document = read_document(text, source)
+    return Draft(read_plan(document), document)
+
+
+def resolve(
+    draft: Draft, architecture: Architecture, methods: Methods, collectors: Collection[str]
+) -> ResolvedPlan:
+    """Work a plan out for a model, from shapes alone; ``collectors`` are the statistics that can be gathered.
+
+    Raises UserError with every mistake of the plan, each with its line.
+    """
+    plan, document, count = draft.plan, draft.document, architecture.layers
+    levels = Levels(plan, document, architecture, methods)
+    order = list(architecture.targets)
+    assigner = _Assigner(document, architecture, methods, collectors)
+    layers = []
+    for index in range(count):
+        asked = levels.layer(index)
+        wishes = sorted(asked.wishes, key=lambda wish: order.index(wish.target))
+        assignments = [assigner.assign(wish, index) for wish in wishes]
+        layers.append(LayerPlan(index, tuple(a for a in assignments if a)))
+        for path, message in asked.left_whole.items():
+            assigner.warn(path, message, index)
+    if not any(layer.assignments for layer in layers):
+        for index in range(count):
+            assigner.warn(("keep",), "every layer stays whole", index)
+    limit, seq_len = architecture.positions, plan.calibration.seq_len
+    if seq_len and seq_len > limit:
+        message = f"{seq_len} is longer than the model reads; the nearest is {limit}"
+        document.mistake(("calibration", "seq_len"), message)
+    if not document.mistakes:
+        for path in levels.written():
+            if path not in assigner.used:
+                document.mistake(path, "has no effect; layer rules or entries set all that it is for")
+    document.stop()
+    return ResolvedPlan(
+        plan=plan,
+        layers=tuple(layers),
+        seq_len=seq_len or min(limit, MAX_SEQ_LEN),
+        whole=count * architecture.layer_parameters,
+        warnings=assigner.warnings(),
+    )
+
+
+class _Assigner:
+    """Checks wishes against their solvers and gives them sizes."""
+
+    def __init__(
+        self, document: Document, architecture: Architecture, methods: Methods, collectors: Collection[str]
+    ) -> None:
+        self.document, self.architecture = document, architecture
+        self.methods, self.collectors = methods, collectors
+        self.used: set[Path] = set()
+        self.warned: dict[tuple[Path, str], list[int]] = {}
+
+    def assign(self, wish: Wish, index: int) -> Assignment | None:
+        """What is done for a wish; None where the target stays whole, or the wish is a mistake."""
+        self.used |= {wish.path, wish.method_path, *((*wish.path, key) for key in wish.own)}
+        solver = self._solver(wish)
+        if solver is None:
+            self.used.add(wish.keep_path)
+            return None
+        target, word = self.architecture.targets[wish.target], solver.size.word
+        options, wrong = read_options(wish.own, solver)
+        for key, message in wrong.items():
+            self.document.mistake((*wish.path, key), message)
+        path = (*wish.path, word) if word in wish.own else wish.keep_path
+        self.used.add(path)
+        if word in wish.own and wish.keep_path == (*wish.path, "keep"):
+            self.document.mistake(path, "contradicts keep of the same entry; write one of the two")
+        if word not in wish.own and wish.keep == 1:
+            return None
+        self._check_needs(wish, solver)
+        if word in wish.own:
+            size = self._whole_number(wish.own[word], path)
+        else:
+            size = solver.size.nearest(target, wish.keep, options)
+        if size is None:
+            return None
+        if refusal := solver.size.refusal(target, size, options):
+            place = path if word in wish.own or not wish.own else wish.path
+            self.document.mistake(place, refusal if wish.target in place else f"{wish.target}: {refusal}")
+            return None
+        kept = solver.size.parameters(target, size, options)
+        if kept < target.parameters:
+            return Assignment(wish.target, wish.method, size, options, kept, target.parameters)
+        if word not in wish.own:
+            self.warn(path, f"{wish.keep:g} of {wish.target} is nearest to all of it; it stays whole", index)
+        elif wish.target not in COMPONENTS:
+            self.warn(path, f"{word} {size} saves nothing for {wish.target}; it stays dense", index)
+        return None
+
+    def warn(self, path: Path, message: str, index: int) -> None:
+        """Note something about a layer that is legal and may surprise."""
+        self.warned.setdefault((path, message), []).append(index)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Every warning with its line, in the order of the lines, and its layers unless those are all."""
+        every = list(range(self.architecture.layers))
+        told = [
+            (
+                self.document.line(path),
+                f"{dotted(path)}: {message}" + ("" if layers == every else f" (layers {spans(layers)})"),
+            )
+            for (path, message), layers in self.warned.items()
+        ]
+        return tuple(f"{self.document.source}:{line}: {message}" for line, message in sorted(told))
+
+    def _solver(self, wish: Wish) -> SolverData | None:
+        """The solver of a wish, None where there is none or none is needed."""
+        if wish.method not in self.methods:
+            hint = nearest(wish.method, self.methods)
+            self.document.mistake(wish.method_path, f"{wish.method!r} is not a method; {hint}")
+            return None
+        solver = wish.solver(self.methods)
+        if solver is None and (wish.own or wish.keep < 1):
+            kind = wish.target if wish.target in COMPONENTS else "projection"
+            able = [name for name, m in self.methods.items() if {kind, "projection"} & set(m.solvers)]
+            has = ", ".join(self.methods[wish.method].solvers)
+            named = wish.target if kind == wish.target else f"{wish.target}, a single projection"
+            self.document.mistake(
+                wish.path,
+                f"method {wish.method!r} is for {has}, not for {named}; {nearest(wish.method, able)}",
+            )
+        return solver
+
+    def _check_needs(self, wish: Wish, solver: SolverData) -> None:
+        missing = sorted(set(solver.needs) - set(self.collectors))
+        if missing:
+            others = [
+                name
+                for name, method in self.methods.items()
+                if (other := method.solvers.get(wish.target) or method.solvers.get("projection"))
+                and set(other.needs) <= set(self.collectors)
+            ]
+            needs = f"{wish.method!r} needs {', '.join(missing)}, which lrc does not collect yet"
+            self.document.mistake(
+                wish.method_path, f"{needs}; these do without: {', '.join(others) or 'none'}"
+            )
+        if refusal := solver.refuses(self.architecture.geometry):
+            self.document.mistake(
+                wish.path or wish.method_path, f"{wish.method!r} cannot do this model: {refusal}"
+            )
+
+    def _whole_number(self, value: Any, path: Path) -> int | None:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        self.document.mistake(path, as_text_number(value) or f"{value!r} is not a whole number")
+        return None

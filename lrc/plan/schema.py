@@ -1,0 +1,291 @@
+"""What a plan may say: the strict model of its YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from lrc.errors import nearest
+from lrc.plan.document import Document, Path
+
+WHOLE = "keep-all"
+NOT_BUILT = ("energy", "fisher", "sensitivity")
+
+
+def as_text_number(value: object) -> str:
+    """How a number that YAML takes for text has to be written; empty where the value is not one."""
+    try:
+        number = repr(float(value)) if isinstance(value, str) else "nan"
+    except ValueError:
+        return ""
+    if number in ("nan", "inf", "-inf"):
+        return ""
+    if "e" in number and "." not in number:  # YAML wants 1.0e-07 where Python writes 1e-07
+        number = number.replace("e", ".0e")
+    return f"{value!r} is text to YAML, not a number; write {number.removesuffix('.0')}"
+
+
+def _fraction(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        shown = as_text_number(value) or f"{value!r} is not a number"
+        raise ValueError(f"{shown}; keep is a fraction above 0 and at most 1")
+    if not value > 0:  # so that NaN fails too
+        raise ValueError(f"{value} is outside (0, 1]; keep must be above 0, such as 0.1")
+    if value > 1:
+        raise ValueError(f"{value} is outside (0, 1]; the nearest is 1")
+    return float(value)
+
+
+def _keep(value: object) -> float | tuple[float, float]:
+    if not isinstance(value, list):
+        return _fraction(value)
+    if len(value) != 2:
+        raise ValueError(f"a gradient over depth has two ends, such as [0.9, 0.6], not {len(value)}")
+    return _fraction(value[0]), _fraction(value[1])
+
+
+def _at_least(least: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(as_text_number(value) or f"{value!r} is not a whole number")
+        if value < least:
+            raise ValueError(f"{value} is too small; the smallest is {least}")
+        return value
+
+    return check
+
+
+def _word(*known: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{value!r} is not known; {nearest(str(value), known)}")
+        return value
+
+    return check
+
+
+def _samples(value: object) -> int | str:
+    return "all" if value == "all" else _at_least(1)(value)
+
+
+def _allocation(value: object) -> str:
+    if value in NOT_BUILT:
+        raise ValueError(f"allocation {value!r} is not built yet; use uniform")
+    return _word("uniform")(value)
+
+
+def _no_steps(value: object) -> int:
+    if (steps := _at_least(0)(value)) > 0:
+        raise ValueError(f"healing is not built yet ({steps} steps); use 0")
+    return steps
+
+
+def _format(value: object) -> int:
+    if value != 1 or isinstance(value, bool | float):
+        raise ValueError(f"format {value!r} is not known to this version of lrc; it reads format 1")
+    return 1
+
+
+RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+
+
+def _match(value: object) -> str:
+    for part in str(value).split(","):
+        if not RANGE.fullmatch(part.strip()):
+            raise ValueError(
+                f'{part.strip()!r} names no layers; write such as "0-1", 3, "0,2,5-7" or -1 for the last'
+            )
+    return str(value)
+
+
+Keep = Annotated[float | tuple[float, float], PlainValidator(_keep)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """A part of a plan: nothing unknown, nothing converted, nothing changed later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Entry(Strict):
+    """What is asked for one target: ``keep`` or a size, the method, and the options of its solver.
+
+    The key of the size and the options are the method's own, so they stay unchecked here.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    keep: Keep | None = None
+    method: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_all(cls, value: object) -> object:
+        if value == WHOLE:
+            return {"keep": 1}
+        if not isinstance(value, dict):
+            neither = f"{value!r} is neither {WHOLE!r} nor a mapping such as {{rank: 32}}"
+            raise ValueError(as_text_number(value) or neither)
+        return value
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Size and options, as the method's solver names them."""
+        return self.model_extra or {}
+
+
+class Entries(Strict):
+    """Entries by target."""
+
+    def entries(self) -> dict[str, Entry]:
+        """Those that the plan writes."""
+        fields = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value for name, value in fields if isinstance(value, Entry)}
+
+
+class Components(Entries):
+    """Entries by component."""
+
+    qk: Entry | None = None
+    ov: Entry | None = None
+    mlp: Entry | None = None
+
+
+class Roles(Entries):
+    """Entries by projection of a decoder layer."""
+
+    q: Entry | None = None
+    k: Entry | None = None
+    v: Entry | None = None
+    o: Entry | None = None
+    gate: Entry | None = None
+    up: Entry | None = None
+    down: Entry | None = None
+    fc_in: Entry | None = None
+    fc_out: Entry | None = None
+
+
+class Projections(Roles):
+    """Entries by projection."""
+
+    embed: Entry | None = None
+    lm_head: Entry | None = None
+
+
+class Rule(Roles, Components):
+    """What differs in the layers that ``match``: ``keep`` and ``method`` of the whole layer, and entries."""
+
+    match: Annotated[str, PlainValidator(_match)]
+    keep: Keep | None = None
+    method: Text | None = None
+
+    def layers(self, count: int) -> set[int]:
+        """The layers that the rule names in a model of ``count``; ValueError where one is not there."""
+        found = set()
+        for part in self.match.split(","):
+            low, high = RANGE.fullmatch(part.strip()).groups()  # type: ignore[union-attr]
+            ends = [int(low), int(low if high is None else high)]
+            for end in ends:
+                if not -count <= end < count:
+                    raise ValueError(
+                        f"there is no layer {end}; the model has {count} layers, 0 to {count - 1}"
+                    )
+            first, last = (end % count for end in ends)
+            if first > last:
+                raise ValueError(f"{part.strip()!r} matches no layer; it runs from {first} down to {last}")
+            found.update(range(first, last + 1))
+        return found
+
+
+class Calibration(Strict):
+    """The text that moments are taken of; ``seq_len`` None means the model's limit, at most 2048."""
+
+    data: Text | None = None
+    samples: Annotated[int | Literal["all"], PlainValidator(_samples)] = 128
+    seq_len: Annotated[int, PlainValidator(_at_least(2))] | None = None
+    seed: Annotated[int, PlainValidator(_at_least(0))] = 0
+
+
+class Heal(Strict):
+    """Training after the compression."""
+
+    steps: Annotated[int, PlainValidator(_no_steps)] = 0
+
+
+class Plan(Strict):
+    """A plan; a pair in ``keep`` runs linearly from the model's first layer to its last."""
+
+    format: Annotated[int, PlainValidator(_format)]
+    keep: Keep = 1.0
+    method: Text = "a3"
+    allocate: Annotated[str, PlainValidator(_allocation)] = "uniform"
+    components: Components = Components()
+    projections: Projections = Projections()
+    layers: tuple[Rule | None, ...] = Field(default=(), strict=False)
+    refit: Annotated[str, PlainValidator(_word("residual", "none"))] = "residual"
+    calibration: Calibration = Calibration()
+    heal: Heal = Heal()
+
+
+SECTIONS: dict[Path, type[Strict]] = {
+    (): Plan,
+    ("components",): Components,
+    ("projections",): Projections,
+    ("calibration",): Calibration,
+    ("heal",): Heal,
+}
+
+
+def read_plan(document: Document) -> Plan:
+    """The plan in a document; what is wrong in it is noted as a mistake and left out."""
+    return _read(document, document.values)
+
+
+def _read(document: Document, values: dict[str, Any]) -> Plan:
+    try:
+        return Plan.model_validate(values)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            path = problem["loc"]
+            document.mistake(path, _message(problem))
+            values = _without(
+                values, path[:2] if path[0] == "layers" and path[2:] in ((), ("match",)) else path
+            )
+    return _read(document, {"format": 1, **values})
+
+
+def _message(problem: Any) -> str:
+    path, kind, value = problem["loc"], problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key; {nearest(str(path[-1]), SECTIONS.get(path[:-1], Rule).model_fields)}"
+    if kind == "missing":
+        return (
+            "is missing; write 'format: 1'"
+            if path == ("format",)
+            else "is missing; a rule says which layers it is for"
+        )
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    if kind.startswith("string"):
+        return f"{value!r} is not a name"
+    return f"{value!r} is not a {'list of rules' if path == ('layers',) else 'mapping of keys to values'}"
+
+
+def _without(values: Any, path: Path) -> Any:
+    """A copy of nested values without the one at a path; a list keeps its length, so that lines still fit."""
+    key, rest = path[0], path[1:]
+    if isinstance(values, list):
+        return [v if i != key else _without(v, rest) if rest else None for i, v in enumerate(values)]
+    if isinstance(values, dict):
+        return {k: _without(v, rest) if k == key else v for k, v in values.items() if k != key or rest}
+    return values  # left out already

@@ -1,0 +1,42 @@
+"""What a plan has to know of a method: its solvers by target, with their sizes, options and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from lrc.families import Heads
+from lrc.plan.size import SizeRule
+
+
+class OptionData(Protocol):
+    """An option's type and default."""
+
+    @property
+    def annotation(self) -> Any: ...
+
+    @property
+    def default(self) -> Any: ...
+
+
+class SolverData(Protocol):
+    """A solver of one target, as ``lrc.methods.contract.Solver`` describes it."""
+
+    @property
+    def size(self) -> SizeRule: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+    @property
+    def options(self) -> Mapping[str, OptionData]: ...
+
+    @property
+    def refuses(self) -> Callable[[Heads], str | None]: ...
+
+
+class MethodData(Protocol):
+    """A method's solvers by target: ``projection``, ``qk``, ``ov``, ``mlp``."""
+
+    @property
+    def solvers(self) -> Mapping[str, SolverData]: ...

@@ -1,0 +1,1 @@
+"""The typed result of a compression, and its JSON and Markdown forms."""

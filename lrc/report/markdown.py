@@ -1,0 +1,97 @@
+"""A report as Markdown: the page for a pull request, and the model card of the output folder."""
+
+from __future__ import annotations
+
+from lrc.report.groups import summarise
+from lrc.report.report import Report, Size
+
+
+def report_page(report: Report) -> str:
+    """The whole report."""
+    return "\n".join([f"# {report.model}, {report.plan}", "", *_body(report), *_provenance(report)]) + "\n"
+
+
+def model_card(report: Report, plan_text: str) -> str:
+    """The output folder's README.md: how to load it, what it cost, the plan."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [lrc, compressed]",
+        "---",
+        f"# {report.model} compressed with lrc ({report.plan})",
+        "",
+        "```python",
+        "import lrc  # registers the loader",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")',
+        "```",
+        "",
+        *_body(report),
+        "## Plan",
+        "",
+        "```yaml",
+        plan_text.rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _body(report: Report) -> list[str]:
+    lines = [
+        f"Kept {report.keep:.1%} of the decoder's weights.",
+        "",
+        "| | before | after | ratio |",
+        "|---|---|---|---|",
+        *(_size_row(name, report.before, report.after, key) for name, key in _SIZES),
+    ]
+    for change in report.perplexity:
+        before, after = change.before, change.after
+        lines.append(
+            f"| perplexity, {before.data} ({before.windows} windows of {before.seq_len}, {before.dtype}) "
+            f"| {before.value:.4g} | {after.value:.4g} | {change.ratio:.3f} |"
+        )
+    lines += [
+        "",
+        "| target | method | layers | size | kept | predicted error | measured error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for g in summarise(report.targets):
+        size = f"{g.smallest}" if g.smallest == g.largest else f"{g.smallest}-{g.largest}"
+        measured = f"{g.kl:.2g} nats KL" if g.kl is not None else f"{g.measured:.4f}"
+        lines.append(
+            f"| {g.target} | {g.method} | {g.layers} | {size} | {g.kept / g.whole:.1%} | {g.predicted:.4f} | {measured} |"
+        )
+    lines += [
+        "",
+        "Errors are relative, root mean square over the layers, before the refit; measured ones come from running the "
+        "original and the reduced module on the calibration tokens. For qk the prediction is of the attention scores "
+        "and the measurement is the KL divergence of the attention distribution.",
+        "",
+    ]
+    return lines
+
+
+def _provenance(report: Report) -> list[str]:
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in report.peak_bytes.items())
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    calibration = ", ".join(f"{name} {value}" for name, value in report.calibration.items())
+    lines = [
+        "## How it was made",
+        "",
+        f"- Calibration: {calibration}",
+        f"- Device: {report.device}, layers run in {report.dtype}",
+        f"- Seconds: {stages}",
+        f"- Peak memory: {peaks}",
+        f"- Versions: {versions}",
+    ]
+    return lines + [f"- Warning: {warning}" for warning in report.warnings]
+
+
+_SIZES = (("parameters", "parameters"), ("bytes", "bytes"), ("KV cache, bytes per token", "kv_bytes_per_token"))
+
+
+def _size_row(name: str, before: Size, after: Size, key: str) -> str:
+    old, new = getattr(before, key), getattr(after, key)
+    return f"| {name} | {old:,} | {new:,} | {new / old:.3f} |"

@@ -1,0 +1,142 @@
+"""Walks a model one decoder layer at a time: at any moment only one layer's weights are on the device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+
+from lrc.checkpoint.reader import CheckpointReader
+from lrc.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model hands a decoder layer besides the hidden states: mask, positions, rotary tables."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Batch:
+    """Hidden states (blocks, tokens, hidden) in float32 between two layers, and every layer's call."""
+
+    hidden: Tensor
+    calls: list[LayerCall]
+
+
+class ModelStream:
+    """A checkpoint's model on the meta device, and its layers made real one by one.
+
+    Layers run in ``dtype``; the residual stream between them is float32 whatever that is.
+    """
+
+    def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype) -> None:
+        self.reader, self.device, self.dtype = reader, device, dtype
+        layers = self._meta_model().get_submodule(reader.family.layers)
+        self.skeletons: list[nn.Module] = list(layers.children())
+
+    def embed(self, blocks: Tensor, batch_size: int) -> list[Batch]:
+        """Run everything before the first layer on token blocks (n, tokens), in batches of blocks.
+
+        The model's own forward does it, with a recorder in every layer's place: masks, positions and rotary tables are
+        then what the model would have used. Raises UserError where a weight of the embedding is missing.
+        """
+        model, family = self._meta_model(), self.reader.family
+        recorders = [_Recorder(layer) for layer in self.skeletons]
+        parent, _, name = family.layers.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.ModuleList(recorders))
+        base = model.get_submodule(family.prefix)
+        for key, tensor in self.reader.rest().items():
+            if key.startswith(f"{family.prefix}."):
+                set_module_tensor_to_device(model, key, self.device, value=tensor, dtype=self.dtype)
+        missing = [f"{family.prefix}.{key}" for key, tensor in base.named_parameters() if tensor.is_meta]
+        if missing:
+            raise UserError(f"the checkpoint has no tensor {', '.join(missing)}")
+        base.to(self.device)
+        return [self._embed_batch(base, recorders, ids) for ids in blocks.split(batch_size)]
+
+    @torch.no_grad()
+    def _embed_batch(self, base: nn.Module, recorders: list[_Recorder], ids: Tensor) -> Batch:
+        base(input_ids=ids.to(self.device), use_cache=False)
+        hidden = recorders[0].call.args[0]
+        return Batch(hidden.float(), [LayerCall(r.call.args[1:], r.call.kwargs) for r in recorders])
+
+    def _meta_model(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        # Buffers stay real: rotary tables are computed from the config and are in no checkpoint.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                self.reader.config, dtype=self.dtype, attn_implementation="sdpa"
+            )
+        return model.eval()
+
+    def layer(self, index: int) -> tuple[nn.Module, dict[str, Tensor]]:
+        """One decoder layer on the device, and its tensors there by path, in the checkpoint's precision.
+
+        Raises UserError where a weight is NaN or inf.
+        """
+        state = {name: tensor.to(self.device) for name, tensor in self.reader.layer(index).items()}
+        for name, tensor in state.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"layer {index}: {name} has NaN or inf")
+        return self.materialize(index, state), state
+
+    def materialize(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
+        """The stock layer holding ``state``."""
+        return self.filled(copy.deepcopy(self.skeletons[index]), state)
+
+    def filled(self, module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """A meta module given its tensors, on the device and in the precision layers run in."""
+        module.load_state_dict({name: self._placed(tensor) for name, tensor in state.items()}, assign=True)
+        return module.requires_grad_(False)
+
+    def run(self, layer: nn.Module, index: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) in float32."""
+        call = batch.calls[index]
+        with torch.no_grad(), self.precision():
+            out = layer(hidden, *call.args, **call.kwargs)
+        return (out[0] if isinstance(out, tuple) else out).float()
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast to the layers' precision, so that a float32 stream can enter bfloat16 layers."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def cast(self, x: Tensor) -> Tensor:
+        """Activations as the products inside the layer see them."""
+        return x.to(self.dtype)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        # Norms work on the float32 stream; autocast brings biases to the precision of their product.
+        return tensor.to(self.device, torch.float32 if tensor.ndim < 2 else self.dtype)
+
+
+class _Recorder(nn.Module):
+    """Stands in a layer's place, keeps what it was called with and passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._attributes = {k: v for k, v in vars(layer).items() if not k.startswith("_")}
+        self.call = LayerCall((), {})
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read facts of a layer, such as its attention type, to choose its mask.
+        attributes = self.__dict__.get("_attributes", {})
+        return attributes[name] if name in attributes else super().__getattr__(name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.call = LayerCall((hidden_states, *args), kwargs)
+        return hidden_states

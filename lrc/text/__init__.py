@@ -1,0 +1,1 @@
+"""Data sets and files to token blocks: ``datasets`` and ``files`` to ``source`` to ``blocks``."""

@@ -1,0 +1,136 @@
+"""From what a user calls a text (a data set's name or a file) to the text itself."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from lrc.errors import UserError, nearest
+from lrc.text.datasets import DATASETS, DataSet, Split
+from lrc.text.files import holds_documents, read_documents, read_plain
+
+ASSETS = Path(__file__).parent.parent / "assets"
+DATA_DIR_VARIABLE = "LRC_DATA_DIR"
+_FILE_SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".parquet", ".xz", ".gz")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text: ``sha256`` of its UTF-8 bytes, where it came from, and what a reader of a report should know.
+
+    ``name`` is the data set's name or the file's path; ``split`` is None for a file.
+    """
+
+    name: str
+    split: str | None
+    text: str
+    sha256: str
+    origin: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """``wikitext2:test``, or the file's path."""
+        return f"{self.name}:{self.split}" if self.split else self.name
+
+
+def read_text(spec: str, use: Literal["calibration", "evaluation"], data_dir: Path | None = None) -> Text:
+    """The text a user means by ``NAME``, ``NAME:SPLIT`` or the path of a file.
+
+    Files are plain text, JSON lines with a field ``text``, or parquet with such a column; ``.xz`` and ``.gz``
+    are decompressed. A data set is looked for under ``data_dir`` (else the folder that LRC_DATA_DIR names),
+    then on the hub; without a split it is the data set's own for the use. Raises UserError for an unknown
+    name or split, and for a file or data set that is not there, empty, binary or not UTF-8.
+    """
+    name, _, split = spec.partition(":")
+    if name in DATASETS:
+        return _read_dataset(DATASETS[name], split, use, _data_dir(data_dir))
+    path = Path(spec).expanduser()
+    if not (path.exists() or os.sep in spec or path.suffix in _FILE_SUFFIXES):
+        raise UserError(f"unknown text {spec!r}: {nearest(name, DATASETS)}; or a path to a text file")
+    text = "\n\n".join(read_documents(path, "text")) if holds_documents(path) else read_plain(path)
+    return _text(spec, None, text, str(path), ())
+
+
+def _read_dataset(data_set: DataSet, asked: str, use: str, data_dir: Path | None) -> Text:
+    name = {"valid": "validation", "val": "validation"}.get(asked, asked)
+    name = name or (data_set.calibration if use == "calibration" else data_set.evaluation)
+    if name not in data_set.splits:
+        raise UserError(f"{data_set.name} has no split {asked!r}: {nearest(name, data_set.splits)}")
+    split = data_set.splits[name]
+    held_out = use == "calibration" and name == data_set.evaluation
+    notes = (f"{name} split used for calibration",) if held_out else ()
+    folder = ASSETS if data_set.hub is None else data_dir
+    candidates = [folder / file for file in split.local] if folder else []
+    found = next((path for path in candidates if path.is_file()), None)
+    if found:
+        return _text(data_set.name, name, _read_local(data_set, split, found), str(found), notes)
+    if data_set.hub is None:
+        raise UserError(f"{ASSETS / split.local[0]}: missing; the installation of lrc is damaged")
+    text = data_set.joiner.join(_hub_rows(data_set, data_set.hub, name, data_dir))
+    return _text(data_set.name, name, text, f"{data_set.hub} on the hub", notes)
+
+
+def _read_local(data_set: DataSet, split: Split, path: Path) -> str:
+    if holds_documents(path):
+        return data_set.joiner.join(read_documents(path, data_set.column, split.documents))
+    text = read_plain(path)
+    if data_set.lines == "none":
+        return text
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if data_set.lines == "stripped":
+        return data_set.joiner.join(line.strip() for line in lines)
+    return data_set.joiner.join(f"{line}\n" if line.strip() else "" for line in lines)
+
+
+def _hub_rows(data_set: DataSet, hub: str, name: str, data_dir: Path | None) -> Iterable[str]:
+    from datasets import load_dataset
+
+    split = data_set.splits[name]
+    try:
+        rows = load_dataset(
+            hub,
+            data_set.config,
+            data_files={name: split.hub_file} if split.hub_file else None,
+            split=name,
+            revision=data_set.revision,
+            streaming=split.documents is not None,
+            verification_mode="no_checks",  # one file of many: the sizes on the data set's card do not apply
+        )
+        return [row[data_set.column] for row in islice(rows, split.documents)]
+    except Exception as error:  # the hub's client, its cache and its transport each have errors of their own
+        raise UserError(_unreachable(data_set, name, data_dir, error)) from error
+
+
+def _unreachable(data_set: DataSet, name: str, data_dir: Path | None, error: Exception) -> str:
+    searched = f"not in {data_dir}" if data_dir else "no data folder is given"
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    files = " or ".join(data_set.splits[name].local)
+    return (
+        f"no text for {data_set.name}:{name}: {searched}, and the hub does not give {data_set.hub} "
+        f"({reason}). Without a network give a folder with --data-dir or {DATA_DIR_VARIABLE} that holds "
+        f"{files}; or use a path to a text file, or 'builtin'"
+    )
+
+
+def _data_dir(given: Path | None) -> Path | None:
+    variable = os.environ.get(DATA_DIR_VARIABLE)
+    folder = given or (Path(variable) if variable else None)
+    if folder and not folder.is_dir():
+        raise UserError(f"{folder}, given by {'--data-dir' if given else DATA_DIR_VARIABLE}, is not a folder")
+    return folder
+
+
+def _text(name: str, split: str | None, text: str, origin: str, notes: tuple[str, ...]) -> Text:
+    if not text.strip():
+        raise UserError(f"{origin} is empty: it holds no text")
+    try:
+        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
+        raise UserError(f"{origin}: character {error.start} is half of a surrogate pair, not text") from None
+    return Text(name, split, text, digest, origin, notes)
