@@ -19,7 +19,7 @@ from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity, evaluate_perplexity
 from lrc.hub.loader import load
 from lrc.hub.names import resolve_model
-from lrc.job import Job, find_device, find_dtype, prepare
+from lrc.job import Job, default_batch, find_device, find_dtype, prepare
 from lrc.output import sizes, target_records, write_checkpoint
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
@@ -31,7 +31,6 @@ from lrc.text.source import Text, read_text
 Progress = Callable[[str, int], Callable[[int], object]]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
-_BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
 
 
 def compress(
@@ -79,7 +78,7 @@ def compress(
     )
     source = read_text(calib or job.plan.plan.calibration.data or default, "calibration", folder)
     blocks = _blocks(job, tokenizer, source)
-    batch = batch_size or max(_BATCH_TOKENS[place.type] // job.plan.seq_len, 1)
+    batch = batch_size or default_batch(place.type, job.plan.seq_len)
     settings = _settings(job, source, blocks, place, precision, batch)
     watch = Stopwatch(place)
     progress = progress or (lambda label, total: lambda done: None)
@@ -215,7 +214,11 @@ def _memory_advice(batch: int | None) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        knob = "a shorter --seq-len" if batch is None else f"--batch-size below {batch}, or fewer calibration samples"
+        knob = (
+            "a shorter --seq-len"
+            if batch is None
+            else f"--batch-size below {batch}, or fewer calibration samples"
+        )
         raise UserError(f"the GPU is out of memory; try {knob} ({str(error).splitlines()[0]})") from error
 
 

@@ -42,7 +42,9 @@ def assemble(
     Roles in ``plain`` that no solution holds are stored as an ordinary linear all the same.
     """
     family, solutions = architecture.family, list(solutions)
-    parts: dict[str, Affine | Factors] = {r: Affine(*canonical(family, architecture, state, r)) for r in plain}
+    parts: dict[str, Affine | Factors] = {
+        r: Affine(*canonical(family, architecture, state, r)) for r in plain
+    }
     parts |= {role: part for solution in solutions for role, part in solution.parts.items()}
     columns = next((s.rotary_columns for s in solutions if s.rotary_columns is not None), None)
     split = _must_split(architecture, parts)
@@ -74,7 +76,10 @@ def _must_split(architecture: Architecture, parts: Mapping[str, Affine | Factors
     """Whether the attention must be stored as four separate projections: some change of head size, or a fused one."""
     touched = [role for role in ATTENTION_ROLES if role in parts]
     shapes, fused = architecture.matrices, architecture.family.projections
-    return any(fused[role].fused or _shape(parts[role]) != (shapes[role].rows, shapes[role].columns) for role in touched)
+    return any(
+        fused[role].fused or _shape(parts[role]) != (shapes[role].rows, shapes[role].columns)
+        for role in touched
+    )
 
 
 def _shape(part: Affine | Factors) -> tuple[int, int]:

@@ -121,7 +121,9 @@ class Compressor:
                 measure.add(calls)
                 if "o" in outputs:
                     hidden = self._compressed_hidden(i)
-                    with observe(reduced.module, {"x": outputs["o"], "middle": middle}, stop_at="middle") as seen:
+                    with observe(
+                        reduced.module, {"x": outputs["o"], "middle": middle}, stop_at="middle"
+                    ) as seen:
                         self._stream.run(reduced.module, plan.index, batch, hidden)
                     o_sum = o_sum or self._refit_sum(reduced, outputs["o"])
                     o_sum.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
@@ -150,7 +152,9 @@ class Compressor:
         weight, bias = f"{path}.weight", f"{path}.bias"
         fitted, damping = total.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
         dtype = self._stream.reader.dtype
-        new = {weight: fitted.weight.to(dtype)} | ({} if fitted.bias is None else {bias: fitted.bias.to(dtype)})
+        new = {weight: fitted.weight.to(dtype)} | (
+            {} if fitted.bias is None else {bias: fitted.bias.to(dtype)}
+        )
         reduced.state.update(new)
         self._stream.filled(reduced.module, reduced.state)
         return damping

@@ -16,6 +16,7 @@ from lrc.plan.library import find_plan
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 
+_BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,3 +73,8 @@ def find_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> t
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}; {nearest(name, DTYPES)}")
     return DTYPES[name]
+
+
+def default_batch(device: str, seq_len: int) -> int:
+    """Blocks that run at once on a ``cuda`` or ``cpu`` device unless the user says how many."""
+    return max(_BATCH_TOKENS[device] // seq_len, 1)

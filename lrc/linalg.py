@@ -33,12 +33,12 @@ class Cholesky:
 
 def damped(c: Tensor, damping: float = DAMPING) -> Tensor:
     """C + ``damping``·mean(diag C)·I in float64, for C of shape (..., n, n)."""
-    c = c.double()
-    diagonal = c.diagonal(dim1=-2, dim2=-1)
+    matrix = c.to(torch.float64, copy=True)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
     # An input that is zero throughout (a dead head) has no scale of its own; any positive one will do.
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    return c + torch.diag_embed(damping * mean.expand_as(diagonal))
+    diagonal += damping * torch.where(mean > 0, mean, torch.ones_like(mean))
+    return matrix
 
 
 def damped_cholesky(c: Tensor, damping: float = DAMPING) -> Cholesky:
@@ -51,7 +51,8 @@ def damped_cholesky(c: Tensor, damping: float = DAMPING) -> Cholesky:
     while damping <= largest:
         matrix = damped(c, damping)
         factor, info = torch.linalg.cholesky_ex(matrix)
-        if not bool(info.any()):
+        # An infinite entry factors without complaint.
+        if not bool(info.any()) and bool(factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
             return Cholesky(factor, matrix, damping)
         damping = max(10 * damping, _SMALLEST_DAMPING)
     raise UserError("a moment is not positive semidefinite; are there NaN or inf in the activations?")
@@ -95,13 +96,14 @@ def best_pair(
     w = weight.double()
     rows, columns = w.shape[-2:]
     if rows < columns:
-        # A singular C would leave the order of the directions outside its range arbitrary.
-        inner = w @ w.mT if c is None else w @ damped_cholesky(c).matrix @ w.mT
+        inner, damping = _gram(w, c)
         p = best_projector(g, inner, rank)  # of the transposed problem
-        return *balanced(p.down.mT, p.up.mT @ w), p.damping
-    inner = w.mT @ w if g is None else w.mT @ g.double() @ w
-    p = best_projector(c, inner, rank)
-    return *balanced(w @ p.up, p.down), p.damping
+        pair = balanced(p.down.mT, p.up.mT @ w)
+    else:
+        inner, damping = _gram(w.mT, g)
+        p = best_projector(c, inner, rank)
+        pair = balanced(w @ p.up, p.down)
+    return *pair, max(damping, p.damping)
 
 
 def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,19 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
 def data_error(delta: Tensor, c: Tensor) -> float:
     """tr(ΔW C ΔWᵀ) = E‖ΔW x‖², for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
     delta = delta.double()
-    return float(((delta @ c.double()) * delta).sum())
+    # Never below zero, though a float32 sum may be indefinite by rounding.
+    return max(float(((delta @ c.double()) * delta).sum()), 0.0)
+
+
+def _gram(w: Tensor, moment: Tensor | None) -> tuple[Tensor, float]:
+    """W M Wᵀ for a damped moment M (None is the identity), and the damping.
+
+    A singular M would leave the order of the directions outside its range arbitrary.
+    """
+    if moment is None:
+        return w @ w.mT, 0.0
+    root = damped_cholesky(moment)
+    return w @ root.matrix @ w.mT, root.damping
 
 
 def _top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:

@@ -44,10 +44,14 @@ class LayerMeasure:
         self._alone: dict[str, nn.Module] = {}
         self._paths: dict[str, str] = {}
         for target, solution in solutions.items():
-            reduced = assemble(self._architecture, stream.skeletons[index], state, [solution], stream.reader.dtype)
+            reduced = assemble(
+                self._architecture, stream.skeletons[index], state, [solution], stream.reader.dtype
+            )
             self._alone[target] = stream.filled(reduced.module, reduced.state)
             self._paths |= {role: path for role, path in reduced.paths.items() if role == target}
-        self._sums = {target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions}
+        self._sums = {
+            target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions
+        }
         self._kl: float | None = None
         self._tokens = 0
 
@@ -68,7 +72,9 @@ class LayerMeasure:
                     if self._kl is None:
                         self._kl = self._attention_kl(alone, calls["attention"])
                 elif target == "ov":
-                    new = alone.get_submodule(family.attention)(*calls["attention"].args, **calls["attention"].kwargs)
+                    new = alone.get_submodule(family.attention)(
+                        *calls["attention"].args, **calls["attention"].kwargs
+                    )
                     self._count(target, calls["attention"].output[0], new[0], self._affine("o")[1])
                 elif target == "mlp":
                     new = alone.get_submodule(family.mlp)(calls["mlp"].input)
@@ -99,9 +105,14 @@ class LayerMeasure:
     def _attention_kl(self, reduced: nn.Module, call: Call) -> float:
         """Mean KL divergence, over queries and heads of the first block, of the attention distribution."""
         path = self._architecture.family.attention
-        original = self._stream.filled(copy.deepcopy(self._stream.skeletons[self._index].get_submodule(path)), {
-            name.removeprefix(f"{path}."): tensor for name, tensor in self._state.items() if name.startswith(f"{path}.")
-        })
+        original = self._stream.filled(
+            copy.deepcopy(self._stream.skeletons[self._index].get_submodule(path)),
+            {
+                name.removeprefix(f"{path}."): tensor
+                for name, tensor in self._state.items()
+                if name.startswith(f"{path}.")
+            },
+        )
         old, new = (_attention_weights(module, call) for module in (original, reduced.get_submodule(path)))
         floor = torch.finfo(old.dtype).tiny  # softmax underflows to zero
         return float((old * (old.clamp_min(floor).log() - new.clamp_min(floor).log())).sum(-1).mean())

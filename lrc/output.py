@@ -35,7 +35,11 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     table = module_table(job.plan, job.reader.family.layers, staging)
     staging.assemble([REST, *parts])
     config = json.loads(job.reader.config_text)
-    config["quantization_config"] = {"quant_method": "lrc", "format_version": FORMAT_VERSION, "modules": table}
+    config["quantization_config"] = {
+        "quant_method": "lrc",
+        "format_version": FORMAT_VERSION,
+        "modules": table,
+    }
     staging.write_json("config.json", config)
     for pattern in COPIED:
         for path in sorted(job.reader.folder.glob(pattern)):

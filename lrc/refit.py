@@ -26,7 +26,7 @@ class RefitSum:
         """Count inputs x (..., width) and targets (..., out)."""
         rows, wanted = x.reshape(-1, x.shape[-1]), target.reshape(-1, target.shape[-1])
         self._gram += product(rows, rows)
-        self._cross += wanted.float().T @ rows.float()
+        self._cross += product(wanted.float(), rows)
         self._input += rows.sum(dim=0, dtype=torch.float32)
         self._target += wanted.sum(dim=0, dtype=torch.float32)
         self._tokens += rows.shape[0]

@@ -17,6 +17,7 @@ class Stopwatch:
         self._device = device
         self.seconds: dict[str, float] = {}
         if device.type == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager

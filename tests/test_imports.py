@@ -27,7 +27,7 @@ LAYERS = (
     ("checkpoint", "text"),
     ("hub", "stream"),
     ("refit", "solve", "assemble", "job"),
-    ("measure", "evaluate"),
+    ("measure", "evaluation"),
     ("compressor",),
     ("output",),
     ("report",),

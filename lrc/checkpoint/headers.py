@@ -79,5 +79,7 @@ def _read(file: Path) -> dict[str, StoredTensor]:
         if end > size:
             raise UserError(f"{file} is cut short: tensor {name!r} ends at byte {end}, the file has {size}")
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{file}: tensor {name!r} is stored as {entry['dtype']}; lrc reads {', '.join(DTYPES)}")
+            raise UserError(
+                f"{file}: tensor {name!r} is stored as {entry['dtype']}; lrc reads {', '.join(DTYPES)}"
+            )
     return {n: StoredTensor(tuple(e["shape"]), DTYPES[e["dtype"]], file) for n, e in tensors.items()}

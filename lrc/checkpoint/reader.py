@@ -35,7 +35,9 @@ class CheckpointReader:
         self.raw_config: dict[str, Any] = _parse(self.config_text, folder / "config.json")
         if "quantization_config" in self.raw_config:
             method = self.raw_config["quantization_config"].get("quant_method", "quantized")
-            raise UserError(f"{folder} is a {method} checkpoint already; compress the full-precision original")
+            raise UserError(
+                f"{folder} is a {method} checkpoint already; compress the full-precision original"
+            )
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
         self._check_causal()
         self._pickles: dict[Path, dict[str, Tensor]] = {}
@@ -55,7 +57,9 @@ class CheckpointReader:
     @cached_property
     def architecture(self) -> Architecture:
         """Shapes and head geometry of the model."""
-        return describe(self.family, self.config, {name: stored.shape for name, stored in self.tensors.items()})
+        return describe(
+            self.family, self.config, {name: stored.shape for name, stored in self.tensors.items()}
+        )
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -102,7 +106,9 @@ class CheckpointReader:
             else:
                 continue
             if base == _PICKLE and not allow_pickle:
-                raise UserError(f"{self.folder} holds only pickled weights ({names[0]}); pass --allow-pickle to read them")
+                raise UserError(
+                    f"{self.folder} holds only pickled weights ({names[0]}); pass --allow-pickle to read them"
+                )
             files = [self.folder / name for name in names]
             missing = [file.name for file in files if not file.exists()]
             if missing:
@@ -115,7 +121,9 @@ class CheckpointReader:
                 for file, tensors in self._pickles.items()
                 for name, tensor in tensors.items()
             }
-        raise UserError(f"{self.folder} holds no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json")
+        raise UserError(
+            f"{self.folder} holds no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json"
+        )
 
     def _full_name(self, name: str) -> str:
         known = (f"{self.family.prefix}.", f"{self.family.head}.")

@@ -48,7 +48,9 @@ class Staging:
         try:
             return load_file(self._work / f"{part}.safetensors")
         except SafetensorError as error:
-            raise UserError(f"{self._work / part}.safetensors is damaged: {error}; start over with --fresh") from error
+            raise UserError(
+                f"{self._work / part}.safetensors is damaged: {error}; start over with --fresh"
+            ) from error
 
     def headers(self, part: str) -> dict[str, StoredTensor]:
         """Shapes and precisions of a finished part's tensors."""
@@ -121,7 +123,9 @@ def staging(out: Path, key: Mapping[str, Any], *, fresh: bool, force: bool) -> I
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another run is writing {out} (it holds {folder}); wait for it or choose another --out") from None
+            raise UserError(
+                f"another run is writing {out} (it holds {folder}); wait for it or choose another --out"
+            ) from None
         journal = work / "run.json"
         if fresh:
             _clear(folder)
@@ -142,7 +146,9 @@ def check_output(out: Path, *, force: bool) -> None:
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"cannot write {out}: the folder {out.parent} is read-only")
     if out.exists() and not (out / MANIFEST).is_file() and not force:
-        raise UserError(f"{out} exists and is not an lrc output; choose another --out, or pass --force to replace it")
+        raise UserError(
+            f"{out} exists and is not an lrc output; choose another --out, or pass --force to replace it"
+        )
     if out.exists() and Path.cwd().resolve().is_relative_to(out.resolve()):
         raise UserError(f"cannot replace {out}: it is, or holds, the current folder")
 
@@ -183,5 +189,7 @@ def _space(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(f"the disk is full: {folder}; free some space and run the same command again") from error
+            raise UserError(
+                f"the disk is full: {folder}; free some space and run the same command again"
+            ) from error
         raise

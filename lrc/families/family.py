@@ -48,7 +48,9 @@ class Family:
     dropout: str = "attention_dropout"  # attribute of the attention module: the rate on the attention weights
     output_dropout: str | None = None  # module of the attention, behind its output projection
     stale: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and no module reads
-    unsupported: Mapping[str, object] = field(default_factory=dict)  # config key -> the value lrc cannot handle
+    unsupported: Mapping[str, object] = field(
+        default_factory=dict
+    )  # config key -> the value lrc cannot handle
 
     @property
     def mlp_inputs(self) -> tuple[str, ...]:
@@ -213,7 +215,9 @@ def _layer_matrices(
     for role, stored in family.projections.items():
         name = f"{family.layers}.{layer}.{stored.module}"
         if f"{name}.weight" not in shapes:
-            raise UserError(f"the checkpoint has no tensor {name}.weight (projection {role!r} of layer {layer})")
+            raise UserError(
+                f"the checkpoint has no tensor {name}.weight (projection {role!r} of layer {layer})"
+            )
         shape = shapes[f"{name}.weight"]
         if len(shape) != 2:
             raise UserError(f"{name}.weight has shape {list(shape)}, expected a matrix")

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
-from lrc.hub.headers import read_headers
 from lrc.hub.names import resolve_model
 
 
@@ -24,10 +25,11 @@ def load(
 ) -> PreTrainedModel:
     """Load a model in eval mode; ``model`` is a folder, a hub id, a short name or a built-in.
 
-    ``kwargs`` go to ``from_pretrained``. Raises UserError for an unknown model, a damaged file, or pickled
-    weights that ``allow_pickle`` does not allow.
+    ``kwargs`` go to ``from_pretrained``. Raises UserError for an unknown model, one that is no causal language
+    model, a damaged file, or pickled weights that ``allow_pickle`` does not allow.
     """
     folder = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
+    _check_causal(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
         raise UserError(
@@ -38,3 +40,12 @@ def load(
         kwargs["device_map"] = {"": torch.device(device)}
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
     return loaded.eval()
+
+
+def _check_causal(folder: Path, trust_remote_code: bool) -> None:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+    if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{folder} is a {config.model_type} model, not a causal language model")

@@ -19,9 +19,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lrc.checkpoint.headers import check_shapes, read_headers
 from lrc.errors import UserError
 from lrc.families import Family, family_of
-from lrc.hub.headers import check_shapes, read_headers
 from lrc.modules.table import Table, apply_table
 
 if TYPE_CHECKING:
@@ -62,13 +62,8 @@ class LrcQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         apply_table(model, _local_table(model, self.quantization_config.modules, family), family)
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            prefix = f"{model.base_model_prefix}."
-            stored = {
-                name.removeprefix(prefix): held for name, held in read_headers(checkpoint_files).items()
-            }
-            expected = {
-                n.removeprefix(prefix): tuple(t.shape) for n, t in _own_tensors(model, family).items()
-            }
+            stored = {_full_name(n, family): held for n, held in read_headers(checkpoint_files).items()}
+            expected = {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
             check_shapes(expected, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -78,9 +73,8 @@ class LrcQuantizer(HfQuantizer):
             for name, tensor in _own_tensors(model, family).items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise UserError(f"the checkpoint lacks the tensor {name!r}")
-        model.config.quantization_config = (
-            self.quantization_config.to_dict()
-        )  # as AutoConfig has it, for reuse
+        # A dict, as AutoConfig reads it: transformers takes no other where the config is used again.
+        model.config.quantization_config = self.quantization_config.to_dict()
         _unflag(model)
         model._get_static_cache_init_shape = _no_early_cache  # type: ignore[method-assign]
 
@@ -98,6 +92,11 @@ class LrcQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _full_name(name: str, family: Family) -> str:
+    """What the causal language model calls a tensor; a base model and its files leave the prefix out."""
+    return name if name.startswith((f"{family.prefix}.", f"{family.head}.")) else f"{family.prefix}.{name}"
 
 
 def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:

@@ -26,7 +26,9 @@ def methods() -> dict[str, Method]:
     """Every method found in this folder, by name."""
     found = {}
     for name, module in submodules(sys.modules[__name__]):
-        solvers = [item.solver for item in vars(module).values() if isinstance(getattr(item, "solver", None), Solver)]
+        solvers = [
+            item.solver for item in vars(module).values() if isinstance(getattr(item, "solver", None), Solver)
+        ]
         if solvers:
             summary = (module.__doc__ or "").strip().splitlines()[0]
             found[name] = Method(name, summary, {solver.target: solver for solver in solvers})

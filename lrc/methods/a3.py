@@ -74,7 +74,12 @@ def solve_ov(problem: OVProblem, rank: int, *, refit: Refit = "least_squares") -
     biased = problem.v.bias is not None or problem.o.bias is not None
     offset = torch.zeros_like(moment.mean)
     if problem.v.bias is not None:
-        offset = problem.v.bias.double().unflatten(0, (heads.kv_heads, -1)).repeat_interleave(group, dim=0).flatten()
+        offset = (
+            problem.v.bias.double()
+            .unflatten(0, (heads.kv_heads, -1))
+            .repeat_interleave(group, dim=0)
+            .flatten()
+        )
     free = moment.shifted(offset)  # of the attention output before the value bias
     c = free.centred if biased else free.second
     own = _diagonal_blocks(c, heads.heads)
@@ -124,7 +129,8 @@ def solve_mlp(
         output = weight[:, kept]
     delta[:, kept] -= output
     inputs = {
-        role: Affine(m.weight[kept], None if m.bias is None else m.bias[kept]) for role, m in problem.inputs.items()
+        role: Affine(m.weight[kept], None if m.bias is None else m.bias[kept])
+        for role, m in problem.inputs.items()
     }
     if bias is not None:
         bias = bias.double() + delta @ moment.mean

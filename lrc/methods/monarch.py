@@ -54,7 +54,9 @@ class MonarchRank:
 
 
 @solves("projection", size=MonarchRank(), paper="Monarch, arXiv:2204.00595, in the metric of the inputs")
-def solve_projection(problem: ProjectionProblem, rank: int, *, blocks: Blocks = BLOCKS, rounds: Rounds = 4) -> Solution:
+def solve_projection(
+    problem: ProjectionProblem, rank: int, *, blocks: Blocks = BLOCKS, rounds: Rounds = 4
+) -> Solution:
     """Minimise E‖(W − W') x‖² over grids of rank-r blocks by block coordinate descent.
 
     Column group k has the moment C_kk. It starts from the whitened SVD of every block, which is the optimum where C is

@@ -24,7 +24,9 @@ def reference(problem: ProjectionProblem) -> float:
     return data_error(problem.matrix.weight, problem.input.second)
 
 
-def pair_solution(problem: ProjectionProblem, rank: int, c: Tensor | None, g: Tensor | None = None) -> Solution:
+def pair_solution(
+    problem: ProjectionProblem, rank: int, c: Tensor | None, g: Tensor | None = None
+) -> Solution:
     """The best pair in the metric of C and G, with the bias corrected where C is of the data."""
     weight, bias = problem.matrix.weight.double(), problem.matrix.bias
     b, a, damping = best_pair(weight, rank, c, g)
@@ -39,4 +41,3 @@ def pair_solution(problem: ProjectionProblem, rank: int, c: Tensor | None, g: Te
         predicted=Prediction(error, reference(problem), "output", loss),
         numerics={"damping": damping},
     )
-

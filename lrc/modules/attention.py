@@ -124,7 +124,7 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
     fused = {family.projections[role].module.removeprefix(f"{family.attention}.") for role in family.split}
-    for name in fused - set(family.split.values()):
+    for name in sorted(fused - set(family.split.values())):
         setattr(module, name, Absent(getattr(module, name).weight))
     columns = (
         torch.empty(kv_heads, qk, dtype=torch.int64, device=_device(module))

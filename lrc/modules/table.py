@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrc.errors import UserError, nearest
 from lrc.families import Family
 from lrc.modules import kinds
-from lrc.modules.attention import Absent, ReducedAttention, reduce_attention
+from lrc.modules.attention import ReducedAttention, reduce_attention
 from lrc.modules.kind import Entry
 
 Table = dict[str, Entry]
@@ -57,12 +57,6 @@ def build(entry: Mapping[str, Any], like: Tensor) -> nn.Module:
         else:
             module = kinds()[entry["kind"]].from_entry(entry)
     return module.to(like.dtype).to_empty(device=like.device)
-
-
-def guard_tensors(root: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The zero-element tensors that a checkpoint holds at the names of fused projections, by path."""
-    absent = [path for path, module in root.named_modules() if isinstance(module, Absent)]
-    return {f"{path}.weight": torch.empty(0, dtype=dtype) for path in absent}
 
 
 def dense_entry(rows: int, columns: int, bias: bool) -> Entry:

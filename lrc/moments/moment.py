@@ -24,7 +24,9 @@ class Moment:
     def shifted(self, offset: Tensor) -> Moment:
         """The moment of x − offset."""
         cross = torch.outer(self.mean, offset)
-        return Moment(self.second - cross - cross.T + torch.outer(offset, offset), self.mean - offset, self.tokens)
+        return Moment(
+            self.second - cross - cross.T + torch.outer(offset, offset), self.mean - offset, self.tokens
+        )
 
     def double(self) -> Moment:
         """The same in float64, for roots and solves."""
@@ -52,7 +54,16 @@ class MomentSum:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right in float32, for (tokens, m) and (tokens, n); bfloat16 and float16 are multiplied as they are."""
-    if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.float().T @ right.float()
+    """leftᵀ right summed in float32, for left (tokens, m) and right (tokens, n).
+
+    On a GPU bfloat16 and float16 are multiplied as they are; a float32 ``left`` beside them is split into two halves
+    of that precision, which together carry twice its bits.
+    """
+    low = right.dtype in (torch.bfloat16, torch.float16)
+    if not (left.is_cuda and low):
+        return left.float().T @ right.float()
+    high = left.to(right.dtype)
+    total = torch.mm(high.T, right, out_dtype=torch.float32)
+    if left.dtype == torch.float32:
+        total += torch.mm((left - high).to(right.dtype).T, right, out_dtype=torch.float32)
+    return total

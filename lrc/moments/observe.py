@@ -29,7 +29,9 @@ class Stop(Exception):  # noqa: N818 - control flow, not an error
 
 
 @contextmanager
-def observe(module: nn.Module, paths: Mapping[str, str], stop_at: str | None = None) -> Iterator[dict[str, Call]]:
+def observe(
+    module: nn.Module, paths: Mapping[str, str], stop_at: str | None = None
+) -> Iterator[dict[str, Call]]:
     """Record the calls of the submodules at ``paths`` (name -> path) while the context is open.
 
     With ``stop_at`` the call of ``module`` ends, without a result, when that name's submodule is about to run.

@@ -89,7 +89,11 @@ def _provenance(report: Report) -> list[str]:
     return lines + [f"- Warning: {warning}" for warning in report.warnings]
 
 
-_SIZES = (("parameters", "parameters"), ("bytes", "bytes"), ("KV cache, bytes per token", "kv_bytes_per_token"))
+_SIZES = (
+    ("parameters", "parameters"),
+    ("bytes", "bytes"),
+    ("KV cache, bytes per token", "kv_bytes_per_token"),
+)
 
 
 def _size_row(name: str, before: Size, after: Size, key: str) -> str:

@@ -32,7 +32,7 @@ KINDS = {
 
 @dataclass
 class Layer:
-    """One layer's projections as stored and those of the equal stock model, with its head widths and kinds."""
+    """One layer's projections as stored and those of the equal stock model, head widths and kinds."""
 
     stored: Weights
     equal: Weights

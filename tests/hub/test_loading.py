@@ -38,7 +38,7 @@ def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
         return model(tokens, **kwargs).logits
 
 
-def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
+def load(folder: Path, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
@@ -277,6 +277,13 @@ def test_lrc_load_reads_compressed_and_plain(compressed: Make) -> None:
     assert torch.equal(logits(lrc.load(made.source), ids()), logits(load(made.source), ids()))
 
 
+def test_a_graph_is_whole_under_compile(compressed: Make) -> None:
+    made = compressed("llama", "all")
+    compiled = torch.compile(load(made.folder), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        close(compiled(ids()).logits, logits(made.stock, ids()))
+
+
 def test_lrc_load_refuses_pickled_weights(compressed: Make) -> None:
     made = compressed("gpt2", "mlp")
     state = load_file(made.source / "model.safetensors")
@@ -285,6 +292,19 @@ def test_lrc_load_refuses_pickled_weights(compressed: Make) -> None:
     with pytest.raises(UserError, match="no safetensors weights"):
         lrc.load(made.source)
     assert logits(lrc.load(made.source, allow_pickle=True), ids()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "vit"}, "is a vit model, not a causal language model"),
+        ({"model_type": "lama"}, r"config\.json cannot be used: .*`lama`"),
+    ],
+)
+def test_lrc_load_refuses_other_models(compressed: Make, change: dict[str, str], message: str) -> None:
+    folder = edited(compressed("llama", "mlp").source, lambda config: config.update(change))
+    with pytest.raises(UserError, match=message):
+        lrc.load(folder)
 
 
 # Without lrc, and damage
@@ -362,7 +382,7 @@ def test_missing_tensor_is_named(compressed: Make, tensor: str) -> None:
     state = load_file(folder / "model.safetensors")
     del state[tensor]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=tensor.removeprefix("model.")):
+    with pytest.raises(UserError, match=f"lacks the tensor {tensor!r}"):
         load(folder)
 
 
@@ -375,7 +395,7 @@ def test_missing_factor_is_named_and_a_state_dict_is_checked(compressed: Make) -
     with pytest.raises(UserError, match=gone):
         type(model).from_pretrained(None, config=model.config, state_dict=state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=gone.removeprefix("model.")):
+    with pytest.raises(UserError, match=f"lacks the tensor {gone!r}"):
         load(folder)
 
 
@@ -385,7 +405,8 @@ def test_wrong_shape_is_named(compressed: Make) -> None:
     state["model.layers.0.mlp.gate_proj.L"] = state["model.layers.0.mlp.gate_proj.L"][:, :-1].contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=r"model\.safetensors: tensor 'layers\.0\.mlp\.gate_proj\.L' has shape \[2, 23, 4\]"
+        UserError,
+        match=r"model\.safetensors: tensor 'model\.layers\.0\.mlp\.gate_proj\.L' has shape \[2, 23, 4\]",
     ):
         load(folder)
 

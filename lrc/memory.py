@@ -1,0 +1,169 @@
+"""How much GPU memory a compression takes, worked out from shapes.
+
+The count follows ``lrc.compressor`` stage by stage. Between two layers only the hidden states are held; within one layer
+
+    observe   streams + weights + 2 · moments + activations         sums, and the means made of them
+    solve     streams + weights + moments + solutions + work        work: of the largest solve
+    measure   streams + weights + solutions + reduced + sums + activations + attention
+    refit     streams + weights + solutions + reduced + work        work: of the larger refit
+
+with T tokens of calibration, t of one batch, n_i the widths of the sites observed, hidden size h, MLP width f, s and c
+bytes of a weight as stored and as run:
+
+    streams      4 T h, three times with the residual refit: original, compressed, and the compressed one being replaced
+    weights      (s + c) · weights of a layer; s alone where s = c, as tensors are then shared
+    moments      4 Σ n_i²
+    solutions    8 · kept weights: what the methods return is float64 until the layer is done
+    reduced      the reduced layer, and one layer for each target that is measured alone
+    attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
+    work         ``_solve_work`` and ``_refit_work``, float64
+
+It is an estimate: workspaces of the linear algebra library and fragments of the allocator are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lrc.families import Architecture
+from lrc.job import Job
+from lrc.methods import methods
+from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.solve import sites_needed
+
+ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
+_ATTENTION = {"q", "k", "v", "o", "qk", "ov"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on the GPU: the peak, the stage it falls in, and what every stage holds.
+
+    ``samples`` blocks of calibration and ``batch_size`` blocks at once are what was assumed.
+    """
+
+    peak: int
+    stage: str
+    stages: dict[str, int]
+    samples: int
+    batch_size: int
+    dtype: str
+
+
+def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
+    """Memory that ``lrc compress`` takes on a GPU with layers run in ``dtype``, ``batch_size`` blocks at once."""
+    asked = job.plan.plan.calibration.samples
+    samples = ASSUMED_SAMPLES if asked == "all" else asked
+    stages = {"embed": _embed(job, samples, dtype)}
+    for layer in job.plan.layers:
+        for stage, held in _layer(job, layer, samples, dtype, batch_size).items():
+            stages[stage] = max(stages.get(stage, 0), held)
+    stage = max(stages, key=lambda name: stages[name])
+    return Memory(stages[stage], stage, stages, samples, batch_size, str(dtype).removeprefix("torch."))
+
+
+def _embed(job: Job, samples: int, dtype: torch.dtype) -> int:
+    architecture = job.reader.architecture
+    tokens = samples * job.plan.seq_len
+    tables = architecture.total_parameters - architecture.layers * architecture.layer_parameters
+    return 4 * tokens * architecture.hidden + tables * dtype.itemsize
+
+
+def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_size: int) -> dict[str, int]:
+    architecture, seq_len = job.reader.architecture, job.plan.seq_len
+    stored, run = job.reader.dtype.itemsize, dtype.itemsize
+    shared = job.reader.dtype == dtype
+    refits = job.plan.plan.refit == "residual"
+    stream = 4 * samples * seq_len * architecture.hidden
+    streams, weights = (
+        stream * (2 if refits else 1),
+        architecture.layer_parameters * (stored if shared else stored + run),
+    )
+    tokens = batch_size * seq_len
+    activations = tokens * _token_bytes(architecture, layer, run)
+    if not layer.assignments:
+        return {"pass": streams + stream * refits + weights + activations}
+    kept = sum(a.kept for a in layer.assignments)
+    moments = sum(4 * _width(architecture, site) ** 2 for site in sites_needed(architecture, layer))
+    solutions = 8 * kept
+    alone = len(layer.assignments) * (0 if shared else architecture.layer_parameters * run)
+    rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
+    reduced = 2 * kept * stored + (0 if shared else (rest + kept) * run) + alone
+    attention = 20 * architecture.heads * seq_len**2 if _targets(layer) & {"qk"} else 0
+    widths = _refit_widths(architecture, layer) if refits else []
+    base = streams + weights
+    stages = {
+        "observe": base + 2 * moments + activations,
+        "solve": base + moments + solutions + max(_solve_work(architecture, a) for a in layer.assignments),
+        "measure": base + solutions + reduced + sum(8 * n**2 for n in widths[:1]) + activations + attention,
+    }
+    if refits:
+        work = max(_refit_work(architecture, n) for n in widths)
+        stages["refit"] = base + solutions + reduced + max(work, stream + activations)
+    return stages
+
+
+def _solve_work(architecture: Architecture, assignment: Assignment) -> int:
+    """Float64 working set of one solve: the moment, its damped copy, what is multiplied and factored of it."""
+    target, hidden = assignment.target, architecture.hidden
+    if target == "mlp":
+        output = architecture.matrices[architecture.family.mlp_output]
+        n, kept = output.columns, assignment.size
+        return 8 * (_joint_work(n, kept, output.bias) + 2 * hidden * n)
+    if target == "ov":
+        biased = architecture.matrices["v"].bias or architecture.matrices["o"].bias
+        n, kept = architecture.heads * architecture.head_dim, architecture.heads * assignment.size
+        return 8 * (_joint_work(n, kept, biased) + n**2 + 2 * n * kept + 3 * hidden * n)
+    if target == "qk":
+        return 8 * (2 * hidden**2 + 3 * architecture.heads * architecture.head_dim * hidden)
+    matrix = architecture.matrices[target]
+    solvers = methods()[assignment.method].solvers
+    # Blind to the data, a method still needs the moment to predict what it does; others damp and factor it.
+    copies = 1 if solvers["projection"].metric == "weight" else 4
+    small = min(matrix.rows, matrix.columns)
+    return 8 * (copies * matrix.columns**2 + 4 * matrix.parameters + 5 * small**2)
+
+
+def _joint_work(n: int, kept: int, biased: bool) -> int:
+    """Elements of a least-squares fit from ``kept`` of n inputs: C and its damped copy, C Tᵀ, T C Tᵀ and its factor."""
+    return (3 if biased else 2) * n**2 + max(n**2, n * kept + 4 * kept**2)
+
+
+def _refit_work(architecture: Architecture, n: int) -> int:
+    """Sums in float32 and a ridge regression in float64 of a projection that reads n inputs."""
+    return 4 * n**2 + 8 * (4 * n**2 + 4 * architecture.hidden * n)
+
+
+def _refit_widths(architecture: Architecture, layer: LayerPlan) -> list[int]:
+    """Inputs of the linears that are refitted: of the attention's half first, then of the MLP's."""
+    found = []
+    sizes = {a.target: a.size for a in layer.assignments}
+    output = architecture.family.mlp_output
+    if _targets(layer) & _ATTENTION:
+        full = architecture.heads * architecture.head_dim
+        found.append(sizes.get("o", architecture.heads * sizes["ov"] if "ov" in sizes else full))
+    if _targets(layer) - _ATTENTION:
+        found.append(sizes.get("mlp", sizes.get(output, architecture.matrices[output].columns)))
+    return found
+
+
+def _token_bytes(architecture: Architecture, layer: LayerPlan, run: int) -> int:
+    """Activations held for one token while a layer runs and is compared with its reductions."""
+    hidden, width = architecture.hidden, architecture.matrices[architecture.family.mlp_output].columns
+    projections = _targets(layer) - {"qk", "ov", "mlp"}
+    return hidden * (6 * 4 + 6 * run) + width * (3 * run + 16 if projections else 5 * run)
+
+
+def _width(architecture: Architecture, site: str) -> int:
+    """Size of the activations at a site."""
+    roles: Iterable[str] = architecture.matrices
+    return next(
+        architecture.matrices[role].columns for role in roles if architecture.family.site(role) == site
+    )
+
+
+def _targets(layer: LayerPlan) -> set[str]:
+    return {assignment.target for assignment in layer.assignments}
