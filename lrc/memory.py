@@ -57,7 +57,7 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
     """Memory that ``lrc compress`` takes on a GPU with layers run in ``dtype``, ``batch_size`` blocks at once."""
     asked = job.plan.plan.calibration.samples
     samples = ASSUMED_SAMPLES if asked == "all" else asked
-    stages = {"embed": _embed(job, samples, dtype)}
+    stages = {"embed": _embed(job, samples, dtype, batch_size)}
     for layer in job.plan.layers:
         for stage, held in _layer(job, layer, samples, dtype, batch_size).items():
             stages[stage] = max(stages.get(stage, 0), held)
@@ -65,9 +65,9 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
     return Memory(stages[stage], stage, stages, samples, batch_size, str(dtype).removeprefix("torch."))
 
 
-def _embed(job: Job, samples: int, dtype: torch.dtype) -> int:
+def _embed(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
     architecture = job.reader.architecture
-    tokens = samples * job.plan.seq_len
+    tokens = (samples + 4 * batch_size) * job.plan.seq_len
     tables = architecture.total_parameters - architecture.layers * architecture.layer_parameters
     return 4 * tokens * architecture.hidden + tables * dtype.itemsize
 
@@ -154,7 +154,7 @@ def _token_bytes(architecture: Architecture, layer: LayerPlan, run: int) -> int:
     """Activations held for one token while a layer runs and is compared with its reductions."""
     hidden, width = architecture.hidden, architecture.matrices[architecture.family.mlp_output].columns
     projections = _targets(layer) - {"qk", "ov", "mlp"}
-    return hidden * (6 * 4 + 6 * run) + width * (3 * run + 16 if projections else 5 * run)
+    return hidden * (6 * 4 + 6 * run) + width * (3 * run + 16 if projections else 7 * run)
 
 
 def _width(architecture: Architecture, site: str) -> int:

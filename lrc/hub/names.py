@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,14 @@ def resolve_model(name: str, *, revision: str | None = None, allow_pickle: bool 
     raise UserError(
         f"unknown model {name!r}; {nearest(name, (*SHORT_NAMES, *BUILTIN))}, or a folder, or org/name"
     )
+
+
+def default_text(model: str) -> str:
+    """The text a model is measured on unless the user names one: its own for a built-in and what was made of it."""
+    manifest = Path(model).expanduser() / "lrc.json"
+    if manifest.is_file():
+        model = json.loads(manifest.read_text(encoding="utf-8"))["model"]["source"]
+    return "builtin" if model in BUILTIN else "wikitext2"
 
 
 def _download(repository: str, revision: str | None, allow_pickle: bool) -> ResolvedModel:

@@ -159,7 +159,7 @@ def _output_moment(weight: Tensor, bias: Tensor, moment: Moment) -> Tensor:
 def _score_error(q: Tensor, delta: Tensor | None, k: Tensor) -> float:
     """Σ_heads tr(S_q Δ S_k Δᵀ) = Σ E(qᵀ Δ k)² for independent q and k; Δ = None is the identity."""
     inner = k if delta is None else delta @ k @ delta.mT
-    return float((q * inner.mT).sum())
+    return max(float((q * inner.mT).sum()), 0.0)
 
 
 def _pair_energy(moment: Tensor) -> Tensor:

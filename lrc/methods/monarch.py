@@ -74,7 +74,7 @@ def solve_projection(
             rest = grid - found
             rest[:, k] = 0
             pull = torch.einsum("jlsp,lpq->jsq", rest, moment[:, k])
-            target = grid[:, k] + damped_cholesky(moment[k, k]).solve(pull)
+            target = grid[:, k] + damped_cholesky(moment[k, k], damping=0.0).solve(pull)
             pairs[k] = best_pair(target, rank, moment[k, k])
             found[:, k] = pairs[k][0] @ pairs[k][1]
     delta = weight - found.transpose(1, 2).flatten(2, 3).flatten(0, 1)

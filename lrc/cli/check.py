@@ -1,0 +1,30 @@
+"""``lrc check``: what a plan comes to for a model, from headers alone."""
+
+from __future__ import annotations
+
+from lrc.cli.options import AllowPickle, AsJson, Model, PlanName, RemoteCode, Revision
+from lrc.cli.screen import quiet, show, show_json
+
+
+def check(
+    model: Model,
+    plan: PlanName,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
+    quiet()
+    from lrc.estimate import check as work_out
+    from lrc.job import prepare
+    from lrc.report.tables import resolution
+
+    job = prepare(
+        model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    found = work_out(job)
+    if as_json:
+        show_json(found)
+    else:
+        show(*resolution(found))

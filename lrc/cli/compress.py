@@ -1,0 +1,85 @@
+"""``lrc compress``: a checkpoint and a plan to a smaller checkpoint and a report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrc.cli.options import (
+    AllowPickle,
+    AsJson,
+    DataDir,
+    Device,
+    Dtype,
+    MaxWindows,
+    Model,
+    PlanName,
+    RemoteCode,
+    Revision,
+    Texts,
+    names,
+)
+from lrc.cli.screen import progress, quiet, show
+from lrc.errors import UserError
+
+
+def compress(
+    model: Model,
+    plan: PlanName,
+    out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-PLAN]")] = None,
+    calib: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Calibration text, instead of the plan's.")
+    ] = None,
+    ppl: Texts = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
+    data_dir: DataDir = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Calibration blocks at once. [default: by their length]")
+    ] = None,
+    max_windows: MaxWindows = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on with an unfinished run, or start it over.")
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output folder that is not an lrc output.")
+    ] = False,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress MODEL by a plan into a new checkpoint, and report what it cost."""
+    if no_eval and ppl is not None:
+        raise UserError("--ppl and --no-eval contradict each other; give one of the two")
+    quiet()
+    from lrc.api import compress as run
+    from lrc.report.tables import summary
+
+    with progress() as track:
+        report = run(
+            model,
+            plan,
+            out=out,
+            calib=calib,
+            ppl=[] if no_eval else names(ppl),
+            data_dir=data_dir,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            max_windows=max_windows,
+            fresh=not resume,
+            force=force,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=track,
+        )
+    if as_json:
+        sys.stdout.write(report.to_json())
+    else:
+        show(*summary(report))

@@ -1,0 +1,82 @@
+"""``lrc eval``: perplexity of a checkpoint, compressed or not, by itself or beside another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrc.cli.options import (
+    AllowPickle,
+    AsJson,
+    DataDir,
+    Device,
+    Dtype,
+    MaxWindows,
+    RemoteCode,
+    Revision,
+    Texts,
+    names,
+)
+from lrc.cli.screen import note, progress, quiet, show, show_json
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="As for compress. [default: the newest lrc output under this folder]")
+    ] = None,
+    ppl: Texts = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a window. [default: 2048, or the model's limit]")
+    ] = None,
+    max_windows: MaxWindows = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another model, measured likewise.")
+    ] = None,
+    data_dir: DataDir = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity of MODEL, and with --against that of another model beside it."""
+    quiet()
+    from lrc.api import evaluate as measure
+    from lrc.api import newest_output
+    from lrc.hub.names import default_text
+    from lrc.report.comparison import Comparison, Evaluated
+    from lrc.report.tables import perplexities
+
+    if model is None:
+        model = str(newest_output(Path.cwd()))
+        note(f"evaluating {model}, the newest lrc output here")
+    texts = names(ppl) or [default_text(model)]
+    with progress() as track:
+        found = [
+            Evaluated(
+                each,
+                measure(
+                    each,
+                    texts,
+                    seq_len=seq_len,
+                    max_windows=max_windows,
+                    data_dir=data_dir,
+                    device=device,
+                    dtype=dtype,
+                    revision=revision if each == model else None,
+                    allow_pickle=allow_pickle,
+                    trust_remote_code=trust_remote_code,
+                    progress=track,
+                ),
+            )
+            for each in (model, against)
+            if each is not None
+        ]
+    comparison = Comparison(*found)
+    if as_json:
+        show_json(comparison.as_dict())
+    else:
+        show(*perplexities(comparison))

@@ -1,0 +1,29 @@
+"""``lrc list``: what there is to choose from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lrc.cli.options import AsJson
+from lrc.cli.screen import quiet, show, show_json
+
+
+def list_known(
+    group: Annotated[
+        str | None,
+        typer.Argument(help="methods, families, kinds, plans, data or models. [default: all of them]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List methods, families, kinds, plans, data sets and models, each with one line and its source."""
+    quiet()
+    from lrc.catalogue import catalogue
+    from lrc.report.tables import catalogue_tables
+
+    found = catalogue(group)
+    if as_json:
+        show_json({name: [vars(item) for item in items] for name, items in found.items()})
+    else:
+        show(*catalogue_tables(found))

@@ -1,0 +1,52 @@
+"""Arguments and options that verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, a hub id, a short name (llama-7b, gpt2) or a built-in (tiny-gpt2, tiny-llama)."
+    ),
+]
+PlanName = Annotated[str, typer.Option("--plan", help="A YAML file, or the name of a shipped plan.")]
+Texts = Annotated[
+    str | None,
+    typer.Option(
+        "--ppl",
+        metavar="NAME[,NAME]",
+        help="Perplexity texts: wikitext2, c4, ptb, pile, builtin or a file. [default: wikitext2; builtin for the "
+        "built-in models]",
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the data sets, instead of the hub. [default: the variable LRC_DATA_DIR]"),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the first GPU if there is one]")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's on a GPU, float32 on a CPU]"),
+]
+MaxWindows = Annotated[
+    int | None, typer.Option(min=1, help="Windows of each perplexity text. [default: all]")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin), as weights alone.")
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def names(listed: str | None) -> list[str] | None:
+    """The items of a list with commas; None where none is given."""
+    return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]

@@ -1,0 +1,145 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from lrc.checkpoint.sizes import Size
+from lrc.estimate import Check
+from lrc.report.comparison import Comparison
+from lrc.report.groups import summarise
+from lrc.report.report import Report
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lrc.catalogue import Item
+
+
+def summary(report: Report) -> Iterator[RenderableType]:
+    """What a compression did and what it cost."""
+    targets = _table(
+        "target", "method", "layers:r", "rank:r", "kept:r", "predicted error:r", "measured error:r"
+    )
+    for group in summarise(report.targets):
+        rank = str(group.smallest) if group.smallest == group.largest else f"{group.smallest}-{group.largest}"
+        measured = "" if group.measured is None else f"{group.measured:.4f}"
+        targets.add_row(
+            group.target,
+            group.method,
+            str(group.layers),
+            rank,
+            f"{group.kept:,} ({group.kept / group.whole:.1%})",
+            f"{group.predicted:.4f}",
+            measured if group.kl is None else f"{group.kl:.2g} nats KL",
+        )
+    cost = _cost(report.before, report.after)
+    for change in report.perplexity:
+        before, after = change.before, change.after
+        label = f"perplexity, {before.data} ({before.windows} x {before.seq_len} tokens)"
+        cost.add_row(label, f"{before.value:.4g}", f"{after.value:.4g}", f"{change.ratio:.3f}")
+    yield targets
+    yield cost
+    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    yield "peak memory: " + ", ".join(f"{place} {_bytes(size)}" for place, size in report.peak_bytes.items())
+    yield from _warnings(report.warnings)
+    yield f"wrote {report.out}"
+
+
+def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
+    """Perplexity by text of one model, or of two with their ratio."""
+    of, against = comparison.of, comparison.against
+    yield f"model: {of.model}"
+    if against is None:
+        table = _table(
+            "text", "perplexity:r", "bits per byte:r", "windows:r", "seq_len:r", "dtype", "tokens/s:r"
+        )
+        for p in of.perplexity:
+            bits = "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}"
+            speed = f"{p.tokens_per_second:,.0f}"
+            table.add_row(p.data, f"{p.value:.5g}", bits, str(p.windows), str(p.seq_len), p.dtype, speed)
+    else:
+        yield f"against: {against.model}"
+        table = _table("text", "model:r", "against:r", "ratio:r", "windows:r", "seq_len:r", "dtype")
+        rows = zip(of.perplexity, against.perplexity, comparison.ratios, strict=True)
+        for ours, theirs, ratio in rows:
+            table.add_row(
+                ours.data,
+                f"{ours.value:.5g}",
+                f"{theirs.value:.5g}",
+                f"{ratio:.4f}",
+                str(ours.windows),
+                str(ours.seq_len),
+                ours.dtype if ours.dtype == theirs.dtype else f"{ours.dtype}, {theirs.dtype}",
+            )
+    yield table
+    notes = [note for each in (of, against) if each for p in each.perplexity for note in p.notes]
+    yield from _warnings(dict.fromkeys(notes))
+
+
+def resolution(check: Check) -> Iterator[RenderableType]:
+    """What a plan comes to for a model."""
+    targets = _table("layers", "target", "method", "rank:r", "kept in each:r", "of:r", "keep:r")
+    for row in check.targets:
+        targets.add_row(
+            row.layers,
+            row.target,
+            row.method,
+            str(row.size),
+            f"{row.kept:,}",
+            f"{row.whole:,}",
+            f"{row.kept / row.whole:.1%}",
+        )
+    memory = check.memory
+    yield targets
+    yield _cost(check.before, check.after)
+    yield f"kept: {check.keep:.2%} of the decoder's weights"
+    yield (
+        f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
+        f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage})"
+    )
+    yield from _warnings(check.warnings)
+
+
+def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
+    """What lrc knows, a table a group."""
+    for group, items in groups.items():
+        table = _table(group, "", "source")
+        for item in items:
+            table.add_row(item.name, item.summary, item.source)
+        yield table
+
+
+def _cost(before: Size, after: Size) -> Table:
+    table = _table("", "before:r", "after:r", "ratio:r")
+    for name, key, shown in (
+        ("parameters", "parameters", "{:,}".format),
+        ("bytes", "bytes", _bytes),
+        ("KV cache, bytes per token", "kv_bytes_per_token", "{:,}".format),
+    ):
+        old, new = getattr(before, key), getattr(after, key)
+        table.add_row(name, shown(old), shown(new), f"{new / old:.3f}")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """A table by its headings; those that end in ``:r`` hold numbers, flush right."""
+    table = Table(title_justify="left")
+    for column in columns:
+        heading, _, side = column.partition(":")
+        table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold")
+    return table
+
+
+def _warnings(warnings: Iterable[str]) -> Iterator[str]:
+    return (f"warning: {warning}" for warning in warnings)
+
+
+def _bytes(size: int) -> str:
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.4g} {units[0]}"

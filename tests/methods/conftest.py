@@ -1,0 +1,225 @@
+"""Small random problems of every target, with the tokens behind their moments and a way to measure solutions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrc.families import Heads, Matrix, Target
+from lrc.methods.contract import (
+    Affine,
+    Factors,
+    MLPProblem,
+    OVProblem,
+    Problem,
+    ProjectionProblem,
+    QKProblem,
+    Solution,
+)
+from lrc.modules import kinds
+from lrc.moments.moment import Moment
+
+HIDDEN, HEAD_DIM, WIDTH = 10, 6, 16
+# target, then what sets the problem apart
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("projection", {"rows": 16, "columns": 24}),
+    ("projection", {"rows": 24, "columns": 16, "bias": True}),
+    ("projection", {"rows": 16, "columns": 16, "bias": True}),
+    ("qk", {"kv_heads": 4}),
+    ("qk", {"kv_heads": 4, "bias": True}),
+    ("qk", {"kv_heads": 2, "bias": True}),
+    ("qk", {"kv_heads": 4, "rotary": "half"}),
+    ("qk", {"kv_heads": 2, "rotary": "half", "bias": True}),
+    ("ov", {"kv_heads": 4}),
+    ("ov", {"kv_heads": 4, "v_bias": True, "o_bias": True}),
+    ("ov", {"kv_heads": 2, "v_bias": True}),
+    ("ov", {"kv_heads": 1, "o_bias": True}),
+    ("mlp", {"gated": True}),
+    ("mlp", {"gated": True, "bias": True}),
+    ("mlp", {"gated": False, "bias": True}),
+]
+
+
+class Random:
+    """Float64 normal tensors, the same for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, dtype=torch.float64)
+
+    def affine(self, rows: int, columns: int, bias: bool) -> Affine:
+        return Affine(self(rows, columns), self(rows) if bias else None)
+
+    def tokens(self, count: int, width: int, *, hard: bool) -> Tensor:
+        """Correlated tokens, not centred; ``hard``: of widely spread sizes, one dead, fewer than dimensions."""
+        x = self(count, width) @ self(width, width) + 2 * self(width)
+        if not hard:
+            return x
+        scales = torch.logspace(-4, 3, width, dtype=torch.float64)
+        scales[width // 2] = 0
+        return x[: width // 2] * scales
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem; ``changes`` gives a solution's changes (samples, ...) whose squares its prediction is about."""
+
+    problem: Problem
+    target: Target
+    heads: Heads | None
+    changes: Callable[[Solution], Tensor]
+    gradients: Tensor | None = None
+
+    def measured(self, solution: Solution) -> float:
+        """The mean squared change on the very tokens."""
+        changes = self.changes(solution)
+        return float(changes.square().sum() / changes.shape[0])
+
+
+def apply(part: Affine | Factors, x: Tensor) -> Tensor:
+    """What a part of a solution makes of x (..., in)."""
+    if isinstance(part, Factors):
+        weight = kinds()[part.kind].dense(part.tensors)
+        return F.linear(x, weight, part.bias)
+    return F.linear(x, part.weight.double(), part.bias)
+
+
+def moment_of(x: Tensor) -> Moment:
+    x = x.flatten(0, -2)
+    return Moment(x.T @ x / len(x), x.mean(dim=0), len(x))
+
+
+def _affine(m: Affine, x: Tensor) -> Tensor:
+    return F.linear(x, m.weight, m.bias)
+
+
+def _matrix(m: Affine) -> Matrix:
+    return Matrix(*m.weight.shape, m.bias is not None)
+
+
+def projection(seed: int, *, hard: bool, rows: int, columns: int, bias: bool = False) -> Case:
+    random = Random(seed)
+    matrix, x = random.affine(rows, columns, bias), random.tokens(60, columns, hard=hard)
+    gradients = random.tokens(40, rows, hard=hard)
+    problem = ProjectionProblem("o", matrix, moment_of(x), gradients.T @ gradients / len(gradients))
+    target = Target("o", {"o": _matrix(matrix)}, min(rows, columns), 1, rows + columns)
+
+    def changes(solution: Solution) -> Tensor:
+        return apply(solution.parts["o"], x) - _affine(matrix, x)
+
+    return Case(problem, target, None, changes, gradients)
+
+
+def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool = False) -> Case:
+    random, heads = Random(seed), Heads(4, kv_heads, HEAD_DIM, rotary, HEAD_DIM**-0.5)
+    q, k = (random.affine(n * HEAD_DIM, HIDDEN, bias) for n in (4, kv_heads))
+    x = random.tokens(12, HIDDEN, hard=hard)
+    problem = QKProblem(q, k, heads, moment_of(x))
+    step = 1 if rotary == "none" else 2
+    target = Target("qk", {"q": _matrix(q), "k": _matrix(k)}, HEAD_DIM, step, (4 + kv_heads) * HIDDEN)
+
+    def scores(queries: Tensor, keys: Tensor, columns: Tensor | None) -> Tensor:
+        """Every query with every key, (turns, heads, queries, keys); rotary: for every relative angle of the pairs."""
+        queries = queries.unflatten(-1, (4, -1)).transpose(0, 1)
+        keys = keys.unflatten(-1, (kv_heads, -1)).transpose(0, 1).repeat_interleave(heads.group, dim=0)
+        if rotary == "half":
+            half = HEAD_DIM // 2
+            # Means over quarter turns, pairs turning independently, are those over all angles.
+            quarters = list(itertools.product(range(4), repeat=half))
+            angles = torch.tensor(quarters, dtype=torch.float64).repeat(1, 2) * torch.pi / 2
+            if columns is None:
+                columns = torch.arange(HEAD_DIM).expand(kv_heads, -1)
+            own = angles[:, columns.repeat_interleave(heads.group, dim=0)].unsqueeze(2)
+            first, second = queries.chunk(2, dim=-1)
+            queries = queries * own.cos() + torch.cat((-second, first), dim=-1) * own.sin()
+        return queries @ keys.mT
+
+    def changes(solution: Solution) -> Tensor:
+        new = scores(apply(solution.parts["q"], x), apply(solution.parts["k"], x), solution.rotary_columns)
+        change = new - scores(_affine(q, x), _affine(k, x), None)
+        return change.movedim(-3, -1).flatten(0, -2)  # (samples, heads)
+
+    return Case(problem, target, heads, changes)
+
+
+def ov(seed: int, *, hard: bool, kv_heads: int, v_bias: bool = False, o_bias: bool = False) -> Case:
+    random, heads = Random(seed), Heads(4, kv_heads, HEAD_DIM)
+    v, o = random.affine(kv_heads * HEAD_DIM, HIDDEN, v_bias), random.affine(HIDDEN, 4 * HEAD_DIM, o_bias)
+    x = random.tokens(40, HIDDEN, hard=hard)
+    later = torch.full((len(x), len(x)), -torch.inf).double().triu(1)
+    attention = (random(4, len(x), len(x)) + later).softmax(dim=-1)
+
+    def attend(values: Tensor) -> Tensor:
+        values = values.unflatten(-1, (kv_heads, -1)).transpose(0, 1).repeat_interleave(heads.group, dim=0)
+        return (attention @ values).transpose(0, 1).flatten(1)
+
+    problem = OVProblem(v, o, heads, moment_of(attend(_affine(v, x))))
+    target = Target("ov", {"v": _matrix(v), "o": _matrix(o)}, HEAD_DIM, 1, (4 + kv_heads) * HIDDEN)
+
+    def changes(solution: Solution) -> Tensor:
+        new = apply(solution.parts["o"], attend(apply(solution.parts["v"], x)))
+        return new - _affine(o, attend(_affine(v, x)))
+
+    return Case(problem, target, heads, changes)
+
+
+def mlp(seed: int, *, hard: bool, gated: bool, bias: bool = False) -> Case:
+    random = Random(seed)
+    roles = ("gate", "up") if gated else ("fc_in",)
+    inputs = {role: random.affine(WIDTH, HIDDEN, bias) for role in roles}
+    output = random.affine(HIDDEN, WIDTH, bias)
+    x = random.tokens(80, HIDDEN, hard=hard)
+
+    def hidden(parts: Any) -> Tensor:
+        if gated:
+            return F.silu(apply(parts["gate"], x)) * apply(parts["up"], x)
+        return F.gelu(apply(parts["fc_in"], x))
+
+    role = "down" if gated else "fc_out"
+    problem = MLPProblem(inputs, role, output, moment_of(hidden(inputs)))
+    matrices = {r: _matrix(m) for r, m in (*inputs.items(), (role, output))}
+    target = Target("mlp", matrices, WIDTH, 1, len(matrices) * HIDDEN)
+
+    def changes(solution: Solution) -> Tensor:
+        return apply(solution.parts[role], hidden(solution.parts)) - _affine(output, hidden(inputs))
+
+    return Case(problem, target, None, changes)
+
+
+FACTORIES: dict[str, Callable[..., Case]] = {"projection": projection, "qk": qk, "ov": ov, "mlp": mlp}
+
+
+@pytest.fixture
+def make_case() -> Callable[..., Case]:
+    """Makes the problem of a target: ``make_case("qk", seed=1, hard=False, kv_heads=2)``."""
+
+    def make(target: str, *, seed: int = 0, hard: bool = False, **facts: Any) -> Case:
+        return FACTORIES[target](seed, hard=hard, **facts)
+
+    return make
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test that asks for ``solver`` and ``facts`` every solver of every method on every case of its target."""
+    if {"method", "target", "facts"} <= set(metafunc.fixturenames):
+        from lrc.methods import methods
+
+        found = [
+            pytest.param(
+                name, target, facts, id="-".join([name, target, *(f"{k}={v}" for k, v in facts.items())])
+            )
+            for name, method in methods().items()
+            for target in method.solvers
+            for kind, facts in CASES
+            if kind == target
+        ]
+        metafunc.parametrize(("method", "target", "facts"), found)
