@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lrc import __version__
 from lrc.checkpoint.staging import MANIFEST, check_output, staging
 from lrc.compressor import Compressor
 from lrc.errors import UserError
-from lrc.evaluation.perplexity import Perplexity, evaluate_perplexity
+from lrc.evaluation.perplexity import DEFAULT_SEQ_LEN, Perplexity, count_windows, evaluate_perplexity
 from lrc.hub.loader import load
 from lrc.hub.names import resolve_model
+from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
 from lrc.output import sizes, target_records, write_checkpoint
 from lrc.report.markdown import model_card, report_page
@@ -71,11 +72,11 @@ def compress(
     folder = None if data_dir is None else Path(data_dir)
     default = "builtin" if job.model.builtin else "wikitext2"
     held_out = [default] if ppl is None else list(ppl)
-    for spec in held_out:  # one that is not there should be known now, not after an hour
-        read_text(spec, "evaluation", folder)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        job.model.path, trust_remote_code=trust_remote_code
-    )
+    tokenizer = load_tokenizer(job.model.path, trust_remote_code=trust_remote_code)
+    window = min(DEFAULT_SEQ_LEN, job.reader.architecture.positions)
+    for spec in held_out:  # one that is not there or too short should be known now, not after an hour
+        text = read_text(spec, "evaluation", folder)
+        count_windows(text, tokenize(tokenizer, text.text), window, max_windows)
     source = read_text(calib or job.plan.plan.calibration.data or default, "calibration", folder)
     blocks = _blocks(job, tokenizer, source)
     batch = batch_size or default_batch(place.type, job.plan.seq_len)
@@ -156,11 +157,20 @@ def evaluate(
     else:
         path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
     place = find_device(device)
-    precision = "auto" if dtype is None else find_dtype(dtype, place, torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    stored_dtype = (
+        dtype is None and place.type != "cpu"
+    )  # there, half precision is slow and rounds differently
+    precision = "auto" if stored_dtype else find_dtype(dtype, place, torch.float32)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with _memory_advice(None):
         return evaluate_perplexity(
-            load(path, device=place, dtype=precision, allow_pickle=allow_pickle),
+            load(
+                path,
+                device=place,
+                dtype=precision,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
+            ),
             tokenizer,
             list(ppl),
             data_dir=None if data_dir is None else Path(data_dir),
@@ -181,7 +191,10 @@ def newest_output(folder: Path) -> Path:
 def _blocks(job: Job, tokenizer: PreTrainedTokenizerBase, source: Text) -> Tensor:
     settings = job.plan.plan.calibration
     ids = tokenize(tokenizer, source.text)
-    return calibration_blocks(ids, settings.samples, job.plan.seq_len, settings.seed)
+    try:
+        return calibration_blocks(ids, settings.samples, job.plan.seq_len, settings.seed)
+    except UserError as error:
+        raise UserError(f"calibration on {source.label}: {error}") from None
 
 
 def _settings(
@@ -214,11 +227,12 @@ def _memory_advice(batch: int | None) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        knob = (
-            "a shorter --seq-len"
-            if batch is None
-            else f"--batch-size below {batch}, or fewer calibration samples"
-        )
+        if batch is None:
+            knob = "a shorter --seq-len"
+        elif batch > 1:
+            knob = f"--batch-size below {batch}, or fewer calibration samples"
+        else:
+            knob = "fewer or shorter calibration samples"
         raise UserError(f"the GPU is out of memory; try {knob} ({str(error).splitlines()[0]})") from error
 
 

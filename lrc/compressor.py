@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
+from lrc.errors import UserError
 from lrc.families.family import ATTENTION_ROLES
 from lrc.measure import LayerMeasure, Measured
 from lrc.methods.contract import Affine, Solution
@@ -94,7 +95,11 @@ class Compressor:
             for site, call in calls.items():
                 x = self._stream.cast(call.input)
                 sums.setdefault(site, MomentSum(x.shape[-1], x.device)).add(x)
-        return {site: total.moment() for site, total in sums.items()}
+        moments = {site: total.moment() for site, total in sums.items()}
+        for site, moment in moments.items():
+            if not bool(moment.second.diagonal().isfinite().all()):
+                raise UserError(f"layer {plan.index}: activations at {site} are NaN or inf")
+        return moments
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""

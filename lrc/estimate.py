@@ -11,7 +11,7 @@ from lrc.checkpoint.headers import StoredTensor
 from lrc.checkpoint.sizes import Size, size_of
 from lrc.families import Architecture
 from lrc.families.family import ATTENTION_ROLES
-from lrc.job import Job, default_batch
+from lrc.job import Job, default_batch, find_dtype
 from lrc.memory import ASSUMED_SAMPLES, Memory, estimate_memory
 from lrc.modules.table import Table, attention_entry
 from lrc.plan.layers import spans
@@ -48,7 +48,9 @@ class Check:
 def check(job: Job) -> Check:
     """Work out what a job will give, on a GPU and with the settings that ``lrc compress`` takes by default."""
     reader = job.reader
-    memory = estimate_memory(job, reader.dtype, default_batch("cuda", job.plan.seq_len))
+    gpu = torch.device("cuda")
+    dtype = find_dtype(None, gpu, reader.dtype)
+    memory = estimate_memory(job, dtype, default_batch(gpu.type, job.plan.seq_len))
     warnings = list(job.plan.warnings)
     if job.plan.plan.calibration.samples == "all":
         warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")

@@ -1,6 +1,6 @@
 """How much GPU memory a compression takes, worked out from shapes.
 
-The count follows ``lrc.compressor`` stage by stage. Between two layers only the hidden states are held; within one layer
+The count follows ``lrc.compressor`` stage by stage. Between two layers only hidden states are held; within a layer
 
     observe   streams + weights + 2 · moments + activations         sums, and the means made of them
     solve     streams + weights + moments + solutions + work        work: of the largest solve

@@ -33,7 +33,8 @@ LAYERS = (
     ("output",),
     ("report",),
     ("api",),
-    ("cli", "__init__", "__main__"),
+    ("cli", "__init__"),
+    ("__main__",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 FAMILY_ROOMS = ("lrc.families", "lrc.hub.names")

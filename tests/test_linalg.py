@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from lrc.linalg import (
     regress_kept,
 )
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 sizes = st.integers(1, 12)
 
 
@@ -240,7 +242,9 @@ class TestCholesky:
         torch.testing.assert_close(root.factor @ root.factor.T, root.matrix, **CLOSE)
         assert root.damping == 0.1
 
-    @pytest.mark.parametrize(("lowest", "damping"), [(0.0, 1e-6), (-5e-6, 1e-5), (-5e-4, 1e-3), (-5e-3, 1e-2)])
+    @pytest.mark.parametrize(
+        ("lowest", "damping"), [(0.0, 1e-6), (-5e-6, 1e-5), (-5e-4, 1e-3), (-5e-3, 1e-2)]
+    )
     def test_raises_and_reports_damping_until_the_factor_exists(self, lowest, damping):
         c = torch.diag(torch.tensor([2.0, 1.0, 1.0, lowest])).double()
         root = damped_cholesky(c)

@@ -148,7 +148,10 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch, pickle and zip each have errors of their own
-        raise UserError(f"{file} cannot be read as pickled weights: {error}") from error
+        raise UserError(
+            f"{file} cannot be read as weights alone: it holds other objects, which lrc does not execute, "
+            f"or it is damaged ({type(error).__name__})"
+        ) from error
 
 
 def _read(path: Path) -> str:

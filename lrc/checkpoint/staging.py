@@ -27,6 +27,10 @@ _SINGLE_FILE_BYTES = 2 * 1024**3
 MANIFEST = "lrc.json"
 
 
+class DiskFull(UserError):
+    """What stops a run that can go on once there is space."""
+
+
 class Staging:
     """One run's staging folder; open it with ``staging``."""
 
@@ -98,21 +102,21 @@ class Staging:
     def publish(self) -> None:
         """Give the finished folder its name, in place of an earlier output of that name."""
         shutil.rmtree(self._work)
+        retired = self.folder.with_name(f"{self.folder.name}.old")
         if self.out.exists():
-            retired = self.folder.with_name(f"{self.folder.name}.old")
+            shutil.rmtree(retired, ignore_errors=True)  # of a run that was killed just here
             self.out.rename(retired)
-            self.folder.rename(self.out)
-            shutil.rmtree(retired)
-        else:
-            self.folder.rename(self.out)
+        self.folder.rename(self.out)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager
 def staging(out: Path, key: Mapping[str, Any], *, fresh: bool, force: bool) -> Iterator[Staging]:
     """Open the staging folder of ``out`` for one run; ``key`` is everything that decides the result.
 
-    Raises UserError where ``out`` exists and is not an lrc output (unless ``force``), where another run holds it, and
-    where an unfinished run had another key (unless ``fresh``).
+    A run that is killed or crashes leaves its finished layers for the next; one that fails by a user's mistake leaves
+    nothing. Raises UserError where ``out`` exists and is not an lrc output (unless ``force``), where another run holds
+    it, and where an unfinished run had another key (unless ``fresh``).
     """
     check_output(out, force=force)
     folder = out.with_name(f".{out.name}.lrc-partial")
@@ -127,16 +131,23 @@ def staging(out: Path, key: Mapping[str, Any], *, fresh: bool, force: bool) -> I
                 f"another run is writing {out} (it holds {folder}); wait for it or choose another --out"
             ) from None
         journal = work / "run.json"
-        if fresh:
+        if fresh or not journal.exists():
             _clear(folder)
-        elif journal.exists() and (changed := _changed(json.loads(journal.read_text(encoding="utf-8")), key)):
+        elif changed := _changed(json.loads(journal.read_text(encoding="utf-8")), key):
             raise UserError(
                 f"an unfinished run of {out} had other settings ({', '.join(changed)}); "
                 "pass --fresh to start over, or the same settings to go on"
             )
         with _space(folder):
             write_text(journal, json.dumps(key))
-        yield Staging(out, folder)
+        try:
+            yield Staging(out, folder)
+        except Exception as error:
+            mistaken = isinstance(error, UserError) and not isinstance(error, DiskFull)
+            finished = [path for path in work.glob("*.json") if path != journal]
+            if work.exists() and (mistaken or not finished):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -145,6 +156,8 @@ def check_output(out: Path, *, force: bool) -> None:
         raise UserError(f"cannot write {out}: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"cannot write {out}: the folder {out.parent} is read-only")
+    if out.is_file():
+        raise UserError(f"cannot write {out}: it is a file; choose another --out")
     if out.exists() and not (out / MANIFEST).is_file() and not force:
         raise UserError(
             f"{out} exists and is not an lrc output; choose another --out, or pass --force to replace it"
@@ -189,7 +202,7 @@ def _space(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(
+            raise DiskFull(
                 f"the disk is full: {folder}; free some space and run the same command again"
             ) from error
         raise

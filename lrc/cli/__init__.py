@@ -8,8 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from lrc import __version__
-from lrc.cli.check import check
-from lrc.cli.compress import compress
+from lrc.cli.check import check_plan
+from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
 from lrc.cli.list import list_known
 from lrc.cli.screen import complain
@@ -40,9 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("compress")(compress)
+app.command("compress")(compress_model)
 app.command("eval")(evaluate)
-app.command("check")(check)
+app.command("check")(check_plan)
 app.command("list")(list_known)
 
 

@@ -6,7 +6,7 @@ from lrc.cli.options import AllowPickle, AsJson, Model, PlanName, RemoteCode, Re
 from lrc.cli.screen import quiet, show, show_json
 
 
-def check(
+def check_plan(
     model: Model,
     plan: PlanName,
     revision: Revision = None,
@@ -16,14 +16,14 @@ def check(
 ) -> None:
     """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
     quiet()
-    from lrc.estimate import check as work_out
+    from lrc.estimate import check
     from lrc.job import prepare
     from lrc.report.tables import resolution
 
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     )
-    found = work_out(job)
+    found = check(job)
     if as_json:
         show_json(found)
     else:

@@ -26,7 +26,7 @@ from lrc.cli.screen import progress, quiet, show
 from lrc.errors import UserError
 
 
-def compress(
+def compress_model(
     model: Model,
     plan: PlanName,
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-PLAN]")] = None,
@@ -57,11 +57,11 @@ def compress(
     if no_eval and ppl is not None:
         raise UserError("--ppl and --no-eval contradict each other; give one of the two")
     quiet()
-    from lrc.api import compress as run
+    from lrc.api import compress
     from lrc.report.tables import summary
 
     with progress() as track:
-        report = run(
+        report = compress(
             model,
             plan,
             out=out,

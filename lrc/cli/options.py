@@ -9,9 +9,7 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Argument(
-        help="A folder, a hub id, a short name (llama-7b, gpt2) or a built-in (tiny-gpt2, tiny-llama)."
-    ),
+    typer.Argument(help="A folder, a hub id, a short name (llama-7b) or a built-in (tiny-gpt2, tiny-llama)."),
 ]
 PlanName = Annotated[str, typer.Option("--plan", help="A YAML file, or the name of a shipped plan.")]
 Texts = Annotated[

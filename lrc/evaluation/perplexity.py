@@ -83,7 +83,7 @@ def evaluate_perplexity(
     length = choose_seq_len(model, seq_len)
     texts = [read_text(spec, "evaluation", data_dir) for spec in specs]
     ids = [tokenize(tokenizer, text.text) for text in texts]
-    counts = [_count_windows(text, each, length, max_windows) for text, each in zip(texts, ids, strict=True)]
+    counts = [count_windows(text, each, length, max_windows) for text, each in zip(texts, ids, strict=True)]
     return [
         perplexity(
             model,
@@ -227,7 +227,8 @@ def choose_seq_len(model: PreTrainedModel, asked: int | None) -> int:
     return asked
 
 
-def _count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None) -> int:
+def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None) -> int:
+    """Windows that a text's ids are scored in; UserError where they do not fill one."""
     try:
         return len(windows(ids, seq_len)[:max_windows])
     except UserError as error:

@@ -33,7 +33,7 @@ def load(
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
         raise UserError(
-            f"{folder} has no safetensors weights; pickled ones are read only if allow_pickle is set"
+            f"{folder} has no safetensors weights; pickled ones are read only with allow_pickle (--allow-pickle)"
         )
     read_headers(files)
     if device is not None:
@@ -46,6 +46,10 @@ def _check_causal(folder: Path, trust_remote_code: bool) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
+        if "custom code" in str(error) and not trust_remote_code:
+            raise UserError(
+                f"{folder} runs by Python code of its own; pass --trust-remote-code if you trust it"
+            ) from error
         raise UserError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
     if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{folder} is a {config.model_type} model, not a causal language model")

@@ -69,12 +69,13 @@ def solve_projection(
     moment = c.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1)).transpose(1, 2)  # (l, k, p, p)
     pairs = [best_pair(grid[:, k], rank, moment[k, k]) for k in range(blocks)]
     found = torch.stack([b @ a for b, a, _ in pairs], dim=1)
+    roots = [damped_cholesky(moment[k, k], damping=0.0) for k in range(blocks)]
     for _ in range(rounds):
         for k in range(blocks):
             rest = grid - found
             rest[:, k] = 0
             pull = torch.einsum("jlsp,lpq->jsq", rest, moment[:, k])
-            target = grid[:, k] + damped_cholesky(moment[k, k], damping=0.0).solve(pull)
+            target = grid[:, k] + roots[k].solve(pull)
             pairs[k] = best_pair(target, rank, moment[k, k])
             found[:, k] = pairs[k][0] @ pairs[k][1]
     delta = weight - found.transpose(1, 2).flatten(2, 3).flatten(0, 1)

@@ -59,8 +59,9 @@ def observe(
             handles.append(submodule.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(submodule.register_forward_hook(after(name)))
         yield calls
-    except Stop:
-        pass
+    except Stop as stop:
+        # Its frames hold the layer's activations, in a cycle that only the garbage collector would free.
+        stop.__traceback__ = None
     finally:
         for handle in handles:
             handle.remove()

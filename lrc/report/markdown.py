@@ -60,7 +60,8 @@ def _body(report: Report) -> list[str]:
         size = f"{g.smallest}" if g.smallest == g.largest else f"{g.smallest}-{g.largest}"
         measured = f"{g.kl:.2g} nats KL" if g.kl is not None else f"{g.measured:.4f}"
         lines.append(
-            f"| {g.target} | {g.method} | {g.layers} | {size} | {g.kept / g.whole:.1%} | {g.predicted:.4f} | {measured} |"
+            f"| {g.target} | {g.method} | {g.layers} | {size} | {g.kept / g.whole:.1%} "
+            f"| {g.predicted:.4f} | {measured} |"
         )
     lines += [
         "",

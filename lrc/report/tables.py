@@ -107,9 +107,11 @@ def resolution(check: Check) -> Iterator[RenderableType]:
 def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
     """What lrc knows, a table a group."""
     for group, items in groups.items():
-        table = _table(group, "", "source")
-        for item in items:
-            table.add_row(item.name, item.summary, item.source)
+        rows = [(item.name, item.summary, item.source) for item in items]
+        sourced = any(source for *_, source in rows)
+        table = _table(group, "", *(["source"] if sourced else []))
+        for row in rows:
+            table.add_row(*row[: 3 if sourced else 2])
         yield table
 
 

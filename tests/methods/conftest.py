@@ -103,7 +103,8 @@ def _affine(m: Affine, x: Tensor) -> Tensor:
 
 
 def _matrix(m: Affine) -> Matrix:
-    return Matrix(*m.weight.shape, m.bias is not None)
+    rows, columns = m.weight.shape
+    return Matrix(rows, columns, m.bias is not None)
 
 
 def projection(seed: int, *, hard: bool, rows: int, columns: int, bias: bool = False) -> Case:
@@ -136,9 +137,8 @@ def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool
             # Means over quarter turns, pairs turning independently, are those over all angles.
             quarters = list(itertools.product(range(4), repeat=half))
             angles = torch.tensor(quarters, dtype=torch.float64).repeat(1, 2) * torch.pi / 2
-            if columns is None:
-                columns = torch.arange(HEAD_DIM).expand(kv_heads, -1)
-            own = angles[:, columns.repeat_interleave(heads.group, dim=0)].unsqueeze(2)
+            kept = torch.arange(HEAD_DIM).expand(kv_heads, -1) if columns is None else columns
+            own = angles[:, kept.repeat_interleave(heads.group, dim=0)].unsqueeze(2)
             first, second = queries.chunk(2, dim=-1)
             queries = queries * own.cos() + torch.cat((-second, first), dim=-1) * own.sin()
         return queries @ keys.mT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ def test_predicts_the_loss_on_the_very_tokens_and_gradients(posed):
 
 def test_what_it_minimises_does_not_grow_with_the_size(posed):
     costs = [posed.cost(posed.solve(size)) for size in posed.sizes]
-    for smaller, larger in zip(costs, costs[1:], strict=False):
+    for smaller, larger in pairwise(costs):
         assert larger <= smaller * (1 + 1e-5)
     assert costs[-1] < costs[0]
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def test_every_sweep_lowers_the_error(make_case, facts, blocks):
         solution = solve_projection(case.problem, 1, blocks=blocks, rounds=rounds)
         assert solution.predicted.error == pytest.approx(case.measured(solution), rel=1e-6)
         errors.append(solution.predicted.error)
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert after <= before * (1 + 1e-6)
     assert errors[1] < 0.95 * errors[0]
 
@@ -67,6 +69,10 @@ def test_sizes_count_the_factors_and_refuse_what_does_not_fit():
     assert rule.parameters(target, 2, {}) == 2 * 4 * 40
     assert rule.nearest(target, 0.5, {"blocks": 2}) == 2
     assert rule.refusal(target, 2, {"blocks": 4}) is None
-    for size, blocks, words in [(1, 5, "does not divide"), (0, 4, "keeps nothing"), (9, 2, "above the full rank")]:
+    for size, blocks, words in [
+        (1, 5, "does not divide"),
+        (0, 4, "keeps nothing"),
+        (9, 2, "above the full rank"),
+    ]:
         assert words in (rule.refusal(target, size, {"blocks": blocks}) or "")
     assert "largest that are not have 2" in (rule.refusal(target, 3, {"blocks": 4}) or "")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def moment_of(x: torch.Tensor) -> Moment:
     return Moment(rows.T @ rows / len(rows), rows.mean(dim=0), len(rows))
 
 
-def close(one: Moment, other: Moment, **tolerance: float) -> None:
+def close(one: Moment, other: Moment, **tolerance: Any) -> None:
     torch.testing.assert_close(one.second.double(), other.second.double(), **tolerance)
     torch.testing.assert_close(one.mean.double(), other.mean.double(), **tolerance)
     assert one.tokens == other.tokens

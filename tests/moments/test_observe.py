@@ -7,20 +7,25 @@ from torch import nn
 from lrc.moments.observe import observe
 
 
+class Named(nn.Linear):
+    """Called by keyword, as some attention modules are."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states)
+
+
 class Halves(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(2, 3), nn.Linear(3, 2)
+        self.first, self.second = Named(2, 3), nn.Linear(3, 2)
         self.ran: list[str] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        middle = self.first(hidden_states=x) if self.keyword else self.first(x)
+        middle = self.first(hidden_states=x)
         self.ran.append("first")
         out = self.second(middle)
         self.ran.append("second")
         return out
-
-    keyword = False
 
 
 def hooks(module: nn.Module) -> int:

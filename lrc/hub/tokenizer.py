@@ -1,0 +1,20 @@
+"""Loads the tokenizer of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lrc.errors import UserError
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that a checkpoint's folder holds; UserError where there is none that works."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers, tokenizers and sentencepiece each have errors of their own
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{folder} has no tokenizer that works ({reason}); put the model's tokenizer.json there"
+        ) from error

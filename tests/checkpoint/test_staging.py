@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrc.checkpoint import staging as module
+from lrc.checkpoint.staging import MANIFEST, Staging, staging
+from lrc.errors import UserError
+
+KEY = {"plan": {"keep": 0.5}, "seed": 0}
+
+
+def open_staging(out: Path, key: dict[str, Any] = KEY, *, fresh: bool = False, force: bool = False) -> Any:
+    return staging(out, key, fresh=fresh, force=force)
+
+
+def write_and_fail(out: Path, error: BaseException) -> None:
+    """A run that stores one part and then fails."""
+    with open_staging(out) as stage:
+        stage.write("layer-0", {"b": torch.eye(2)}, {"table": {"x": 1}})
+        raise error
+
+
+def finish(stage: Staging, value: float = 1.0) -> None:
+    stage.write("rest", {"a": torch.full((3,), value)}, {})
+    stage.write("layer-0", {"b": torch.full((2, 2), value)}, {"table": {}})
+    stage.assemble(["rest", "layer-0"])
+    stage.write_json(MANIFEST, {"value": value})
+    stage.publish()
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "model"
+
+
+def test_the_folder_appears_only_when_whole(out):
+    with open_staging(out) as stage:
+        stage.write("rest", {"a": torch.ones(3)}, {})
+        assert not out.exists()
+        finish(stage)
+    assert sorted(p.name for p in out.iterdir()) == [MANIFEST, "model.safetensors"]
+    tensors = load_file(out / "model.safetensors")
+    assert {n: t.shape for n, t in tensors.items()} == {"a": (3,), "b": (2, 2)}
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+def test_an_earlier_output_is_replaced_at_once(out):
+    for value in (1.0, 2.0):
+        with open_staging(out) as stage:
+            if value == 2:
+                assert load_file(out / "model.safetensors")["a"][0] == 1
+            finish(stage, value)
+    assert load_file(out / "model.safetensors")["a"][0] == 2
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+def test_what_a_crash_left_of_a_replacement_is_no_obstacle(out):
+    with open_staging(out) as stage:
+        finish(stage)
+    retired = out.with_name(".model.lrc-partial.old")
+    retired.mkdir()
+    (retired / "model.safetensors").write_text("left over")
+    with open_staging(out) as stage:
+        finish(stage, 3.0)
+    assert load_file(out / "model.safetensors")["a"][0] == 3
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+def test_a_run_killed_on_the_point_of_its_last_rename_starts_clean(out):
+    partial = out.with_name(".model.lrc-partial")
+    partial.mkdir()
+    (partial / "model-00001-of-00009.safetensors").write_text("left over")
+    with open_staging(out) as stage:
+        finish(stage)
+    assert sorted(p.name for p in out.iterdir()) == [MANIFEST, "model.safetensors"]
+
+
+def test_a_mistake_of_the_user_leaves_nothing_behind(out):
+    with pytest.raises(UserError, match="no such text"):
+        write_and_fail(out, UserError("no such text"))
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_folder_that_is_no_output_is_replaced_only_by_force(out):
+    out.mkdir()
+    (out / "thesis.tex").write_text("dear")
+    with pytest.raises(UserError, match="not an lrc output"), open_staging(out):
+        pass
+    assert (out / "thesis.tex").read_text() == "dear"
+    with open_staging(out, force=True) as stage:
+        assert (out / "thesis.tex").exists()
+        finish(stage)
+    assert not (out / "thesis.tex").exists()
+
+
+def test_the_current_folder_is_not_replaced(out, monkeypatch):
+    (out / "below").mkdir(parents=True)
+    (out / MANIFEST).write_text("{}")
+    monkeypatch.chdir(out / "below")
+    with pytest.raises(UserError, match="current folder"), open_staging(out):
+        pass
+
+
+def test_a_folder_that_is_not_there_or_not_writable_is_refused(out, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="does not exist"), open_staging(tmp_path / "no" / "model"):
+        pass
+    monkeypatch.setattr(module.os, "access", lambda *args: False)
+    with pytest.raises(UserError, match="read-only"), open_staging(out):
+        pass
+
+
+def test_a_run_that_died_is_taken_up_with_its_parts(out):
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(out, ZeroDivisionError())
+    assert not out.exists()
+    with open_staging(out) as stage:
+        assert stage.has("layer-0")
+        assert not stage.has("rest")
+        assert stage.record("layer-0") == {"table": {"x": 1}}
+        assert torch.equal(stage.tensors("layer-0")["b"], torch.eye(2))
+        assert stage.headers("layer-0")["b"].shape == (2, 2)
+
+
+def test_a_part_without_its_record_is_not_finished(out, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with open_staging(out) as stage:
+        monkeypatch.setattr(module, "write_text", fail)
+        with pytest.raises(KeyboardInterrupt):
+            stage.write("rest", {"a": torch.ones(3)}, {})
+        assert not stage.has("rest")
+
+
+def test_other_settings_are_named_and_need_fresh(out):
+    with open_staging(out) as stage:
+        stage.write("rest", {"a": torch.ones(3)}, {})
+    other = {"plan": {"keep": 0.6}, "seed": 0}
+    with pytest.raises(UserError, match=r"other settings \(plan\).*--fresh"), open_staging(out, other):
+        pass
+    with open_staging(out, {"plan": {"keep": 0.5}, "seed": 0}) as stage:
+        assert stage.has("rest")
+    with open_staging(out, other, fresh=True) as stage:
+        assert not stage.has("rest")
+    with open_staging(out, other) as stage:
+        assert not stage.has("rest")
+
+
+def test_two_runs_at_once_are_kept_apart_and_a_dead_ones_lock_dies(out):
+    code = f"""
+import sys
+from pathlib import Path
+from lrc.checkpoint.staging import staging
+with staging(Path({str(out)!r}), {KEY!r}, fresh=False, force=False):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another run is writing"), open_staging(out, fresh=True):
+            pass
+        other.kill()
+        other.wait()
+    with open_staging(out) as stage:
+        finish(stage)
+    assert out.is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), module.SafetensorError("No space left on device")],
+)
+def test_a_full_disk_is_said_and_the_rest_is_kept(out, monkeypatch, error):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    def run() -> None:
+        with open_staging(out) as stage:
+            stage.write("layer-0", {"b": torch.eye(2)}, {})
+            monkeypatch.setattr(module, "save_file", full)
+            stage.write("rest", {"a": torch.ones(3)}, {})
+
+    with pytest.raises(UserError, match="the disk is full"):
+        run()
+    monkeypatch.undo()
+    with open_staging(out) as stage:
+        assert stage.has("layer-0")
+        assert not stage.has("rest")
+        finish(stage)
+    assert out.is_dir()
+
+
+def test_other_errors_of_the_file_system_are_not_the_disk_being_full(out, monkeypatch):
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with open_staging(out) as stage:
+        monkeypatch.setattr(module, "save_file", denied)
+        with pytest.raises(PermissionError):
+            stage.write("rest", {"a": torch.ones(3)}, {})
+
+
+def test_a_damaged_part_says_how_to_go_on(out):
+    with open_staging(out) as stage:
+        stage.write("rest", {"a": torch.ones(3)}, {})
+        (stage.folder / ".lrc" / "rest.safetensors").write_bytes(b"nonsense")
+        with pytest.raises(UserError, match=r"damaged.*--fresh"):
+            stage.tensors("rest")
+
+
+def test_a_large_checkpoint_keeps_its_parts_as_shards(out, monkeypatch):
+    monkeypatch.setattr(module, "_SINGLE_FILE_BYTES", 10)
+    with open_staging(out) as stage:
+        finish(stage)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 3 * 4 + 4 * 4
+    assert set(index["weight_map"]) == {"a", "b"}
+    for name, file in index["weight_map"].items():
+        assert name in load_file(out / file)
+    assert not (out / "model.safetensors").exists()
+
+
+def test_views_are_stored_as_they_look(out):
+    x = torch.arange(12.0).view(3, 4)
+    with open_staging(out) as stage:
+        stage.write("rest", {"turned": x.T, "first": x[0], "second": x[1], "none": x.new_empty(0)}, {})
+        held = stage.tensors("rest")
+    assert torch.equal(held["turned"], x.T)
+    assert torch.equal(held["first"], x[0])
+    assert torch.equal(held["second"], x[1])
+    assert held["none"].shape == (0,)

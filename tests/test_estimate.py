@@ -1,0 +1,172 @@
+"""``lrc check`` against what is really written, and the memory formula against what the loop really holds."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lrc.api import compress
+from lrc.checkpoint.staging import staging
+from lrc.compressor import Compressor
+from lrc.estimate import check, target_sizes
+from lrc.job import prepare
+from lrc.memory import estimate_memory
+from lrc.stopwatch import Stopwatch
+from lrc.stream import ModelStream
+
+TinyCheckpoint = Callable[..., Path]
+
+PLANS = {
+    "a3": "keep: 0.5\nmethod: a3",
+    "a3 without refit": "keep: 0.5\nmethod: a3\nrefit: none",
+    "svd": "keep: 0.5\nmethod: svd",
+    "monarch": "keep: 0.5\nmethod: monarch\nrefit: none",
+    "qk alone": "components: {qk: {rank: 4}}",
+    "ov alone": "components: {ov: {rank: 4}}",
+    "mlp alone": "components: {mlp: {rank: 7}}",
+    "q alone": "method: svd\nprojections: {q: {rank: 5}}",
+    "o alone": "method: svd\nprojections: {o: {rank: 5}}",
+    "layers apart": "keep: 0.5\nlayers:\n  - {match: '0', mlp: keep-all}\n  - {match: '1', method: svd, keep: 0.4}",
+}
+
+
+@pytest.fixture
+def write_plan(tmp_path: Path) -> Callable[..., Path]:
+    def write(body: str, **calibration: int) -> Path:
+        settings = json.dumps({"samples": 4} | calibration)
+        path = tmp_path / "plan.yaml"
+        path.write_text(f"format: 1\n{body}\ncalibration: {settings}\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("A sentence of a certain length, again and again. " * 20, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("body", PLANS.values(), ids=PLANS)
+def test_sizes_are_those_of_the_written_checkpoint(
+    tiny_checkpoint: TinyCheckpoint,
+    write_plan: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    family: str,
+    body: str,
+) -> None:
+    if "layers:" in body and family == "gpt2":
+        body = body.replace("keep: 0.4", "keep: 0.6")
+    model, plan = tiny_checkpoint(family), write_plan(body)
+    expected = check(prepare(model, plan))
+    report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu")
+    assert expected.before == report.before
+    assert expected.after == report.after
+    assert expected.keep == report.keep
+    stored = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert expected.after.bytes == sum(tensor.nbytes for tensor in stored)
+    assert expected.after.parameters == sum(t.numel() for t in stored if t.is_floating_point())
+
+
+def test_sizes_where_precisions_are_mixed(
+    tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    model, plan = tiny_checkpoint("llama"), write_plan("components: {qk: {rank: 4}}\nrefit: none")
+    tensors = load_file(model / "model.safetensors")
+    mixed = {name: t.half() if ".v_proj" in name or ".up_proj" in name else t for name, t in tensors.items()}
+    save_file(mixed, model / "model.safetensors", metadata={"format": "pt"})
+    report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu")
+    assert check(prepare(model, plan)).after == report.after
+
+
+def test_layers_of_equal_settings_share_a_row(
+    tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path]
+) -> None:
+    body = "keep: 0.5\nlayers:\n  - {match: '2', mlp: keep-all}"
+    rows = target_sizes(prepare(tiny_checkpoint("llama", num_hidden_layers=4), write_plan(body)))
+    assert [(row.target, row.layers, row.size) for row in rows] == [
+        ("qk", "0-3", 4),
+        ("ov", "0-3", 4),
+        ("mlp", "0-1, 3", 24),
+    ]
+
+
+class HeldBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors alive that any operation has touched; ``peak`` is the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter((args, kwargs, out)):
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                self._count(value.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+WIDE: dict[str, dict[str, int]] = {
+    "gpt2": {"n_embd": 128, "n_positions": 128},
+    "llama": {"hidden_size": 128, "intermediate_size": 344, "max_position_embeddings": 128},
+}
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "dtype"),
+    [(4, 1, torch.float32), (32, 16, torch.bfloat16)],
+    ids=["few tokens", "many tokens, bfloat16"],
+)
+@pytest.mark.parametrize(
+    ("family", "body"),
+    [
+        ("gpt2", "keep: 0.8"),
+        ("llama", "keep: 0.8"),
+        ("llama", "keep: 0.5\nmethod: svd\nrefit: none"),
+        ("llama", "keep: 0.5\nmethod: whitened_svd"),
+        ("llama", "keep: 0.5\nmethod: monarch\nrefit: none"),
+    ],
+    ids=["a3 gpt2", "a3", "svd", "whitened_svd", "monarch"],
+)
+def test_memory_is_at_most_what_is_estimated(
+    tiny_checkpoint: TinyCheckpoint,
+    write_plan: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    body: str,
+    samples: int,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> None:
+    job = prepare(tiny_checkpoint(family, **WIDE[family]), write_plan(body, samples=samples, seq_len=128))
+    blocks, device = torch.randint(0, 256, (samples, 128)), torch.device("cpu")
+    with staging(tmp_path / "out", {}, fresh=False, force=False) as stage, HeldBytes() as held:
+        stream = ModelStream(job.reader, device, dtype)
+        Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, batch_size, lambda: None)
+    estimate = estimate_memory(job, dtype, batch_size).peak
+    assert held.peak <= estimate <= 2 * held.peak
