@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
+from lrc.collect import LayerSums, Statistics
 from lrc.families.family import ATTENTION_ROLES
 from lrc.measure import LayerMeasure, Measured
 from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
 from lrc.modules.table import Table, apply_table
-from lrc.moments.moment import Moment, MomentSum
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.refit import RefitSum
-from lrc.solve import sites_needed, solve_layer
+from lrc.solve import collectors_needed, sites_needed, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
 
@@ -71,10 +71,10 @@ class Compressor:
             self._write(plan.index, ReducedLayer(layer, {}, state, {}), [])
             return
         with self._watch.stage("observe"):
-            moments = self._observe(layer, plan)
+            statistics = self._observe(layer, state, plan)
         with self._watch.stage("solve"):
-            solutions = solve_layer(self._architecture, plan, state, moments)
-            del moments
+            solutions = solve_layer(self._architecture, plan, state, statistics)
+            del statistics
         with self._watch.stage("assemble"):
             plain = self._refit_roles(plan) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
@@ -84,17 +84,16 @@ class Compressor:
         damping = self._fit(layer, plan, reduced, measure)
         self._write(plan.index, reduced, _record(plan, solutions, measure.results(), damping))
 
-    def _observe(self, layer: nn.Module, plan: LayerPlan) -> dict[str, Moment]:
-        """Moments on the original stream, by site."""
-        sites = {site: self._family.sites[site] for site in sites_needed(self._architecture, plan)}
-        sums: dict[str, MomentSum] = {}
+    def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
+        """What the layer's solvers need to know of the original stream."""
+        sites = sites_needed(self._architecture, plan)
+        attention = "attention" in collectors_needed(plan)
+        sums = LayerSums(self._stream, plan.index, layer, state, sites, attention)
         for batch in self._batches:
-            with observe(layer, sites) as calls:
+            with observe(layer, sums.watched) as calls:
                 self._stream.run(layer, plan.index, batch, batch.hidden)
-            for site, call in calls.items():
-                x = self._stream.cast(call.input)
-                sums.setdefault(site, MomentSum(x.shape[-1], x.device)).add(x)
-        return {site: total.moment() for site, total in sums.items()}
+            sums.add(calls)
+        return sums.results()
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""

@@ -134,6 +134,23 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
     return root.solve(weight.double() @ through), DAMPING + root.damping
 
 
+def eliminate(gram: Tensor, keep: int) -> Tensor:
+    """Indices (..., keep), ascending, left by backward elimination of the set D of least cost 1_Dᵀ K 1_D.
+
+    K is ``gram`` (..., n, n). One index goes at a time, the one that makes the set so far cheapest: members may cancel,
+    so the cost need not grow.
+    """
+    gram = gram.double()
+    gone = torch.zeros(gram.shape[:-1], dtype=torch.bool, device=gram.device)
+    pull = torch.zeros_like(gram[..., 0])  # Σ_{i in D} K_ij
+    for _ in range(gram.shape[-1] - keep):
+        cost = (gram.diagonal(dim1=-2, dim2=-1) + 2 * pull).masked_fill(gone, torch.inf)
+        index = cost.argmin(dim=-1, keepdim=True)
+        gone = gone.scatter(-1, index, True)
+        pull = pull + gram.gather(-2, index.unsqueeze(-1).expand(*index.shape, gram.shape[-1])).squeeze(-2)
+    return gone.logical_not().nonzero()[:, -1].unflatten(0, (*gone.shape[:-1], keep))
+
+
 def data_error(delta: Tensor, c: Tensor) -> float:
     """tr(ΔW C ΔWᵀ) = E‖ΔW x‖², for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
     delta = delta.double()

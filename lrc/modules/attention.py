@@ -74,8 +74,8 @@ class ReducedAttention(nn.Module):
         else:  # (batch, tokens, columns) -> (batch, kv heads, tokens, kept columns)
             cos, sin = (table[..., self.rotary_columns].transpose(1, 2) for table in (cos, sin))
         grouped = query.unflatten(1, (-1, self.num_key_value_groups))
-        turned = _turn(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
-        return turned, _turn(key, cos, sin)
+        turned = turn(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        return turned, turn(key, cos, sin)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -149,7 +149,8 @@ def _device(module: nn.Module) -> torch.device:
     return next(iter(module.state_dict().values())).device
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (..., D) by rotary tables of its width, dimension i with i + D/2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
