@@ -39,9 +39,12 @@ def solve_qk(problem: QKProblem, rank: int, *, metric: Literal["attention", "sco
     keys, pairs by (E‖q_i‖² E‖k_i‖²)^½. ``attention`` counts what softmax notices: the covariance of the keys that a
     query attends to, and backward elimination of pairs in the Gram matrix of their shares of the score.
     """
-    if problem.heads.rotary == "none":
-        return _position_free(problem, rank, problem.attention if metric == "attention" else None)
-    return _rotary(problem, rank, problem.attention if metric == "attention" else None)
+    attention = None
+    if metric == "attention":
+        assert problem.attention is not None, "the attention metric is solved with the attention statistic"
+        attention = problem.attention
+    solve = _position_free if problem.heads.rotary == "none" else _rotary
+    return solve(problem, rank, attention)
 
 
 def _position_free(problem: QKProblem, rank: int, attention: AttentionMoment | None) -> Solution:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 QUERIES = 32
+_SHARE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ class AttentionSum:
 
     def _add_pairs(self, q: Tensor, k: Tensor, p: Tensor) -> None:
         assert self._pairs is not None
-        for head in range(k.shape[0]):  # one at a time: the shares are (group, rows, tokens, D/2)
-            first, second = (q[head].unsqueeze(-2) * k[head]).chunk(2, dim=-1)
+        each = p[0].numel() * self._pairs.shape[-1] * 4  # bytes of the shares (group, rows, tokens, D/2) of a key head
+        for heads in torch.arange(k.shape[0]).split(max(_SHARE_BYTES // each, 1)):
+            part = slice(int(heads[0]), int(heads[-1]) + 1)
+            first, second = (q[part].unsqueeze(-2) * k[part, None, None]).chunk(2, dim=-1)
             shares = first + second
-            mean = torch.einsum("gmn,gmnp->gmp", p[head], shares).flatten(0, 1)
-            weighted = (shares * p[head].sqrt().unsqueeze(-1)).flatten(0, 2)
-            self._pairs[head] += weighted.T @ weighted - mean.T @ mean
+            mean = torch.einsum("kgmn,kgmnp->kgmp", p[part], shares).flatten(1, 2)
+            weighted = shares.mul_(p[part].sqrt().unsqueeze(-1)).flatten(1, 3)
+            self._pairs[part] += weighted.mT @ weighted - mean.mT @ mean
 
 
 def _masked(scores: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
