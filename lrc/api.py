@@ -122,7 +122,7 @@ def compress(
             device=_device_name(place),
             dtype=_name(precision),
             seconds=watch.seconds,
-            peak_bytes=watch.peak_bytes(),
+            peak_bytes=watch.peak_bytes,
             warnings=[*job.plan.warnings, *source.notes],
             versions=settings["versions"],
         )

@@ -13,7 +13,7 @@ from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
 from lrc.collect import LayerSums, Statistics
 from lrc.families.family import ATTENTION_ROLES
-from lrc.measure import LayerMeasure, Measured
+from lrc.measure import LayerMeasure
 from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
 from lrc.modules.table import Table, apply_table
@@ -81,8 +81,12 @@ class Compressor:
             reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, plain)
             self._stream.filled(reduced.module, reduced.state)
             measure = LayerMeasure(self._stream, plan.index, state, solutions)
+            records = _records(plan, solutions)
+            del solutions  # in float64; their tensors are in the reduced layer now
         damping = self._fit(layer, plan, reduced, measure)
-        self._write(plan.index, reduced, _record(plan, solutions, measure.results(), damping))
+        for record, measured in zip(records, measure.results().values(), strict=True):
+            record |= {"measured": asdict(measured), "refit_damping": damping}
+        self._write(plan.index, reduced, records)
 
     def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
         """What the layer's solvers need to know of the original stream."""
@@ -171,8 +175,8 @@ class Compressor:
 
     def _advance_compressed(self, layer: nn.Module, index: int) -> None:
         if self._compressed is not None:
-            pairs = zip(self._batches, self._compressed, strict=True)
-            self._compressed = [self._stream.run(layer, index, batch, hidden) for batch, hidden in pairs]
+            for i, batch in enumerate(self._batches):
+                self._compressed[i] = self._stream.run(layer, index, batch, self._compressed[i])
 
     def _resume(self, index: int, layer: nn.Module) -> None:
         """Take both streams past a layer that an earlier run finished."""
@@ -215,21 +219,14 @@ def _output_path(reduced: ReducedLayer, role: str) -> str | None:
     return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
 
 
-def _record(
-    plan: LayerPlan,
-    solutions: Mapping[str, Solution],
-    measured: Mapping[str, Measured],
-    damping: Mapping[str, float],
-) -> list[dict[str, Any]]:
-    """What is kept of a layer's targets in the manifest and the report."""
+def _records(plan: LayerPlan, solutions: Mapping[str, Solution]) -> list[dict[str, Any]]:
+    """What the manifest and the report keep of a layer's targets, but for what is measured later."""
     return [
         {
             **asdict(assignment),
             "layer": plan.index,
             "predicted": asdict(solutions[assignment.target].predicted),
-            "measured": asdict(measured[assignment.target]),
             "numerics": dict(solutions[assignment.target].numerics),
-            "refit_damping": dict(damping),
         }
         for assignment in plan.assignments
     ]

@@ -81,10 +81,11 @@ class ReducedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.config._attn_implementation
-        # Fused kernels want one width for all three, and flash attention crops wider values without a word;
-        # for one token sdpa gains nothing from it.
+        # Fused kernels want one width for all three, on a GPU a multiple of 8, and flash attention crops wider values
+        # without a word; for one token sdpa gains nothing from it.
         if implementation != "eager" and not (implementation == "sdpa" and query.shape[2] == 1):
             width = max(self.qk_dim, self.v_dim)
+            width += -width % 8 if query.is_cuda else 0
             query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         modeling = sys.modules[self.base.__module__]
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(

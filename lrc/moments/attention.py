@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-QUERIES = 32
+QUERIES = 16
 _SHARE_BYTES = 2**28
 
 
@@ -67,9 +67,9 @@ class AttentionSum:
         each = p[0].numel() * self._pairs.shape[-1] * 4  # bytes of the shares (group, rows, tokens, D/2) of a key head
         for heads in torch.arange(k.shape[0]).split(max(_SHARE_BYTES // each, 1)):
             part = slice(int(heads[0]), int(heads[-1]) + 1)
-            first, second = (q[part].unsqueeze(-2) * k[part, None, None]).chunk(2, dim=-1)
-            shares = first + second
-            mean = torch.einsum("kgmn,kgmnp->kgmp", p[part], shares).flatten(1, 2)
+            (q1, q2), (k1, k2) = q[part].unsqueeze(-2).chunk(2, dim=-1), k[part, None, None].chunk(2, dim=-1)
+            shares = (q1 * k1).addcmul_(q2, k2)
+            mean = (p[part].unsqueeze(-2) @ shares).flatten(1, 3)
             weighted = shares.mul_(p[part].sqrt().unsqueeze(-1)).flatten(1, 3)
             self._pairs[part] += weighted.mT @ weighted - mean.mT @ mean
 
