@@ -42,6 +42,7 @@ class Family:
     mlp_norm: str  # its input is the residual stream between the two halves of the layer
     projections: Mapping[str, Stored]
     final_norm: str
+    embedding: str  # of tokens; the head's weight too where they are tied
     rotary: Literal["none", "half"]  # "half": dimension i turns with i + head_dim/2
     head: str = "lm_head"
     split: Mapping[str, str] = field(default_factory=lambda: {r: f"{r}_proj" for r in ATTENTION_ROLES})
