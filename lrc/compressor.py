@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ REST = "rest"
 def part_name(layer: int) -> str:
     """Name under which a finished layer is staged."""
     return f"layer-{layer:05d}"
+
+
+@dataclass(frozen=True)
+class OutputSum:
+    """What is summed to refit the linear at ``path`` of a reduced layer."""
+
+    path: str
+    sums: RefitSum
 
 
 class Compressor:
@@ -115,49 +123,64 @@ class Compressor:
         damping: dict[str, float] = {}
         roles = self._refit_roles(plan) if self._refits else []
         outputs = {role: path for role in roles if (path := _output_path(reduced, role)) is not None}
-        middle, o_sum = self._family.mlp_norm, None
         self._part_streams()
         with self._watch.stage("measure"):
-            for i, batch in enumerate(self._batches):
-                with observe(layer, {"middle": middle, **measure.watched}) as calls:
-                    out = self._stream.run(layer, plan.index, batch, batch.hidden)
-                measure.add(calls)
-                if "o" in outputs:
-                    hidden = self._compressed_hidden(i)
-                    with observe(
-                        reduced.module, {"x": outputs["o"], "middle": middle}, stop_at="middle"
-                    ) as seen:
-                        self._stream.run(reduced.module, plan.index, batch, hidden)
-                    o_sum = o_sum or self._refit_sum(reduced, outputs["o"])
-                    o_sum.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
-                batch.hidden = out
+            attention = self._refit_sum(reduced, outputs["o"]) if "o" in outputs else None
+            for i in range(len(self._batches)):
+                self._pass_original(i, layer, plan.index, reduced, measure, attention)
         with self._watch.stage("refit"):
-            if o_sum is not None:
-                damping["o"] = self._replace(reduced, outputs["o"], o_sum)
+            if attention is not None:
+                damping["o"] = self._replace(reduced, attention)
             role = self._family.mlp_output
             if role in outputs:
-                total = self._refit_sum(reduced, outputs[role])
-                for i, batch in enumerate(self._batches):
-                    watched = {"middle": middle, "x": outputs[role]}
-                    with observe(reduced.module, watched, stop_at="x") as seen:
-                        self._stream.run(reduced.module, plan.index, batch, self._compressed_hidden(i))
-                    total.add(self._stream.cast(seen["x"].input), batch.hidden - seen["middle"].input)
-                damping[role] = self._replace(reduced, outputs[role], total)
+                mlp = self._refit_sum(reduced, outputs[role])
+                for i in range(len(self._batches)):
+                    self._add_mlp(i, plan.index, reduced, mlp)
+                damping[role] = self._replace(reduced, mlp)
             self._advance_compressed(reduced.module, plan.index)
         return damping
 
-    def _refit_sum(self, reduced: ReducedLayer, path: str) -> RefitSum:
-        out, width = reduced.state[f"{path}.weight"].shape
-        return RefitSum(width, out, self._stream.device)
+    def _pass_original(
+        self,
+        i: int,
+        layer: nn.Module,
+        index: int,
+        reduced: ReducedLayer,
+        measure: LayerMeasure,
+        attention: OutputSum | None,
+    ) -> None:
+        """Take a batch's original stream past the layer; on the way measure, and sum for the o-projection's refit.
 
-    def _replace(self, reduced: ReducedLayer, path: str, total: RefitSum) -> float:
-        """Refit the linear at ``path`` of a reduced layer, in its tensors and in its module alike."""
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        fitted, damping = total.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
+        The attention half must bring the compressed stream to where the original is between the two halves.
+        """
+        batch, middle = self._batches[i], self._family.mlp_norm
+        with observe(layer, {"middle": middle, **measure.watched}) as calls:
+            out = self._stream.run(layer, index, batch, batch.hidden)
+        measure.add(calls)
+        if attention is not None:
+            hidden = self._compressed_hidden(i)
+            with observe(reduced.module, {"x": attention.path, "middle": middle}, stop_at="middle") as seen:
+                self._stream.run(reduced.module, index, batch, hidden)
+            attention.sums.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
+        batch.hidden = out
+
+    def _add_mlp(self, i: int, index: int, reduced: ReducedLayer, mlp: OutputSum) -> None:
+        """Sum a batch for the MLP output's refit, which must bring the compressed stream to where the original is."""
+        batch = self._batches[i]
+        with observe(reduced.module, {"middle": self._family.mlp_norm, "x": mlp.path}, stop_at="x") as seen:
+            self._stream.run(reduced.module, index, batch, self._compressed_hidden(i))
+        mlp.sums.add(self._stream.cast(seen["x"].input), batch.hidden - seen["middle"].input)
+
+    def _refit_sum(self, reduced: ReducedLayer, path: str) -> OutputSum:
+        out, width = reduced.state[f"{path}.weight"].shape
+        return OutputSum(path, RefitSum(width, out, self._stream.device))
+
+    def _replace(self, reduced: ReducedLayer, output: OutputSum) -> float:
+        """Refit a linear of a reduced layer, in its tensors and in its module alike; returns the damping."""
+        weight, bias = f"{output.path}.weight", f"{output.path}.bias"
+        fitted, damping = output.sums.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
         dtype = self._stream.reader.dtype
-        new = {weight: fitted.weight.to(dtype)} | (
-            {} if fitted.bias is None else {bias: fitted.bias.to(dtype)}
-        )
+        new = {weight: fitted.weight.to(dtype)} | ({} if fitted.bias is None else {bias: fitted.bias.to(dtype)})
         reduced.state.update(new)
         self._stream.filled(reduced.module, reduced.state)
         return damping
