@@ -134,6 +134,32 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
     return root.solve(weight.double() @ through), DAMPING + root.damping
 
 
+def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int = 32) -> Tensor:
+    """Columns of W (m, n) left by backward elimination under E‖W x − W' x_S‖², x of moment C (n, n), with W' refitted.
+
+    Optimal brain surgeon for whole columns: with P = C⁻¹ and W̃ the refit so far, dropping column i costs
+    ‖W̃_i‖² / P_ii. ``block`` columns, the cheapest, go at once, then W̃ −= W̃_B P_BB⁻¹ P_B and P −= P_B,ᵀ P_BB⁻¹ P_B.
+    Returns the (keep,) indices, ascending.
+    """
+    inverse = torch.cholesky_inverse(damped_cholesky(c).factor)
+    fitted = weight.to(torch.float64, copy=True)
+    gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    left = weight.shape[1] - keep
+    while left > 0:
+        count = min(block, left)
+        score = fitted.square().sum(dim=0) / inverse.diagonal()
+        drop = score.masked_fill(gone, torch.inf).topk(count, largest=False).indices
+        rows = inverse[drop]
+        step = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, drop]))
+        fitted -= fitted[:, drop] @ step
+        inverse -= rows.mT @ step
+        gone[drop] = True
+        # What is gone must stay gone whatever rounding leaves of it.
+        inverse.diagonal()[drop] = 1.0
+        left -= count
+    return gone.logical_not().nonzero().squeeze(-1)
+
+
 def eliminate(gram: Tensor, keep: int) -> Tensor:
     """Indices (..., keep), ascending, left by backward elimination of the set D of least cost 1_Dᵀ K 1_D.
 

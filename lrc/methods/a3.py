@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lrc.linalg import best_projector, data_error, eliminate, regress, regress_kept
+from lrc.linalg import best_projector, data_error, eliminate, eliminate_columns, regress, regress_kept
 from lrc.methods.contract import (
     Affine,
     MLPProblem,
@@ -148,17 +148,20 @@ def solve_mlp(
     problem: MLPProblem,
     width: int,
     *,
-    select: Literal["score"] = "score",
+    select: Literal["score", "obs"] = "score",
     refit: Refit = "least_squares",
 ) -> Solution:
     """Keep ``width`` hidden neurons and fit the output projection to what they leave out.
 
-    ``score`` keeps the largest (C_ii)^½ ‖W_d[:, i]‖, the published rule.
+    ``score`` keeps the largest (C_ii)^½ ‖W_d[:, i]‖, the published rule; ``obs`` eliminates backwards, each time what
+    the refit makes up for best.
     """
     weight, bias, moment = problem.output.weight.double(), problem.output.bias, problem.hidden.double()
     c = moment.second if bias is None else moment.centred
-    score = c.diagonal().clamp_min(0).sqrt() * weight.norm(dim=0)
-    kept = score.topk(width).indices.sort().values
+    if select == "obs":
+        kept = eliminate_columns(weight, c, width)
+    else:
+        kept = (c.diagonal().clamp_min(0).sqrt() * weight.norm(dim=0)).topk(width).indices.sort().values
     delta, numerics = weight.clone(), {}
     if refit == "least_squares":
         output, numerics["damping"] = regress_kept(weight, c, kept)
