@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -40,7 +41,7 @@ def compress(
     *,
     out: str | Path | None = None,
     calib: str | None = None,
-    ppl: Sequence[str] | None = None,
+    ppl: str | Sequence[str] | None = None,
     data_dir: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -57,10 +58,10 @@ def compress(
 
     ``calib`` and ``ppl`` name texts as ``lrc.text.source.read_text`` does: for calibration (else the plan's, else the
     model's default), and for the perplexity before and after, which is that of the saved folder loaded back (none if
-    it is empty). Layers run in ``dtype`` (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. An
-    unfinished run of the same settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name
-    and length, and gives the function to call with the steps done. Raises UserError for what the user can mend;
-    nothing then has the name ``out``.
+    it is empty). Layers run in ``dtype`` (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the
+    checkpoint's. An unfinished run of the same settings is taken up again unless ``fresh``. ``progress`` is called
+    with a stage's name and length, and gives the function to call with the steps done. Raises UserError for what the
+    user can mend; nothing then has the name ``out``.
     """
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
@@ -71,7 +72,7 @@ def compress(
     check_output(target, force=force)
     folder = None if data_dir is None else Path(data_dir)
     default = "builtin" if job.model.builtin else "wikitext2"
-    held_out = [default] if ppl is None else list(ppl)
+    held_out = [default] if ppl is None else _specs(ppl)
     tokenizer = load_tokenizer(job.model.path, trust_remote_code=trust_remote_code)
     window = min(DEFAULT_SEQ_LEN, job.reader.architecture.positions)
     for spec in held_out:  # one that is not there or too short should be known now, not after an hour
@@ -123,7 +124,7 @@ def compress(
             device=_device_name(place),
             dtype=_name(precision),
             seconds=watch.seconds,
-            peak_bytes=watch.peak_bytes(),
+            peak_bytes=watch.peak_bytes,
             warnings=[*job.plan.warnings, *source.notes],
             versions=settings["versions"],
         )
@@ -136,7 +137,7 @@ def compress(
 
 def evaluate(
     model: str | Path | None = None,
-    ppl: Sequence[str] = ("wikitext2",),
+    ppl: str | Sequence[str] = "wikitext2",
     *,
     seq_len: int | None = None,
     max_windows: int | None = None,
@@ -157,27 +158,32 @@ def evaluate(
     else:
         path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
     place = find_device(device)
-    stored_dtype = (
-        dtype is None and place.type != "cpu"
-    )  # there, half precision is slow and rounds differently
-    precision = "auto" if stored_dtype else find_dtype(dtype, place, torch.float32)
+    # On a CPU half precision is slow, and rounds unlike a GPU.
+    as_stored = dtype is None and place.type != "cpu"
+    precision = "auto" if as_stored else find_dtype(dtype, place, torch.float32)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with _memory_advice(None):
-        return evaluate_perplexity(
-            load(
-                path,
-                device=place,
-                dtype=precision,
-                allow_pickle=allow_pickle,
-                trust_remote_code=trust_remote_code,
-            ),
-            tokenizer,
-            list(ppl),
-            data_dir=None if data_dir is None else Path(data_dir),
-            seq_len=seq_len,
-            max_windows=max_windows,
-            progress=progress,
+        loaded = load(
+            path,
+            device=place,
+            dtype=precision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
         )
+        try:
+            return evaluate_perplexity(
+                loaded,
+                tokenizer,
+                _specs(ppl),
+                data_dir=None if data_dir is None else Path(data_dir),
+                seq_len=seq_len,
+                max_windows=max_windows,
+                progress=progress,
+            )
+        finally:
+            # Models hold references to themselves: only the collector frees the memory for the next one.
+            del loaded
+            gc.collect()
 
 
 def newest_output(folder: Path) -> Path:
@@ -186,6 +192,10 @@ def newest_output(folder: Path) -> Path:
     if not manifests:
         raise UserError(f"there is no lrc output below {folder}; name a model, or run lrc compress first")
     return max(manifests, key=lambda path: path.stat().st_mtime).parent
+
+
+def _specs(ppl: str | Sequence[str]) -> list[str]:
+    return [ppl] if isinstance(ppl, str) else list(ppl)
 
 
 def _blocks(job: Job, tokenizer: PreTrainedTokenizerBase, source: Text) -> Tensor:

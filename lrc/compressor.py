@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
-from lrc.errors import UserError
+from lrc.collect import LayerSums, Statistics
 from lrc.families.family import ATTENTION_ROLES
-from lrc.measure import LayerMeasure, Measured
+from lrc.measure import LayerMeasure
 from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
 from lrc.modules.table import Table, apply_table
-from lrc.moments.moment import Moment, MomentSum
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.refit import RefitSum
-from lrc.solve import sites_needed, solve_layer
+from lrc.solve import collectors_needed, sites_needed, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
 
@@ -31,6 +30,14 @@ REST = "rest"
 def part_name(layer: int) -> str:
     """Name under which a finished layer is staged."""
     return f"layer-{layer:05d}"
+
+
+@dataclass(frozen=True)
+class OutputSum:
+    """What is summed to refit the linear at ``path`` of a reduced layer."""
+
+    path: str
+    sums: RefitSum
 
 
 class Compressor:
@@ -44,7 +51,7 @@ class Compressor:
         # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
         self._compressed: list[Tensor] | None = None
 
-    def run(self, blocks: Tensor, batch_size: int, advance: Callable[[], None]) -> None:
+    def run(self, blocks: Tensor, batch_size: int, advance: Callable[[], object]) -> None:
         """Compress every layer from token blocks (n, tokens), calling ``advance`` after each."""
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(blocks, batch_size)
@@ -72,34 +79,33 @@ class Compressor:
             self._write(plan.index, ReducedLayer(layer, {}, state, {}), [])
             return
         with self._watch.stage("observe"):
-            moments = self._observe(layer, plan)
+            statistics = self._observe(layer, state, plan)
         with self._watch.stage("solve"):
-            solutions = solve_layer(self._architecture, plan, state, moments)
-            del moments
+            solutions = solve_layer(self._architecture, plan, state, statistics)
+            del statistics
         with self._watch.stage("assemble"):
             plain = self._refit_roles(plan) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
             reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, plain)
             self._stream.filled(reduced.module, reduced.state)
             measure = LayerMeasure(self._stream, plan.index, state, solutions)
+            records = _records(plan, solutions)
+            del solutions  # in float64; their tensors are in the reduced layer now
         damping = self._fit(layer, plan, reduced, measure)
-        self._write(plan.index, reduced, _record(plan, solutions, measure.results(), damping))
+        for record, measured in zip(records, measure.results().values(), strict=True):
+            record |= {"measured": asdict(measured), "refit_damping": damping}
+        self._write(plan.index, reduced, records)
 
-    def _observe(self, layer: nn.Module, plan: LayerPlan) -> dict[str, Moment]:
-        """Moments on the original stream, by site."""
-        sites = {site: self._family.sites[site] for site in sites_needed(self._architecture, plan)}
-        sums: dict[str, MomentSum] = {}
+    def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
+        """What the layer's solvers need to know of the original stream."""
+        sites = sites_needed(self._architecture, plan)
+        attention = "attention" in collectors_needed(plan)
+        sums = LayerSums(self._stream, plan.index, layer, state, sites, attention)
         for batch in self._batches:
-            with observe(layer, sites) as calls:
+            with observe(layer, sums.watched) as calls:
                 self._stream.run(layer, plan.index, batch, batch.hidden)
-            for site, call in calls.items():
-                x = self._stream.cast(call.input)
-                sums.setdefault(site, MomentSum(x.shape[-1], x.device)).add(x)
-        moments = {site: total.moment() for site, total in sums.items()}
-        for site, moment in moments.items():
-            if not bool(moment.second.diagonal().isfinite().all()):
-                raise UserError(f"layer {plan.index}: activations at {site} are NaN or inf")
-        return moments
+            sums.add(calls)
+        return sums.results()
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""
@@ -117,45 +123,62 @@ class Compressor:
         damping: dict[str, float] = {}
         roles = self._refit_roles(plan) if self._refits else []
         outputs = {role: path for role in roles if (path := _output_path(reduced, role)) is not None}
-        middle, o_sum = self._family.mlp_norm, None
         self._part_streams()
         with self._watch.stage("measure"):
-            for i, batch in enumerate(self._batches):
-                with observe(layer, {"middle": middle, **measure.watched}) as calls:
-                    out = self._stream.run(layer, plan.index, batch, batch.hidden)
-                measure.add(calls)
-                if "o" in outputs:
-                    hidden = self._compressed_hidden(i)
-                    with observe(
-                        reduced.module, {"x": outputs["o"], "middle": middle}, stop_at="middle"
-                    ) as seen:
-                        self._stream.run(reduced.module, plan.index, batch, hidden)
-                    o_sum = o_sum or self._refit_sum(reduced, outputs["o"])
-                    o_sum.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
-                batch.hidden = out
+            attention = self._refit_sum(reduced, outputs["o"]) if "o" in outputs else None
+            for i in range(len(self._batches)):
+                self._pass_original(i, layer, plan.index, reduced, measure, attention)
         with self._watch.stage("refit"):
-            if o_sum is not None:
-                damping["o"] = self._replace(reduced, outputs["o"], o_sum)
+            if attention is not None:
+                damping["o"] = self._replace(reduced, attention)
             role = self._family.mlp_output
             if role in outputs:
-                total = self._refit_sum(reduced, outputs[role])
-                for i, batch in enumerate(self._batches):
-                    watched = {"middle": middle, "x": outputs[role]}
-                    with observe(reduced.module, watched, stop_at="x") as seen:
-                        self._stream.run(reduced.module, plan.index, batch, self._compressed_hidden(i))
-                    total.add(self._stream.cast(seen["x"].input), batch.hidden - seen["middle"].input)
-                damping[role] = self._replace(reduced, outputs[role], total)
+                mlp = self._refit_sum(reduced, outputs[role])
+                for i in range(len(self._batches)):
+                    self._add_mlp(i, plan.index, reduced, mlp)
+                damping[role] = self._replace(reduced, mlp)
             self._advance_compressed(reduced.module, plan.index)
         return damping
 
-    def _refit_sum(self, reduced: ReducedLayer, path: str) -> RefitSum:
-        out, width = reduced.state[f"{path}.weight"].shape
-        return RefitSum(width, out, self._stream.device)
+    def _pass_original(
+        self,
+        i: int,
+        layer: nn.Module,
+        index: int,
+        reduced: ReducedLayer,
+        measure: LayerMeasure,
+        attention: OutputSum | None,
+    ) -> None:
+        """Take a batch's original stream past the layer; on the way measure, and sum for the o-projection's refit.
 
-    def _replace(self, reduced: ReducedLayer, path: str, total: RefitSum) -> float:
-        """Refit the linear at ``path`` of a reduced layer, in its tensors and in its module alike."""
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        fitted, damping = total.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
+        The attention half must bring the compressed stream to where the original is between the two halves.
+        """
+        batch, middle = self._batches[i], self._family.mlp_norm
+        with observe(layer, {"middle": middle, **measure.watched}) as calls:
+            out = self._stream.run(layer, index, batch, batch.hidden)
+        measure.add(calls)
+        if attention is not None:
+            hidden = self._compressed_hidden(i)
+            with observe(reduced.module, {"x": attention.path, "middle": middle}, stop_at="middle") as seen:
+                self._stream.run(reduced.module, index, batch, hidden)
+            attention.sums.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
+        batch.hidden = out
+
+    def _add_mlp(self, i: int, index: int, reduced: ReducedLayer, mlp: OutputSum) -> None:
+        """Sum a batch for the MLP output's refit, which must bring the compressed stream to where the original is."""
+        batch = self._batches[i]
+        with observe(reduced.module, {"middle": self._family.mlp_norm, "x": mlp.path}, stop_at="x") as seen:
+            self._stream.run(reduced.module, index, batch, self._compressed_hidden(i))
+        mlp.sums.add(self._stream.cast(seen["x"].input), batch.hidden - seen["middle"].input)
+
+    def _refit_sum(self, reduced: ReducedLayer, path: str) -> OutputSum:
+        out, width = reduced.state[f"{path}.weight"].shape
+        return OutputSum(path, RefitSum(width, out, self._stream.device))
+
+    def _replace(self, reduced: ReducedLayer, output: OutputSum) -> float:
+        """Refit a linear of a reduced layer, in its tensors and in its module alike; returns the damping."""
+        weight, bias = f"{output.path}.weight", f"{output.path}.bias"
+        fitted, damping = output.sums.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
         dtype = self._stream.reader.dtype
         new = {weight: fitted.weight.to(dtype)} | (
             {} if fitted.bias is None else {bias: fitted.bias.to(dtype)}
@@ -177,8 +200,8 @@ class Compressor:
 
     def _advance_compressed(self, layer: nn.Module, index: int) -> None:
         if self._compressed is not None:
-            pairs = zip(self._batches, self._compressed, strict=True)
-            self._compressed = [self._stream.run(layer, index, batch, hidden) for batch, hidden in pairs]
+            for i, batch in enumerate(self._batches):
+                self._compressed[i] = self._stream.run(layer, index, batch, self._compressed[i])
 
     def _resume(self, index: int, layer: nn.Module) -> None:
         """Take both streams past a layer that an earlier run finished."""
@@ -221,21 +244,14 @@ def _output_path(reduced: ReducedLayer, role: str) -> str | None:
     return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
 
 
-def _record(
-    plan: LayerPlan,
-    solutions: Mapping[str, Solution],
-    measured: Mapping[str, Measured],
-    damping: Mapping[str, float],
-) -> list[dict[str, Any]]:
-    """What is kept of a layer's targets in the manifest and the report."""
+def _records(plan: LayerPlan, solutions: Mapping[str, Solution]) -> list[dict[str, Any]]:
+    """What the manifest and the report keep of a layer's targets, but for what is measured later."""
     return [
         {
             **asdict(assignment),
             "layer": plan.index,
             "predicted": asdict(solutions[assignment.target].predicted),
-            "measured": asdict(measured[assignment.target]),
             "numerics": dict(solutions[assignment.target].numerics),
-            "refit_damping": dict(damping),
         }
         for assignment in plan.assignments
     ]

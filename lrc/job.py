@@ -1,4 +1,4 @@
-"""What a run is about to do, known before any weight is read: the model, the plan worked out for it, device, precision."""
+"""What a run is about to do, known before any weight is read: model, plan, device, precision."""
 
 from __future__ import annotations
 

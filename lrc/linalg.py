@@ -134,6 +134,49 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
     return root.solve(weight.double() @ through), DAMPING + root.damping
 
 
+def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int = 32) -> Tensor:
+    """Columns of W (m, n) left by backward elimination under E‖W x − W' x_S‖², x of moment C (n, n), with W' refitted.
+
+    Optimal brain surgeon for whole columns: with P = C⁻¹ and W̃ the refit so far, dropping column i costs
+    ‖W̃_i‖² / P_ii. ``block`` columns, the cheapest, go at once, then W̃ −= W̃_B P_BB⁻¹ P_B and P −= P_B,ᵀ P_BB⁻¹ P_B.
+    Returns the (keep,) indices, ascending.
+    """
+    inverse = torch.cholesky_inverse(damped_cholesky(c).factor)
+    fitted = weight.to(torch.float64, copy=True)
+    gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    left = weight.shape[1] - keep
+    while left > 0:
+        count = min(block, left)
+        score = fitted.square().sum(dim=0) / inverse.diagonal()
+        drop = score.masked_fill(gone, torch.inf).topk(count, largest=False).indices
+        rows = inverse[drop]
+        step = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, drop]))
+        fitted -= fitted[:, drop] @ step
+        inverse -= rows.mT @ step
+        gone[drop] = True
+        # What is gone must stay gone whatever rounding leaves of it.
+        inverse.diagonal()[drop] = 1.0
+        left -= count
+    return gone.logical_not().nonzero().squeeze(-1)
+
+
+def eliminate(gram: Tensor, keep: int) -> Tensor:
+    """Indices (..., keep), ascending, left by backward elimination of the set D of least cost 1_Dᵀ K 1_D.
+
+    K is ``gram`` (..., n, n). One index goes at a time, the one that makes the set so far cheapest: members may cancel,
+    so the cost need not grow.
+    """
+    gram = gram.double()
+    gone = torch.zeros(gram.shape[:-1], dtype=torch.bool, device=gram.device)
+    pull = torch.zeros_like(gram[..., 0])  # Σ_{i in D} K_ij
+    for _ in range(gram.shape[-1] - keep):
+        cost = (gram.diagonal(dim1=-2, dim2=-1) + 2 * pull).masked_fill(gone, torch.inf)
+        index = cost.argmin(dim=-1, keepdim=True)
+        gone = gone.scatter(-1, index, True)
+        pull = pull + gram.gather(-2, index.unsqueeze(-1).expand(*index.shape, gram.shape[-1])).squeeze(-2)
+    return gone.logical_not().nonzero()[:, -1].unflatten(0, (*gone.shape[:-1], keep))
+
+
 def data_error(delta: Tensor, c: Tensor) -> float:
     """tr(ΔW C ΔWᵀ) = E‖ΔW x‖², for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
     delta = delta.double()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrc.assemble import assemble
-from lrc.families import Architecture, canonical
+from lrc.families import canonical
 from lrc.methods.contract import Solution
 from lrc.moments.observe import Call
 from lrc.stream import ModelStream
@@ -41,14 +41,13 @@ class LayerMeasure:
     ) -> None:
         self._stream, self._architecture = stream, stream.reader.architecture
         self._index, self._state = index, state
+        family, dtype = self._architecture.family, stream.reader.dtype
+        homes = {"qk": family.attention, "ov": family.attention, "mlp": family.mlp}
         self._alone: dict[str, nn.Module] = {}
-        self._paths: dict[str, str] = {}
         for target, solution in solutions.items():
-            reduced = assemble(
-                self._architecture, stream.skeletons[index], state, [solution], stream.reader.dtype
-            )
-            self._alone[target] = stream.filled(reduced.module, reduced.state)
-            self._paths |= {role: path for role, path in reduced.paths.items() if role == target}
+            reduced = assemble(self._architecture, stream.skeletons[index], state, [solution], dtype)
+            module = stream.filled(reduced.module, reduced.state)
+            self._alone[target] = module.get_submodule(homes.get(target) or reduced.paths[target])
         self._sums = {
             target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions
         }
@@ -72,18 +71,16 @@ class LayerMeasure:
                     if self._kl is None:
                         self._kl = self._attention_kl(alone, calls["attention"])
                 elif target == "ov":
-                    new = alone.get_submodule(family.attention)(
-                        *calls["attention"].args, **calls["attention"].kwargs
-                    )
-                    self._count(target, calls["attention"].output[0], new[0], self._affine("o")[1])
+                    call = calls["attention"]
+                    new, _ = alone(*call.args, **call.kwargs)
+                    self._count(target, call.output[0], new, self._affine("o")[1])
                 elif target == "mlp":
-                    new = alone.get_submodule(family.mlp)(calls["mlp"].input)
+                    new = alone(calls["mlp"].input)
                     self._count(target, calls["mlp"].output, new, self._affine(family.mlp_output)[1])
                 else:
                     x = calls[family.site(target)].input
                     weight, bias = self._affine(target)
-                    new = alone.get_submodule(self._paths[target])(x)
-                    self._count(target, functional.linear(x, weight, bias), new, bias)
+                    self._count(target, functional.linear(x, weight, bias), alone(x), bias)
 
     def results(self) -> dict[str, Measured]:
         """What was measured, by target."""
@@ -113,7 +110,7 @@ class LayerMeasure:
                 if name.startswith(f"{path}.")
             },
         )
-        old, new = (_attention_weights(module, call) for module in (original, reduced.get_submodule(path)))
+        old, new = (_attention_weights(module, call) for module in (original, reduced))
         floor = torch.finfo(old.dtype).tiny  # softmax underflows to zero
         return float((old * (old.clamp_min(floor).log() - new.clamp_min(floor).log())).sum(-1).mean())
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lrc.collect import Statistics
 from lrc.families import Architecture, canonical
 from lrc.methods import methods
 from lrc.methods.contract import (
@@ -16,12 +17,17 @@ from lrc.methods.contract import (
     ProjectionProblem,
     QKProblem,
     Solution,
+    Solver,
 )
-from lrc.moments.moment import Moment
-from lrc.plan.resolved import LayerPlan
+from lrc.plan.resolved import Assignment, LayerPlan
 
 # The moment that a component's problem is posed on; a projection's is that of its own input.
 COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
+
+
+def collectors_needed(plan: LayerPlan) -> set[str]:
+    """Statistics that the solvers of a layer read."""
+    return {name for a in plan.assignments for name in _solver(a).collectors(a.options)}
 
 
 def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
@@ -31,28 +37,32 @@ def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
 
 
 def solve_layer(
-    architecture: Architecture, plan: LayerPlan, state: Mapping[str, Tensor], moments: Mapping[str, Moment]
+    architecture: Architecture, plan: LayerPlan, state: Mapping[str, Tensor], statistics: Statistics
 ) -> dict[str, Solution]:
-    """Solve everything a plan asks of one layer, by target, from its tensors and the moments by site."""
+    """Solve everything a plan asks of one layer, by target, from its tensors and statistics."""
     found = {}
     for assignment in plan.assignments:
-        solvers = methods()[assignment.method].solvers
-        solver = solvers.get(assignment.target) or solvers["projection"]
-        problem = _pose(architecture, assignment.target, state, moments)
-        found[assignment.target] = solver.solve(problem, assignment.size, **assignment.options)
+        problem = _pose(architecture, assignment.target, state, statistics)
+        solve = _solver(assignment).solve
+        found[assignment.target] = solve(problem, assignment.size, **assignment.options)
     return found
 
 
+def _solver(assignment: Assignment) -> Solver:
+    solvers = methods()[assignment.method].solvers
+    return solvers.get(assignment.target) or solvers["projection"]
+
+
 def _pose(
-    architecture: Architecture, target: str, state: Mapping[str, Tensor], moments: Mapping[str, Moment]
+    architecture: Architecture, target: str, state: Mapping[str, Tensor], statistics: Statistics
 ) -> Problem:
-    family, heads = architecture.family, architecture.geometry
+    family, heads, moments = architecture.family, architecture.geometry, statistics.moments
 
     def affine(role: str) -> Affine:
         return Affine(*canonical(family, architecture, state, role))
 
     if target == "qk":
-        return QKProblem(affine("q"), affine("k"), heads, moments["attn_in"])
+        return QKProblem(affine("q"), affine("k"), heads, moments["attn_in"], statistics.attention)
     if target == "ov":
         return OVProblem(affine("v"), affine("o"), heads, moments["o_in"])
     if target == "mlp":

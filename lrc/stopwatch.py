@@ -11,32 +11,36 @@ import torch
 
 
 class Stopwatch:
-    """Adds up time by stage name; stages may come back, and must not overlap."""
+    """Adds up time by stage name and keeps each stage's peak of device memory; stages come back, never overlap."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._cuda = device if device.type == "cuda" else None
         self.seconds: dict[str, float] = {}
-        if device.type == "cuda":
+        self.device_bytes: dict[str, int] = {}
+        if self._cuda:
             torch.cuda.init()
-            torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time until the context closes as ``name``."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
         start = self._now()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+            if self._cuda:
+                peak = torch.cuda.max_memory_allocated(self._cuda)
+                self.device_bytes[name] = max(self.device_bytes.get(name, 0), peak)
 
+    @property
     def peak_bytes(self) -> dict[str, int]:
         """Largest memory held so far: of the process, and of the device's allocator where it is a GPU."""
         peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        if self._device.type == "cuda":
-            peak["device"] = torch.cuda.max_memory_allocated(self._device)
-        return peak
+        return peak | ({"device": max(self.device_bytes.values(), default=0)} if self._cuda else {})
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._cuda:
+            torch.cuda.synchronize(self._cuda)
         return time.perf_counter()

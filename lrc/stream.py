@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +90,30 @@ class ModelStream:
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"layer {index}: {name} has NaN or inf")
         return self.materialize(index, state), state
+
+    def tail(self) -> Callable[[Tensor], Tensor]:
+        """What follows the last layer: hidden states (..., hidden) to logits (..., vocab), by the final norm and head.
+
+        Raises UserError where a weight of either is missing.
+        """
+        model, family, rest = self._meta_model(), self.reader.family, self.reader.rest()
+        tied = f"{family.head}.weight" not in rest
+        modules = []
+        for path, stored in (
+            (family.final_norm, family.final_norm),
+            (family.head, family.embedding if tied else family.head),
+        ):
+            state = {n.removeprefix(f"{stored}."): t for n, t in rest.items() if n.startswith(f"{stored}.")}
+            if "weight" not in state:
+                raise UserError(f"the checkpoint has no tensor {stored}.weight")
+            modules.append(self.filled(model.get_submodule(path), state))
+        norm, head = modules
+
+        def logits(hidden: Tensor) -> Tensor:
+            with self.precision():
+                return head(norm(hidden))
+
+        return logits
 
     def materialize(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
         """The stock layer holding ``state``."""

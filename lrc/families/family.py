@@ -42,6 +42,7 @@ class Family:
     mlp_norm: str  # its input is the residual stream between the two halves of the layer
     projections: Mapping[str, Stored]
     final_norm: str
+    embedding: str  # of tokens; the head's weight too where they are tied
     rotary: Literal["none", "half"]  # "half": dimension i turns with i + head_dim/2
     head: str = "lm_head"
     split: Mapping[str, str] = field(default_factory=lambda: {r: f"{r}_proj" for r in ATTENTION_ROLES})
@@ -99,13 +100,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Heads:
-    """Head geometry; ``scale`` multiplies the scores, ``rotary`` says how positions enter them."""
+    """Head geometry; ``rotary`` says how positions enter the scores."""
 
     heads: int
     kv_heads: int
     head_dim: int
     rotary: Literal["none", "half"] = "none"
-    scale: float = 1.0
 
     @property
     def group(self) -> int:
@@ -169,8 +169,8 @@ class Architecture:
 
     @property
     def geometry(self) -> Heads:
-        """Head geometry of a layer; scores are scaled by head_dim^-½."""
-        return Heads(self.heads, self.kv_heads, self.head_dim, self.family.rotary, self.head_dim**-0.5)
+        """Head geometry of a layer."""
+        return Heads(self.heads, self.kv_heads, self.head_dim, self.family.rotary)
 
     @property
     def layer_parameters(self) -> int:

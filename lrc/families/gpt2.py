@@ -20,6 +20,7 @@ FAMILY = Family(
         "fc_out": Stored("mlp.c_proj", input_major=True),
     },
     final_norm="transformer.ln_f",
+    embedding="transformer.wte",
     rotary="none",
     stale=(".attn.bias", ".attn.masked_bias"),
     dropout="attn_dropout.p",

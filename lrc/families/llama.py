@@ -19,6 +19,7 @@ FAMILY = Family(
         "down": Stored("mlp.down_proj"),
     },
     final_norm="model.norm",
+    embedding="model.embed_tokens",
     rotary="half",
     stale=("rotary_emb.inv_freq",),
 )

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lrc.linalg import best_projector, data_error, regress, regress_kept
+from lrc.linalg import best_projector, data_error, eliminate, eliminate_columns, regress, regress_kept
 from lrc.methods.contract import (
     Affine,
     MLPProblem,
@@ -17,6 +17,7 @@ from lrc.methods.contract import (
     Solution,
     solves,
 )
+from lrc.moments.attention import AttentionMoment
 from lrc.moments.moment import Moment
 from lrc.plan.size import ComponentRank
 
@@ -24,40 +25,78 @@ PAPER = "A3, arXiv:2505.12942"
 Refit = Literal["least_squares", "none"]
 
 
-@solves("qk", size=ComponentRank(), paper=PAPER)
-def solve_qk(problem: QKProblem, rank: int) -> Solution:
+@solves(
+    "qk",
+    size=ComponentRank(),
+    option_needs={("metric", "attention"): "attention"},
+    paper=f"{PAPER}; attention metric: lrc",
+)
+def solve_qk(
+    problem: QKProblem, rank: int, *, metric: Literal["attention", "score"] = "attention"
+) -> Solution:
     """Keep the ``rank`` dimensions of every head that carry the attention scores.
 
-    Without rotary positions: P minimising E(qᵀk − qᵀPk)² for independent q and k, summed over the heads that share
-    the key. With them only whole pairs (i, i + D/2) can go: kept are those of the largest (E‖q_i‖² E‖k_i‖²)^½,
-    summed likewise; the predicted error takes the relative angle of the two positions as uniform.
+    Without rotary positions: the map P minimising E(qᵀk − qᵀPk)² for independent q and k, summed over the heads that
+    share the key; with them only whole pairs (i, i + D/2) can go. ``score`` is the published rule: E[k kᵀ] for the
+    keys, pairs by (E‖q_i‖² E‖k_i‖²)^½. ``attention`` counts what softmax notices: the covariance of the keys that a
+    query attends to, and backward elimination of pairs in the Gram matrix of their shares of the score.
     """
+    attention = None
+    if metric == "attention":
+        assert problem.attention is not None, "the attention metric is solved with the attention statistic"
+        attention = problem.attention
+    solve = _position_free if problem.heads.rotary == "none" else _rotary
+    return solve(problem, rank, attention)
+
+
+def _position_free(problem: QKProblem, rank: int, attention: AttentionMoment | None) -> Solution:
     heads, group = problem.heads, problem.heads.group
     q_moment = _output_moment(*_by_head(problem.q, heads.heads), problem.input)
-    k_moment = _output_moment(*_by_head(problem.k, heads.kv_heads), problem.input)
-    columns, numerics = None, {}
-    if heads.rotary == "none":
-        shared = q_moment.unflatten(0, (-1, group)).sum(dim=1)
-        p = best_projector(k_moment, shared, rank)
-        q_map, k_map = p.up.mT.repeat_interleave(group, dim=0), p.down
-        delta = torch.eye(heads.head_dim, dtype=p.up.dtype, device=p.up.device) - p.up @ p.down
-        error, reference = _score_error(shared, delta, k_moment), _score_error(shared, None, k_moment)
-        numerics = {"damping": p.damping}
+    shared = q_moment.unflatten(0, (-1, group)).sum(dim=1)
+    if attention is None:
+        keys, share = _output_moment(*_by_head(problem.k, heads.kv_heads), problem.input), 1.0
     else:
-        q_energy, k_energy = _pair_energy(q_moment), _pair_energy(k_moment)
+        keys, share = attention.covariance.double(), attention.scale**2 / (2 * heads.heads)
+    p = best_projector(keys, shared, rank)
+    delta = torch.eye(heads.head_dim, dtype=p.up.dtype, device=p.up.device) - p.up @ p.down
+    return Solution(
+        parts={
+            "q": _mapped(p.up.mT.repeat_interleave(group, dim=0), problem.q),
+            "k": _mapped(p.down, problem.k),
+        },
+        predicted=Prediction(
+            share * _score_error(shared, delta, keys),
+            share * _score_error(shared, None, keys),
+            "scores" if attention is None else "kl",
+        ),
+        numerics={"damping": p.damping},
+    )
+
+
+def _rotary(problem: QKProblem, rank: int, attention: AttentionMoment | None) -> Solution:
+    heads, group = problem.heads, problem.heads.group
+    if attention is None:
+        q_energy = _pair_energy(_output_moment(*_by_head(problem.q, heads.heads), problem.input))
+        k_energy = _pair_energy(_output_moment(*_by_head(problem.k, heads.kv_heads), problem.input))
         product = q_energy * k_energy.repeat_interleave(group, dim=0)  # (heads, D/2)
         kept = product.sqrt().unflatten(0, (-1, group)).sum(dim=1).topk(rank // 2).indices.sort().values
-        columns = torch.cat([kept, kept + heads.head_dim // 2], dim=-1)  # (kv_heads, rank)
-        k_map = torch.eye(heads.head_dim, dtype=product.dtype, device=product.device)[columns]
-        q_map = k_map.repeat_interleave(group, dim=0)
-        reference = float(product.sum()) / 2
-        lost = product.scatter(1, kept.repeat_interleave(group, dim=0), 0.0)
-        error = float(lost.sum()) / 2
+        # The relative angle of two positions is taken as uniform.
+        gram, name = torch.diag_embed(product.unflatten(0, (-1, group)).sum(dim=1)), "scores"
+    else:
+        assert attention.pairs is not None
+        gram, name = attention.pairs.double() / heads.heads, "kl"
+        kept = eliminate(gram, rank // 2)
+    lost = torch.ones_like(gram[..., 0]).scatter(-1, kept, 0.0)
+    error = torch.einsum("hi,hij,hj->", lost, gram, lost) / 2
+    columns = torch.cat([kept, kept + heads.head_dim // 2], dim=-1)  # (kv_heads, rank)
+    keep = torch.eye(heads.head_dim, dtype=gram.dtype, device=gram.device)[columns]
     return Solution(
-        parts={"q": _mapped(q_map, problem.q), "k": _mapped(k_map, problem.k)},
-        predicted=Prediction(error, reference, "scores"),
+        parts={
+            "q": _mapped(keep.repeat_interleave(group, dim=0), problem.q),
+            "k": _mapped(keep, problem.k),
+        },
+        predicted=Prediction(float(error), float(gram.sum() / 2), name),
         rotary_columns=columns,
-        numerics=numerics,
     )
 
 
@@ -111,17 +150,20 @@ def solve_mlp(
     problem: MLPProblem,
     width: int,
     *,
-    select: Literal["score"] = "score",
+    select: Literal["score", "obs"] = "score",
     refit: Refit = "least_squares",
 ) -> Solution:
     """Keep ``width`` hidden neurons and fit the output projection to what they leave out.
 
-    ``score`` keeps the largest (C_ii)^½ ‖W_d[:, i]‖, the published rule.
+    ``score`` keeps the largest (C_ii)^½ ‖W_d[:, i]‖, the published rule; ``obs`` eliminates backwards, each time what
+    the refit makes up for best.
     """
     weight, bias, moment = problem.output.weight.double(), problem.output.bias, problem.hidden.double()
     c = moment.second if bias is None else moment.centred
-    score = c.diagonal().clamp_min(0).sqrt() * weight.norm(dim=0)
-    kept = score.topk(width).indices.sort().values
+    if select == "obs":
+        kept = eliminate_columns(weight, c, width)
+    else:
+        kept = (c.diagonal().clamp_min(0).sqrt() * weight.norm(dim=0)).topk(width).indices.sort().values
     delta, numerics = weight.clone(), {}
     if refit == "least_squares":
         output, numerics["damping"] = regress_kept(weight, c, kept)

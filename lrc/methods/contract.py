@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
 from lrc.families import Heads
+from lrc.moments.attention import AttentionMoment
 from lrc.moments.moment import Moment
 from lrc.plan.size import SizeRule
 
@@ -40,12 +42,13 @@ class ProjectionProblem:
 
 @dataclass(frozen=True)
 class QKProblem:
-    """Queries and keys of one layer and the moment of the input that both read."""
+    """Queries and keys of one layer, the moment of the input that both read and, where asked for, that of attention."""
 
     q: Affine
     k: Affine
     heads: Heads
     input: Moment
+    attention: AttentionMoment | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,14 @@ class Factors:
 class Prediction:
     """A squared error and the squared size of what it is an error of, both means over tokens, in the metric named.
 
-    ``metric``: ``output`` (E‖Δy‖² at the projection, OV or MLP output) or ``scores`` (attention scores, before their
-    scale). ``loss``: the predicted rise of the loss in nats, where the method has gradients.
+    ``metric``: ``output`` (E‖Δy‖² at the projection, OV or MLP output), ``scores`` (attention scores, before their
+    scale) or ``kl`` (divergence of the attention distribution in nats, mean over queries and heads). ``loss``: the
+    predicted rise of the loss in nats, where the method has gradients.
     """
 
     error: float
     reference: float
-    metric: Literal["output", "scores"]
+    metric: Literal["output", "scores", "kl"]
     loss: float | None = None
 
     @property
@@ -130,14 +134,16 @@ class Option:
 class Solver:
     """One function of a method with what the planner must know of it.
 
-    ``target``: ``projection``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``. ``metric``: what
-    the method minimises. ``exact``: at full size it gives the map back. ``refuses``: says why it cannot do a family.
+    ``target``: ``projection``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``, and
+    ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
+    full size it gives the map back. ``refuses``: says why it cannot do a family.
     """
 
     solve: SolveFunction
     target: str
     size: SizeRule
     needs: tuple[str, ...]
+    option_needs: Mapping[tuple[str, Any], str]
     metric: Metric
     exact: bool
     paper: str
@@ -150,12 +156,18 @@ class Solver:
         parameters = inspect.signature(self.solve).parameters.values()
         return {p.name: Option(hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    def collectors(self, options: Mapping[str, Any]) -> set[str]:
+        """What has to be collected to solve with these options."""
+        brought = {name for (key, value), name in self.option_needs.items() if options.get(key) == value}
+        return {*self.needs, *brought}
+
 
 def solves(
     target: Literal["projection", "qk", "ov", "mlp"],
     *,
     size: SizeRule,
     needs: tuple[str, ...] = ("moments",),
+    option_needs: Mapping[tuple[str, Any], str] = MappingProxyType({}),
     metric: Metric = "data",
     exact: bool = True,
     paper: str,
@@ -164,7 +176,7 @@ def solves(
     """Mark a function as a method's solver of one target; the folder scan finds it."""
 
     def mark(function: SolveFunction) -> SolveFunction:
-        solver = Solver(function, target, size, needs, metric, exact, paper, refuses)
+        solver = Solver(function, target, size, needs, option_needs, metric, exact, paper, refuses)
         function.solver = solver  # type: ignore[attr-defined]
         return function
 

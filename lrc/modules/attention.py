@@ -74,17 +74,18 @@ class ReducedAttention(nn.Module):
         else:  # (batch, tokens, columns) -> (batch, kv heads, tokens, kept columns)
             cos, sin = (table[..., self.rotary_columns].transpose(1, 2) for table in (cos, sin))
         grouped = query.unflatten(1, (-1, self.num_key_value_groups))
-        turned = _turn(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
-        return turned, _turn(key, cos, sin)
+        turned = turn(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        return turned, turn(key, cos, sin)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.config._attn_implementation
-        # Fused kernels want one width for all three, and flash attention crops wider values without a word;
-        # for one token sdpa gains nothing from it.
+        # Fused kernels want one width for all three, on a GPU a multiple of 8, and flash attention crops wider values
+        # without a word; for one token sdpa gains nothing from it.
         if implementation != "eager" and not (implementation == "sdpa" and query.shape[2] == 1):
             width = max(self.qk_dim, self.v_dim)
+            width += -width % 8 if query.is_cuda else 0
             query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         modeling = sys.modules[self.base.__module__]
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -149,7 +150,8 @@ def _device(module: nn.Module) -> torch.device:
     return next(iter(module.state_dict().values())).device
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (..., D) by rotary tables of its width, dimension i with i + D/2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -24,7 +24,7 @@ class Call:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
 
-class Stop(Exception):  # noqa: N818 - control flow, not an error
+class Stop(Exception):
     """Ends a layer's call once everything watched has been seen."""
 
 
@@ -39,7 +39,7 @@ def observe(
     calls: dict[str, Call] = {}
     handles = []
 
-    def before(name: str):  # noqa: ANN202
+    def before(name: str):
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[name] = Call(args, kwargs)
             if name == stop_at:
@@ -47,7 +47,7 @@ def observe(
 
         return hook
 
-    def after(name: str):  # noqa: ANN202
+    def after(name: str):
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             calls[name].output = output
 

@@ -1,0 +1,91 @@
+"""What a change of the scores costs attention: softmax ignores what is equal for all keys.
+
+To second order, changing the scores of a query m by d_n raises the KL divergence of its attention distribution p to
+½ Var_{n~p}(d_n). Two statistics follow, each per key head and summed over the query heads that share it:
+
+    covariance   E_m Cov_{n~p_m}(k_n), (kv_heads, D, D): what takes the place of E[k kᵀ] where positions are not rotary
+    pairs        K[j, j'] = E_m Cov_{n~p_m}(s_j, s_j'), (kv_heads, D/2, D/2), s_j(m, n) being rotary pair j's share of
+                 the scaled score: dropping the set of pairs D costs ½·1_Dᵀ K 1_D nats for every query
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUERIES = 16
+_SHARE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class AttentionMoment:
+    """``covariance`` (kv_heads, D, D), ``pairs`` (kv_heads, D/2, D/2) with rotary positions, of ``queries`` queries.
+
+    ``scale`` multiplies the scores; the covariance is of the keys as they are, the pairs' shares are scaled.
+    """
+
+    covariance: Tensor
+    pairs: Tensor | None
+    queries: int
+    scale: float
+
+
+class AttentionSum:
+    """Sums over ``QUERIES`` queries of every sequence, evenly spaced: a few dozen are enough."""
+
+    def __init__(
+        self, kv_heads: int, head_dim: int, scale: float, rotary: bool, device: torch.device
+    ) -> None:
+        self._scale = scale
+        self._covariance = torch.zeros(kv_heads, head_dim, head_dim, device=device)
+        self._pairs = torch.zeros(kv_heads, head_dim // 2, head_dim // 2, device=device) if rotary else None
+        self._queries = 0
+
+    def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        """Count one sequence: q (heads, tokens, D) and k (kv_heads, tokens, D) as they enter the product, turned.
+
+        ``mask`` is what the model hands its attention for this sequence, (1 or heads, tokens, tokens), boolean or
+        added to the scores; None is causal.
+        """
+        tokens, kv_heads = k.shape[-2], k.shape[0]
+        count = min(QUERIES, tokens)
+        rows = ((torch.arange(count, device=k.device) + 0.5) * (tokens / count)).long()
+        q = q.float()[:, rows].unflatten(0, (kv_heads, -1)) * self._scale  # (kv_heads, group, rows, D)
+        k = k.float()
+        scores = torch.einsum("kgmd,knd->kgmn", q, k)
+        p = _masked(scores, mask, rows).softmax(-1)
+        mean = torch.einsum("kgmn,knd->kgmd", p, k)
+        weight = p.sum(dim=(1, 2))  # (kv_heads, tokens)
+        self._covariance += (k * weight.unsqueeze(-1)).mT @ k - mean.flatten(1, 2).mT @ mean.flatten(1, 2)
+        if self._pairs is not None:
+            self._add_pairs(q, k, p)
+        self._queries += len(rows)
+
+    def moment(self) -> AttentionMoment:
+        """The means over queries so far."""
+        pairs = None if self._pairs is None else self._pairs / self._queries
+        return AttentionMoment(self._covariance / self._queries, pairs, self._queries, self._scale)
+
+    def _add_pairs(self, q: Tensor, k: Tensor, p: Tensor) -> None:
+        assert self._pairs is not None
+        each = (
+            p[0].numel() * self._pairs.shape[-1] * 4
+        )  # bytes of the shares (group, rows, tokens, D/2) of a key head
+        for heads in torch.arange(k.shape[0]).split(max(_SHARE_BYTES // each, 1)):
+            part = slice(int(heads[0]), int(heads[-1]) + 1)
+            (q1, q2), (k1, k2) = q[part].unsqueeze(-2).chunk(2, dim=-1), k[part, None, None].chunk(2, dim=-1)
+            shares = (q1 * k1).addcmul_(q2, k2)
+            mean = (p[part].unsqueeze(-2) @ shares).flatten(1, 3)
+            weighted = shares.mul_(p[part].sqrt().unsqueeze(-1)).flatten(1, 3)
+            self._pairs[part] += weighted.mT @ weighted - mean.mT @ mean
+
+
+def _masked(scores: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+    """Scores (kv_heads, group, rows, tokens) with the keys that a query does not see at −inf."""
+    if mask is None:
+        hidden = torch.arange(scores.shape[-1], device=rows.device) > rows.unsqueeze(-1)
+        return scores.masked_fill(hidden, -torch.inf)
+    seen = mask[:, rows].unflatten(0, (1, -1) if mask.shape[0] == 1 else (scores.shape[0], -1))
+    return scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
