@@ -19,7 +19,7 @@ from rich.console import Console
 
 import lrc
 
-PUBLISHED = {"ov": {"refit": "none"}}
+PUBLISHED = {"qk": {"metric": "score"}, "ov": {"refit": "none"}}
 ROWS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd", "refit": "none"},
     "whitened_svd": {"method": "whitened_svd", "refit": "none"},
@@ -29,7 +29,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "components": {**PUBLISHED, "mlp": {"refit": "none"}},
         "refit": "none",
     },
-    "a3, output projections fitted jointly": {"method": "a3", "refit": "none"},
+    "a3 without the residual refit": {"method": "a3", "refit": "none"},
+    "a3 with the published score for QK": {"method": "a3", "components": {"qk": {"metric": "score"}}},
     "a3": {"method": "a3"},
     "whitened_svd with residual refit": {"method": "whitened_svd"},
     "monarch": {"method": "monarch", "refit": "none"},

@@ -17,6 +17,8 @@ from lrc.linalg import (
     damped,
     damped_cholesky,
     data_error,
+    eliminate,
+    eliminate_columns,
     regress,
     regress_kept,
 )
@@ -314,6 +316,52 @@ class TestRegression:
         regress(self.w, self.c, normal(3, 8, seed=4))
         regress_kept(self.w, self.c, torch.tensor([0, 3]))
         assert torch.equal(self.c, before)
+
+
+class TestElimination:
+    def test_columns_go_one_by_one_as_the_refit_makes_up_for_them(self):
+        """Against refitting after every removal that could come next."""
+        x = normal(300, 9, seed=1) @ normal(9, 9, seed=2)
+        c, w = x.T @ x / 300, normal(5, 9, seed=3)
+
+        def error(kept: list[int]) -> float:
+            index = torch.tensor(kept)
+            fitted, _ = regress_kept(w, c, index)
+            delta = w.clone()
+            delta[:, index] -= fitted
+            return data_error(delta, c)
+
+        kept = list(range(9))
+        for size in range(8, 2, -1):
+            kept = min(([i for i in kept if i != gone] for gone in kept), key=error)
+            assert eliminate_columns(w, c, size, block=1).tolist() == kept
+        assert error(eliminate_columns(w, c, 4, block=1).tolist()) <= error(
+            eliminate_columns(w, c, 4).tolist()
+        )
+
+    def test_indices_go_one_by_one_as_the_whole_set_stays_cheapest(self):
+        """Members may cancel: the cost of a set is the sum of its whole block."""
+        root = normal(3, 7, 7, seed=4)
+        gram = root @ root.mT
+        for keep in range(1, 7):
+            expected = []
+            for matrix in gram:
+                gone: list[int] = []
+                for _ in range(7 - keep):
+                    rest = [j for j in range(7) if j not in gone]
+                    gone.append(min(rest, key=lambda j: float(matrix[[*gone, j]][:, [*gone, j]].sum())))
+                expected.append([j for j in range(7) if j not in gone])
+            assert eliminate(gram, keep).tolist() == expected
+            assert eliminate(gram[0], keep).tolist() == expected[0]
+
+    def test_inputs_are_left_as_they_were(self):
+        w, c = normal(4, 6, seed=5), moment_of(6, seed=6)
+        before = w.clone(), c.clone()
+        assert eliminate_columns(w, c, 6).tolist() == list(range(6))
+        eliminate_columns(w, c, 3)
+        eliminate(c, 3)
+        assert torch.equal(w, before[0])
+        assert torch.equal(c, before[1])
 
 
 class TestDataError:

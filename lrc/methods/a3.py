@@ -56,7 +56,8 @@ def _position_free(problem: QKProblem, rank: int, attention: AttentionMoment | N
     if attention is None:
         keys, share = _output_moment(*_by_head(problem.k, heads.kv_heads), problem.input), 1.0
     else:
-        keys, share = attention.covariance.double(), attention.scale**2 / (2 * heads.heads)
+        # Of the group's covariances, summed as its queries are, the mean goes with every query.
+        keys, share = attention.covariance.double(), attention.scale**2 / (2 * heads.heads * group)
     p = best_projector(keys, shared, rank)
     delta = torch.eye(heads.head_dim, dtype=p.up.dtype, device=p.up.device) - p.up @ p.down
     return Solution(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -22,8 +22,10 @@ from lrc.methods.contract import (
     ProjectionProblem,
     QKProblem,
     Solution,
+    Solver,
 )
 from lrc.modules import kinds
+from lrc.moments.attention import AttentionMoment
 from lrc.moments.moment import Moment
 
 HIDDEN, HEAD_DIM, WIDTH = 10, 6, 16
@@ -71,13 +73,17 @@ class Random:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; ``changes`` gives a solution's changes (samples, ...) whose squares its prediction is about."""
+    """A problem; ``changes`` gives a solution's changes (samples, ...) whose squares its prediction is about.
+
+    ``options`` are those under which the prediction is about them.
+    """
 
     problem: Problem
     target: Target
     heads: Heads | None
     changes: Callable[[Solution], Tensor]
     gradients: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def measured(self, solution: Solution) -> float:
         """The mean squared change on the very tokens."""
@@ -121,33 +127,79 @@ def projection(seed: int, *, hard: bool, rows: int, columns: int, bias: bool = F
 
 
 def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool = False) -> Case:
-    random, heads = Random(seed), Heads(4, kv_heads, HEAD_DIM, rotary, HEAD_DIM**-0.5)
+    random, heads, scale = Random(seed), Heads(4, kv_heads, HEAD_DIM, rotary), HEAD_DIM**-0.5
     q, k = (random.affine(n * HEAD_DIM, HIDDEN, bias) for n in (4, kv_heads))
     x = random.tokens(12, HIDDEN, hard=hard)
-    problem = QKProblem(q, k, heads, moment_of(x))
+    x /= x.norm(dim=1).max()  # so that attention is not all on one key
     step = 1 if rotary == "none" else 2
     target = Target("qk", {"q": _matrix(q), "k": _matrix(k)}, HEAD_DIM, step, (4 + kv_heads) * HIDDEN)
+    positions = (
+        torch.arange(len(x), dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1] * 2).double()
+    )
 
-    def scores(queries: Tensor, keys: Tensor, columns: Tensor | None) -> Tensor:
-        """Every query with every key, (turns, heads, queries, keys); rotary: for every relative angle of the pairs."""
+    def split(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """By head (heads, tokens, width), keys once for every query head that shares them."""
         queries = queries.unflatten(-1, (4, -1)).transpose(0, 1)
-        keys = keys.unflatten(-1, (kv_heads, -1)).transpose(0, 1).repeat_interleave(heads.group, dim=0)
+        keys = keys.unflatten(-1, (kv_heads, -1)).transpose(0, 1)
+        return queries, keys.repeat_interleave(heads.group, dim=0)
+
+    def turned(y: Tensor, angles: Tensor, columns: Tensor | None) -> Tensor:
+        """Heads' vectors (heads, tokens, width) turned by angles (..., tokens or 1, HEAD_DIM), its own column each."""
+        kept = torch.arange(HEAD_DIM).expand(kv_heads, -1) if columns is None else columns
+        own = angles[..., kept.repeat_interleave(heads.group, dim=0)].transpose(-3, -2)
+        first, second = y.chunk(2, dim=-1)
+        return y * own.cos() + torch.cat((-second, first), dim=-1) * own.sin()
+
+    def independent(queries: Tensor, keys: Tensor, columns: Tensor | None) -> Tensor:
+        """Every query with every key, (turns, heads, queries, keys); rotary: for every relative angle of the pairs."""
+        queries, keys = split(queries, keys)
         if rotary == "half":
-            half = HEAD_DIM // 2
             # Means over quarter turns, pairs turning independently, are those over all angles.
-            quarters = list(itertools.product(range(4), repeat=half))
-            angles = torch.tensor(quarters, dtype=torch.float64).repeat(1, 2) * torch.pi / 2
-            kept = torch.arange(HEAD_DIM).expand(kv_heads, -1) if columns is None else columns
-            own = angles[:, kept.repeat_interleave(heads.group, dim=0)].unsqueeze(2)
-            first, second = queries.chunk(2, dim=-1)
-            queries = queries * own.cos() + torch.cat((-second, first), dim=-1) * own.sin()
+            quarters = torch.tensor(list(itertools.product(range(4), repeat=HEAD_DIM // 2))).double()
+            queries = turned(queries, (quarters.repeat(1, 2) * torch.pi / 2)[:, None], columns)
         return queries @ keys.mT
 
-    def changes(solution: Solution) -> Tensor:
-        new = scores(apply(solution.parts["q"], x), apply(solution.parts["k"], x), solution.rotary_columns)
-        change = new - scores(_affine(q, x), _affine(k, x), None)
-        return change.movedim(-3, -1).flatten(0, -2)  # (samples, heads)
+    def scores(queries: Tensor, keys: Tensor, columns: Tensor | None) -> Tensor:
+        """Scaled scores (heads, queries, keys) of the tokens as one sequence."""
+        queries, keys = split(queries, keys)
+        if rotary == "half":
+            queries, keys = (turned(y, positions, columns) for y in (queries, keys))
+        return queries @ keys.mT * scale
 
+    before = _affine(q, x), _affine(k, x)
+    later = torch.full((len(x), len(x)), -torch.inf).double().triu(1)
+    attention = (scores(*before, None) + later).softmax(dim=-1)
+    # Of every query, the covariance of one-hot draws of a key.
+    spread = torch.diag_embed(attention) - attention.unsqueeze(-1) * attention.unsqueeze(-2)
+
+    def statistics() -> AttentionMoment:
+        queries, keys = split(*before)
+        covariance = torch.einsum("hnd,hmnl,hle->hde", keys, spread, keys) / len(x)
+        pairs = None
+        if rotary == "half":
+            queries, keys = (turned(y, positions, None) for y in (queries, keys))
+            products = torch.einsum("hmd,hnd->hmnd", queries, keys) * scale
+            shares = products[..., : HEAD_DIM // 2] + products[..., HEAD_DIM // 2 :]
+            pairs = torch.einsum("hmni,hmnl,hmlj->hij", shares, spread, shares) / len(x)
+            pairs = pairs.unflatten(0, (kv_heads, -1)).sum(dim=1)
+        return AttentionMoment(covariance.unflatten(0, (kv_heads, -1)).sum(dim=1), pairs, len(x), scale)
+
+    def changes(solution: Solution) -> Tensor:
+        """Of scores: every query with every key. Of nats: roots of what every query and head adds to the divergence."""
+        after = apply(solution.parts["q"], x), apply(solution.parts["k"], x)
+        if solution.predicted.metric == "scores":
+            change = independent(*after, solution.rotary_columns) - independent(*before, None)
+            return change.movedim(-3, -1).flatten(0, -2)  # (samples, heads)
+        change, seen = scores(*after, solution.rotary_columns) - scores(*before, None), spread
+        if (
+            rotary == "none"
+        ):  # queries are taken as independent of what is attended to: each with the mean over all
+            mean = spread.mean(dim=1).unflatten(0, (kv_heads, -1)).mean(dim=1)
+            seen = mean.repeat_interleave(heads.group, dim=0).unsqueeze(1).expand_as(spread)
+        variances = torch.einsum("hmn,hmnl,hml->mh", change, seen, change)
+        return (variances.clamp_min(0) / (2 * 4)).sqrt()
+
+    problem = QKProblem(q, k, heads, moment_of(x), statistics())
     return Case(problem, target, heads, changes)
 
 
@@ -208,18 +260,27 @@ def make_case() -> Callable[..., Case]:
     return make
 
 
+def variants(solver: Solver) -> list[dict[str, Any]]:
+    """The defaults, and every other word of an option that takes words."""
+    found: list[dict[str, Any]] = [{}]
+    for name, option in solver.options.items():
+        if get_origin(option.annotation) is Literal:
+            found += [{name: word} for word in get_args(option.annotation) if word != option.default]
+    return found
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test that asks for ``solver`` and ``facts`` every solver of every method on every case of its target."""
-    if {"method", "target", "facts"} <= set(metafunc.fixturenames):
+    """Give a test every solver of every method, in all its variants, on every case of its target."""
+    if {"method", "target", "facts", "options"} <= set(metafunc.fixturenames):
         from lrc.methods import methods
 
-        found = [
-            pytest.param(
-                name, target, facts, id="-".join([name, target, *(f"{k}={v}" for k, v in facts.items())])
-            )
-            for name, method in methods().items()
-            for target in method.solvers
-            for kind, facts in CASES
-            if kind == target
-        ]
-        metafunc.parametrize(("method", "target", "facts"), found)
+        found = []
+        for name, method in methods().items():
+            for target, solver in method.solvers.items():
+                for kind, facts in CASES:
+                    for options in variants(solver) if kind == target else []:
+                        told = [f"{k}={v}" for k, v in (options | facts).items()]
+                        found.append(
+                            pytest.param(name, target, facts, options, id="-".join([name, target, *told]))
+                        )
+        metafunc.parametrize(("method", "target", "facts", "options"), found)

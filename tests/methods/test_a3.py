@@ -42,7 +42,7 @@ class TestQK:
         q, k = (per_head(m, problem.input, 4) for m in (problem.q, problem.k))
         spectra = [torch.linalg.svdvals(root_of(a) @ root_of(b)) for a, b in zip(q, k, strict=True)]
         expected = sum(float(s[rank:].square().sum()) for s in spectra)
-        assert solve_qk(problem, rank).predicted.error == pytest.approx(expected, rel=1e-4)
+        assert solve_qk(problem, rank, metric="score").predicted.error == pytest.approx(expected, rel=1e-4)
 
     def test_a_shared_key_head_gets_the_optimum_of_the_stack(self, make_case):
         case = make_case("qk", kv_heads=2, bias=True)
@@ -55,7 +55,7 @@ class TestQK:
             root = root_of(k[head])
             stack = torch.cat([root_of(q[2 * head + i]) @ root for i in range(2)])
             expected += float(torch.linalg.svdvals(stack)[3:].square().sum())
-        assert solve_qk(case.problem, 3).predicted.error == pytest.approx(expected, rel=1e-4)
+        assert solve_qk(case.problem, 3, metric="score").predicted.error == pytest.approx(expected, rel=1e-4)
 
     @pytest.mark.parametrize("kv_heads", [4, 2, 1])
     @pytest.mark.parametrize("rank", [2, 4])
@@ -77,7 +77,7 @@ class TestQK:
                 ),
             )
             columns.append([*best, *(j + half for j in best)])
-        solution = solve_qk(problem, rank)
+        solution = solve_qk(problem, rank, metric="score")
         assert solution.rotary_columns is not None
         assert solution.rotary_columns.tolist() == columns
         for name, matrix, per in (("q", problem.q, group), ("k", problem.k, 1)):
@@ -94,7 +94,7 @@ class TestQK:
             per_head(m, case.problem.input, 4).diagonal(dim1=1, dim2=2)
             for m in (case.problem.q, case.problem.k)
         )
-        solution = solve_qk(case.problem, 2)
+        solution = solve_qk(case.problem, 2, metric="score")
         assert solution.rotary_columns is not None
         expected = sum(
             float((q[h, j] + q[h, j + 3]) * (k[h, j] + k[h, j + 3])) / 2
@@ -113,7 +113,7 @@ class TestQK:
             Heads(2, 1, 4, "half"),
             Moment(torch.eye(2).double(), torch.zeros(2).double(), 1),
         )
-        solution = solve_qk(problem, 2)
+        solution = solve_qk(problem, 2, metric="score")
         assert solution.rotary_columns is not None
         assert solution.rotary_columns.tolist() == [[1, 3]]
 
@@ -194,7 +194,7 @@ class TestMLP:
             moment = problem.hidden.second if "bias" not in facts else problem.hidden.centred
             score = moment.diagonal().sqrt() * problem.output.weight.square().sum(dim=0).sqrt()
             expected = sorted(sorted(range(16), key=lambda i: -float(score[i]))[:5])
-            solution = solve_mlp(problem, 5)
+            solution = solve_mlp(problem, 5, select="score")
             assert solution.neurons is not None
             assert solution.neurons.tolist() == expected
             for role, matrix in problem.inputs.items():

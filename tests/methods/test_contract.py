@@ -23,19 +23,22 @@ NO_HEADS = Heads(1, 1, 1)
 class Posed:
     """A solver with a problem that it takes, and its sizes."""
 
-    def __init__(self, make: Callable[..., Any], method: str, target: str, facts: dict, **more: Any) -> None:
+    def __init__(
+        self, make: Callable[..., Any], method: str, target: str, facts: dict, options: dict, **more: Any
+    ) -> None:
         self.case = make(target, **facts, **more)
         self.solver: Solver = methods()[method].solvers[target]
         if refusal := self.solver.refuses(self.case.heads or NO_HEADS):
             pytest.skip(refusal)
-        options = {name: option.default for name, option in self.solver.options.items()}
+        options = {name: option.default for name, option in self.solver.options.items()} | options
+        self.options = options
         rule, self.problem = self.solver.size, self.case.problem
         self.full = rule.full(self.case.target, options)
         legal = [n for n in range(1, self.full) if rule.refusal(self.case.target, n, options) is None]
         self.sizes = [*legal[:: max(len(legal) // 4, 1)], self.full]
 
-    def solve(self, size: int, **options: Any) -> Solution:
-        return self.solver.solve(self.problem, size, **options)
+    def solve(self, size: int, problem: Any = None) -> Solution:
+        return self.solver.solve(problem or self.problem, size, **self.options)
 
     def cost(self, solution: Solution) -> float:
         """What the method minimises: its predicted loss or error."""
@@ -44,13 +47,13 @@ class Posed:
 
 
 @pytest.fixture
-def posed(make_case: Callable[..., Any], method: str, target: str, facts: dict[str, Any]) -> Posed:
-    return Posed(make_case, method, target, facts)
+def posed(make_case: Any, method: str, target: str, facts: dict, options: dict) -> Posed:
+    return Posed(make_case, method, target, facts, options)
 
 
 @pytest.fixture
-def hard(make_case: Callable[..., Any], method: str, target: str, facts: dict[str, Any]) -> Posed:
-    return Posed(make_case, method, target, facts, hard=True)
+def hard(make_case: Any, method: str, target: str, facts: dict, options: dict) -> Posed:
+    return Posed(make_case, method, target, facts, options, hard=True)
 
 
 def tensors(item: Any) -> Iterator[Tensor]:
@@ -90,6 +93,10 @@ def test_predicts_the_loss_on_the_very_tokens_and_gradients(posed):
 
 
 def test_what_it_minimises_does_not_grow_with_the_size(posed):
+    if posed.options.get("refit") == "none":
+        pytest.skip("what is left out may cancel what else is")
+    if posed.options.get("metric") == "attention" and posed.case.heads.rotary == "half":
+        pytest.skip("rotary pairs may cancel")
     costs = [posed.cost(posed.solve(size)) for size in posed.sizes]
     for smaller, larger in pairwise(costs):
         assert larger <= smaller * (1 + 1e-5)
@@ -113,7 +120,7 @@ def test_identity_moments_make_a_pair_plain_svd(posed):
     white = Moment(torch.eye(columns).double(), torch.zeros(columns).double(), 1)
     size = posed.sizes[1]
     problem = replace(posed.problem, input=white, gradient=torch.eye(rows).double())
-    (part,) = posed.solver.solve(problem, size).parts.values()
+    (part,) = posed.solve(size, problem).parts.values()
     if not isinstance(part, Factors) or part.kind != "low_rank":
         pytest.skip("no low-rank pair")
     u, s, vt = torch.linalg.svd(problem.matrix.weight, full_matrices=False)
@@ -138,7 +145,7 @@ def test_float32_moments_are_enough(posed):
     name = input_name or ("output" if hasattr(posed.problem, "heads") else "hidden")
     held = getattr(posed.problem, name)
     single = replace(held, second=held.second.float(), mean=held.mean.float())
-    rough = posed.solver.solve(replace(posed.problem, **{name: single}), size)
+    rough = posed.solve(size, replace(posed.problem, **{name: single}))
     assert rough.predicted.error == pytest.approx(exact.predicted.error, rel=1e-3)
     assert posed.case.measured(rough) == pytest.approx(posed.case.measured(exact), rel=1e-3)
 
@@ -162,7 +169,7 @@ def test_weights_may_be_bfloat16(posed):
         return {k: widened(v) for k, v in item.items()} if isinstance(item, dict) else item
 
     wide = replace(rounded, **{f.name: widened(getattr(rounded, f.name)) for f in fields(rounded)})
-    narrow, same = posed.solver.solve(rounded, size), posed.solver.solve(wide, size)
+    narrow, same = posed.solve(size, rounded), posed.solve(size, wide)
     for one, other in zip(tensors(narrow), tensors(same), strict=True):
         assert torch.equal(one.double(), other.double())
     assert narrow.predicted == same.predicted
@@ -180,7 +187,6 @@ def test_same_input_same_bits_and_inputs_untouched(posed):
 
 def test_shapes_are_those_of_the_size(posed):
     """Weights stored are what the size rule counts, biases aside."""
-    options = {name: option.default for name, option in posed.solver.options.items()}
     for size in posed.sizes:
         parts = posed.solve(size).parts
         assert set(parts) == set(posed.case.target.matrices)
@@ -188,10 +194,11 @@ def test_shapes_are_those_of_the_size(posed):
             part.weight.numel() if isinstance(part, Affine) else sum(t.numel() for t in part.tensors.values())
             for part in parts.values()
         )
-        assert stored == posed.solver.size.parameters(posed.case.target, size, options)
+        assert stored == posed.solver.size.parameters(posed.case.target, size, posed.options)
 
 
 def test_names_a_paper_and_known_collectors(posed, method):
     assert posed.solver.paper
     assert methods()[method].summary.endswith(".")
-    assert set(posed.solver.needs) <= COLLECTORS | {"gradients"}
+    brought = set(posed.solver.option_needs.values())
+    assert {*posed.solver.needs, *brought} <= COLLECTORS | {"gradients"}
