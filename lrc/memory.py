@@ -4,16 +4,16 @@ The count follows ``lrc.compressor`` stage by stage. Between two layers only hid
 
     observe   streams + weights + 2 · moments + activations         sums, and the means made of them
     solve     streams + weights + moments + solutions + work        work: of the largest solve
-    measure   streams + weights + solutions + reduced + sums + activations + attention
-    refit     streams + weights + solutions + reduced + work        work: of the larger refit
+    measure   streams + weights + reduced + sums + activations + attention
+    refit     streams + weights + reduced + work                    work: of the larger refit, or a batch
 
 with T tokens of calibration, t of one batch, n_i the widths of the sites observed, hidden size h, MLP width f, s and c
 bytes of a weight as stored and as run:
 
-    streams      4 T h, three times with the residual refit: original, compressed, and the compressed one being replaced
+    streams      4 T h, twice with the residual refit: original and compressed
     weights      (s + c) · weights of a layer; s alone where s = c, as tensors are then shared
     moments      4 Σ n_i²
-    solutions    8 · kept weights: what the methods return is float64 until the layer is done
+    solutions    8 · kept weights: what the methods return is float64
     reduced      the reduced layer, and one layer for each target that is measured alone
     attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
     work         ``_solve_work`` and ``_refit_work``, float64
@@ -85,7 +85,7 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
     tokens = batch_size * seq_len
     activations = tokens * _token_bytes(architecture, layer, run)
     if not layer.assignments:
-        return {"pass": streams + stream * refits + weights + activations}
+        return {"pass": streams + weights + activations}
     kept = sum(a.kept for a in layer.assignments)
     moments = sum(4 * _width(architecture, site) ** 2 for site in sites_needed(architecture, layer))
     solutions = 8 * kept
@@ -98,11 +98,11 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
     stages = {
         "observe": base + 2 * moments + activations,
         "solve": base + moments + solutions + max(_solve_work(architecture, a) for a in layer.assignments),
-        "measure": base + solutions + reduced + sum(8 * n**2 for n in widths[:1]) + activations + attention,
+        "measure": base + reduced + sum(8 * n**2 for n in widths[:1]) + activations + attention,
     }
     if refits:
         work = max(_refit_work(architecture, n) for n in widths)
-        stages["refit"] = base + solutions + reduced + max(work, stream + activations)
+        stages["refit"] = base + reduced + max(work, activations)
     return stages
 
 

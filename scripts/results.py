@@ -54,43 +54,36 @@ def main(
     """Compress MODEL once a row and print the table in Markdown."""
     console = Console(stderr=True)
     texts = ppl.split(",")
+    common: dict[str, Any] = {
+        "data_dir": data_dir,
+        "max_windows": max_windows,
+        "device": device,
+        "dtype": dtype,
+    }
+    dense = " | ".join(f"{each.value:.2f}" for each in lrc.evaluate(model, texts, **common))
     lines = [
         f"| method | keep | {' | '.join(texts)} | seconds | peak GiB |",
         f"|---|---|{'---|' * len(texts)}---|---|",
+        f"| dense | 1 | {dense} | | |",
     ]
     with tempfile.TemporaryDirectory() as scratch:
         for name in rows or ROWS:
-            plan = {
-                "format": 1,
-                "keep": keep,
-                **ROWS[name],
-                "calibration": {
-                    "data": calib,
-                    "samples": samples if samples == "all" else int(samples),
-                    "seq_len": seq_len,
-                },
+            calibration = {
+                "data": calib,
+                "samples": samples if samples == "all" else int(samples),
+                "seq_len": seq_len,
             }
+            plan = {"format": 1, "keep": keep, **ROWS[name], "calibration": calibration}
             path, folder = Path(scratch) / "plan.yaml", Path(scratch) / "out"
             path.write_text(yaml.safe_dump(plan), encoding="utf-8")
             console.print(f"{name}: {json.dumps(plan)}")
-            report = lrc.compress(
-                model,
-                path,
-                out=folder,
-                ppl=texts,
-                data_dir=data_dir,
-                max_windows=max_windows,
-                device=device,
-                dtype=dtype,
-            )
+            report = lrc.compress(model, path, out=folder, ppl=[], **common)
             console.print({stage: round(seconds, 1) for stage, seconds in report.seconds.items()})
-            if len(lines) == 2:
-                dense = " | ".join(f"{c.before.value:.2f}" for c in report.perplexity)
-                lines.append(f"| dense | 1 | {dense} | | |")
-            after = " | ".join(f"{c.after.value:.4g}" for c in report.perplexity)
-            seconds = sum(s for stage, s in report.seconds.items() if stage != "evaluate")
-            peak = max(report.peak_bytes.values()) if "device" not in report.peak_bytes else report.peak_bytes["device"]
-            lines.append(f"| {name} | {report.keep:.4f} | {after} | {seconds:.1f} | {peak / 2**30:.2f} |")
+            after = " | ".join(f"{each.value:.4g}" for each in lrc.evaluate(folder, texts, **common))
+            peak = report.peak_bytes.get("device", report.peak_bytes["host"]) / 2**30
+            lines.append(
+                f"| {name} | {report.keep:.4f} | {after} | {sum(report.seconds.values()):.1f} | {peak:.2f} |"
+            )
             console.print(lines[-1])
             shutil.rmtree(folder)
     table = "\n".join(lines)

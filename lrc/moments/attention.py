@@ -54,7 +54,9 @@ class AttentionSum:
         rows = ((torch.arange(count, device=k.device) + 0.5) * (tokens / count)).long()
         q = q.float()[:, rows].unflatten(0, (kv_heads, -1)) * self._scale  # (kv_heads, group, rows, D)
         k = k.float()
-        k = k - k.mean(dim=-2, keepdim=True)  # equal for all keys: it changes nothing, and would cancel badly below
+        k = k - k.mean(
+            dim=-2, keepdim=True
+        )  # equal for all keys: it changes nothing, and would cancel badly below
         scores = torch.einsum("kgmd,knd->kgmn", q, k)
         p = _masked(scores, mask, rows).softmax(-1)
         mean = torch.einsum("kgmn,knd->kgmd", p, k)
