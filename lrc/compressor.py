@@ -159,7 +159,7 @@ class Compressor:
         measure.add(calls)
         if attention is not None:
             hidden = self._compressed_hidden(i)
-            with observe(reduced.module, {"x": attention.path, "middle": middle}, stop_at="middle") as seen:
+            with observe(reduced.module, {"x": attention.path}, stop_at="x") as seen:
                 self._stream.run(reduced.module, index, batch, hidden)
             attention.sums.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
         batch.hidden = out
