@@ -21,19 +21,22 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("linalg", "discovery", "stopwatch"),
-    ("families", "moments"),
+    ("moments",),
+    ("families",),
     ("modules", "plan.size"),
     ("plan", "methods"),
     ("checkpoint", "text"),
     ("hub", "stream"),
-    ("refit", "solve", "assemble", "job"),
+    ("refit", "collect", "assemble", "job", "allocate"),
+    ("solve", "template", "texts"),
     ("measure", "evaluation", "memory"),
     ("estimate", "catalogue"),
-    ("compressor",),
+    ("compressor", "sensitivity", "curves", "budget"),
     ("output",),
     ("report",),
-    ("api",),
-    ("cli", "__init__", "__main__"),
+    ("api", "planning"),
+    ("cli", "__init__"),
+    ("__main__",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 FAMILY_ROOMS = ("lrc.families", "lrc.hub.names")
