@@ -9,11 +9,17 @@ from lrc.hub.register import install
 if TYPE_CHECKING:
     from lrc.api import compress, evaluate
     from lrc.hub.loader import load
+    from lrc.planning import make_plan
 
-__all__ = ["__version__", "compress", "evaluate", "load"]
+__all__ = ["__version__", "compress", "evaluate", "load", "make_plan"]
 __version__ = "0.1.0"
 
-_HOMES = {"compress": "lrc.api", "evaluate": "lrc.api", "load": "lrc.hub.loader"}
+_HOMES = {
+    "compress": "lrc.api",
+    "evaluate": "lrc.api",
+    "load": "lrc.hub.loader",
+    "make_plan": "lrc.planning",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lrc.errors import UserError
-
 
 @dataclass(frozen=True)
 class Curve:
     """What shrinking one target of one layer costs, all else whole.
 
-    ``nats`` is the rise of the loss at the measured ``sizes``, which ascend and leave out the ``full`` one, where it
-    is 0. A size keeps ``unit`` weights for each of it, the full one ``whole``; legal sizes are multiples of ``step``.
+    ``nats`` is the measured rise of the loss at ``sizes``, which ascend and leave out the ``full`` one, where it is 0.
+    A size keeps ``unit`` weights for each of it, the full one ``whole``; legal sizes are multiples of ``step`` and
+    ``full``.
     """
 
     layer: int
@@ -27,6 +27,12 @@ class Curve:
     unit: int
     whole: int
     step: int = 1
+
+    @property
+    def smallest(self) -> int:
+        """Weights kept at the smallest legal size that is not below those measured."""
+        size = -(-self.sizes[0] // self.step) * self.step
+        return min(size * self.unit, self.whole) if size < self.full else self.whole
 
 
 @dataclass(frozen=True)
@@ -42,27 +48,39 @@ def allocate(curves: Sequence[Curve], budget: int) -> Allocation:
     """The sizes of least predicted loss that keep at most ``budget`` of the curves' weights; costs are taken to add up.
 
     One price per weight decides every size (a Lagrange multiplier, found by bisection); what that leaves of the budget
-    goes, step by step, where a weight saves most. Raises UserError where even the smallest measured sizes keep more.
+    goes, step by step, where a weight saves most. ``budget`` is at least the sum of the curves' ``smallest``.
     """
+    least = sum(curve.smallest for curve in curves)
+    assert budget >= least, f"a budget of {budget} weights is below the smallest sizes, which keep {least}"
     choices = [_Choices(curve) for curve in curves]
-    least, whole = (sum(int(c.weights[end]) for c in choices) for end in (0, -1))
-    if budget < least:
-        raise UserError(
-            f"a keep of {budget / whole:.3f} cannot be met; the smallest that was measured is {least / whole:.3f}"
-        )
     low, high = 0.0, 1e-12
     while _spent(choices, high) > budget:
-        high *= 2
+        low, high = high, 2 * high
     for _ in range(60):
         price = (low + high) / 2
         low, high = (price, high) if _spent(choices, price) > budget else (low, price)
     chosen = [choice.best(high) for choice in choices]
-    _spend_rest(choices, chosen, budget)
+    _spend_rest(choices, chosen, budget - _kept(choices, chosen))
     return Allocation(
         tuple(int(c.sizes[i]) for c, i in zip(choices, chosen, strict=True)),
-        sum(int(c.weights[i]) for c, i in zip(choices, chosen, strict=True)),
+        _kept(choices, chosen),
         sum(float(c.nats[i]) for c, i in zip(choices, chosen, strict=True)),
     )
+
+
+def not_rising(values: Sequence[float]) -> list[float]:
+    """The nearest values in least squares that never rise, nor fall below 0, by pooling neighbours that do.
+
+    More weights can only help, so that a rise is noise of the measurement: it is averaged out, not carried on.
+    """
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        total, count = float(value), 1
+        while pools and pools[-1][0] / pools[-1][1] < total / count:
+            before, members = pools.pop()
+            total, count = total + before, count + members
+        pools.append((total, count))
+    return [max(total / count, 0.0) for total, count in pools for _ in range(count)]
 
 
 class _Choices:
@@ -70,54 +88,62 @@ class _Choices:
 
     def __init__(self, curve: Curve) -> None:
         first = -(-curve.sizes[0] // curve.step) * curve.step
-        sizes = torch.arange(first, curve.full, curve.step)
+        sizes = torch.arange(first, max(first, curve.full), curve.step)
         sizes = sizes[
             sizes * curve.unit < curve.whole
         ]  # a pair may be larger than its matrix long before full rank
         self.sizes = torch.cat([sizes, torch.tensor([curve.full])])
         self.weights = torch.cat([sizes * curve.unit, torch.tensor([curve.whole])])
-        # More can only help, whatever the noise of the measurement says; and costs grow with the square of what is
-        # lost, so that it is their root that is straight between the sizes measured.
-        nats = (
-            torch.tensor([*curve.nats, 0.0], dtype=torch.float64)
-            .clamp_min(0)
-            .flip(0)
-            .cummax(0)
-            .values.flip(0)
-        )
+        # Costs grow with the square of what is lost, so that it is their root that is straight between two sizes.
+        roots = torch.tensor([*not_rising(curve.nats), 0.0], dtype=torch.float64).sqrt()
         points = torch.tensor(
             [*(size * curve.unit for size in curve.sizes), curve.whole], dtype=torch.float64
         )
-        self.nats = _interpolate(self.weights.double(), points, nats.sqrt()).square()
+        self.nats = _interpolate(self.weights.double(), points, roots).square()
 
     def best(self, price: float) -> int:
         """Position of the size that is cheapest at a price per weight."""
         return int((self.nats + price * self.weights).argmin())
 
+    def move(self, at: int, left: int) -> tuple[float, int] | None:
+        """Nats saved per weight, and position, of the best larger size that ``left`` more weights pay for.
+
+        It looks past flat and hollow stretches; of several as good it is the largest, so that free weights go at once.
+        """
+        added = self.weights[at + 1 :] - self.weights[at]
+        added = added[added <= left]
+        if not len(added):
+            return None
+        saved = (self.nats[at] - self.nats[at + 1 : at + 1 + len(added)]) / added
+        best = len(saved) - 1 - int(saved.flip(0).argmax())
+        return float(saved[best]), at + 1 + best
+
+
+def _kept(choices: Sequence[_Choices], chosen: Sequence[int]) -> int:
+    return sum(int(choice.weights[at]) for choice, at in zip(choices, chosen, strict=True))
+
 
 def _spent(choices: Sequence[_Choices], price: float) -> int:
-    return sum(int(choice.weights[choice.best(price)]) for choice in choices)
+    return _kept(choices, [choice.best(price) for choice in choices])
 
 
-def _spend_rest(choices: Sequence[_Choices], chosen: list[int], budget: int) -> None:
-    """Raise sizes while the budget lasts, each time the one that saves most per weight among those that fit."""
-    left = budget - sum(int(c.weights[i]) for c, i in zip(choices, chosen, strict=True))
-    while True:
-        best, gain = None, -1.0
-        for number, (choice, at) in enumerate(zip(choices, chosen, strict=True)):
-            fits = (choice.weights[at + 1 :] - choice.weights[at] <= left).nonzero()
-            if not len(fits):
-                continue
-            ahead = at + 1 + int(fits[-1])  # looking past flat or hollow stretches to the last size that fits
-            saved = float(choice.nats[at] - choice.nats[ahead]) / int(
-                choice.weights[ahead] - choice.weights[at]
-            )
-            if saved > gain:
-                best, gain, to = number, saved, at + 1
-        if best is None:
-            return
-        left -= int(choices[best].weights[to] - choices[best].weights[chosen[best]])
-        chosen[best] = to
+def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> None:
+    """Raise sizes while ``left`` weights last, each time by the move that saves most per weight."""
+    moves: list[tuple[float, int, int]] = []
+
+    def offer(number: int) -> None:
+        if move := choices[number].move(chosen[number], left):
+            heapq.heappush(moves, (-move[0], number, move[1]))
+
+    for number in range(len(choices)):
+        offer(number)
+    while moves:
+        _, number, to = heapq.heappop(moves)
+        added = int(choices[number].weights[to] - choices[number].weights[chosen[number]])
+        if added <= left:  # else others took its weights, and a smaller move may still do
+            left -= added
+            chosen[number] = to
+        offer(number)
 
 
 def _interpolate(x: Tensor, points: Tensor, values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ It is an estimate: workspaces of the linear algebra library and fragments of the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -63,6 +63,23 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
             stages[stage] = max(stages.get(stage, 0), held)
     stage = max(stages, key=lambda name: stages[name])
     return Memory(stages[stage], stage, stages, samples, batch_size, str(dtype).removeprefix("torch."))
+
+
+def measuring_memory(job: Job, dtype: torch.dtype, batch_size: int, samples: int, held_out: int) -> int:
+    """Bytes that ``lrc.sensitivity`` takes on ``samples`` blocks of calibration and ``held_out`` others: those of a
+    compression without refit, the whole model, the held-out states and the logits of a batch.
+    """
+    architecture, plan, seq_len = job.reader.architecture, job.plan.plan, job.plan.seq_len
+    calibration = plan.calibration.model_copy(update={"samples": samples})
+    alone = plan.model_copy(update={"refit": "none", "calibration": calibration})
+    one = estimate_memory(replace(job, plan=replace(job.plan, plan=alone)), dtype, batch_size).peak
+    stored, run = job.reader.dtype.itemsize, dtype.itemsize
+    decoder = architecture.layers * architecture.layer_parameters
+    weights = decoder * (stored if job.reader.dtype == dtype else stored + run)
+    tables = (architecture.total_parameters - decoder) * run
+    states = 2 * 4 * held_out * seq_len * architecture.hidden
+    logits = seq_len * architecture.vocab * (batch_size * run + 2 * 4)
+    return one + weights + tables + states + logits
 
 
 def _embed(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:

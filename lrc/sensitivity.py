@@ -2,105 +2,112 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lrc.allocate import Curve
 from lrc.assemble import assemble
-from lrc.collect import LayerSums
+from lrc.collect import LayerSums, Statistics
+from lrc.errors import UserError
 from lrc.evaluation.perplexity import token_nll
+from lrc.families import Architecture
 from lrc.moments.observe import observe
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.solve import collectors_needed, sites_needed, solve_layer
 from lrc.stream import Batch, ModelStream
 
 
+def unmeasured(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
+    """What there is to measure of a plan worked out at several sizes: curves of no cost, the layers in their order.
+
+    What stays whole at all of the sizes has none. Raises UserError where weights do not grow evenly with a method's
+    sizes, which is what curves are made of.
+    """
+    found = []
+    for index in range(architecture.layers):
+        asked: dict[str, dict[int, Assignment]] = {}
+        for plan in plans:
+            for one in plan.layers[index].assignments:
+                asked.setdefault(one.target, {})[one.size] = one
+        for name, by_size in asked.items():
+            first, target = next(iter(by_size.values())), architecture.targets[name]
+            unit, sizes = first.kept // first.size, tuple(sorted(by_size))
+            if any(one.kept != size * unit for size, one in by_size.items()):
+                raise UserError(
+                    f"method {first.method!r} has no sizes of even weight for {name}, so there is no curve"
+                )
+            costs = (0.0,) * len(sizes)
+            found.append(Curve(index, name, sizes, costs, target.full, unit, first.whole, target.step))
+    return found
+
+
+def passes(architecture: Architecture, curves: Sequence[Curve]) -> int:
+    """Layers that measuring curves runs over the held-out text: for each size those from its own to the last."""
+    return sum((architecture.layers - curve.layer) * len(curve.sizes) for curve in curves)
+
+
 class Sensitivity:
-    """A model held whole on the device, the moments' text and the held-out text at the layer that is being measured."""
+    """A model held whole on the device, the moments' text and the held-out text at the layer that is being measured.
+
+    ``loss``: nats per held-out token of the model as it is.
+    """
 
     def __init__(self, stream: ModelStream, blocks: Tensor, held_out: Tensor, batch_size: int) -> None:
         """``blocks`` and ``held_out`` are token blocks (n, tokens): to take moments of, and to measure the loss on."""
         self._stream, self._architecture = stream, stream.reader.architecture
         self._held_ids = held_out.split(batch_size)
+        self._tokens = held_out.numel() - len(held_out)
         self._batches = stream.embed(blocks, batch_size)
         self._held = stream.embed(held_out, batch_size)
         loaded = [stream.layer(index) for index in range(self._architecture.layers)]
         self._layers = [module for module, _ in loaded]
         self._states = [state for _, state in loaded]
         self._tail = stream.tail()
-        self.tokens = held_out.numel() - len(held_out)
+        self.loss = self._loss(self._layers[0], 0)
 
-    def curves(self, plans: Sequence[ResolvedPlan], advance: Callable[[], None]) -> list[Curve]:
-        """Curves of all targets from one plan worked out at several sizes; ``advance`` is called after each layer."""
-        whole = self._loss(self._layers[0], 0)
-        found = []
+    def curves(self, plans: Sequence[ResolvedPlan], advance: Callable[[int], object]) -> list[Curve]:
+        """The curves that are ``unmeasured`` of the plans, measured.
+
+        ``advance`` is called with the layers run, ``passes`` in all. Raises UserError where a loss is not finite.
+        """
+        blank, found = unmeasured(self._architecture, plans), []
         for index, layer in enumerate(self._layers):
-            asked = [plan.layers[index] for plan in plans]
-            points = self._layer(index, asked, whole)
-            found += [
-                self._curve(index, target, points[target]) for target in sorted(points, key=self._order)
-            ]
+            asked = {(a.target, a.size): a for plan in plans for a in plan.layers[index].assignments}
+            if asked:
+                statistics = self._observe(LayerPlan(index, tuple(asked.values())))
+            for curve in (curve for curve in blank if curve.layer == index):
+                nats = []
+                for size in curve.sizes:
+                    nats.append(self._alone(index, asked[curve.target, size], statistics) - self.loss)
+                    advance(len(self._layers) - index)
+                found.append(replace(curve, nats=tuple(nats)))
             for batch in (*self._batches, *self._held):
                 batch.hidden = self._stream.run(layer, index, batch, batch.hidden)
-            advance()
         return found
 
-    def _layer(
-        self, index: int, asked: Sequence[LayerPlan], whole: float
-    ) -> dict[str, dict[int, tuple[Assignment, float]]]:
-        """By target and size: what was asked and the nats per token that it costs."""
-        wanted = {(a.target, a.size): a for plan in asked for a in plan.assignments}
-        if not wanted:
-            return {}
-        plan = LayerPlan(index, tuple(wanted.values()))
-        layer, state = self._layers[index], self._states[index]
-        sums = LayerSums(
-            self._stream,
-            index,
-            layer,
-            state,
-            sites_needed(self._architecture, plan),
-            "attention" in collectors_needed(plan),
-        )
+    def _observe(self, plan: LayerPlan) -> Statistics:
+        layer, state = self._layers[plan.index], self._states[plan.index]
+        sites, attention = sites_needed(self._architecture, plan), "attention" in collectors_needed(plan)
+        sums = LayerSums(self._stream, plan.index, layer, state, sites, attention)
         for batch in self._batches:
             with observe(layer, sums.watched) as calls:
-                self._stream.run(layer, index, batch, batch.hidden)
+                self._stream.run(layer, plan.index, batch, batch.hidden)
             sums.add(calls)
-        statistics = sums.results()
-        found: dict[str, dict[int, tuple[Assignment, float]]] = {}
-        for (target, size), assignment in wanted.items():
-            alone = LayerPlan(index, (assignment,))
-            solutions = solve_layer(self._architecture, alone, state, statistics)
-            reduced = assemble(
-                self._architecture,
-                self._stream.skeletons[index],
-                state,
-                solutions.values(),
-                self._stream.reader.dtype,
-            )
-            module = self._stream.filled(reduced.module, reduced.state)
-            found.setdefault(target, {})[size] = (assignment, self._loss(module, index) - whole)
-        return found
+        return sums.results()
 
-    def _curve(self, layer: int, target: str, points: dict[int, tuple[Assignment, float]]) -> Curve:
-        sizes = sorted(points)
-        assignment = points[sizes[0]][0]
-        limits = self._architecture.targets[target]
-        return Curve(
-            layer=layer,
-            target=target,
-            sizes=tuple(sizes),
-            nats=tuple(points[size][1] for size in sizes),
-            full=limits.full,
-            unit=assignment.kept // assignment.size,
-            whole=assignment.whole,
-            step=limits.step,
-        )
-
-    def _order(self, target: str) -> int:
-        return list(self._architecture.targets).index(target)
+    def _alone(self, index: int, assignment: Assignment, statistics: Statistics) -> float:
+        """Nats per held-out token with nothing but one target of one layer shrunk."""
+        state = self._states[index]
+        solutions = solve_layer(
+            self._architecture, LayerPlan(index, (assignment,)), state, statistics
+        ).values()
+        skeleton, dtype = self._stream.skeletons[index], self._stream.reader.dtype
+        reduced = assemble(self._architecture, skeleton, state, solutions, dtype)
+        return self._loss(self._stream.filled(reduced.module, reduced.state), index)
 
     @torch.no_grad()
     def _loss(self, layer: nn.Module, index: int) -> float:
@@ -108,7 +115,9 @@ class Sensitivity:
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
         for batch, ids in zip(self._held, self._held_ids, strict=True):
             total += token_nll(self._logits(layer, index, batch), ids).sum()
-        return float(total) / self.tokens
+        if not math.isfinite(loss := float(total) / self._tokens):
+            raise UserError(f"the loss measured at layer {index} is NaN or inf; try --dtype float32")
+        return loss
 
     def _logits(self, layer: nn.Module, index: int, batch: Batch) -> Tensor:
         hidden = self._stream.run(layer, index, batch, batch.hidden)

@@ -12,6 +12,7 @@ from lrc.cli.check import check_plan
 from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
 from lrc.cli.list import list_known
+from lrc.cli.plan import plan_model
 from lrc.cli.screen import complain
 from lrc.errors import UserError
 
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress_model)
 app.command("eval")(evaluate)
+app.command("plan")(plan_model)
 app.command("check")(check_plan)
 app.command("list")(list_known)
 

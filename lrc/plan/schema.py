@@ -19,7 +19,7 @@ from lrc.errors import nearest
 from lrc.plan.document import Document, Path
 
 WHOLE = "keep-all"
-NOT_BUILT = ("energy", "fisher", "sensitivity")
+NOT_BUILT = ("energy", "fisher", "importance")
 
 
 def as_text_number(value: object) -> str:
@@ -79,6 +79,10 @@ def _samples(value: object) -> int | str:
 
 
 def _allocation(value: object) -> str:
+    if value == "sensitivity":
+        raise ValueError(
+            "sensitivity is what lrc plan measures; it writes the sizes into a plan. Here use uniform"
+        )
     if value in NOT_BUILT:
         raise ValueError(f"allocation {value!r} is not built yet; use uniform")
     return _word("uniform")(value)

@@ -1,0 +1,155 @@
+"""Budgets as people state them (a kept fraction, bytes, a cache), spent on measured curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lrc.allocate import Allocation, Curve, allocate
+from lrc.errors import UserError
+from lrc.estimate import output_size
+from lrc.job import Job
+from lrc.plan.resolved import Assignment, LayerPlan
+
+_SMALLER = "measure smaller sizes with --keeps, or shrink more of the model"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept: ``keep`` of the decoder's weights, or ``size`` bytes of the checkpoint; alone or beside a keep,
+    ``kv_cache`` of the cache.
+    """
+
+    keep: float | None = None
+    size: int | None = None
+    kv_cache: float | None = None
+
+    def __str__(self) -> str:
+        named = (("keep", self.keep), ("bytes", self.size), ("KV cache", self.kv_cache))
+        return ", ".join(f"{name} {value:,}" for name, value in named if value is not None)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A job with the sizes that a budget bought, and the rise of the loss that they add up to, in nats per token.
+
+    ``layers`` has what stays whole as well, at its full size.
+    """
+
+    job: Job
+    layers: tuple[LayerPlan, ...]
+    nats: float
+
+
+def read_budgets(
+    keep: float | Sequence[float] | None, size: int | None, kv_cache: float | None
+) -> list[Budget]:
+    """One budget for each keep, or one in all. Raises UserError for fractions outside (0, 1] and for contradictions."""
+    keeps = [] if keep is None else [keep] if isinstance(keep, int | float) else list(keep)
+    if size is not None and (keeps or kv_cache is not None):
+        raise UserError("--bytes stands alone; leave out --keep and --kv-cache")
+    if size is None and not keeps and kv_cache is None:
+        raise UserError("say what to keep: --keep 0.8, --bytes 4G or --kv-cache 0.5")
+    for name, value in [*(("--keep", value) for value in keeps), ("--kv-cache", kv_cache)]:
+        if value is not None and not 0 < value <= 1:
+            raise UserError(f"{name} {value:g} is outside (0, 1]; it is a fraction of the original")
+    if len(set(keeps)) < len(keeps):
+        raise UserError("--keep names a fraction twice")
+    return [Budget(value, size, kv_cache) for value in keeps or [None]]
+
+
+def spend(budget: Budget, job: Job, curves: Sequence[Curve]) -> Spent:
+    """Sizes of least predicted loss within a budget; ``job``: the measured plan at any one of its sizes.
+
+    Raises UserError with the smallest budget that can be met where this one cannot.
+    """
+    if not curves:
+        raise UserError(
+            f"there is nothing to allocate: {job.plan_source} leaves all whole at every measured size"
+        )
+    if budget.size is not None:
+        return _spend_bytes(budget.size, job, curves)
+    kept = [curve for curve in curves if curve.target in ("qk", "ov")] if budget.kv_cache is not None else []
+    rest = [curve for curve in curves if curve not in kept]
+    spent = (
+        _spend_cache(budget.kv_cache, job, kept) if budget.kv_cache is not None else Allocation((), 0, 0.0)
+    )
+    fixed = job.plan.whole - sum(curve.whole for curve in curves) + spent.weights
+    if budget.keep is None:
+        bought = Allocation(tuple(c.full for c in rest), sum(c.whole for c in rest), 0.0)
+    else:
+        bought = _spend_weights(budget.keep, job.plan.whole, fixed, rest)
+    return _sized(job, [*kept, *rest], (*spent.sizes, *bought.sizes), spent.nats + bought.nats)
+
+
+def _spend_weights(keep: float, whole: int, fixed: int, curves: Sequence[Curve]) -> Allocation:
+    least = fixed + sum(curve.smallest for curve in curves)
+    limit = math.floor(keep * whole + 1e-6)  # 0.7 * 10 is a little less than 7
+    if limit < least:
+        raise UserError(
+            f"a keep of {keep:g} cannot be met; the smallest that can is {_up(least / whole)}: {_SMALLER}"
+        )
+    return allocate(curves, limit - fixed)
+
+
+def _spend_cache(fraction: float, job: Job, curves: Sequence[Curve]) -> Allocation:
+    """Spend the cache's width on qk and ov; the weights returned are still weights."""
+    heads = job.reader.architecture
+    if not curves:
+        raise UserError("the KV cache shrinks with the components qk and ov; the base plan keeps both whole")
+    whole = 2 * heads.head_dim * heads.layers
+    widths = [replace(curve, unit=1, whole=curve.full) for curve in curves]
+    fixed = whole - sum(curve.full for curve in curves)
+    least = fixed + sum(curve.smallest for curve in widths)
+    limit = math.floor(fraction * whole + 1e-6)
+    if limit < least:
+        smallest = _up(least / whole)
+        raise UserError(
+            f"a KV cache of {fraction:g} cannot be met; the smallest that can is {smallest}: {_SMALLER}"
+        )
+    found = allocate(widths, limit - fixed)
+    return replace(found, weights=sum(_kept(c, size) for c, size in zip(curves, found.sizes, strict=True)))
+
+
+def _spend_bytes(limit: int, job: Job, curves: Sequence[Curve]) -> Spent:
+    """Spend bytes of the checkpoint: what goes with the weights, biases and kept columns, is counted afterwards."""
+    lowest, budget = (sum(c.smallest for c in curves), sum(c.whole for c in curves))
+    least = allocate(curves, lowest)
+    smallest = output_size(_sized(job, curves, least.sizes, least.nats).job).bytes
+    if limit < smallest:
+        raise UserError(f"{limit:,} bytes cannot be met; the fewest that can are {smallest:,}: {_SMALLER}")
+    while True:  # the weights are nearly all of it, so that two or three rounds do
+        found = allocate(curves, max(budget, lowest))
+        spent = _sized(job, curves, found.sizes, found.nats)
+        over = output_size(spent.job).bytes - limit
+        if over <= 0:
+            return spent
+        budget = found.weights + over // -job.reader.dtype.itemsize
+
+
+def _sized(job: Job, curves: Sequence[Curve], sizes: Sequence[int], nats: float) -> Spent:
+    """The job with new sizes; what is at its full one stays whole."""
+    bought = {(c.layer, c.target): (size, _kept(c, size)) for c, size in zip(curves, sizes, strict=True)}
+
+    def resized(layer: LayerPlan) -> LayerPlan:
+        found = [(a, *bought[layer.index, a.target]) for a in layer.assignments]
+        return replace(layer, assignments=tuple(replace(a, size=size, kept=kept) for a, size, kept in found))
+
+    layers = tuple(resized(layer) for layer in job.plan.layers)
+    shrunk = tuple(replace(layer, assignments=tuple(filter(_saves, layer.assignments))) for layer in layers)
+    return Spent(replace(job, plan=replace(job.plan, layers=shrunk)), layers, nats)
+
+
+def _saves(assignment: Assignment) -> bool:
+    return assignment.kept < assignment.whole
+
+
+def _kept(curve: Curve, size: int) -> int:
+    """Weights that a size keeps."""
+    return curve.whole if size == curve.full else size * curve.unit
+
+
+def _up(fraction: float) -> str:
+    """A fraction in four places that is not below it."""
+    return f"{math.ceil(fraction * 1e4) / 1e4:g}"

@@ -1,0 +1,144 @@
+"""``lrc plan``: what every size costs, measured once, to plans for the budgets that are asked for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrc.cli.options import (
+    AllowPickle,
+    AsJson,
+    DataDir,
+    Device,
+    Dtype,
+    Model,
+    RemoteCode,
+    Revision,
+    names,
+)
+from lrc.cli.screen import progress, quiet, show, show_json
+from lrc.errors import UserError
+
+_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kMGT])(i?)B?|B)?", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def plan_model(
+    model: Model,
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="F[,F...]", help="Fraction of the decoder's weights; a plan for each."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--bytes", metavar="SIZE", help="Of the checkpoint: 4G is 4e9 bytes, 4GiB 2**32."),
+    ] = None,
+    kv_cache: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Fraction of the KV cache; alone it leaves the MLP whole."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN", help="Methods, options and calibration, in a plan without sizes. [default: a3]"
+        ),
+    ] = None,
+    allocate: Annotated[
+        str, typer.Option(metavar="NAME", help="How to share out the budget.")
+    ] = "sensitivity",
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Text to measure on. [default: wikitext2:validation; builtin:train for the built-in models, but for "
+            "what calibration draws of it]",
+        ),
+    ] = None,
+    held_out_samples: Annotated[int, typer.Option(help="Blocks of it, from the start.")] = 8,
+    keeps: Annotated[
+        str, typer.Option(metavar="F[,F...]", help="Fractions of each target at which to measure.")
+    ] = "0.9,0.75,0.6,0.45,0.3",
+    calib: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Calibration text, instead of the base plan's.")
+    ] = None,
+    data_dir: DataDir = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Blocks at once. [default: by their length]")
+    ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measured curves, to use again. [default: NAME.curves.json beside the plan]"
+        ),
+    ] = None,
+    round_to: Annotated[int, typer.Option("--round", metavar="N", help="Sizes are multiples of N.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever curves there are.")] = False,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help="The plan; NAME-F.yaml for several keeps.")
+    ] = Path("plan.yaml"),
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a plan for MODEL and a budget: measure what each size costs, and spend where it saves most."""
+    kept, measured = (None if keep is None else _fractions("--keep", keep)), _fractions("--keeps", keeps)
+    limit = None if size is None else _bytes(size)
+    quiet()
+    from lrc.planning import make_plan
+    from lrc.report.planning import pictures
+
+    with progress() as track:
+        planning = make_plan(
+            model,
+            keep=kept,
+            size=limit,
+            kv_cache=kv_cache,
+            base=base,
+            allocate=allocate,
+            held_out=held_out,
+            held_out_samples=held_out_samples,
+            keeps=measured,
+            calib=calib,
+            data_dir=data_dir,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            curves=curves,
+            round_to=round_to,
+            fresh=fresh,
+            out=out,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=track,
+        )
+    if as_json:
+        show_json(planning)
+    else:
+        show(*pictures(planning))
+
+
+def _fractions(option: str, listed: str) -> list[float]:
+    found = []
+    for word in names(listed) or []:
+        try:
+            found.append(float(word))
+        except ValueError:
+            raise UserError(
+                f"{option} {listed}: {word!r} is not a number; write such as 0.8 or 0.8,0.6"
+            ) from None
+    return found
+
+
+def _bytes(size: str) -> int:
+    """``4G``, ``500 MB``, ``1.5GiB`` or plain bytes."""
+    if not (match := _SIZE.fullmatch(size.strip())):
+        raise UserError(f"--bytes {size!r} is not a size; write such as 4G, 500MB, 1.5GiB or 123456789")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS.get((unit or "").lower(), 0))

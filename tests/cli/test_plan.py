@@ -1,0 +1,234 @@
+"""``lrc plan`` from end to end: budgets met, curves measured once, plans that compress takes, every mistake told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import Result
+
+import lrc.planning
+from lrc.sensitivity import Sensitivity
+
+BASE = "format: 1\nmethod: a3\ncalibration: {samples: 3, seq_len: 48}\n"
+QUICK = ("--base", "base.yaml", "--held-out-samples", "2", "--keeps", "0.7,0.4", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def base(work: Path) -> None:
+    (work / "base.yaml").write_text(BASE, encoding="utf-8")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the measurements."""
+    counted, curves = [], Sensitivity.curves
+
+    def count(self: Sensitivity, *arguments: Any) -> Any:
+        counted.append(1)
+        return curves(self, *arguments)
+
+    monkeypatch.setattr(Sensitivity, "curves", count)
+    return counted
+
+
+def check(succeeds: Any, plan: str, model: str = "tiny-llama") -> dict[str, Any]:
+    return json.loads(succeeds("check", model, "--plan", plan, "--json").stdout)
+
+
+def test_several_keeps_cost_one_measurement_and_each_is_kept(
+    work: Path, succeeds: Any, measured: list[int]
+) -> None:
+    result: Result = succeeds("plan", "tiny-llama", "--keep", "0.8,0.6", *QUICK)
+    for keep in (0.8, 0.6):
+        assert keep * 0.998 <= check(succeeds, f"plan-{keep}.yaml")["keep"] <= keep
+    assert f"plan-{0.8}.yaml: keeps" in result.stdout
+    before = (work / "plan.curves.json").stat().st_mtime_ns
+    found = json.loads(succeeds("plan", "tiny-llama", "--keep", "0.7", *QUICK, "--json").stdout)
+    assert len(measured) == 1
+    assert (work / "plan.curves.json").stat().st_mtime_ns == before
+    assert not found["measured"]
+    (plan,) = found["plans"]
+    assert (plan["path"], plan["keep"]) == ("plan.yaml", check(succeeds, "plan.yaml")["keep"])
+    stored = json.loads((work / "plan.curves.json").read_text(encoding="utf-8"))
+    assert len(stored["curves"]) == 15
+    assert stored["loss"] == found["loss"]
+
+
+def test_what_the_curves_hang_on_is_measured_anew_when_it_changes(
+    work: Path, succeeds: Any, fails: Any, measured: list[int]
+) -> None:
+    model = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK)
+    succeeds(*model)
+    succeeds(*model, "--calib", "builtin:test")
+    assert len(measured) == 2  # the file beside the plan gives way
+    message = fails(*model, "--curves", "plan.curves.json")
+    assert "plan.curves.json was measured with other settings: calibration (there 3 x 48 " in message
+    assert "--fresh measures anew" in message
+    assert "dtype (there float32, here bfloat16)" in fails(
+        *model, "--calib", "builtin:test", "--curves", "plan.curves.json", "--dtype", "bfloat16"
+    )
+    assert len(measured) == 2
+    succeeds(*model, "--curves", "plan.curves.json", "--fresh")
+    assert len(measured) == 3
+
+
+def test_the_plan_is_readable_and_compress_takes_it(work: Path, succeeds: Any) -> None:
+    succeeds("plan", "tiny-gpt2", "--keep", "0.75", *QUICK, "--held-out", "builtin:test", "-o", "mine.yaml")
+    text = (work / "mine.yaml").read_text(encoding="utf-8")
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert head[0] == "# lrc compress tiny-gpt2 --plan mine.yaml"
+    assert "nats per token, perplexity times" in text
+    assert "# Measured on builtin:test (2 blocks of 48 tokens)" in text
+    assert "# Warning: builtin:test is what perplexity is measured on" in text
+    assert "calibration: {data: 'builtin:train', samples: 3, seq_len: 48, seed: 0}" in text
+    out = succeeds(
+        "compress",
+        "tiny-gpt2",
+        "--plan",
+        "mine.yaml",
+        "--no-eval",
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    assert 0.75 * 0.998 <= json.loads(out.stdout)["keep"] <= 0.75
+
+
+def test_bytes_count_the_whole_checkpoint(work: Path, succeeds: Any) -> None:
+    for model, limit in (("tiny-llama", 4_500_000), ("tiny-gpt2", 4_300_000)):
+        succeeds("plan", model, "--bytes", f"{limit / 1e6}MB", *QUICK)
+        assert 0.998 * limit <= check(succeeds, "plan.yaml", model)["after"]["bytes"] <= limit
+
+
+def test_the_cache_is_shared_between_qk_and_ov(work: Path, succeeds: Any) -> None:
+    succeeds("plan", "tiny-llama", "--kv-cache", "0.6", *QUICK)
+    alone = check(succeeds, "plan.yaml")
+    ratio = alone["after"]["kv_bytes_per_token"] / alone["before"]["kv_bytes_per_token"]
+    assert 0.6 - 2 / 320 < ratio <= 0.6  # widths of 320, in steps of 1 and 2
+    assert {row["target"] for row in alone["targets"]} == {"qk", "ov"}
+    succeeds("plan", "tiny-llama", "--kv-cache", "0.6", "--keep", "0.7", *QUICK)
+    both = check(succeeds, "plan.yaml")
+    assert both["after"]["kv_bytes_per_token"] == alone["after"]["kv_bytes_per_token"]
+    assert 0.7 * 0.998 <= both["keep"] <= 0.7
+
+
+def test_sizes_are_rounded_inside_the_budget(work: Path, succeeds: Any) -> None:
+    succeeds("plan", "tiny-llama", "--keep", "0.7", "--round", "8", *QUICK)
+    found = check(succeeds, "plan.yaml")
+    assert all(row["size"] % 8 == 0 for row in found["targets"])
+    assert 0.7 * 0.995 <= found["keep"] <= 0.7  # one step of 8 neurons is 0.2 % of this small a model
+
+
+def test_other_methods_and_layers_left_whole_are_the_base_plans(work: Path, succeeds: Any) -> None:
+    (work / "base.yaml").write_text(
+        BASE.replace("a3", "whitened_svd") + "layers:\n- {match: 0, method: a3, mlp: keep-all}\n",
+        encoding="utf-8",
+    )
+    succeeds("plan", "tiny-gpt2", "--keep", "0.8", *QUICK)
+    found = check(succeeds, "plan.yaml", "tiny-gpt2")
+    assert 0.8 * 0.998 <= found["keep"] <= 0.8
+    first = {row["target"]: row["method"] for row in found["targets"] if row["layers"].startswith("0")}
+    assert set(first) <= {"qk", "ov"}
+    assert {row["method"] for row in found["targets"]} == {"a3", "whitened_svd"}
+
+
+def test_a_model_of_ones_own_is_measured_on_the_validation_split(
+    work: Path, succeeds: Any, tiny_checkpoint: Any, data_dir: Path
+) -> None:
+    options = ("--keep", "0.8", *QUICK, "--data-dir", data_dir)
+    for named in ((), ("--held-out", "wikitext2")):
+        found = json.loads(succeeds("plan", tiny_checkpoint("gpt2"), *options, *named, "--json").stdout)
+        assert found["held_out"] == "wikitext2:validation (2 blocks of 48 tokens)"
+        assert found["calibration"] == "wikitext2:train (3 blocks of 48 tokens)"
+        assert found["warnings"] == []
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "say what to keep"),
+        (("--keep", "0.8", "--bytes", "4M"), "--bytes stands alone"),
+        (("--keep", "1.5"), "--keep 1.5 is outside (0, 1]"),
+        (("--keep", "half"), "'half' is not a number"),
+        (("--keep", "0.8,0.8"), "names a fraction twice"),
+        (("--kv-cache", "0"), "--kv-cache 0 is outside (0, 1]"),
+        (("--bytes", "4 pounds"), "is not a size; write such as 4G"),
+        (("--keep", "0.3"), "a keep of 0.3 cannot be met; the smallest that can is 0.398"),
+        (("--kv-cache", "0.3"), "a KV cache of 0.3 cannot be met; the smallest that can is 0.3907"),
+        (("--bytes", "1M"), "1,000,000 bytes cannot be met; the fewest that can are 3,"),
+        (("--keep", "0.8", "--keeps", "0.5,1.0"), "fractions to measure are distinct, above 0 and below 1"),
+        (("--keep", "0.8", "--round", "0"), "--round 0 is too small"),
+        (("--keep", "0.8", "--allocate", "uniform"), "needs no measurement"),
+        (("--keep", "0.8", "--allocate", "fisher"), "allocation 'fisher' is not built yet"),
+        (("--keep", "0.8", "-o", "nowhere/plan.yaml"), "there is no folder nowhere"),
+        (("--keep", "0.8", "-o", "base.yaml"), "was not made by lrc plan"),
+        (("--keep", "0.8", "--curves", "base.yaml"), "base.yaml holds no curves of lrc plan"),
+        (("--keep", "0.8", "--held-out-samples", "10000"), "fewer than the 10000 held-out samples"),
+        (("--keep", "0.8", "--held-out", "nothing"), "unknown text 'nothing'"),
+        (("--keep", "0.8", "--device", "tpu"), "there is no device 'tpu'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_told_before_anything_is_measured(
+    work: Path, fails: Any, measured: list[int], options: tuple[str, ...], message: str
+) -> None:
+    assert message in fails("plan", "tiny-llama", *QUICK, *options)
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("components: {mlp: {rank: 9}}", "base.yaml:4: components.mlp.rank: is a size, which lrc plan finds"),
+        ("layers: [{match: 0, keep: 0.5}]", "base.yaml:4: layers[0].keep: is a size"),
+        ("components: {mlp: {kep: 1}}", "base.yaml:4: components.mlp.kep: unknown key"),
+        ("layers: [{match: 0-4, qk: keep-all, ov: keep-all, mlp: keep-all}]", "nothing to allocate"),
+    ],
+)
+def test_a_base_plan_without_sizes_to_find_is_refused(
+    work: Path, fails: Any, line: str, message: str
+) -> None:
+    (work / "base.yaml").write_text(f"{BASE}{line}\n", encoding="utf-8")
+    assert message in fails("plan", "tiny-llama", "--keep", "0.8", *QUICK)
+
+
+def test_a_cache_needs_components(work: Path, fails: Any) -> None:
+    (work / "base.yaml").write_text(BASE.replace("a3", "svd"), encoding="utf-8")
+    assert "the KV cache shrinks with" in fails("plan", "tiny-llama", "--kv-cache", "0.8", *QUICK)
+
+
+def test_calibration_that_draws_all_leaves_nothing_to_hold_out(work: Path, fails: Any) -> None:
+    (work / "base.yaml").write_text(BASE.replace("samples: 3", "samples: all"), encoding="utf-8")
+    message = fails("plan", "tiny-gpt2", "--keep", "0.8", *QUICK)
+    assert "held-out text builtin:train: it holds 0 blocks of 48 tokens, beside " in message
+
+
+def test_held_out_text_that_is_in_the_calibration_is_refused(work: Path, fails: Any) -> None:
+    text = " ".join(f"{n} sheep and {n * 37 % 101} goats." for n in range(200))
+    (work / "text.txt").write_text(text, encoding="utf-8")
+    (work / "copy.txt").write_text(f"Once upon a time: {text}", encoding="utf-8")
+    (work / "base.yaml").write_text(BASE.replace("samples: 3", "samples: all"), encoding="utf-8")
+    options = ("--held-out", "text.txt", "--calib", "copy.txt")
+    message = fails("plan", "tiny-llama", "--keep", "0.8", *QUICK, *options)
+    assert "held-out text text.txt: it overlaps the calibration blocks" in message
+
+
+def test_a_model_that_does_not_fit_says_how_much_it_needs(
+    work: Path, fails: Any, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lrc.planning, "_free_bytes", lambda device: 12_345_678)
+    message = fails("plan", "tiny-llama", "--keep", "0.8", *QUICK)
+    assert "12,345,678 are free" in message
+    assert "`allocate: uniform`" in message
+    needed = int(message.split("it needs about ")[1].split(" bytes")[0].replace(",", ""))
+    assert 2_750_000 * 4 < needed < psutil.virtual_memory().total
+    assert not measured

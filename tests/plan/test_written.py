@@ -1,0 +1,54 @@
+"""A plan that is written is the plan that is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lrc.methods import methods
+from lrc.moments import COLLECTORS
+from lrc.plan.resolve import parse_plan, resolve
+from lrc.plan.written import write_plan
+
+BASE = """
+format: 1
+keep: 0.5
+method: a3
+refit: none
+calibration: {samples: 7, seed: 3}
+components:
+  mlp: {refit: none}
+layers:
+  - {match: 1, method: whitened_svd, keep: 0.4}
+  - {match: 3, ov: {method: svd}}
+"""
+
+
+def test_comes_back_as_it_was(architecture):
+    shapes = architecture("small-llama")
+    plan = resolve(parse_plan(BASE, "base.yaml"), shapes, methods(), COLLECTORS)
+    text = write_plan(plan.plan, plan.layers, methods(), ["a", "", "b\nc: d"])
+    again = resolve(parse_plan(text, "again.yaml"), shapes, methods(), COLLECTORS)
+    assert again.layers == plan.layers
+    assert again.warnings == ()
+    assert (again.plan.refit, again.plan.calibration) == ("none", plan.plan.calibration)
+    assert text.startswith("# a\n#\n# b c: d\nformat: 1\n")
+
+
+def test_layers_alike_share_a_rule_and_whole_targets_say_so(architecture):
+    shapes = architecture("small-llama")
+    plan = resolve(parse_plan("format: 1\nkeep: 0.5\n", "p.yaml"), shapes, methods(), COLLECTORS)
+    whole = [
+        replace(
+            layer,
+            assignments=tuple(
+                replace(a, size=176, kept=a.whole) if a.target == "mlp" else a for a in layer.assignments
+            ),
+        )
+        for layer in plan.layers[1:3]
+    ]
+    lines = write_plan(plan.plan, [plan.layers[0], *whole, plan.layers[3]], methods(), []).splitlines()
+    assert lines[2:5] == [
+        "layers:",
+        "  - {match: '0, 3', qk: {rank: 8}, ov: {rank: 8}, mlp: {rank: 88}}",
+        "  - {match: 1-2, qk: {rank: 8}, ov: {rank: 8}, mlp: keep-all}",
+    ]

@@ -1,0 +1,120 @@
+"""A point of a curve is the loss of the very model that a compression with nothing else shrunk writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import lrc
+from lrc.checkpoint.reader import CheckpointReader
+from lrc.errors import UserError
+from lrc.evaluation.perplexity import window_nll
+from lrc.methods import methods
+from lrc.moments import COLLECTORS
+from lrc.plan.resolve import parse_plan, resolve
+from lrc.plan.resolved import ResolvedPlan
+from lrc.sensitivity import Sensitivity, passes, unmeasured
+from lrc.stream import ModelStream
+from lrc.text.blocks import calibration_blocks, tokenize
+
+CALIBRATION = "calibration: {samples: 4, seq_len: 32}"
+TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(80))
+
+
+def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
+    draft = parse_plan(f"format: 1\n{CALIBRATION}\n{text}", "p.yaml")
+    return resolve(draft, reader.architecture, methods(), COLLECTORS)
+
+
+def sensitivity(folder: Path, held_out: Tensor) -> Sensitivity:
+    from transformers import AutoTokenizer
+
+    blocks = calibration_blocks(tokenize(AutoTokenizer.from_pretrained(folder), TEXT), 4, 32, 0)
+    stream = ModelStream(CheckpointReader(folder), torch.device("cpu"), torch.float32)
+    return Sensitivity(stream, blocks, held_out, 2)
+
+
+def loss(folder: Path, held_out: Tensor) -> float:
+    model = lrc.load(folder, dtype=torch.float32)
+    return float(window_nll(model, held_out).sum()) / (held_out.numel() - len(held_out))
+
+
+@pytest.fixture
+def held_out() -> Tensor:
+    return torch.randint(1, 256, (3, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "layer", "target", "size"),
+    [("a3", 0, "qk", 2), ("a3", 1, "ov", 3), ("a3", 0, "mlp", 11), ("whitened_svd", 1, "o", 5)],
+)
+def test_a_point_is_the_loss_of_the_saved_model(
+    tiny_checkpoint, tmp_path, held_out, family, method, layer, target, size
+):
+    source, text = tiny_checkpoint(family), tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    rule = f"layers: [{{match: {layer}, {target}: {{rank: {size}, method: {method}}}}}]"
+    plan = tmp_path / "p.yaml"
+    plan.write_text(f"format: 1\nrefit: none\n{CALIBRATION}\n{rule}\n", encoding="utf-8")
+    lrc.compress(source, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu", batch_size=2)
+
+    measuring = sensitivity(source, held_out)
+    (curve,) = measuring.curves([resolved(CheckpointReader(source), rule)], lambda done: None)
+    assert (curve.layer, curve.target, curve.sizes) == (layer, target, (size,))
+    assert measuring.loss == pytest.approx(loss(source, held_out), abs=1e-6)
+    expected = loss(tmp_path / "out", held_out) - loss(source, held_out)
+    assert abs(expected) > 1e-4  # else this shows nothing
+    assert curve.nats[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
+    source = tiny_checkpoint(family)
+    plan = resolved(CheckpointReader(source), "keep: 0.5")
+    targets = CheckpointReader(source).architecture.targets
+    full = tuple(
+        replace(
+            layer,
+            assignments=tuple(
+                replace(a, size=targets[a.target].full, kept=a.whole) for a in layer.assignments
+            ),
+        )
+        for layer in plan.layers
+    )
+    curves = sensitivity(source, held_out).curves([replace(plan, layers=full)], lambda done: None)
+    assert len(curves) == 6
+    for curve in curves:
+        assert curve.sizes == (curve.full,)
+        assert curve.nats[0] == pytest.approx(0, abs=2e-5)
+
+
+def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out):
+    source = tiny_checkpoint("llama")
+    reader = CheckpointReader(source)
+    plans = [
+        resolved(reader, f"keep: {keep}\nlayers: [{{match: 0, mlp: keep-all}}]") for keep in (0.3, 0.6, 0.99)
+    ]
+    blank, done = unmeasured(reader.architecture, plans), []
+    assert [(c.layer, c.target) for c in blank] == [(0, "qk"), (0, "ov"), (1, "qk"), (1, "ov"), (1, "mlp")]
+    assert blank[0].sizes == (2, 4)  # at 0.99 it stays whole
+    assert blank[4] == replace(blank[4], full=48, unit=96, whole=48 * 96, step=1, sizes=(14, 29))
+    measured = sensitivity(source, held_out).curves(plans, done.append)
+    assert [replace(c, nats=(0.0,) * len(c.nats)) for c in measured] == blank
+    assert sum(done) == passes(reader.architecture, blank) == 2 * 4 + 6
+    assert len(done) == 10
+
+
+def test_a_model_whose_loss_is_not_finite_is_refused(tiny_checkpoint, held_out):
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_checkpoint("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="NaN or inf"):
+        sensitivity(source, held_out)
