@@ -7,7 +7,6 @@ Every row is a whole run of ``lrc compress``: the perplexity is that of the save
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -42,6 +41,9 @@ def main(
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the texts.")] = None,
     keep: Annotated[float, typer.Option(help="Kept decoder weights.")] = 0.8,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only these rows.")] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="These plans instead of the rows.")
+    ] = None,
     calib: Annotated[str, typer.Option(help="Calibration text.")] = "wikitext2:train",
     samples: Annotated[str, typer.Option(help="Calibration blocks, or all.")] = "all",
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration block.")] = 2048,
@@ -67,16 +69,19 @@ def main(
         f"| dense | 1 | {dense} | | |",
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        for name in rows or ROWS:
-            calibration = {
-                "data": calib,
-                "samples": samples if samples == "all" else int(samples),
-                "seq_len": seq_len,
-            }
-            plan = {"format": 1, "keep": keep, **ROWS[name], "calibration": calibration}
+        calibration = {
+            "data": calib,
+            "samples": samples if samples == "all" else int(samples),
+            "seq_len": seq_len,
+        }
+        for name in plans or rows or ROWS:
             path, folder = Path(scratch) / "plan.yaml", Path(scratch) / "out"
-            path.write_text(yaml.safe_dump(plan), encoding="utf-8")
-            console.print(f"{name}: {json.dumps(plan)}")
+            if isinstance(name, Path):
+                path = name
+            else:
+                plan = {"format": 1, "keep": keep, **ROWS[name], "calibration": calibration}
+                path.write_text(yaml.safe_dump(plan), encoding="utf-8")
+            console.print(f"{name}:\n{path.read_text(encoding='utf-8')}")
             report = lrc.compress(model, path, out=folder, ppl=[], **common)
             console.print({stage: round(seconds, 1) for stage, seconds in report.seconds.items()})
             after = " | ".join(f"{each.value:.4g}" for each in lrc.evaluate(folder, texts, **common))
