@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from lrc import __version__
 from lrc.checkpoint.staging import MANIFEST, check_output, staging
 from lrc.compressor import Compressor
-from lrc.errors import UserError
+from lrc.errors import OutOfResources, UserError
 from lrc.evaluation.perplexity import DEFAULT_SEQ_LEN, Perplexity, count_windows, evaluate_perplexity
 from lrc.hub.loader import load
-from lrc.hub.names import resolve_model
+from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
 from lrc.output import sizes, target_records, write_checkpoint
@@ -69,9 +69,9 @@ def compress(
     place = find_device(device)
     precision = find_dtype(dtype, place, job.reader.dtype)
     target = Path(job.name if out is None else out)
-    check_output(target, force=force)
+    check_output(target, source=job.model.path, force=force)
     folder = None if data_dir is None else Path(data_dir)
-    default = "builtin" if job.model.builtin else "wikitext2"
+    default = default_text(job.model.source)
     held_out = [default] if ppl is None else _specs(ppl)
     tokenizer = load_tokenizer(job.model.path, trust_remote_code=trust_remote_code)
     window = min(DEFAULT_SEQ_LEN, job.reader.architecture.positions)
@@ -84,30 +84,35 @@ def compress(
     settings = _settings(job, source, blocks, place, precision, batch)
     watch = Stopwatch(place)
     progress = progress or (lambda label, total: lambda done: None)
-    with _memory_advice(batch), staging(target, settings, fresh=fresh, force=force) as stage:
+    source_folder = job.model.path
+    with staging(target, settings, source=source_folder, fresh=fresh, force=force) as stage:
         advance = progress("compress", len(job.plan.layers))
         with watch.stage("load"):
             stream = ModelStream(job.reader, place, precision)
-        Compressor(stream, job.plan, stage, watch).run(blocks, batch, lambda: advance(1))
+        with _memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
+            Compressor(stream, job.plan, stage, watch).run(blocks, batch, lambda: advance(1))
         del stream
         with watch.stage("write"):
             table = write_checkpoint(job, stage, settings)
         perplexity = []
         if held_out:
-            with watch.stage("evaluate"):
+            advice = (
+                "the same command with --no-eval, then lrc eval with --device cpu: the layers are finished"
+            )
+            with watch.stage("evaluate"), _memory_advice(advice):
                 pair = [
-                    evaluate(
+                    _evaluate(
                         path,
                         held_out,
-                        data_dir=data_dir,
+                        place,
+                        precision,
+                        data_dir=folder,
                         max_windows=max_windows,
-                        device=str(place),
-                        dtype=_name(precision),
                         allow_pickle=allow_pickle,
                         trust_remote_code=trust_remote_code,
                         progress=progress,
                     )
-                    for path in (job.model.path, stage.folder)
+                    for path in (source_folder, stage.folder)
                 ]
             perplexity = [PerplexityChange(*both) for both in zip(*pair, strict=True)]
         before, after = sizes(job, stage, table)
@@ -125,7 +130,7 @@ def compress(
             dtype=_name(precision),
             seconds=watch.seconds,
             peak_bytes=watch.peak_bytes,
-            warnings=[*job.plan.warnings, *source.notes],
+            warnings=[*job.plan.warnings, *source.notes, *_thin(job, blocks)],
             versions=settings["versions"],
         )
         stage.write_file("report.json", report.to_json())
@@ -137,7 +142,7 @@ def compress(
 
 def evaluate(
     model: str | Path | None = None,
-    ppl: str | Sequence[str] = "wikitext2",
+    ppl: str | Sequence[str] | None = None,
     *,
     seq_len: int | None = None,
     max_windows: int | None = None,
@@ -151,7 +156,8 @@ def evaluate(
 ) -> list[Perplexity]:
     """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
 
-    The protocol is that of ``lrc.evaluation.perplexity``. Raises UserError for a model or text that cannot be had.
+    The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
+    ``lrc.evaluation.perplexity``. Raises UserError for a model or text that cannot be had.
     """
     if model is None:
         path = newest_output(Path.cwd())
@@ -160,38 +166,86 @@ def evaluate(
     place = find_device(device)
     # On a CPU half precision is slow, and rounds unlike a GPU.
     as_stored = dtype is None and place.type != "cpu"
-    precision = "auto" if as_stored else find_dtype(dtype, place, torch.float32)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    with _memory_advice(None):
-        loaded = load(
+    precision = None if as_stored else find_dtype(dtype, place, torch.float32)
+    with _memory_advice("a shorter --seq-len, or --device cpu"):
+        return _evaluate(
             path,
-            device=place,
-            dtype=precision,
+            [default_text(str(model or path))] if ppl is None else _specs(ppl),
+            place,
+            precision,
+            data_dir=None if data_dir is None else Path(data_dir),
+            seq_len=seq_len,
+            max_windows=max_windows,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            progress=progress,
         )
-        try:
-            return evaluate_perplexity(
-                loaded,
-                tokenizer,
-                _specs(ppl),
-                data_dir=None if data_dir is None else Path(data_dir),
-                seq_len=seq_len,
-                max_windows=max_windows,
-                progress=progress,
-            )
-        finally:
-            # Models hold references to themselves: only the collector frees the memory for the next one.
-            del loaded
-            gc.collect()
+
+
+def _evaluate(
+    path: Path,
+    specs: list[str],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    data_dir: Path | None,
+    seq_len: int | None = None,
+    max_windows: int | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    progress: Progress | None,
+) -> list[Perplexity]:
+    """Perplexities of a folder's model, run in the precision it is stored in where ``dtype`` is None."""
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    model = load(
+        path,
+        device=device,
+        dtype=dtype or "auto",
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    try:
+        return evaluate_perplexity(
+            model,
+            tokenizer,
+            specs,
+            data_dir=data_dir,
+            seq_len=seq_len,
+            max_windows=max_windows,
+            progress=progress,
+        )
+    finally:
+        # Models hold references to themselves: only the collector frees the memory for the next one.
+        del model
+        gc.collect()
 
 
 def newest_output(folder: Path) -> Path:
     """The lrc output below ``folder`` (three levels at most) that was finished last; UserError where there is none."""
-    manifests = [path for depth in ("", "*/", "*/*/", "*/*/*/") for path in folder.glob(f"{depth}{MANIFEST}")]
+    manifests = [
+        path
+        for depth in ("", "*/", "*/*/", "*/*/*/")
+        for path in folder.glob(f"{depth}{MANIFEST}")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # unfinished or retired
+    ]
     if not manifests:
         raise UserError(f"there is no lrc output below {folder}; name a model, or run lrc compress first")
     return max(manifests, key=lambda path: path.stat().st_mtime).parent
+
+
+def _thin(job: Job, blocks: Tensor) -> list[str]:
+    """A warning where a moment has fewer tokens than rows, so that part of it is nothing but damping."""
+    architecture = job.reader.architecture
+    roles = {
+        role
+        for layer in job.plan.layers
+        for a in layer.assignments
+        for role in architecture.targets[a.target].matrices
+    }
+    width = max((architecture.matrices[role].columns for role in roles), default=0)
+    if blocks.numel() >= width:
+        return []
+    return [f"calibration has {blocks.numel()} tokens for moments of {width} dimensions; use more samples"]
 
 
 def _specs(ppl: str | Sequence[str]) -> list[str]:
@@ -233,17 +287,12 @@ def _settings(
 
 
 @contextmanager
-def _memory_advice(batch: int | None) -> Iterator[None]:
+def _memory_advice(advice: str) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        if batch is None:
-            knob = "a shorter --seq-len"
-        elif batch > 1:
-            knob = f"--batch-size below {batch}, or fewer calibration samples"
-        else:
-            knob = "fewer or shorter calibration samples"
-        raise UserError(f"the GPU is out of memory; try {knob} ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise OutOfResources(f"the GPU is out of memory; try {advice} ({reason})") from error
 
 
 def _device_name(device: torch.device) -> str:

@@ -53,14 +53,15 @@ class Compressor:
 
     def run(self, blocks: Tensor, batch_size: int, advance: Callable[[], object]) -> None:
         """Compress every layer from token blocks (n, tokens), calling ``advance`` after each."""
+        if self._staging.has(REST):  # written last: an earlier run got this far
+            return
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(blocks, batch_size)
         for plan in self._plan.layers:
             self._layer(plan)
             advance()
-        if not self._staging.has(REST):
-            with self._watch.stage("write"):
-                self._staging.write(REST, self._stream.reader.rest(), {})
+        with self._watch.stage("write"):
+            self._staging.write(REST, self._stream.reader.rest(), {})
 
     @property
     def _refits(self) -> bool:

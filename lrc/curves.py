@@ -11,10 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lrc.allocate import Curve
-from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.plan.resolved import ResolvedPlan
 
@@ -56,15 +53,6 @@ def load_curves(path: Path) -> Curves:
         return Curves(found["key"], found["loss"], curves)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no curves of lrc plan ({type(error).__name__}: {error})") from error
-
-
-def weights_sha256(reader: CheckpointReader) -> str:
-    """Hash of a few elements of every decoder tensor: tells apart checkpoints of the same shapes and names."""
-    digest = hashlib.sha256(reader.fingerprint.encode())
-    for index in range(reader.architecture.layers):
-        for name, tensor in sorted(reader.layer(index).items()):
-            digest.update(name.encode() + tensor.flatten()[:_SAMPLE].view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake that the user can mend; the command line prints it without a traceback and exits with 2."""
 
 
+class OutOfResources(UserError):
+    """Something ran out (disk, GPU memory); what was finished stays, and the run can be taken up again."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """End a message about an unknown word: the nearest choice if one is near, and the choices."""
     known = sorted(choices)

@@ -33,7 +33,7 @@ class Job:
     @property
     def name(self) -> str:
         """``MODEL-PLAN``, the output folder's name unless the user gives one."""
-        return f"{Path(self.model.source).name}-{Path(self.plan_source).stem}"
+        return f"{Path(self.model.source).resolve().name}-{Path(self.plan_source).stem}"
 
 
 def prepare(
@@ -52,7 +52,9 @@ def prepare(
     draft = parse_plan(text, source)
     found = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle)
     reader = CheckpointReader(found.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    return Job(found, reader, text, source, resolve(draft, reader.architecture, methods(), COLLECTORS))
+    # A shipped plan goes by its name: where it is installed is nobody's business but this machine's.
+    name = str(plan) if Path(plan).is_file() else Path(source).stem
+    return Job(found, reader, text, name, resolve(draft, reader.architecture, methods(), COLLECTORS))
 
 
 def find_device(name: str | None) -> torch.device:

@@ -57,6 +57,7 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
     """Memory that ``lrc compress`` takes on a GPU with layers run in ``dtype``, ``batch_size`` blocks at once."""
     asked = job.plan.plan.calibration.samples
     samples = ASSUMED_SAMPLES if asked == "all" else asked
+    batch_size = min(batch_size, samples)
     stages = {"embed": _embed(job, samples, dtype, batch_size)}
     for layer in job.plan.layers:
         for stage, held in _layer(job, layer, samples, dtype, batch_size).items():

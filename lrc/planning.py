@@ -17,7 +17,7 @@ from lrc import __version__
 from lrc.allocate import Curve
 from lrc.budget import Budget, Spent, read_budgets, spend
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.curves import Curves, load_curves, plan_sha256, weights_sha256
+from lrc.curves import Curves, load_curves, plan_sha256
 from lrc.errors import UserError, nearest
 from lrc.estimate import output_size
 from lrc.hub.names import resolve_model
@@ -159,7 +159,7 @@ def _key(jobs: Sequence[Job], texts: Texts, keeps: Sequence[float], dtype: torch
         return f"{blocks.shape[0]} x {blocks.shape[1]} {ids_sha256(blocks)}"
 
     return {
-        "model": weights_sha256(jobs[0].reader),
+        "model": jobs[0].reader.fingerprint,
         "base plan": plan_sha256([job.plan for job in jobs]),
         "keeps": sorted(keeps),
         "calibration": ids(texts.blocks),

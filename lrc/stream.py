@@ -48,14 +48,17 @@ class ModelStream:
         """Run everything before the first layer on token blocks (n, tokens), in batches of blocks.
 
         The model's own forward does it, with a recorder in every layer's place: masks, positions and rotary tables are
-        then what the model would have used. Raises UserError where a weight of the embedding is missing.
+        then what the model would have used. Raises UserError where a weight of the embedding is missing, and where one
+        outside the layers is NaN or inf.
         """
         model, family = self._meta_model(), self.reader.family
         recorders = [_Recorder(layer) for layer in self.skeletons]
         parent, _, name = family.layers.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.ModuleList(recorders))
         base = model.get_submodule(family.prefix)
-        for key, tensor in self.reader.rest().items():
+        rest = self.reader.rest()
+        _check_finite(rest, "")
+        for key, tensor in rest.items():
             if key.startswith(f"{family.prefix}."):
                 set_module_tensor_to_device(model, key, self.device, value=tensor, dtype=self.dtype)
         missing = [f"{family.prefix}.{key}" for key, tensor in base.named_parameters() if tensor.is_meta]
@@ -86,9 +89,7 @@ class ModelStream:
         Raises UserError where a weight is NaN or inf.
         """
         state = {name: tensor.to(self.device) for name, tensor in self.reader.layer(index).items()}
-        for name, tensor in state.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"layer {index}: {name} has NaN or inf")
+        _check_finite(state, f"layer {index}: ")
         return self.materialize(index, state), state
 
     def tail(self) -> Callable[[Tensor], Tensor]:
@@ -146,6 +147,12 @@ class ModelStream:
             return tensor.to(self.device)
         # Norms work on the float32 stream; autocast brings biases to the precision of their product.
         return tensor.to(self.device, torch.float32 if tensor.ndim < 2 else self.dtype)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}{name} has NaN or inf")
 
 
 class _Recorder(nn.Module):

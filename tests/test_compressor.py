@@ -85,7 +85,7 @@ def compress(
             if left == 0:
                 raise Killed
 
-    with staging(out, {"plan": plan.as_dict()}, fresh=False, force=False) as stage:
+    with staging(out, {"plan": plan.as_dict()}, source=Path("source"), fresh=False, force=False) as stage:
         stream = ModelStream(reader, CPU, dtype)
         Compressor(stream, plan, stage, Stopwatch(CPU)).run(blocks() if ids is None else ids, 2, advance)
         write_checkpoint(job, stage, {})

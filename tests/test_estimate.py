@@ -165,7 +165,10 @@ def test_memory_is_at_most_what_is_estimated(
 ) -> None:
     job = prepare(tiny_checkpoint(family, **WIDE[family]), write_plan(body, samples=samples, seq_len=128))
     blocks, device = torch.randint(0, 256, (samples, 128)), torch.device("cpu")
-    with staging(tmp_path / "out", {}, fresh=False, force=False) as stage, HeldBytes() as held:
+    with (
+        staging(tmp_path / "out", {}, source=tmp_path / "m", fresh=False, force=False) as stage,
+        HeldBytes() as held,
+    ):
         stream = ModelStream(job.reader, device, dtype)
         Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, batch_size, lambda: None)
     estimate = estimate_memory(job, dtype, batch_size).peak

@@ -27,18 +27,30 @@ DTYPES = {
 }
 
 
+_SAMPLE = 256
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and precision of one tensor and the file that holds it."""
+    """Shape and precision of one tensor, the file that holds it and, in safetensors, where in it the values begin."""
 
     shape: Shape
     dtype: torch.dtype
     file: Path
+    offset: int = 0
 
     @property
     def bytes(self) -> int:
         """Size of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def sample(self) -> bytes:
+        """A few values from the start and the middle: enough to tell apart models of the same shapes."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            start = stream.read(min(self.bytes, _SAMPLE))
+            stream.seek(self.offset + self.bytes // 2)
+            return start + stream.read(min(self.bytes // 2, _SAMPLE))
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
@@ -82,4 +94,8 @@ def _read(file: Path) -> dict[str, StoredTensor]:
             raise UserError(
                 f"{file}: tensor {name!r} is stored as {entry['dtype']}; lrc reads {', '.join(DTYPES)}"
             )
-    return {n: StoredTensor(tuple(e["shape"]), DTYPES[e["dtype"]], file) for n, e in tensors.items()}
+    start = 8 + length
+    return {
+        n: StoredTensor(tuple(e["shape"]), DTYPES[e["dtype"]], file, start + e["data_offsets"][0])
+        for n, e in tensors.items()
+    }

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -71,10 +72,11 @@ class CheckpointReader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and the name, place, shape and precision of every tensor."""
+        """SHA-256 over config.json and the name, place, shape, precision and some values of every tensor."""
         digest = hashlib.sha256(self.config_text.encode())
         for name, stored in sorted(self.tensors.items()):
             digest.update(f"{name} {stored.file.name} {stored.shape} {stored.dtype}".encode())
+            digest.update(stored.sample())
         return digest.hexdigest()
 
     def layer(self, index: int) -> dict[str, Tensor]:
@@ -146,7 +148,7 @@ class CheckpointReader:
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # torch, pickle and zip each have errors of their own
         raise UserError(
             f"{file} cannot be read as weights alone: it holds other objects, which lrc does not execute, "

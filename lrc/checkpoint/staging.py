@@ -21,14 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrc.checkpoint.headers import StoredTensor, read_headers
-from lrc.errors import UserError
+from lrc.errors import OutOfResources, UserError
 
 _SINGLE_FILE_BYTES = 2 * 1024**3
 MANIFEST = "lrc.json"
-
-
-class DiskFull(UserError):
-    """What stops a run that can go on once there is space."""
 
 
 class Staging:
@@ -64,7 +60,7 @@ class Staging:
         """Store a part; it counts as finished once its record, written last, is in place."""
         with _space(self.folder):
             held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-            save_file(held, self._work / f"{part}.safetensors", metadata={"format": "pt"})
+            self._save(held, self._work / f"{part}.safetensors")
             write_text(self._work / f"{part}.json", json.dumps(record))
 
     def assemble(self, parts: list[str]) -> None:
@@ -73,7 +69,7 @@ class Staging:
         if sum(source.stat().st_size for source in sources) <= _SINGLE_FILE_BYTES:
             with _space(self.folder):
                 merged = {name: tensor for source in sources for name, tensor in load_file(source).items()}
-                save_file(merged, self.folder / "model.safetensors", metadata={"format": "pt"})
+                self._save(merged, self.folder / "model.safetensors")
             return
         weight_map, total = {}, 0
         for i, source in enumerate(sources, start=1):
@@ -84,6 +80,10 @@ class Staging:
                 weight_map[key], total = name, total + stored.bytes
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_json("model.safetensors.index.json", index)
+
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
+        save_file(tensors, path, metadata={"format": "pt"})
+        shutil.copymode(self._work / "run.json", path)  # safetensors would keep it from all but its owner
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the checkpoint."""
@@ -111,14 +111,17 @@ class Staging:
 
 
 @contextmanager
-def staging(out: Path, key: Mapping[str, Any], *, fresh: bool, force: bool) -> Iterator[Staging]:
+def staging(
+    out: Path, key: Mapping[str, Any], *, source: Path, fresh: bool, force: bool
+) -> Iterator[Staging]:
     """Open the staging folder of ``out`` for one run; ``key`` is everything that decides the result.
 
-    A run that is killed or crashes leaves its finished layers for the next; one that fails by a user's mistake leaves
-    nothing. Raises UserError where ``out`` exists and is not an lrc output (unless ``force``), where another run holds
-    it, and where an unfinished run had another key (unless ``fresh``).
+    A run that is killed, crashes or runs out of something leaves its finished layers for the next, and so does any that
+    has finished them all; another that fails by a user's mistake leaves nothing. ``source`` is the model's own folder,
+    which ``out`` must not replace. Raises UserError where ``out`` exists and is not an lrc output (unless ``force``),
+    where another run holds it, and where an unfinished run had another key (unless ``fresh``).
     """
-    check_output(out, force=force)
+    check_output(out, source=source, force=force)
     folder = out.with_name(f".{out.name}.lrc-partial")
     work = folder / ".lrc"
     with _space(folder):
@@ -143,15 +146,16 @@ def staging(out: Path, key: Mapping[str, Any], *, fresh: bool, force: bool) -> I
         try:
             yield Staging(out, folder)
         except Exception as error:
-            mistaken = isinstance(error, UserError) and not isinstance(error, DiskFull)
+            mistaken = isinstance(error, UserError) and not isinstance(error, OutOfResources)
             finished = [path for path in work.glob("*.json") if path != journal]
-            if work.exists() and (mistaken or not finished):
+            whole = (folder / "config.json").exists()
+            if work.exists() and not whole and (mistaken or not finished):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def check_output(out: Path, *, force: bool) -> None:
-    """Raise UserError where an output folder may not be written or replaced."""
+def check_output(out: Path, *, source: Path, force: bool) -> None:
+    """Raise UserError where an output folder may not be written or replaced; never over the model in ``source``."""
     if not out.parent.is_dir():
         raise UserError(f"cannot write {out}: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK):
@@ -162,6 +166,8 @@ def check_output(out: Path, *, force: bool) -> None:
         raise UserError(
             f"{out} exists and is not an lrc output; choose another --out, or pass --force to replace it"
         )
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"cannot replace {out}: it is, or holds, the model that is being compressed")
     if out.exists() and Path.cwd().resolve().is_relative_to(out.resolve()):
         raise UserError(f"cannot replace {out}: it is, or holds, the current folder")
 
@@ -202,7 +208,7 @@ def _space(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise DiskFull(
+            raise OutOfResources(
                 f"the disk is full: {folder}; free some space and run the same command again"
             ) from error
         raise

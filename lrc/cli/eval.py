@@ -28,7 +28,8 @@ def evaluate(
     ] = None,
     ppl: Texts = None,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of a window. [default: 2048, or the model's limit]")
+        int | None,
+        typer.Option(help="Tokens of a window. [default: 2048, or the limit of the shorter model]"),
     ] = None,
     max_windows: MaxWindows = None,
     against: Annotated[
@@ -46,7 +47,8 @@ def evaluate(
     quiet()
     from lrc.api import evaluate as measure
     from lrc.api import newest_output
-    from lrc.hub.names import default_text
+    from lrc.evaluation.perplexity import shared_seq_len
+    from lrc.hub.names import default_text, resolve_model
     from lrc.report.comparison import Comparison, Evaluated
     from lrc.report.tables import perplexities
 
@@ -54,26 +56,29 @@ def evaluate(
         model = str(newest_output(Path.cwd()))
         note(f"evaluating {model}, the newest lrc output here")
     texts = names(ppl) or [default_text(model)]
+    models = [(model, resolve_model(model, revision=revision, allow_pickle=allow_pickle).path)]
+    if against is not None:
+        models.append((against, resolve_model(against, allow_pickle=allow_pickle).path))
+        folders = [folder for _, folder in models]
+        seq_len = shared_seq_len(folders, seq_len, trust_remote_code=trust_remote_code)
     with progress() as track:
         found = [
             Evaluated(
-                each,
+                name,
                 measure(
-                    each,
+                    folder,
                     texts,
                     seq_len=seq_len,
                     max_windows=max_windows,
                     data_dir=data_dir,
                     device=device,
                     dtype=dtype,
-                    revision=revision if each == model else None,
                     allow_pickle=allow_pickle,
                     trust_remote_code=trust_remote_code,
                     progress=track,
                 ),
             )
-            for each in (model, against)
-            if each is not None
+            for name, folder in models
         ]
     comparison = Comparison(*found)
     if as_json:

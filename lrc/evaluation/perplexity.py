@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import Text, read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PROTOCOL_VERSION = 1
 DEFAULT_SEQ_LEN = 2048
@@ -217,14 +217,26 @@ def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
 
 def choose_seq_len(model: PreTrainedModel, asked: int | None) -> int:
     """The window asked for, else 2048 or the model's limit; UserError above that limit or below 2."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    if asked < 2:
-        raise UserError(f"seq_len {asked} leaves no token to score; the smallest is 2")
-    if limit is not None and asked > limit:
-        raise UserError(f"seq_len {asked} is longer than the model's {limit} positions; use {limit} or less")
-    return asked
+    return _window(_positions(model.config), asked)
+
+
+def shared_seq_len(folders: Iterable[Path], asked: int | None, *, trust_remote_code: bool = False) -> int:
+    """The window that the models in all the folders can be measured with, chosen as for one; reads no weight.
+
+    Raises UserError where a folder's config.json cannot be used, and as ``choose_seq_len`` does.
+    """
+    from transformers import AutoConfig
+
+    limits = []
+    for folder in folders:
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}"
+            ) from error
+        limits.append(_positions(config))
+    return _window(min((limit for limit in limits if limit is not None), default=None), asked)
 
 
 def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None) -> int:
@@ -233,6 +245,20 @@ def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None
         return len(windows(ids, seq_len)[:max_windows])
     except UserError as error:
         raise UserError(f"{text.label}: {error}") from None
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _window(limit: int | None, asked: int | None) -> int:
+    if asked is None:
+        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    if asked < 2:
+        raise UserError(f"seq_len {asked} leaves no token to score; the smallest is 2")
+    if limit is not None and asked > limit:
+        raise UserError(f"seq_len {asked} is longer than the model's {limit} positions; use {limit} or less")
+    return asked
 
 
 def _batch_size(model: PreTrainedModel, seq_len: int) -> int:

@@ -33,8 +33,8 @@ SHORT_NAMES = {
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
 }
-# Config, weights, tokenizer, chat template.
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Config, weights, tokenizer, chat template, licence.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 

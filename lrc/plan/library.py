@@ -21,7 +21,7 @@ def find_plan(name_or_path: str) -> tuple[str, str]:
 
     Raises UserError where there is no such plan, or it is not text.
     """
-    path, shipped = Path(name_or_path), shipped_plans()
+    path, shipped = Path(name_or_path).expanduser(), shipped_plans()
     if not path.is_file():
         name = name_or_path.removesuffix(".yaml")
         if name not in shipped:

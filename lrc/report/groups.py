@@ -9,14 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Group:
-    """All layers' records of one target and method.
+    """All layers' records of one target, method and metric of the prediction (``lrc.methods.contract.Prediction``).
 
-    ``predicted`` and ``measured``: root of the mean squared relative error over the layers; ``kl``: mean KL divergence
-    of the attention distribution in nats per query, where that is what was measured.
+    ``predicted`` and ``measured``: root of the mean squared relative error over the layers. Where the metric is
+    ``kl``, ``predicted`` is the mean KL divergence of the attention distribution in nats per query and head; ``kl`` is
+    the same as measured, where that is what was.
     """
 
     target: str
     method: str
+    metric: str
     layers: int
     smallest: int
     largest: int
@@ -26,27 +28,41 @@ class Group:
     measured: float | None
     kl: float | None
 
+    @property
+    def predicted_text(self) -> str:
+        """The prediction with its unit, nothing for a relative error."""
+        return _nats(self.predicted) if self.metric == "kl" else f"{self.predicted:.4f}"
+
+    @property
+    def measured_text(self) -> str:
+        """The measurement likewise; empty where there is none."""
+        if self.kl is not None:
+            return _nats(self.kl)
+        return "" if self.measured is None else f"{self.measured:.4f}"
+
 
 def summarise(records: Iterable[dict[str, Any]]) -> list[Group]:
-    """Group the records of a report by target and method, in the order they first appear."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """Group the records of a report by target, method and metric, in the order they first appear."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault((record["target"], record["method"]), []).append(record)
-    return [_group(target, method, found) for (target, method), found in groups.items()]
+        key = record["target"], record["method"], record["predicted"]["metric"]
+        groups.setdefault(key, []).append(record)
+    return [_group(*key, found) for key, found in groups.items()]
 
 
-def _group(target: str, method: str, records: list[dict[str, Any]]) -> Group:
+def _group(target: str, method: str, metric: str, records: list[dict[str, Any]]) -> Group:
     sizes = [record["size"] for record in records]
-    measured = [r["measured"] for r in records]
+    predicted, measured = [r["predicted"] for r in records], [r["measured"] for r in records]
     return Group(
         target=target,
         method=method,
+        metric=metric,
         layers=len(records),
         smallest=min(sizes),
         largest=max(sizes),
         kept=sum(record["kept"] for record in records),
         whole=sum(record["whole"] for record in records),
-        predicted=_relative([record["predicted"] for record in records]),
+        predicted=_mean([p["error"] for p in predicted]) if metric == "kl" else _relative(predicted),
         measured=_relative(measured) if all(m["error"] is not None for m in measured) else None,
         kl=_mean([m["kl"] for m in measured]) if all(m["kl"] is not None for m in measured) else None,
     )
@@ -54,6 +70,10 @@ def _group(target: str, method: str, records: list[dict[str, Any]]) -> Group:
 
 def _relative(errors: list[dict[str, Any]]) -> float:
     return _mean([e["error"] / e["reference"] if e["reference"] else 0.0 for e in errors]) ** 0.5
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2g} nats KL"
 
 
 def _mean(values: list[float]) -> float:

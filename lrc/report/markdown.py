@@ -58,16 +58,17 @@ def _body(report: Report) -> list[str]:
     ]
     for g in summarise(report.targets):
         size = f"{g.smallest}" if g.smallest == g.largest else f"{g.smallest}-{g.largest}"
-        measured = f"{g.kl:.2g} nats KL" if g.kl is not None else f"{g.measured:.4f}"
         lines.append(
             f"| {g.target} | {g.method} | {g.layers} | {size} | {g.kept / g.whole:.1%} "
-            f"| {g.predicted:.4f} | {measured} |"
+            f"| {g.predicted_text} | {g.measured_text} |"
         )
     lines += [
         "",
-        "Errors are relative, root mean square over the layers, before the refit; measured ones come from running the "
-        "original and the reduced module on the calibration tokens. For qk the prediction is of the attention scores "
-        "and the measurement is the KL divergence of the attention distribution.",
+        "Errors are of each target alone, before the refit; measured ones come from running the original and the "
+        "reduced module on the calibration tokens. A plain number is a relative error, root mean square over the "
+        "layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are the divergence of "
+        "the attention distribution from the original's, mean over queries, heads and layers, measured on the first "
+        "calibration block.",
         "",
     ]
     return lines

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lrc.checkpoint.sizes import Size
 from lrc.estimate import Check
+from lrc.evaluation.perplexity import Perplexity
 from lrc.report.comparison import Comparison
 from lrc.report.groups import summarise
 from lrc.report.report import Report
@@ -26,15 +27,14 @@ def summary(report: Report) -> Iterator[RenderableType]:
     )
     for group in summarise(report.targets):
         rank = str(group.smallest) if group.smallest == group.largest else f"{group.smallest}-{group.largest}"
-        measured = "" if group.measured is None else f"{group.measured:.4f}"
         targets.add_row(
             group.target,
             group.method,
             str(group.layers),
             rank,
             f"{group.kept:,} ({group.kept / group.whole:.1%})",
-            f"{group.predicted:.4f}",
-            measured if group.kl is None else f"{group.kl:.2g} nats KL",
+            group.predicted_text,
+            group.measured_text,
         )
     cost = _cost(report.before, report.after)
     for change in report.perplexity:
@@ -64,20 +64,16 @@ def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
     else:
         yield f"against: {against.model}"
         table = _table("text", "model:r", "against:r", "ratio:r", "windows:r", "seq_len:r", "dtype")
-        rows = zip(of.perplexity, against.perplexity, comparison.ratios, strict=True)
-        for ours, theirs, ratio in rows:
+        for pair in comparison.pairs:
+            both = (pair.ours, pair.theirs)
             table.add_row(
-                ours.data,
-                f"{ours.value:.5g}",
-                f"{theirs.value:.5g}",
-                f"{ratio:.4f}",
-                str(ours.windows),
-                str(ours.seq_len),
-                ours.dtype if ours.dtype == theirs.dtype else f"{ours.dtype}, {theirs.dtype}",
+                pair.ours.data,
+                *(f"{p.value:.5g}" if pair.same_tokens else _bits(p) for p in both),
+                "" if pair.ratio is None else f"{pair.ratio:.4f}",
+                *(_once(getattr(p, key) for p in both) for key in ("windows", "seq_len", "dtype")),
             )
     yield table
-    notes = [note for each in (of, against) if each for p in each.perplexity for note in p.notes]
-    yield from _warnings(dict.fromkeys(notes))
+    yield from _warnings(comparison.notes)
 
 
 def resolution(check: Check) -> Iterator[RenderableType]:
@@ -113,6 +109,15 @@ def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[Renderabl
         for row in rows:
             table.add_row(*row[: 3 if sourced else 2])
         yield table
+
+
+def _bits(p: Perplexity) -> str:
+    bits = "" if p.bits_per_byte is None else f" ({p.bits_per_byte:.4f} bits per byte)"
+    return f"{p.value:.5g}{bits}"
+
+
+def _once(values: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def _cost(before: Size, after: Size) -> Table:

@@ -133,6 +133,14 @@ def test_pickles_are_read_only_on_demand(tiny_checkpoint, sharded):
     assert_same(everything(CheckpointReader(folder, allow_pickle=True)), expected)
 
 
+def test_pickles_of_the_old_format_are_read_too(tiny_checkpoint):
+    folder = tiny_checkpoint("gpt2")
+    expected = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(expected, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_same(everything(CheckpointReader(folder, allow_pickle=True)), expected)
+
+
 def test_a_pickle_that_would_run_code_is_refused(tiny_checkpoint, tmp_path):
     class Code:
         def __reduce__(self) -> Any:

@@ -19,7 +19,7 @@ KEY = {"plan": {"keep": 0.5}, "seed": 0}
 
 
 def open_staging(out: Path, key: dict[str, Any] = KEY, *, fresh: bool = False, force: bool = False) -> Any:
-    return staging(out, key, fresh=fresh, force=force)
+    return staging(out, key, source=out.with_name("source"), fresh=fresh, force=force)
 
 
 def write_and_fail(out: Path, error: BaseException) -> None:
@@ -160,7 +160,7 @@ def test_two_runs_at_once_are_kept_apart_and_a_dead_ones_lock_dies(out):
 import sys
 from pathlib import Path
 from lrc.checkpoint.staging import staging
-with staging(Path({str(out)!r}), {KEY!r}, fresh=False, force=False):
+with staging(Path({str(out)!r}), {KEY!r}, source=Path("/nowhere"), fresh=False, force=False):
     print("held", flush=True)
     sys.stdin.read()
 """

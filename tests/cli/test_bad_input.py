@@ -102,6 +102,15 @@ def test_weights_that_are_no_numbers(
     assert f"layer {layer}: mlp.up_proj.weight has NaN or inf" in refuses(model)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_weights_outside_the_layers_that_are_no_numbers(
+    refuses: Fails, tiny_checkpoint: TinyCheckpoint, name: str
+) -> None:
+    model = tiny_checkpoint("llama")
+    edit_weight(model, name, float("nan"))
+    assert f"{name} has NaN or inf" in refuses(model)
+
+
 def test_activations_that_are_no_numbers(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
     model = tiny_checkpoint("llama")
     edit_weight(model, "model.layers.1.mlp.up_proj.weight", 3e38)
@@ -402,6 +411,19 @@ def test_disk_full(refuses: Fails, tiny_checkpoint: TinyCheckpoint, monkeypatch:
 
 
 # The output folder
+
+
+def test_an_output_over_the_model_itself(
+    fails: Fails, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    model = tiny_checkpoint("llama")
+    before = sorted(path.name for path in model.iterdir())
+    for out in (model, model.parent):
+        message = fails(
+            "compress", model, "--plan", tmp_path / "plan.yaml", "--out", out, "--force", "--no-eval"
+        )
+        assert f"cannot replace {out}: it is, or holds, the model that is being compressed" in message
+    assert sorted(path.name for path in model.iterdir()) == before
 
 
 def test_an_output_folder_that_is_not_ours(

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import lrc.compressor
 from lrc import __version__
+from lrc.api import newest_output
 from lrc.checkpoint.staging import staging
 from lrc.cli import app, main
 
@@ -289,8 +292,41 @@ def test_other_settings_do_not_take_up_a_run(
     assert solved == [0, 1, 0, 1, 2]
 
 
+def test_another_model_of_the_same_shapes_does_not_take_up_a_run(
+    killed: Callable[..., Result], fails: Fails, argv: list[str]
+) -> None:
+    killed(SystemExit)
+    weights = Path(argv[1]) / "model.safetensors"
+    other = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+    save_file(other, weights, metadata={"format": "pt"})
+    assert "an unfinished run of out had other settings (model)" in fails(*argv, "--out", "out")
+
+
+def test_running_out_of_memory_in_the_evaluation_keeps_the_layers(
+    run: Run, succeeds: Run, argv: list[str], work: Path, solved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrc.api.load", load)
+        result = run(*argv, "--out", "out")
+    assert result.exit_code == 2
+    assert "try the same command with --no-eval" in result.stderr
+    assert not (work / "out").exists()
+    succeeds(*argv, "--out", "out")
+    assert solved == [0, 1, 2]
+
+
+def test_eval_leaves_unfinished_outputs_alone(work: Path) -> None:
+    for name in ("done", ".later.lrc-partial"):
+        (work / name).mkdir()
+        (work / name / "lrc.json").write_text("{}", encoding="utf-8")
+    assert newest_output(work) == work / "done"
+
+
 def test_two_runs_into_one_folder(fails: Fails, argv: list[str], work: Path) -> None:
-    with staging(work / "out", {}, fresh=False, force=False):
+    with staging(work / "out", {}, source=work / "m", fresh=False, force=False):
         assert "another run is writing out" in fails(*argv, "--out", "out")
 
 

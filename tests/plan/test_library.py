@@ -87,3 +87,9 @@ def test_a_plan_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"format: \xff\xfe")
     with pytest.raises(UserError, match=r"plan\.yaml: not a text in UTF-8 \(byte 8\)"):
         find_plan(str(path))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("format: 1\n")
+    assert find_plan("~/mine.yaml") == ("format: 1\n", str(tmp_path / "mine.yaml"))

@@ -1,0 +1,81 @@
+"""The summary of a report: what is averaged how, and in which unit it is shown."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lrc.checkpoint.sizes import Size
+from lrc.report.groups import summarise
+from lrc.report.markdown import report_page
+from lrc.report.report import Report
+from lrc.report.tables import summary
+
+
+def record(target: str, metric: str, predicted: tuple[float, float], **measured: float) -> dict[str, Any]:
+    return {
+        "target": target,
+        "method": "a3",
+        "size": 4,
+        "kept": 10,
+        "whole": 20,
+        "predicted": {"error": predicted[0], "reference": predicted[1], "metric": metric, "loss": None},
+        "measured": {"error": None, "reference": None, "kl": None} | measured,
+    }
+
+
+RECORDS = [
+    record("qk", "kl", (0.1, 9.0), kl=0.2),
+    record("qk", "kl", (0.12, 3.0), kl=0.3),
+    record("qk", "scores", (0.04, 1.0), kl=0.5),
+    record("ov", "output", (0.09, 1.0), error=0.16, reference=1.0),
+]
+
+
+def test_a_divergence_is_a_mean_in_nats_and_an_error_is_relative() -> None:
+    nats, scores, ov = summarise(RECORDS)
+    assert (nats.metric, nats.layers) == ("kl", 2)
+    assert nats.predicted == pytest.approx(0.11)
+    assert (nats.predicted_text, nats.measured_text) == ("0.11 nats KL", "0.25 nats KL")
+    assert (scores.predicted_text, scores.measured_text) == ("0.2000", "0.5 nats KL")
+    assert (ov.predicted_text, ov.measured_text) == ("0.3000", "0.4000")
+
+
+def test_metrics_of_one_target_are_not_mixed() -> None:
+    groups = summarise(RECORDS)
+    assert [(g.target, g.metric, g.layers) for g in groups] == [
+        ("qk", "kl", 2),
+        ("qk", "scores", 1),
+        ("ov", "output", 1),
+    ]
+
+
+def test_page_and_table_show_nats_beside_nats() -> None:
+    size = Size(100, 400, 8)
+    report = Report(
+        model="m",
+        plan="p",
+        out="o",
+        keep=0.5,
+        before=size,
+        after=replace(size, parameters=50),
+        perplexity=[],
+        targets=RECORDS,
+        calibration={},
+        device="cpu",
+        dtype="float32",
+        seconds={},
+        peak_bytes={},
+        warnings=[],
+        versions={},
+    )
+    page = report_page(report)
+    assert "| qk | a3 | 2 | 4 | 50.0% | 0.11 nats KL | 0.25 nats KL |" in page
+    assert "| qk | a3 | 1 | 4 | 50.0% | 0.2000 | 0.5 nats KL |" in page
+    console = Console(file=io.StringIO(), width=200)
+    console.print(*summary(report))
+    assert "0.11 nats KL" in console.file.getvalue()  # type: ignore[attr-defined]
