@@ -34,6 +34,7 @@ DEFAULT_SEQ_LEN = 2048
 _LOGIT_BYTES = 2**30  # of one batch, in the model's own dtype
 _CHUNK_BYTES = 2**28  # of the float32 copy that the softmax works on
 _BATCH_TOKENS = 2**14
+_CPU_BATCH_TOKENS = 2**11  # larger ones spend their time on fresh pages for the logits
 
 Advance = Callable[[int], object]
 
@@ -263,4 +264,5 @@ def _window(limit: int | None, asked: int | None) -> int:
 
 def _batch_size(model: PreTrainedModel, seq_len: int) -> int:
     window_bytes = seq_len * model.config.get_text_config().vocab_size * model.dtype.itemsize
-    return max(min(_LOGIT_BYTES // window_bytes, _BATCH_TOKENS // seq_len), 1)
+    tokens = _CPU_BATCH_TOKENS if model.device.type == "cpu" else _BATCH_TOKENS
+    return max(min(_LOGIT_BYTES // window_bytes, tokens // seq_len), 1)

@@ -95,7 +95,8 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     yield f"kept: {check.keep:.2%} of the decoder's weights"
     yield (
         f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
-        f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage})"
+        f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
+        "measuring perplexity loads the model whole, unless with --no-eval"
     )
     yield from _warnings(check.warnings)
 
