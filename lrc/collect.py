@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from lrc.families import canonical
 from lrc.modules.attention import turn
 from lrc.moments.attention import AttentionMoment, AttentionSum
 from lrc.moments.moment import Moment, MomentSum
-from lrc.moments.observe import Call
-from lrc.stream import ModelStream
+from lrc.moments.observe import Call, observe
+from lrc.stream import Batch, ModelStream
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,24 @@ class LayerSums:
         bias = None if bias is None else bias.to(x.dtype)
         y = functional.linear(x, weight.to(x.dtype), bias)
         return y.unflatten(-1, (-1, self._architecture.head_dim)).transpose(1, 2)
+
+
+def collect(
+    stream: ModelStream,
+    index: int,
+    layer: nn.Module,
+    state: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    sites: set[str],
+    attention: bool,
+) -> Statistics:
+    """Run an original layer on all batches, which stay where they are, and return what was asked for of it.
+
+    Raises UserError where activations are NaN or inf.
+    """
+    sums = LayerSums(stream, index, layer, state, sites, attention)
+    for batch in batches:
+        with observe(layer, sums.watched) as calls:
+            stream.run(layer, index, batch, batch.hidden)
+        sums.add(calls)
+    return sums.results()

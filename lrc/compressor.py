@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
-from lrc.collect import LayerSums, Statistics
+from lrc.collect import Statistics, collect
 from lrc.families.family import ATTENTION_ROLES
 from lrc.measure import LayerMeasure
 from lrc.methods.contract import Affine, Solution
@@ -99,14 +99,8 @@ class Compressor:
 
     def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
         """What the layer's solvers need to know of the original stream."""
-        sites = sites_needed(self._architecture, plan)
-        attention = "attention" in collectors_needed(plan)
-        sums = LayerSums(self._stream, plan.index, layer, state, sites, attention)
-        for batch in self._batches:
-            with observe(layer, sums.watched) as calls:
-                self._stream.run(layer, plan.index, batch, batch.hidden)
-            sums.add(calls)
-        return sums.results()
+        sites, attention = sites_needed(self._architecture, plan), "attention" in collectors_needed(plan)
+        return collect(self._stream, plan.index, layer, state, self._batches, sites, attention)
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""

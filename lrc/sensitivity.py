@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from lrc.allocate import Curve
 from lrc.assemble import assemble
-from lrc.collect import LayerSums, Statistics
+from lrc.collect import Statistics, collect
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import token_nll
 from lrc.families import Architecture
-from lrc.moments.observe import observe
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.solve import collectors_needed, sites_needed, solve_layer
 from lrc.stream import Batch, ModelStream
@@ -92,12 +91,7 @@ class Sensitivity:
     def _observe(self, plan: LayerPlan) -> Statistics:
         layer, state = self._layers[plan.index], self._states[plan.index]
         sites, attention = sites_needed(self._architecture, plan), "attention" in collectors_needed(plan)
-        sums = LayerSums(self._stream, plan.index, layer, state, sites, attention)
-        for batch in self._batches:
-            with observe(layer, sums.watched) as calls:
-                self._stream.run(layer, plan.index, batch, batch.hidden)
-            sums.add(calls)
-        return sums.results()
+        return collect(self._stream, plan.index, layer, state, self._batches, sites, attention)
 
     def _alone(self, index: int, assignment: Assignment, statistics: Statistics) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""
