@@ -25,13 +25,6 @@ class Measured:
     reference: float | None = None
     kl: float | None = None
 
-    @property
-    def relative(self) -> float | None:
-        """(E‖Δy‖² / E‖y‖²)^½."""
-        if self.error is None or not self.reference:
-            return None
-        return (self.error / self.reference) ** 0.5
-
 
 class LayerMeasure:
     """One layer with each of its solutions put in alone, compared with the original batch by batch."""

@@ -34,7 +34,8 @@ class RefitSum:
     def solve(self, start: Affine, ridge: float = RIDGE) -> tuple[Affine, float]:
         """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), and the damping used.
 
-        λ is ``ridge`` times the mean diagonal of E[x xᵀ]. A projection without a bias gets none.
+        λ is ``ridge`` times the mean diagonal of E[x xᵀ], centred where there is a bias. A projection without a bias
+        gets none.
         """
         gram, cross = self._gram.double() / self._tokens, self._cross.double() / self._tokens
         x, t = self._input.double() / self._tokens, self._target.double() / self._tokens
