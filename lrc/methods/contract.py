@@ -42,33 +42,42 @@ class ProjectionProblem:
 
 @dataclass(frozen=True)
 class QKProblem:
-    """Queries and keys of one layer, the moment of the input that both read and, where asked for, that of attention."""
+    """Queries and keys of one layer, the moment of the input that both read and, where asked for, that of attention.
+
+    ``gradient``, where asked for, is of the loss: with rotary positions the Gram matrix (kv_heads, D/2, D/2) of pairs,
+    a_j = q_j·∂L/∂q_j summed over the queries that share a key, else E[γ γᵀ] (kv_heads, D, D) of γ = ∂L/∂q.
+    """
 
     q: Affine
     k: Affine
     heads: Heads
     input: Moment
     attention: AttentionMoment | None = None
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class OVProblem:
-    """Values and output projection of one layer and the moment of the output projection's input."""
+    """Values and output projection of one layer, the moment of its input and, where asked for, G of its output."""
 
     v: Affine
     o: Affine
     heads: Heads
     output: Moment
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class MLPProblem:
-    """The projections into the hidden state by role, the one out of it, and the hidden state's moment."""
+    """The projections into the hidden state by role, the one out of it, the hidden state's moment and, where asked for,
+    G of the output.
+    """
 
     inputs: Mapping[str, Affine]
     output_role: str
     output: Affine
     hidden: Moment
+    gradient: Tensor | None = None
 
 
 Problem = ProjectionProblem | QKProblem | OVProblem | MLPProblem
