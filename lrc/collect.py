@@ -37,18 +37,25 @@ class LayerSums:
         layer: nn.Module,
         state: Mapping[str, Tensor],
         sites: set[str],
-        attention: bool,
+        collectors: set[str],
     ) -> None:
         self._stream, self._index, self._state = stream, index, state
         self._architecture = stream.reader.architecture
         self._sites = {site: path for site, path in self._architecture.family.sites.items() if site in sites}
         self._moments: dict[str, MomentSum] = {}
         self._attention: AttentionSum | None = None
-        if attention:
+        if collectors & {"attention", "attention_samples"}:
             heads = self._architecture.geometry
             scale: Any = layer.get_submodule(self._architecture.family.attention).scaling
             rotary = heads.rotary != "none"
-            self._attention = AttentionSum(heads.kv_heads, heads.head_dim, scale, rotary, stream.device)
+            self._attention = AttentionSum(
+                heads.kv_heads,
+                heads.head_dim,
+                scale,
+                rotary,
+                stream.device,
+                samples="attention_samples" in collectors,
+            )
 
     @property
     def watched(self) -> dict[str, str]:
@@ -98,13 +105,14 @@ def collect(
     state: Mapping[str, Tensor],
     batches: Iterable[Batch],
     sites: set[str],
-    attention: bool,
+    collectors: set[str],
 ) -> Statistics:
     """Run an original layer on all batches, which stay where they are, and return what was asked for of it.
 
+    ``sites`` are those whose moments are wanted, ``collectors`` what ``lrc.moments`` calls the rest.
     Raises UserError where activations are NaN or inf.
     """
-    sums = LayerSums(stream, index, layer, state, sites, attention)
+    sums = LayerSums(stream, index, layer, state, sites, collectors)
     for batch in batches:
         with observe(layer, sums.watched) as calls:
             stream.run(layer, index, batch, batch.hidden)

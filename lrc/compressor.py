@@ -99,8 +99,8 @@ class Compressor:
 
     def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
         """What the layer's solvers need to know of the original stream."""
-        sites, attention = sites_needed(self._architecture, plan), "attention" in collectors_needed(plan)
-        return collect(self._stream, plan.index, layer, state, self._batches, sites, attention)
+        sites, collectors = sites_needed(self._architecture, plan), collectors_needed(plan)
+        return collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""

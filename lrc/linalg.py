@@ -134,54 +134,97 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
     return root.solve(weight.double() @ through), DAMPING + root.damping
 
 
-def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int = 32) -> Tensor:
+def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = None) -> Tensor:
     """Columns of W (m, n) left by backward elimination under E‖W x − W' x_S‖², x of moment C (n, n), with W' refitted.
 
     Optimal brain surgeon for whole columns: with P = C⁻¹ and W̃ the refit so far, dropping column i costs
-    ‖W̃_i‖² / P_ii. ``block`` columns, the cheapest, go at once, then W̃ −= W̃_B P_BB⁻¹ P_B and P −= P_B,ᵀ P_BB⁻¹ P_B.
-    Returns the (keep,) indices, ascending.
+    ‖W̃_i‖² / P_ii, then W̃ −= W̃_i P_i / P_ii and P −= P_iᵀ P_i / P_ii. Columns go one at a time among the 2·``block``
+    cheapest; after ``block`` of them all of W̃ and P follow. None: a 64th of the columns still there, so that the
+    choice is exact for few columns and takes as many passes over P for many. Returns the (keep,) indices, ascending.
     """
     inverse = torch.cholesky_inverse(damped_cholesky(c).factor)
     fitted = weight.to(torch.float64, copy=True)
     gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    left = weight.shape[1] - keep
-    while left > 0:
-        count = min(block, left)
-        score = fitted.square().sum(dim=0) / inverse.diagonal()
-        drop = score.masked_fill(gone, torch.inf).topk(count, largest=False).indices
+    there = weight.shape[1]
+    while there > keep:
+        count = min(block or max(there // 64, 1), there - keep)
+        score = (fitted.square().sum(dim=0) / inverse.diagonal()).masked_fill(gone, torch.inf)
+        cheap = score.topk(min(2 * count, there), largest=False).indices
+        drop = cheap[_cheapest(fitted[:, cheap].mT @ fitted[:, cheap], inverse[cheap][:, cheap], count)]
         rows = inverse[drop]
         step = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, drop]))
-        fitted -= fitted[:, drop] @ step
-        inverse -= rows.mT @ step
+        fitted.addmm_(fitted[:, drop], step, alpha=-1)
+        inverse.addmm_(rows.mT, step, alpha=-1)
         gone[drop] = True
         # What is gone must stay gone whatever rounding leaves of it.
         inverse.diagonal()[drop] = 1.0
-        left -= count
+        there -= count
     return gone.logical_not().nonzero().squeeze(-1)
 
 
-def eliminate(gram: Tensor, keep: int) -> Tensor:
-    """Indices (..., keep), ascending, left by backward elimination of the set D of least cost 1_Dᵀ K 1_D.
+def _cheapest(gram: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """Indices (count,) in the order in which columns go, from W̃ᵀW̃ and P of the candidates (n, n)."""
+    order = []
+    gone = torch.zeros_like(gram[0])
+    for _ in range(count):
+        index = (gram.diagonal() / inverse.diagonal() + gone).argmin().unsqueeze(0)
+        row, pull = inverse[index], gram[index]
+        share = row / row[:, index]
+        gram = gram - share.mT @ pull - pull.mT @ share + pull[:, index] * (share.mT @ share)
+        inverse = inverse - row.mT @ share
+        gone = gone.index_fill(0, index, torch.inf)
+        inverse.diagonal().index_fill_(0, index, 1.0)
+        order.append(index)
+    return torch.cat(order)
 
-    K is ``gram`` (..., n, n). One index goes at a time, the one that makes the set so far cheapest: members may cancel,
-    so the cost need not grow.
+
+def eliminate(gram: Tensor, keep: int) -> Tensor:
+    """Indices (..., keep), ascending, left when a set D of low cost 1_Dᵀ K 1_D is gone, for K = ``gram`` (..., n, n).
+
+    Backward elimination: one index goes at a time, the one that makes the set so far cheapest; members may cancel, so
+    the cost need not grow. Then the best exchange of one that is gone for one that is left, while it lowers the cost.
     """
     gram = gram.double()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     gone = torch.zeros(gram.shape[:-1], dtype=torch.bool, device=gram.device)
-    pull = torch.zeros_like(gram[..., 0])  # Σ_{i in D} K_ij
+    pull = torch.zeros_like(diagonal)  # Σ_{i in D} K_ij
     for _ in range(gram.shape[-1] - keep):
-        cost = (gram.diagonal(dim1=-2, dim2=-1) + 2 * pull).masked_fill(gone, torch.inf)
-        index = cost.argmin(dim=-1, keepdim=True)
+        index = (diagonal + 2 * pull).masked_fill(gone, torch.inf).argmin(dim=-1, keepdim=True)
         gone = gone.scatter(-1, index, True)
-        pull = pull + gram.gather(-2, index.unsqueeze(-1).expand(*index.shape, gram.shape[-1])).squeeze(-2)
-    return gone.logical_not().nonzero()[:, -1].unflatten(0, (*gone.shape[:-1], keep))
+        pull = pull + _rows(gram, index)
+    # A change must be more than what rounding makes of none.
+    least = -1e-12 * diagonal.abs().sum(dim=-1, keepdim=True)
+    while True:
+        # of the cost: row i comes back, column j goes
+        change = (diagonal - 2 * pull).unsqueeze(-1) + (diagonal + 2 * pull).unsqueeze(-2) - 2 * gram
+        change = change.masked_fill(gone.logical_not().unsqueeze(-1) | gone.unsqueeze(-2), torch.inf)
+        best, place = change.flatten(-2).min(dim=-1, keepdim=True)
+        better = best < least
+        if not bool(better.any()):
+            return gone.logical_not().nonzero()[:, -1].unflatten(0, (*gone.shape[:-1], keep))
+        back, out = place // gram.shape[-1], place % gram.shape[-1]
+        swapped = gone.scatter(-1, back, False).scatter(-1, out, True)
+        gone = torch.where(better, swapped, gone)
+        pull = torch.where(better, pull - _rows(gram, back) + _rows(gram, out), pull)
 
 
-def data_error(delta: Tensor, c: Tensor) -> float:
-    """tr(ΔW C ΔWᵀ) = E‖ΔW x‖², for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
+def _rows(gram: Tensor, index: Tensor) -> Tensor:
+    """Row ``index`` (..., 1) of every matrix (..., n, n)."""
+    return gram.gather(-2, index.unsqueeze(-1).expand(*index.shape, gram.shape[-1])).squeeze(-2)
+
+
+def gram_root(g: Tensor) -> tuple[Tensor, float]:
+    """R with RᵀR = G + damping for G (..., n, n): the metric G of W is the plain one of R W. And the damping."""
+    root = damped_cholesky(g)
+    return root.factor.mT, root.damping
+
+
+def data_error(delta: Tensor, c: Tensor, g: Tensor | None = None) -> float:
+    """tr(G ΔW C ΔWᵀ), for ΔW (m, n), C = E[x xᵀ] (n, n) and G (m, m); without G E‖ΔW x‖²."""
     delta = delta.double()
+    left = delta if g is None else g.double() @ delta
     # Never below zero, though a float32 sum may be indefinite by rounding.
-    return max(float(((delta @ c.double()) * delta).sum()), 0.0)
+    return max(float(((delta @ c.double()) * left).sum()), 0.0)
 
 
 def _gram(w: Tensor, moment: Tensor | None) -> tuple[Tensor, float]:

@@ -23,16 +23,18 @@ It is an estimate: workspaces of the linear algebra library and fragments of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lrc.families import Architecture
 from lrc.job import Job
 from lrc.methods import methods
+from lrc.moments.attention import QUERIES, SAMPLES
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.solve import sites_needed
+from lrc.solve import collectors_needed, sites_needed
 
 ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
 _ATTENTION = {"q", "k", "v", "o", "qk", "ov"}
@@ -106,6 +108,11 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
         return {"pass": streams + weights + activations}
     kept = sum(a.kept for a in layer.assignments)
     moments = sum(4 * _width(architecture, site) ** 2 for site in sites_needed(architecture, layer))
+    sampled = 0
+    if "attention_samples" in collectors_needed(layer):
+        queries = min(SAMPLES, samples * QUERIES * architecture.geometry.group)
+        sampled = queries * architecture.head_dim**2  # of a key head
+        moments += 4 * sampled * architecture.kv_heads
     solutions = 8 * kept
     alone = len(layer.assignments) * (0 if shared else architecture.layer_parameters * run)
     rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
@@ -115,7 +122,10 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
     base = streams + weights
     stages = {
         "observe": base + 2 * moments + activations,
-        "solve": base + moments + solutions + max(_solve_work(architecture, a) for a in layer.assignments),
+        "solve": base
+        + moments
+        + solutions
+        + max(_solve_work(architecture, a, sampled) for a in layer.assignments),
         "measure": base + reduced + sum(8 * n**2 for n in widths[:1]) + activations + attention,
     }
     if refits:
@@ -124,25 +134,41 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
     return stages
 
 
-def _solve_work(architecture: Architecture, assignment: Assignment) -> int:
-    """Float64 working set of one solve: the moment, its damped copy, what is multiplied and factored of it."""
-    target, hidden = assignment.target, architecture.hidden
+def _solve_work(architecture: Architecture, assignment: Assignment, sampled: int) -> int:
+    """Float64 working set of one solve: the moment, its damped copy, what is multiplied and factored of it.
+
+    ``sampled``: elements of the covariances that go with the sampled queries of one key head.
+    """
+    target, hidden, options = assignment.target, architecture.hidden, assignment.options
     if target == "mlp":
         output = architecture.matrices[architecture.family.mlp_output]
         n, kept = output.columns, assignment.size
-        return 8 * (_joint_work(n, kept, output.bias) + 2 * hidden * n)
+        elimination = n**2 if options.get("select") == "obs" else 0
+        return 8 * (
+            _joint_work(n, kept, output.bias)
+            + 2 * hidden * n
+            + elimination
+            + _metric_work(hidden, n, options)
+        )
     if target == "ov":
         biased = architecture.matrices["v"].bias or architecture.matrices["o"].bias
         n, kept = architecture.heads * architecture.head_dim, architecture.heads * assignment.size
-        return 8 * (_joint_work(n, kept, biased) + n**2 + 2 * n * kept + 3 * hidden * n)
+        alternating = 2 * hidden * (n + kept) + 3 * n * kept if options.get("subspace") == "joint" else 0
+        work = _joint_work(n, kept, biased) + n**2 + 2 * n * kept + 3 * hidden * n
+        return 8 * (work + alternating + _metric_work(hidden, n, options))
     if target == "qk":
-        return 8 * (2 * hidden**2 + 3 * architecture.heads * architecture.head_dim * hidden)
+        return 8 * (2 * hidden**2 + 3 * architecture.heads * architecture.head_dim * hidden + 3 * sampled)
     matrix = architecture.matrices[target]
     solvers = methods()[assignment.method].solvers
     # Blind to the data, a method still needs the moment to predict what it does; others damp and factor it.
     copies = 1 if solvers["projection"].metric == "weight" else 4
     small = min(matrix.rows, matrix.columns)
     return 8 * (copies * matrix.columns**2 + 4 * matrix.parameters + 5 * small**2)
+
+
+def _metric_work(hidden: int, n: int, options: Mapping[str, Any]) -> int:
+    """Elements of G, its root and the weight that it multiplies."""
+    return 4 * hidden**2 + hidden * n if options.get("metric") == "loss" else 0
 
 
 def _joint_work(n: int, kept: int, biased: bool) -> int:

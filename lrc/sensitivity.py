@@ -90,8 +90,8 @@ class Sensitivity:
 
     def _observe(self, plan: LayerPlan) -> Statistics:
         layer, state = self._layers[plan.index], self._states[plan.index]
-        sites, attention = sites_needed(self._architecture, plan), "attention" in collectors_needed(plan)
-        return collect(self._stream, plan.index, layer, state, self._batches, sites, attention)
+        sites, collectors = sites_needed(self._architecture, plan), collectors_needed(plan)
+        return collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
 
     def _alone(self, index: int, assignment: Assignment, statistics: Statistics) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""

@@ -147,11 +147,13 @@ WIDE: dict[str, dict[str, int]] = {
     [
         ("gpt2", "keep: 0.8"),
         ("llama", "keep: 0.8"),
+        ("gpt2", "keep: 0.8\ncomponents: {qk: {metric: attention_als}}"),
+        ("llama", "keep: 0.8\ncomponents: {ov: {subspace: joint}, mlp: {select: obs}}"),
         ("llama", "keep: 0.5\nmethod: svd\nrefit: none"),
         ("llama", "keep: 0.5\nmethod: whitened_svd"),
         ("llama", "keep: 0.5\nmethod: monarch\nrefit: none"),
     ],
-    ids=["a3 gpt2", "a3", "svd", "whitened_svd", "monarch"],
+    ids=["a3 gpt2", "a3", "attention_als gpt2", "joint, obs", "svd", "whitened_svd", "monarch"],
 )
 def test_memory_is_at_most_what_is_estimated(
     tiny_checkpoint: TinyCheckpoint,

@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("linalg", "discovery", "stopwatch"),
+    ("alternating",),
     ("moments",),
     ("families",),
     ("modules", "plan.size"),

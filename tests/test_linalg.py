@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lrc.linalg import (
     data_error,
     eliminate,
     eliminate_columns,
+    gram_root,
     regress,
     regress_kept,
 )
@@ -339,20 +341,47 @@ class TestElimination:
             eliminate_columns(w, c, 4).tolist()
         )
 
-    def test_indices_go_one_by_one_as_the_whole_set_stays_cheapest(self):
-        """Members may cancel: the cost of a set is the sum of its whole block."""
-        root = normal(3, 7, 7, seed=4)
-        gram = root @ root.mT
-        for keep in range(1, 7):
-            expected = []
-            for matrix in gram:
+    def test_blocks_choose_nearly_as_one_by_one(self):
+        """What is left out costs within a hundredth of the exact choice, twins among the columns included."""
+        x = normal(600, 160, seed=1) @ normal(160, 192, seed=2) / 10 + 0.5 * normal(600, 192, seed=3)
+        x[:, 32:64] = x[:, :32] + 0.01 * normal(600, 32, seed=4)
+        c, w = x.T @ x / 600, normal(24, 192, seed=5)
+
+        def error(kept: Tensor) -> float:
+            delta = w.clone()
+            delta[:, kept] -= regress_kept(w, c, kept)[0]
+            return data_error(delta, c)
+
+        for keep in (160, 115, 77):
+            exact = error(eliminate_columns(w, c, keep, block=1))
+            assert error(eliminate_columns(w, c, keep)) <= 1.01 * exact
+            assert error(eliminate_columns(w, c, keep, block=8)) <= 1.05 * exact
+
+    def test_a_set_of_indices_is_never_worse_than_one_by_one_and_mostly_the_best(self):
+        """Members may cancel: the cost of a set is the sum of its whole block. Against all sets of eight."""
+        root = normal(40, 8, 8, seed=4)
+        gram, best, found, plain = root @ root.mT, 0, 0, 0
+
+        def cost(matrix: Tensor, gone: Any) -> float:
+            return float(matrix[list(gone)][:, list(gone)].sum())
+
+        for keep in range(1, 8):
+            kept = eliminate(gram, keep)
+            assert kept.tolist() == [sorted(row) for row in kept.tolist()]
+            assert eliminate(gram[0], keep).tolist() == kept[0].tolist()
+            for matrix, left in zip(gram, kept.tolist(), strict=True):
                 gone: list[int] = []
-                for _ in range(7 - keep):
-                    rest = [j for j in range(7) if j not in gone]
-                    gone.append(min(rest, key=lambda j: float(matrix[[*gone, j]][:, [*gone, j]].sum())))
-                expected.append([j for j in range(7) if j not in gone])
-            assert eliminate(gram, keep).tolist() == expected
-            assert eliminate(gram[0], keep).tolist() == expected[0]
+                for _ in range(8 - keep):
+                    rest = [j for j in range(8) if j not in gone]
+                    gone.append(min(rest, key=lambda j: cost(matrix, [*gone, j])))
+                reached = cost(matrix, set(range(8)) - set(left))
+                assert reached <= cost(matrix, gone) * (1 + 1e-9)
+                least = min(cost(matrix, some) for some in combinations(range(8), 8 - keep))
+                best += 1
+                found += reached <= least * (1 + 1e-9)
+                plain += cost(matrix, gone) <= least * (1 + 1e-9)
+        assert found > plain
+        assert found > 0.9 * best
 
     def test_inputs_are_left_as_they_were(self):
         w, c = normal(4, 6, seed=5), moment_of(6, seed=6)
@@ -369,6 +398,15 @@ class TestDataError:
         x, delta = normal(50, 6, seed=1), normal(4, 6, seed=2)
         expected = float((x @ delta.T).square().sum(dim=1).mean())
         assert data_error(delta, x.T @ x / 50) == pytest.approx(expected, rel=1e-12)
+
+    def test_in_the_metric_of_gradients_is_their_mean_squared_product_with_the_changes(self):
+        x, delta, gradients = normal(50, 6, seed=1), normal(4, 6, seed=2), normal(30, 4, seed=3)
+        expected = float((gradients @ delta @ x.T).square().sum() / (30 * 50))
+        g = gradients.T @ gradients / 30
+        assert data_error(delta, x.T @ x / 50, g) == pytest.approx(expected, rel=1e-12)
+        root, damping = gram_root(g)
+        assert damping == DAMPING
+        assert data_error(root @ delta, x.T @ x / 50) == pytest.approx(expected, rel=1e-4)
 
     def test_an_indefinite_sum_gives_no_negative_square(self):
         assert data_error(torch.eye(2), torch.diag(torch.tensor([1e-9, -2e-9]))) == 0.0

@@ -2,112 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lrc.linalg import best_projector, data_error, eliminate, eliminate_columns, regress, regress_kept
-from lrc.methods.contract import (
-    Affine,
-    MLPProblem,
-    OVProblem,
-    Prediction,
-    QKProblem,
-    Solution,
-    solves,
+from lrc.alternating import Maps, joint_rows, shared_rows
+from lrc.families import Heads
+from lrc.linalg import (
+    best_projector,
+    data_error,
+    eliminate_columns,
+    gram_root,
+    regress,
+    regress_kept,
 )
-from lrc.moments.attention import AttentionMoment
+from lrc.methods.contract import Affine, MLPProblem, OVProblem, Prediction, QKProblem, Solution, solves
+from lrc.methods.scores import ScoreMetric, best_map, fitted_map, kept_pairs
 from lrc.moments.moment import Moment
 from lrc.plan.size import ComponentRank
 
 PAPER = "A3, arXiv:2505.12942"
 Refit = Literal["least_squares", "none"]
+OutputMetric = Literal["output", "loss"]
+
+
+def _refuses_qk(heads: Heads, options: Mapping[str, Any]) -> str | None:
+    if options.get("metric") == "attention_als" and heads.rotary != "none":
+        return "metric attention_als is for positions that do not turn queries and keys; the nearest is attention"
+    return None
+
+
+def _refuses_ov(_: Heads, options: Mapping[str, Any]) -> str | None:
+    if options.get("subspace") == "joint" and options.get("refit") == "none":
+        return (
+            "subspace joint fits the output projection along, which refit none rules out; the nearest is als"
+        )
+    return None
 
 
 @solves(
     "qk",
     size=ComponentRank(),
-    option_needs={("metric", "attention"): "attention"},
-    paper=f"{PAPER}; attention metric: lrc",
+    option_needs={
+        ("metric", "attention"): "attention",
+        ("metric", "attention_als"): "attention_samples",
+        ("metric", "loss"): "gradients",
+    },
+    paper=f"{PAPER}; attention and loss metrics: lrc",
+    refuses=_refuses_qk,
 )
-def solve_qk(
-    problem: QKProblem, rank: int, *, metric: Literal["attention", "score"] = "attention"
-) -> Solution:
+def solve_qk(problem: QKProblem, rank: int, *, metric: ScoreMetric = "attention") -> Solution:
     """Keep the ``rank`` dimensions of every head that carry the attention scores.
 
     Without rotary positions: the map P minimising E(qᵀk − qᵀPk)² for independent q and k, summed over the heads that
     share the key; with them only whole pairs (i, i + D/2) can go. ``score`` is the published rule: E[k kᵀ] for the
     keys, pairs by (E‖q_i‖² E‖k_i‖²)^½. ``attention`` counts what softmax notices: the covariance of the keys that a
-    query attends to, and backward elimination of pairs in the Gram matrix of their shares of the score.
+    query attends to, and elimination of pairs in the Gram matrix of their shares of the score. ``loss`` counts what the
+    loss notices: γ = ∂L/∂q in the place of k, as changing the map by Δ changes the loss by qᵀΔγ to first order and half
+    the mean square of that is its rise; elimination in the Gram matrix of q_j·∂L/∂q_j. ``attention_als``, not for
+    rotary positions: as ``attention``, each sampled query with the covariance of the very keys that it attends to,
+    drawn to the mean where queries are few.
     """
-    attention = None
-    if metric == "attention":
-        assert problem.attention is not None, "the attention metric is solved with the attention statistic"
-        attention = problem.attention
-    solve = _position_free if problem.heads.rotary == "none" else _rotary
-    return solve(problem, rank, attention)
+    if problem.heads.rotary != "none":
+        return kept_pairs(problem, rank, metric)
+    if metric == "attention_als":
+        return fitted_map(problem, rank)
+    return best_map(problem, rank, metric)
 
 
-def _position_free(problem: QKProblem, rank: int, attention: AttentionMoment | None) -> Solution:
-    heads, group = problem.heads, problem.heads.group
-    q_moment = _output_moment(*_by_head(problem.q, heads.heads), problem.input)
-    shared = q_moment.unflatten(0, (-1, group)).sum(dim=1)
-    if attention is None:
-        keys, share = _output_moment(*_by_head(problem.k, heads.kv_heads), problem.input), 1.0
-    else:
-        # Of the group's covariances, summed as its queries are, the mean goes with every query.
-        keys, share = attention.covariance.double(), attention.scale**2 / (2 * heads.heads * group)
-    p = best_projector(keys, shared, rank)
-    delta = torch.eye(heads.head_dim, dtype=p.up.dtype, device=p.up.device) - p.up @ p.down
-    return Solution(
-        parts={
-            "q": _mapped(p.up.mT.repeat_interleave(group, dim=0), problem.q),
-            "k": _mapped(p.down, problem.k),
-        },
-        predicted=Prediction(
-            share * _score_error(shared, delta, keys),
-            share * _score_error(shared, None, keys),
-            "scores" if attention is None else "kl",
-        ),
-        numerics={"damping": p.damping},
-    )
-
-
-def _rotary(problem: QKProblem, rank: int, attention: AttentionMoment | None) -> Solution:
-    heads, group = problem.heads, problem.heads.group
-    if attention is None:
-        q_energy = _pair_energy(_output_moment(*_by_head(problem.q, heads.heads), problem.input))
-        k_energy = _pair_energy(_output_moment(*_by_head(problem.k, heads.kv_heads), problem.input))
-        product = q_energy * k_energy.repeat_interleave(group, dim=0)  # (heads, D/2)
-        kept = product.sqrt().unflatten(0, (-1, group)).sum(dim=1).topk(rank // 2).indices.sort().values
-        # The relative angle of two positions is taken as uniform.
-        gram, name = torch.diag_embed(product.unflatten(0, (-1, group)).sum(dim=1)), "scores"
-    else:
-        assert attention.pairs is not None
-        gram, name = attention.pairs.double() / heads.heads, "kl"
-        kept = eliminate(gram, rank // 2)
-    lost = torch.ones_like(gram[..., 0]).scatter(-1, kept, 0.0)
-    error = torch.einsum("hi,hij,hj->", lost, gram, lost) / 2
-    columns = torch.cat([kept, kept + heads.head_dim // 2], dim=-1)  # (kv_heads, rank)
-    keep = torch.eye(heads.head_dim, dtype=gram.dtype, device=gram.device)[columns]
-    return Solution(
-        parts={
-            "q": _mapped(keep.repeat_interleave(group, dim=0), problem.q),
-            "k": _mapped(keep, problem.k),
-        },
-        predicted=Prediction(float(error), float(gram.sum() / 2), name),
-        rotary_columns=columns,
-    )
-
-
-@solves("ov", size=ComponentRank(), paper=PAPER)
-def solve_ov(problem: OVProblem, rank: int, *, refit: Refit = "least_squares") -> Solution:
+@solves(
+    "ov",
+    size=ComponentRank(),
+    option_needs={("metric", "loss"): "gradients"},
+    paper=f"{PAPER}; loss metric, als and joint subspaces: lrc",
+    refuses=_refuses_ov,
+)
+def solve_ov(
+    problem: OVProblem,
+    rank: int,
+    *,
+    metric: OutputMetric = "output",
+    subspace: Literal["stacked", "als", "joint"] = "stacked",
+    refit: Refit = "least_squares",
+) -> Solution:
     """Keep the ``rank`` dimensions of every value head that the output projection reads.
 
-    T (rank, D) of a value head comes from the stack of O_h S̄^½ over the query heads that share it. ``least_squares``
-    then fits the output projection jointly over all heads, whose errors are correlated; ``none`` is the published
-    rule, each head by itself. A value bias folds into the output bias, since attention rows sum to one.
+    T (rank, D) of a value head comes from the stack of G^½ O_h S̄^½ over the query heads that share it, G the identity
+    (``output``) or E[g gᵀ] of the loss's gradient g at the output (``loss``). That is the optimum for one query head a
+    value head, S̄ being the mean of their moments; ``als`` goes on from there to what is lost of every query head with
+    its own moment and its own best reader of T, ``joint`` from there to what is lost of the whole output with the
+    projection fitted to it. Neither is ever worse in what it lowers than what it starts from.
+
+    ``least_squares`` then fits the output projection jointly over all heads, whose errors are correlated; ``none`` is
+    the published rule, each head by itself. A value bias folds into the output bias, since attention rows sum to one.
     """
     heads, group, weight = problem.heads, problem.heads.group, problem.o.weight.double()
     moment = problem.output.double()
@@ -122,16 +111,13 @@ def solve_ov(problem: OVProblem, rank: int, *, refit: Refit = "least_squares") -
         )
     free = moment.shifted(offset)  # of the attention output before the value bias
     c = free.centred if biased else free.second
-    own = _diagonal_blocks(c, heads.heads)
     readers = weight.unflatten(1, (heads.heads, -1)).transpose(0, 1)  # (heads, hidden, D)
-    gram = (readers.mT @ readers).unflatten(0, (-1, group)).sum(dim=1)
-    p = best_projector(own.unflatten(0, (-1, group)).mean(dim=1), gram, rank)
+    p, numerics = _value_rows(problem, rank, c, metric, subspace)
     reduce = torch.block_diag(*p.down.repeat_interleave(group, dim=0))  # (heads·rank, heads·D)
-    numerics = {"damping": p.damping}
     if refit == "least_squares":
         output, numerics["refit_damping"] = regress(weight, c, reduce)
     else:
-        output = (readers @ p.up.repeat_interleave(group, dim=0)).transpose(0, 1).flatten(1)
+        output = (readers @ p.up).transpose(0, 1).flatten(1)
     bias = None
     if biased:
         bias = weight @ moment.mean - output @ (reduce @ free.mean)
@@ -139,33 +125,65 @@ def solve_ov(problem: OVProblem, rank: int, *, refit: Refit = "least_squares") -
     values = problem.v.weight.double().unflatten(0, (heads.kv_heads, -1))
     return Solution(
         parts={"v": Affine((p.down @ values).flatten(0, 1)), "o": Affine(output, bias)},
-        predicted=Prediction(
-            data_error(weight - output @ reduce, c), data_error(weight, moment.second), "output"
-        ),
+        predicted=_of_output(problem, weight - output @ reduce, c, weight, moment),
         numerics=numerics,
     )
 
 
-@solves("mlp", size=ComponentRank(), paper=PAPER)
+def _value_rows(
+    problem: OVProblem, rank: int, c: Tensor, metric: OutputMetric, subspace: str
+) -> tuple[Maps, dict[str, float]]:
+    """U (heads, D, rank) and T (kv_heads, rank, D) for C of the attention output, and what the numerics needed."""
+    heads, weight, numerics = problem.heads, problem.o.weight.double(), {}
+    if metric == "loss":
+        root, numerics["gradient_damping"] = gram_root(_gradient(problem.gradient))
+        weight = root @ weight
+    readers = weight.unflatten(1, (heads.heads, -1)).transpose(0, 1)
+    grams = (readers.mT @ readers).unflatten(0, (-1, heads.group))
+    own = _diagonal_blocks(c, heads.heads).unflatten(0, (-1, heads.group))
+    p = best_projector(own.mean(dim=1), grams.sum(dim=1), rank)
+    numerics["damping"] = p.damping
+    stacked = Maps(p.up.repeat_interleave(heads.group, dim=0), p.down)
+    if subspace == "stacked" or rank == heads.head_dim:
+        return stacked, numerics
+    maps, numerics["rounds"] = shared_rows(own, grams, p.down)
+    if subspace == "als":
+        return Maps(maps.up.flatten(0, 1), maps.down), numerics
+    down, numerics["joint_rounds"] = joint_rows(weight, c, p.down, maps.down)
+    return Maps(stacked.up, down), numerics
+
+
+@solves(
+    "mlp",
+    size=ComponentRank(),
+    option_needs={("metric", "loss"): "gradients"},
+    paper=f"{PAPER}; obs: optimal brain surgeon, Hassibi and Stork 1993, for neurons",
+)
 def solve_mlp(
     problem: MLPProblem,
     width: int,
     *,
+    metric: OutputMetric = "output",
     select: Literal["score", "obs"] = "score",
     refit: Refit = "least_squares",
 ) -> Solution:
     """Keep ``width`` hidden neurons and fit the output projection to what they leave out.
 
-    ``score`` keeps the largest (C_ii)^½ ‖W_d[:, i]‖, the published rule; ``obs`` eliminates backwards, each time what
-    the refit makes up for best.
+    ``score`` keeps the largest (C_ii)^½ ‖G^½ W_d[:, i]‖, the published rule where G is the identity (``output``);
+    ``loss`` takes G = E[g gᵀ] of the loss's gradient g at the output. ``obs`` eliminates backwards, each time what the
+    refit makes up for best in that metric. The fit itself is the same for every G.
     """
     weight, bias, moment = problem.output.weight.double(), problem.output.bias, problem.hidden.double()
     c = moment.second if bias is None else moment.centred
+    read, numerics = weight, {}
+    if metric == "loss":
+        root, numerics["gradient_damping"] = gram_root(_gradient(problem.gradient))
+        read = root @ weight
     if select == "obs":
-        kept = eliminate_columns(weight, c, width)
+        kept = eliminate_columns(read, c, width)
     else:
-        kept = (c.diagonal().clamp_min(0).sqrt() * weight.norm(dim=0)).topk(width).indices.sort().values
-    delta, numerics = weight.clone(), {}
+        kept = (c.diagonal().clamp_min(0).sqrt() * read.norm(dim=0)).topk(width).indices.sort().values
+    delta = weight.clone()
     if refit == "least_squares":
         output, numerics["damping"] = regress_kept(weight, c, kept)
     else:
@@ -179,46 +197,27 @@ def solve_mlp(
         bias = bias.double() + delta @ moment.mean
     return Solution(
         parts={**inputs, problem.output_role: Affine(output, bias)},
-        predicted=Prediction(data_error(delta, c), data_error(weight, moment.second), "output"),
+        predicted=_of_output(problem, delta, c, weight, moment),
         neurons=kept,
         numerics=numerics,
     )
 
 
-def _by_head(matrix: Affine, heads: int) -> tuple[Tensor, Tensor]:
-    """Weight (heads, D, n) and bias (heads, D), zero where there is none."""
-    weight = matrix.weight.double().unflatten(0, (heads, -1))
-    bias = weight.new_zeros(weight.shape[:2]) if matrix.bias is None else matrix.bias.double().view(heads, -1)
-    return weight, bias
+def _of_output(
+    problem: OVProblem | MLPProblem, delta: Tensor, c: Tensor, weight: Tensor, moment: Moment
+) -> Prediction:
+    """E‖ΔW x‖² for x of moment C beside E‖W x‖², and ½ tr(G ΔW C ΔWᵀ) where gradients are at hand."""
+    g = problem.gradient
+    loss = None if g is None else data_error(delta, c, g) / 2
+    return Prediction(data_error(delta, c), data_error(weight, moment.second), "output", loss)
 
 
-def _output_moment(weight: Tensor, bias: Tensor, moment: Moment) -> Tensor:
-    """E[y yᵀ] (heads, D, D) of y = W x + b, from the moment of x."""
-    moment = moment.double()
-    cross = (weight @ moment.mean).unsqueeze(-1) * bias.unsqueeze(-2)
-    return weight @ moment.second @ weight.mT + cross + cross.mT + bias.unsqueeze(-1) * bias.unsqueeze(-2)
-
-
-def _score_error(q: Tensor, delta: Tensor | None, k: Tensor) -> float:
-    """Σ_heads tr(S_q Δ S_k Δᵀ) = Σ E(qᵀ Δ k)² for independent q and k; Δ = None is the identity."""
-    inner = k if delta is None else delta @ k @ delta.mT
-    return max(float((q * inner.mT).sum()), 0.0)
-
-
-def _pair_energy(moment: Tensor) -> Tensor:
-    """E‖(y_i, y_{i+D/2})‖² (heads, D/2) from E[y yᵀ]; rotation leaves it as it is."""
-    first, second = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).chunk(2, dim=-1)
-    return first + second
+def _gradient(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "the loss metric is solved with the gradients"
+    return gradient
 
 
 def _diagonal_blocks(c: Tensor, blocks: int) -> Tensor:
     """The (blocks, D, D) diagonal blocks of a (blocks·D, blocks·D) matrix."""
     grid = c.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1))
     return grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _mapped(maps: Tensor, matrix: Affine) -> Affine:
-    """Every head's rows mapped by its own (rank, D) matrix."""
-    weight, bias = _by_head(matrix, maps.shape[0])
-    mapped = None if matrix.bias is None else (maps @ bias.unsqueeze(-1)).flatten()
-    return Affine((maps @ weight).flatten(0, 1), mapped)

@@ -45,7 +45,8 @@ class QKProblem:
     """Queries and keys of one layer, the moment of the input that both read and, where asked for, that of attention.
 
     ``gradient``, where asked for, is of the loss: with rotary positions the Gram matrix (kv_heads, D/2, D/2) of pairs,
-    a_j = q_j·∂L/∂q_j summed over the queries that share a key, else E[γ γᵀ] (kv_heads, D, D) of γ = ∂L/∂q.
+    a_j = q_j·∂L/∂q_j summed over the queries that share a key, else E[γ γᵀ] (kv_heads, D, D) of γ = ∂L/∂q, summed over
+    the query heads that share a key.
     """
 
     q: Affine
@@ -97,13 +98,14 @@ class Prediction:
     """A squared error and the squared size of what it is an error of, both means over tokens, in the metric named.
 
     ``metric``: ``output`` (E‖Δy‖² at the projection, OV or MLP output), ``scores`` (attention scores, before their
-    scale) or ``kl`` (divergence of the attention distribution in nats, mean over queries and heads). ``loss``: the
-    predicted rise of the loss in nats, where the method has gradients.
+    scale), ``kl`` (divergence of the attention distribution in nats, mean over queries and heads) or ``loss`` (rise of
+    the loss in nats). ``loss``: the predicted rise of the loss in nats, where the method has gradients; of an output
+    ½ tr(G ΔW C ΔWᵀ).
     """
 
     error: float
     reference: float
-    metric: Literal["output", "scores", "kl"]
+    metric: Literal["output", "scores", "kl", "loss"]
     loss: float | None = None
 
     @property
@@ -129,6 +131,7 @@ class Solution:
 
 # (problem, size, *, options) -> Solution; the keyword-only parameters are the options a plan may set.
 SolveFunction = Callable[..., Solution]
+Refusal = Callable[[Heads, Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Solver:
 
     ``target``: ``projection``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``, and
     ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
-    full size it gives the map back. ``refuses``: says why it cannot do a family.
+    full size it gives the map back. ``refuses``: says why it cannot do a family with these options.
     """
 
     solve: SolveFunction
@@ -156,7 +159,7 @@ class Solver:
     metric: Metric
     exact: bool
     paper: str
-    refuses: Callable[[Heads], str | None]
+    refuses: Refusal
 
     @property
     def options(self) -> dict[str, Option]:
@@ -180,7 +183,7 @@ def solves(
     metric: Metric = "data",
     exact: bool = True,
     paper: str,
-    refuses: Callable[[Heads], str | None] = lambda heads: None,
+    refuses: Refusal = lambda heads, options: None,
 ) -> Callable[[SolveFunction], SolveFunction]:
     """Mark a function as a method's solver of one target; the folder scan finds it."""
 

@@ -6,6 +6,8 @@ To second order, changing the scores of a query m by d_n raises the KL divergenc
     covariance   E_m Cov_{n~p_m}(k_n), (kv_heads, D, D): what takes the place of E[k kᵀ] where positions are not rotary
     pairs        K[j, j'] = E_m Cov_{n~p_m}(s_j, s_j'), (kv_heads, D/2, D/2), s_j(m, n) being rotary pair j's share of
                  the scaled score: dropping the set of pairs D costs ½·1_Dᵀ K 1_D nats for every query
+
+Where asked for, some queries are kept as they are, each with its own covariance: the mean of q_m q_mᵀ ⊗ Cov_m.
 """
 
 from __future__ import annotations
@@ -16,32 +18,52 @@ import torch
 from torch import Tensor
 
 QUERIES = 16
+SAMPLES = 1024  # queries kept of a key head
 _SHARE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class AttentionSamples:
+    """Scaled queries ``q`` (kv_heads, group, n, D) and, of each, Cov_{n~p}(k_n) (kv_heads, group, n, D, D)."""
+
+    q: Tensor
+    covariance: Tensor
 
 
 @dataclass(frozen=True)
 class AttentionMoment:
     """``covariance`` (kv_heads, D, D), ``pairs`` (kv_heads, D/2, D/2) with rotary positions, of ``queries`` queries.
 
-    ``scale`` multiplies the scores; the covariance is of the keys as they are, the pairs' shares are scaled.
+    ``scale`` multiplies the scores; the covariance is of the keys as they are, the pairs' shares are scaled. At most
+    ``SAMPLES`` of the queries of every key head, evenly taken, are in ``samples``.
     """
 
     covariance: Tensor
     pairs: Tensor | None
     queries: int
     scale: float
+    samples: AttentionSamples | None = None
 
 
 class AttentionSum:
     """Sums over ``QUERIES`` queries of every sequence, evenly spaced: a few dozen are enough."""
 
     def __init__(
-        self, kv_heads: int, head_dim: int, scale: float, rotary: bool, device: torch.device
+        self,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        rotary: bool,
+        device: torch.device,
+        *,
+        samples: bool = False,
     ) -> None:
         self._scale = scale
         self._covariance = torch.zeros(kv_heads, head_dim, head_dim, device=device)
         self._pairs = torch.zeros(kv_heads, head_dim // 2, head_dim // 2, device=device) if rotary else None
         self._queries = 0
+        self._samples: list[AttentionSamples] | None = [] if samples else None
+        self._sequences, self._stride = 0, 1
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Count one sequence: q (heads, tokens, D) and k (kv_heads, tokens, D) as they enter the product, turned.
@@ -64,12 +86,34 @@ class AttentionSum:
         self._covariance += (k * weight.unsqueeze(-1)).mT @ k - mean.flatten(1, 2).mT @ mean.flatten(1, 2)
         if self._pairs is not None:
             self._add_pairs(q, k, p)
+        if self._samples is not None:
+            self._add_samples(self._samples, q, k, p)
         self._queries += len(rows)
 
     def moment(self) -> AttentionMoment:
         """The means over queries so far."""
         pairs = None if self._pairs is None else self._pairs / self._queries
-        return AttentionMoment(self._covariance / self._queries, pairs, self._queries, self._scale)
+        samples = None
+        if self._samples is not None:
+            samples = AttentionSamples(
+                torch.cat([kept.q for kept in self._samples], dim=2),
+                torch.cat([kept.covariance for kept in self._samples], dim=2),
+            )
+        return AttentionMoment(self._covariance / self._queries, pairs, self._queries, self._scale, samples)
+
+    def _add_samples(self, samples: list[AttentionSamples], q: Tensor, k: Tensor, p: Tensor) -> None:
+        """Keep the queries of every ``stride``-th sequence; the stride doubles when there are too many."""
+        if self._sequences % self._stride == 0:
+            covariances = []
+            # one key head at a time: keys weighted by every query are large
+            for keys, weights in zip(k, p, strict=True):
+                centred = keys - (weights @ keys).unsqueeze(-2)  # (group, rows, tokens, D)
+                covariances.append((centred * weights.unsqueeze(-1)).mT @ centred)
+            samples.append(AttentionSamples(q, torch.stack(covariances)))
+        self._sequences += 1
+        if len(samples) > 1 and sum(kept.q[0, ..., 0].numel() for kept in samples) > SAMPLES:
+            del samples[1::2]
+            self._stride *= 2
 
     def _add_pairs(self, q: Tensor, k: Tensor, p: Tensor) -> None:
         assert self._pairs is not None

@@ -100,7 +100,7 @@ class _Assigner:
             self.document.mistake(path, "contradicts keep of the same entry; write one of the two")
         if word not in wish.own and wish.keep == 1:
             return None
-        self._check_needs(wish, solver)
+        self._check_needs(wish, solver, options)
         if word in wish.own:
             size = self._whole_number(wish.own[word], path)
         else:
@@ -154,7 +154,7 @@ class _Assigner:
             )
         return solver
 
-    def _check_needs(self, wish: Wish, solver: SolverData) -> None:
+    def _check_needs(self, wish: Wish, solver: SolverData, options: dict[str, Any]) -> None:
         missing = sorted(set(solver.needs) - set(self.collectors))
         if missing:
             others = [
@@ -167,7 +167,12 @@ class _Assigner:
             self.document.mistake(
                 wish.method_path, f"{needs}; these do without: {', '.join(others) or 'none'}"
             )
-        if refusal := solver.refuses(self.architecture.geometry):
+        elif brought := sorted(solver.collectors(options) - set(self.collectors)):
+            needs = (
+                f"these options of {wish.method!r} need {', '.join(brought)}, which lrc does not collect yet"
+            )
+            self.document.mistake(wish.path or wish.method_path, needs)
+        if refusal := solver.refuses(self.architecture.geometry, options):
             self.document.mistake(
                 wish.path or wish.method_path, f"{wish.method!r} cannot do this model: {refusal}"
             )

@@ -12,8 +12,8 @@ class Group:
     """All layers' records of one target, method and metric of the prediction (``lrc.methods.contract.Prediction``).
 
     ``predicted`` and ``measured``: root of the mean squared relative error over the layers. Where the metric is
-    ``kl``, ``predicted`` is the mean KL divergence of the attention distribution in nats per query and head; ``kl`` is
-    the same as measured, where that is what was.
+    ``kl``, ``predicted`` is the mean KL divergence of the attention distribution in nats per query and head; where it
+    is ``loss``, the mean rise of the loss in nats. ``kl`` is the divergence as measured, where that is what was.
     """
 
     target: str
@@ -31,13 +31,16 @@ class Group:
     @property
     def predicted_text(self) -> str:
         """The prediction with its unit, nothing for a relative error."""
-        return _nats(self.predicted) if self.metric == "kl" else f"{self.predicted:.4f}"
+        units = {"kl": "nats KL", "loss": "nats of loss"}
+        if self.metric in units:
+            return f"{self.predicted:.2g} {units[self.metric]}"
+        return f"{self.predicted:.4f}"
 
     @property
     def measured_text(self) -> str:
         """The measurement likewise; empty where there is none."""
         if self.kl is not None:
-            return _nats(self.kl)
+            return f"{self.kl:.2g} nats KL"
         return "" if self.measured is None else f"{self.measured:.4f}"
 
 
@@ -51,7 +54,7 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[Group]:
 
 
 def _group(target: str, method: str, metric: str, records: list[dict[str, Any]]) -> Group:
-    sizes = [record["size"] for record in records]
+    sizes, nats = [record["size"] for record in records], metric in ("kl", "loss")
     predicted, measured = [r["predicted"] for r in records], [r["measured"] for r in records]
     return Group(
         target=target,
@@ -62,7 +65,7 @@ def _group(target: str, method: str, metric: str, records: list[dict[str, Any]])
         largest=max(sizes),
         kept=sum(record["kept"] for record in records),
         whole=sum(record["whole"] for record in records),
-        predicted=_mean([p["error"] for p in predicted]) if metric == "kl" else _relative(predicted),
+        predicted=_mean([p["error"] for p in predicted]) if nats else _relative(predicted),
         measured=_relative(measured) if all(m["error"] is not None for m in measured) else None,
         kl=_mean([m["kl"] for m in measured]) if all(m["kl"] is not None for m in measured) else None,
     )
@@ -70,10 +73,6 @@ def _group(target: str, method: str, metric: str, records: list[dict[str, Any]])
 
 def _relative(errors: list[dict[str, Any]]) -> float:
     return _mean([e["error"] / e["reference"] if e["reference"] else 0.0 for e in errors]) ** 0.5
-
-
-def _nats(value: float) -> str:
-    return f"{value:.2g} nats KL"
 
 
 def _mean(values: list[float]) -> float:

@@ -25,7 +25,7 @@ from lrc.methods.contract import (
     Solver,
 )
 from lrc.modules import kinds
-from lrc.moments.attention import AttentionMoment
+from lrc.moments.attention import AttentionMoment, AttentionSamples
 from lrc.moments.moment import Moment
 
 HIDDEN, HEAD_DIM, WIDTH = 10, 6, 16
@@ -171,10 +171,13 @@ def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool
     attention = (scores(*before, None) + later).softmax(dim=-1)
     # Of every query, the covariance of one-hot draws of a key.
     spread = torch.diag_embed(attention) - attention.unsqueeze(-1) * attention.unsqueeze(-2)
+    # Of the loss by the scaled scores, as softmax passes it on: nothing where a query sees nothing, nothing in all.
+    slopes = (spread @ random(4, len(x), len(x), 1)).squeeze(-1)
 
     def statistics() -> AttentionMoment:
         queries, keys = split(*before)
-        covariance = torch.einsum("hnd,hmnl,hle->hde", keys, spread, keys) / len(x)
+        each = torch.einsum("hnd,hmnl,hle->hmde", keys, spread, keys).unflatten(0, (kv_heads, -1))
+        samples = AttentionSamples(queries.unflatten(0, (kv_heads, -1)) * scale, each)
         pairs = None
         if rotary == "half":
             queries, keys = (turned(y, positions, None) for y in (queries, keys))
@@ -182,7 +185,21 @@ def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool
             shares = products[..., : HEAD_DIM // 2] + products[..., HEAD_DIM // 2 :]
             pairs = torch.einsum("hmni,hmnl,hmlj->hij", shares, spread, shares) / len(x)
             pairs = pairs.unflatten(0, (kv_heads, -1)).sum(dim=1)
-        return AttentionMoment(covariance.unflatten(0, (kv_heads, -1)).sum(dim=1), pairs, len(x), scale)
+        return AttentionMoment(each.mean(dim=2).sum(dim=1), pairs, len(x), scale, samples)
+
+    def gradient() -> Tensor:
+        queries, keys = split(*before)
+        if rotary == "none":
+            reached = (scale * slopes @ keys).unflatten(0, (kv_heads, -1))  # ∂L/∂q
+            return (reached.mT @ reached).sum(dim=1) / len(x)
+        queries, keys = (turned(y, positions, None) for y in (queries, keys))
+        pulls = queries * (scale * slopes @ keys)
+        pulls = (
+            (pulls[..., : HEAD_DIM // 2] + pulls[..., HEAD_DIM // 2 :])
+            .unflatten(0, (kv_heads, -1))
+            .sum(dim=1)
+        )
+        return pulls.mT @ pulls / len(x)
 
     def changes(solution: Solution) -> Tensor:
         """Of scores: every query with every key. Of nats: roots of what every query and head adds to the divergence."""
@@ -190,16 +207,24 @@ def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool
         if solution.predicted.metric == "scores":
             change = independent(*after, solution.rotary_columns) - independent(*before, None)
             return change.movedim(-3, -1).flatten(0, -2)  # (samples, heads)
+        if solution.predicted.metric == "loss":
+            if rotary == "half":  # what a token's change of scores does to the loss, by key head
+                change = scores(*after, solution.rotary_columns) - scores(*before, None)
+                nats = (slopes * change).sum(dim=-1).unflatten(0, (kv_heads, -1)).sum(dim=1).mT
+                return nats / 2**0.5
+            # every query of a key head with every slope of the same
+            change = (independent(*after, None) - independent(*before, None)).unflatten(0, (kv_heads, -1))
+            nats = scale * torch.einsum("kgmn,kfln->mlkgf", change, slopes.unflatten(0, (kv_heads, -1)))
+            return nats.flatten(0, 1) / (2 * heads.group) ** 0.5
         change, seen = scores(*after, solution.rotary_columns) - scores(*before, None), spread
-        if (
-            rotary == "none"
-        ):  # queries are taken as independent of what is attended to: each with the mean over all
+        if rotary == "none" and "rounds" not in solution.numerics:
+            # queries are taken as independent of what is attended to: each with the mean over all
             mean = spread.mean(dim=1).unflatten(0, (kv_heads, -1)).mean(dim=1)
             seen = mean.repeat_interleave(heads.group, dim=0).unsqueeze(1).expand_as(spread)
         variances = torch.einsum("hmn,hmnl,hml->mh", change, seen, change)
         return (variances.clamp_min(0) / (2 * 4)).sqrt()
 
-    problem = QKProblem(q, k, heads, moment_of(x), statistics())
+    problem = QKProblem(q, k, heads, moment_of(x), statistics(), gradient())
     return Case(problem, target, heads, changes)
 
 
@@ -214,14 +239,16 @@ def ov(seed: int, *, hard: bool, kv_heads: int, v_bias: bool = False, o_bias: bo
         values = values.unflatten(-1, (kv_heads, -1)).transpose(0, 1).repeat_interleave(heads.group, dim=0)
         return (attention @ values).transpose(0, 1).flatten(1)
 
-    problem = OVProblem(v, o, heads, moment_of(attend(_affine(v, x))))
+    gradients = random.tokens(30, HIDDEN, hard=hard)
+    g = gradients.T @ gradients / len(gradients)
+    problem = OVProblem(v, o, heads, moment_of(attend(_affine(v, x))), g)
     target = Target("ov", {"v": _matrix(v), "o": _matrix(o)}, HEAD_DIM, 1, (4 + kv_heads) * HIDDEN)
 
     def changes(solution: Solution) -> Tensor:
         new = apply(solution.parts["o"], attend(apply(solution.parts["v"], x)))
         return new - _affine(o, attend(_affine(v, x)))
 
-    return Case(problem, target, heads, changes)
+    return Case(problem, target, heads, changes, gradients)
 
 
 def mlp(seed: int, *, hard: bool, gated: bool, bias: bool = False) -> Case:
@@ -237,14 +264,16 @@ def mlp(seed: int, *, hard: bool, gated: bool, bias: bool = False) -> Case:
         return F.gelu(apply(parts["fc_in"], x))
 
     role = "down" if gated else "fc_out"
-    problem = MLPProblem(inputs, role, output, moment_of(hidden(inputs)))
+    gradients = random.tokens(30, HIDDEN, hard=hard)
+    g = gradients.T @ gradients / len(gradients)
+    problem = MLPProblem(inputs, role, output, moment_of(hidden(inputs)), g)
     matrices = {r: _matrix(m) for r, m in (*inputs.items(), (role, output))}
     target = Target("mlp", matrices, WIDTH, 1, len(matrices) * HIDDEN)
 
     def changes(solution: Solution) -> Tensor:
         return apply(solution.parts[role], hidden(solution.parts)) - _affine(output, hidden(inputs))
 
-    return Case(problem, target, None, changes)
+    return Case(problem, target, None, changes, gradients)
 
 
 FACTORIES: dict[str, Callable[..., Case]] = {"projection": projection, "qk": qk, "ov": ov, "mlp": mlp}

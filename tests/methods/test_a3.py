@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.families import Heads
 from lrc.methods.a3 import solve_mlp, solve_ov, solve_qk
-from lrc.methods.contract import Affine, QKProblem, Solution
+from lrc.methods.contract import Affine, OVProblem, QKProblem, Solution
 from lrc.moments.moment import Moment
 
 
@@ -32,6 +32,33 @@ def whole(solution: Solution, role: str) -> Affine:
     part = solution.parts[role]
     assert isinstance(part, Affine)
     return part
+
+
+def kept_columns(problem: QKProblem, columns: Tensor, solution: Solution) -> Solution:
+    """The solution that keeps these columns of every key head, in the same metric."""
+    group, dim = problem.heads.group, problem.heads.head_dim
+    parts = {}
+    for name, matrix, per in (("q", problem.q, group), ("k", problem.k, 1)):
+        rows = torch.cat([columns[h // per] + h * dim for h in range(len(columns) * per)])
+        parts[name] = Affine(matrix.weight[rows], None if matrix.bias is None else matrix.bias[rows])
+    return replace(solution, parts=parts, rotary_columns=columns)
+
+
+def own_errors(problem: OVProblem, solution: Solution, root: Tensor, kv_heads: int) -> float:
+    """Σ_h ‖root (O_h − O'_h T) S_h^½‖², head by head, T found from what became of the values."""
+    total, rank = 0.0, len(whole(solution, "v").weight) // kv_heads
+    for head in range(4):
+        kv, cut, kept = (
+            head * kv_heads // 4,
+            slice(6 * head, 6 * head + 6),
+            slice(rank * head, rank * head + rank),
+        )
+        values = problem.v.weight[6 * kv : 6 * kv + 6]
+        new = whole(solution, "v").weight[rank * kv : rank * kv + rank]
+        down = torch.linalg.lstsq(values.T, new.T).solution.T
+        delta = problem.o.weight[:, cut] - whole(solution, "o").weight[:, kept] @ down
+        total += float((root @ delta @ root_of(problem.output.second[cut, cut])).square().sum())
+    return total
 
 
 class TestQK:
@@ -117,6 +144,82 @@ class TestQK:
         assert solution.rotary_columns is not None
         assert solution.rotary_columns.tolist() == [[1, 3]]
 
+    @pytest.mark.parametrize("metric", ["attention", "loss"])
+    @pytest.mark.parametrize("kv_heads", [4, 2])
+    def test_rotary_pairs_are_the_cheapest_set_of_all(self, make_case, kv_heads, metric):
+        """Of three pairs a head, against every set that could stay, measured on the tokens."""
+        case = make_case("qk", kv_heads=kv_heads, rotary="half", bias=True)
+        solution = solve_qk(case.problem, 4, metric=metric)
+        best = case.measured(solution)
+        assert solution.rotary_columns is not None
+        for head, pair in itertools.product(range(kv_heads), range(3)):
+            columns = solution.rotary_columns.clone()
+            left = [j for j in range(3) if j != pair]
+            columns[head] = torch.tensor([*left, *(j + 3 for j in left)])
+            other = kept_columns(case.problem, columns, solution)
+            assert case.measured(other) >= best * (1 - 1e-9)
+
+    @pytest.mark.parametrize("rank", [1, 3, 5])
+    def test_the_loss_takes_the_optimum_of_queries_and_what_they_pull(self, make_case, rank):
+        """½ E(qᵀΔγ)² for independent q and γ: the spectrum of S_q^½ S_γ^½."""
+        problem = make_case("qk", kv_heads=4, bias=True).problem
+        q = per_head(problem.q, problem.input, 4)
+        spectra = [
+            torch.linalg.svdvals(root_of(a) @ root_of(b)) for a, b in zip(q, problem.gradient, strict=True)
+        ]
+        expected = sum(float(s[rank:].square().sum()) for s in spectra) / 2
+        predicted = solve_qk(problem, rank, metric="loss").predicted
+        assert predicted.loss == predicted.error == pytest.approx(expected, rel=1e-4)
+
+    def test_the_loss_counts_what_changes_of_the_loss_do(self):
+        """A loss linear in the scores: its change is that of the scores times their gradients."""
+        generator = torch.Generator().manual_seed(1)
+        weight, slopes = (
+            torch.randn(6, 6, generator=generator).double(),
+            torch.randn(9, 9, generator=generator),
+        )
+        x = torch.randn(9, 6, generator=generator).double()
+        slopes = (slopes - slopes.mean(dim=1, keepdim=True)).double()
+        q, k = x @ weight.T, x
+        q.requires_grad_()
+        (slopes * (q @ k.T)).sum().backward()
+        pulls = q.grad
+        assert pulls is not None
+        problem = QKProblem(
+            Affine(weight),
+            Affine(torch.eye(6).double()),
+            Heads(1, 1, 6),
+            Moment(x.T @ x / 9, x.mean(dim=0), 9),
+            gradient=(pulls.T @ pulls / 9).unsqueeze(0),
+        )
+        solution = solve_qk(problem, 4, metric="loss")
+        new = (x @ whole(solution, "q").weight.T) @ (x @ whole(solution, "k").weight.T).T
+        change = new - q.detach() @ k.T  # every query with every key
+        each = torch.einsum("mn,ln->ml", change, slopes)  # every query with every set of slopes
+        assert solution.predicted.loss == pytest.approx(float(each.square().mean()) / 2, rel=1e-9)
+
+    def test_attention_als_is_for_positions_that_do_not_turn(self):
+        refuses = solve_qk.solver.refuses  # type: ignore[attr-defined]
+        message = refuses(Heads(4, 2, 6, "half"), {"metric": "attention_als"})
+        assert "attention_als" in message
+        assert "nearest is attention" in message
+        assert refuses(Heads(4, 2, 6), {"metric": "attention_als"}) is None
+        assert refuses(Heads(4, 2, 6, "half"), {"metric": "attention"}) is None
+
+    @pytest.mark.parametrize("kv_heads", [4, 2])
+    def test_each_metric_of_attention_is_better_than_the_one_before(self, make_case, kv_heads):
+        """In the divergence that all three are after, query by query: score, attention, attention_als."""
+        totals = dict.fromkeys(("score", "attention", "attention_als"), 0.0)
+        for seed, metric in itertools.product(range(6), totals):
+            case = make_case("qk", seed=seed, kv_heads=kv_heads, bias=True)
+            solution = solve_qk(case.problem, 3, metric=metric)
+            # told to be measured by the attention of every query
+            exact = replace(solution.predicted, metric="kl"), {"rounds": 0}
+            measured = case.measured(replace(solution, predicted=exact[0], numerics=exact[1]))
+            totals[metric] += measured / solve_qk(case.problem, 3, metric="attention_als").predicted.reference
+        assert totals["attention_als"] < 0.97 * totals["attention"]
+        assert totals["attention"] < 0.97 * totals["score"]
+
 
 class TestOV:
     def test_a_value_bias_folds_exactly_at_any_rank(self, make_case):
@@ -186,6 +289,71 @@ class TestOV:
             overlap = torch.linalg.svdvals(bases[0].T @ bases[1])
             torch.testing.assert_close(overlap, torch.ones(2).double(), rtol=0, atol=1e-6)
 
+    def test_the_loss_gives_every_head_its_own_optimum_in_the_metric_of_gradients(self, make_case):
+        """One query head a value head: G^½ O_h S_h^½ cut to its first singular values."""
+        problem = make_case("ov", kv_heads=4).problem
+        solution = solve_ov(problem, 2, metric="loss", refit="none")
+        root, expected = root_of(problem.gradient), []
+        output, values = (whole(solution, r).weight for r in ("o", "v"))
+        for head in range(4):
+            cut, kept = slice(6 * head, 6 * head + 6), slice(2 * head, 2 * head + 2)
+            own = root_of(problem.output.second[cut, cut])
+            u, s, vt = torch.linalg.svd(root @ problem.o.weight[:, cut] @ own, full_matrices=False)
+            expected = torch.linalg.inv(root) @ (u[:, :2] * s[:2]) @ vt[:2] @ torch.linalg.inv(own)
+            product = expected @ problem.v.weight[cut]
+            torch.testing.assert_close(output[:, kept] @ values[kept], product, rtol=1e-3, atol=1e-3)
+
+    def test_the_loss_costs_less_loss_and_the_output_less_output(self, make_case):
+        found = {metric: [0.0, 0.0] for metric in ("output", "loss")}
+        for seed, kv_heads in itertools.product(range(4), (4, 2)):
+            problem = make_case("ov", seed=seed, kv_heads=kv_heads).problem
+            # gradients that mostly look one way, as those of a model do
+            gradient = torch.diag(torch.logspace(0, -3, 10).double())
+            for metric, sums in found.items():
+                predicted = solve_ov(replace(problem, gradient=gradient), 2, metric=metric).predicted
+                assert predicted.loss is not None
+                sums[0] += predicted.error / predicted.reference
+                sums[1] += predicted.loss
+        assert found["output"][0] < found["loss"][0]
+        assert found["loss"][1] < 0.9 * found["output"][1]
+
+    def test_without_gradients_no_loss_is_predicted(self, make_case):
+        problem = replace(make_case("ov", kv_heads=2).problem, gradient=None)
+        assert solve_ov(problem, 2).predicted.loss is None
+
+    @pytest.mark.parametrize("metric", ["output", "loss"])
+    @pytest.mark.parametrize("kv_heads", [2, 1])
+    def test_each_subspace_is_better_than_the_one_before(self, make_case, kv_heads, metric):
+        """By itself each head loses less with als, all together least with joint."""
+        alone, joint = {"stacked": 0.0, "als": 0.0}, {"stacked": 0.0, "als": 0.0, "joint": 0.0}
+        for seed in range(6):
+            problem = make_case("ov", seed=seed, kv_heads=kv_heads).problem
+            root = root_of(problem.gradient) if metric == "loss" else torch.eye(10).double()
+            final = {}
+            for subspace in joint:
+                solution = solve_ov(problem, 3, metric=metric, subspace=subspace)
+                predicted = solution.predicted
+                assert predicted.loss is not None
+                final[subspace] = 2 * predicted.loss if metric == "loss" else predicted.error
+                joint[subspace] += final[subspace]
+                assert subspace == "stacked" or solution.numerics["rounds"] > 0
+            assert final["joint"] <= final["als"] * (1 + 1e-4)
+            assert final["joint"] <= final["stacked"] * (1 + 1e-4)
+            each = {}
+            for subspace in alone:
+                solution = solve_ov(problem, 3, metric=metric, subspace=subspace, refit="none")
+                each[subspace] = own_errors(problem, solution, root, kv_heads)
+                alone[subspace] += each[subspace]
+            assert each["als"] <= each["stacked"] * (1 + 1e-4)
+        assert alone["als"] < 0.99 * alone["stacked"]
+        assert joint["joint"] < 0.97 * joint["als"]
+        assert joint["joint"] < 0.97 * joint["stacked"]
+
+    def test_a_joint_subspace_needs_the_refit(self):
+        refuses = solve_ov.solver.refuses  # type: ignore[attr-defined]
+        assert "nearest is als" in refuses(Heads(4, 2, 6), {"subspace": "joint", "refit": "none"})
+        assert refuses(Heads(4, 2, 6), {"subspace": "als", "refit": "none"}) is None
+
 
 class TestMLP:
     def test_keeps_the_largest_scores_of_the_published_rule(self, make_case):
@@ -220,3 +388,40 @@ class TestMLP:
         assert best < published.predicted.error
         kept = solution.neurons
         assert torch.equal(whole(published, role).weight, case.problem.output.weight[:, kept])
+
+    @pytest.mark.parametrize("facts", [{"gated": True}, {"gated": False, "bias": True}])
+    @pytest.mark.parametrize("metric", ["output", "loss"])
+    def test_obs_is_elimination_one_by_one_with_a_fit_each_time(self, make_case, facts, metric):
+        """Against fitting, for every neuron that could go next, all that is left."""
+        problem = make_case("mlp", **facts).problem
+        weight, c = (
+            problem.output.weight,
+            problem.hidden.second if "bias" not in facts else problem.hidden.centred,
+        )
+        c = c + 1e-6 * c.diagonal().mean() * torch.eye(16).double()
+        g = problem.gradient if metric == "loss" else torch.eye(10).double()
+
+        def loss(kept: list[int]) -> float:
+            delta = weight.clone()
+            delta[:, kept] -= weight @ c[:, kept] @ torch.linalg.inv(c[kept][:, kept])
+            return float(torch.trace(g @ delta @ c @ delta.T)) / 2
+
+        kept = list(range(16))
+        while len(kept) > 5:
+            kept = min(([i for i in kept if i != gone] for gone in kept), key=loss)
+        solution = solve_mlp(problem, 5, metric=metric, select="obs")
+        assert solution.neurons is not None
+        assert solution.neurons.tolist() == kept
+        if metric == "loss":
+            assert solution.predicted.loss == pytest.approx(loss(kept), rel=1e-3)
+
+    def test_scores_in_the_loss_weigh_columns_by_the_gradients(self, make_case):
+        problem = make_case("mlp", gated=True).problem
+        score = [
+            float(problem.hidden.second[i, i] * w @ problem.gradient @ w)
+            for i, w in enumerate(problem.output.weight.T)
+        ]
+        expected = sorted(sorted(range(16), key=lambda i: -score[i])[:5])
+        solution = solve_mlp(problem, 5, metric="loss", select="score")
+        assert solution.neurons is not None
+        assert solution.neurons.tolist() == expected

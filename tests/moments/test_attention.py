@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrc.moments import attention
 from lrc.moments.attention import QUERIES, AttentionSum
 
 CPU, SCALE, HEADS, KV_HEADS, HEAD_DIM = torch.device("cpu"), 0.3, 4, 2, 6
@@ -15,8 +16,10 @@ def sequences(count: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
     return [tuple(torch.randn(s, generator=generator) for s in shapes) for _ in range(count)]  # type: ignore[misc]
 
 
-def summed(parts: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> AttentionSum:
-    total = AttentionSum(KV_HEADS, HEAD_DIM, SCALE, True, CPU)
+def summed(
+    parts: list[tuple[Tensor, Tensor]], mask: Tensor | None = None, samples: bool = False
+) -> AttentionSum:
+    total = AttentionSum(KV_HEADS, HEAD_DIM, SCALE, True, CPU, samples=samples)
     for q, k in parts:
         total.add(q, k, mask)
     return total
@@ -80,3 +83,29 @@ def test_half_the_sum_over_a_set_of_pairs_is_the_divergence_of_dropping_it():
         old, new = ((x.double() @ keys.double().mT * SCALE + later).softmax(-1) for x in (q, less))
         total += float(torch.where(old > 0, old * (old.log() - new.log()), 0.0).sum()) / QUERIES
     assert predicted == pytest.approx(total / len(parts), rel=0.01)
+
+
+def test_samples_are_queries_with_the_covariance_of_what_each_attends_to():
+    parts = sequences(3, QUERIES)
+    samples = summed(parts, samples=True).moment().samples
+    assert samples is not None
+    for head in range(HEADS):
+        every = [(q[head, m], k[head // 2, : m + 1]) for q, k in parts for m in range(QUERIES)]
+        found = samples.q[head // 2, head % 2], samples.covariance[head // 2, head % 2]
+        assert len(every) == len(found[0]) == len(found[1])
+        for (query, keys), scaled, covariance in zip(every, *found, strict=True):
+            p = (keys @ query * SCALE).softmax(dim=0)
+            torch.testing.assert_close(scaled, query * SCALE)
+            centred = keys - p @ keys
+            expected = torch.einsum("n,nd,ne->de", p, centred, centred)
+            torch.testing.assert_close(covariance, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_are_bounded_and_evenly_taken(monkeypatch):
+    parts = sequences(11, QUERIES)
+    monkeypatch.setattr(attention, "SAMPLES", 4 * 2 * QUERIES)  # four sequences for two heads a key head
+    samples = summed(parts, samples=True).moment().samples
+    assert samples is not None
+    expected = torch.cat([parts[i][0][1] for i in (0, 4, 8)]) * SCALE
+    torch.testing.assert_close(samples.q[0, 1], expected)
+    assert summed(parts).moment().samples is None

@@ -89,7 +89,7 @@ def grams_of_the_built_in_model() -> Tensor:
     found = []
     for index in range(reader.architecture.layers):
         layer, state = stream.layer(index)
-        sums = LayerSums(stream, index, layer, state, {"attn_in"}, attention=True)
+        sums = LayerSums(stream, index, layer, state, {"attn_in"}, {"attention"})
         with observe(layer, sums.watched) as calls:
             batch.hidden = stream.run(layer, index, batch, batch.hidden)
         sums.add(calls)

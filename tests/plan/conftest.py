@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -66,8 +66,8 @@ def _fake(*functions: Any) -> FakeMethod:
     return FakeMethod({f.solver.target: f.solver for f in functions})
 
 
-def _no_wide_heads(heads: Heads) -> str | None:
-    return "its heads share keys" if heads.group > 1 else None
+def _no_wide_heads(heads: Heads, options: Mapping[str, Any]) -> str | None:
+    return "its heads share keys" if heads.group > 1 and not options["shared"] else None
 
 
 @solves("projection", size=PairRank(), paper="none")
@@ -91,7 +91,11 @@ def mlp(problem: Any, width: int, *, select: Literal["score", "leverage"] = "sco
 
 
 @solves("qk", size=ComponentRank(), paper="none", refuses=_no_wide_heads)
-def picky_qk(problem: Any, rank: int) -> Solution: ...
+def picky_qk(problem: Any, rank: int, *, shared: bool = False) -> Solution: ...
+
+
+@solves("ov", size=ComponentRank(), option_needs={("metric", "loss"): "gradients"}, paper="none")
+def curious_ov(problem: Any, rank: int, *, metric: Literal["output", "loss"] = "output") -> Solution: ...
 
 
 METHODS = {
@@ -100,6 +104,7 @@ METHODS = {
     "gradient_pairs": _fake(gradient_pair),
     "narrow": _fake(mlp),
     "picky": _fake(picky_qk),
+    "curious": _fake(curious_ov),
 }
 
 

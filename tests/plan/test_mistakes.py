@@ -206,6 +206,10 @@ CASES = {
         "components: {qk: {method: picky}}",
         ["3: components.qk: 'picky' cannot do this model: its heads share keys"],
     ),
+    "statistic of an option not collected": (
+        "components: {ov: {method: curious, metric: loss}}",
+        ["3: components.ov: these options of 'curious' need gradients, which lrc does not collect yet"],
+    ),
     "allocation not built": (
         "allocate: fisher",
         ["3: allocate: allocation 'fisher' is not built yet; use uniform"],
