@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lrc import __version__
 from lrc.checkpoint.staging import MANIFEST, check_output, staging
@@ -23,12 +23,16 @@ from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
 from lrc.output import sizes, target_records, write_checkpoint
+from lrc.plan.data import DataLike
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
-from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize
-from lrc.text.source import Text, read_text
+from lrc.synthetic import synthesize
+from lrc.text.blocks import tokenize
+from lrc.text.mixture import Calibration
+from lrc.text.source import read_text
+from lrc.texts import draw_calibration
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
@@ -40,7 +44,7 @@ def compress(
     plan: str | Path,
     *,
     out: str | Path | None = None,
-    calib: str | None = None,
+    calib: DataLike | None = None,
     ppl: str | Sequence[str] | None = None,
     data_dir: str | Path | None = None,
     device: str | None = None,
@@ -56,12 +60,12 @@ def compress(
 ) -> Report:
     """Compress a checkpoint by a plan into the folder ``out`` (default ./MODEL-PLAN) and report what it cost.
 
-    ``calib`` and ``ppl`` name texts as ``lrc.text.source.read_text`` does: for calibration (else the plan's, else the
-    model's default), and for the perplexity before and after, which is that of the saved folder loaded back (none if
-    it is empty). Layers run in ``dtype`` (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the
-    checkpoint's. An unfinished run of the same settings is taken up again unless ``fresh``. ``progress`` is called
-    with a stage's name and length, and gives the function to call with the steps done. Raises UserError for what the
-    user can mend; nothing then has the name ``out``.
+    ``calib`` names texts for calibration (else the plan's, else the model's default) as
+    ``lrc.text.mixture.read_mixture`` does, and ``ppl`` as ``lrc.text.source.read_text`` does those for the perplexity
+    before and after, which is that of the saved folder loaded back (none if it is empty). Layers run in ``dtype``
+    (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. An unfinished run of the
+    same settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name and length, and gives
+    the function to call with steps done. Raises UserError for what the user can mend; nothing is then named ``out``.
     """
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
@@ -78,19 +82,29 @@ def compress(
     for spec in held_out:  # one that is not there or too short should be known now, not after an hour
         text = read_text(spec, "evaluation", folder)
         count_windows(text, tokenize(tokenizer, text.text), window, max_windows)
-    source = read_text(calib or job.plan.plan.calibration.data or default, "calibration", folder)
-    blocks = _blocks(job, tokenizer, source)
-    batch = batch_size or default_batch(place.type, job.plan.seq_len)
-    settings = _settings(job, source, blocks, place, precision, batch)
     watch = Stopwatch(place)
     progress = progress or (lambda label, total: lambda done: None)
+    generate = partial(
+        synthesize,
+        job=job,
+        device=place,
+        dtype=precision,
+        batch_size=batch_size,
+        watch=watch,
+        progress=progress,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    calibration = draw_calibration(job, tokenizer, calib, folder, generate)
+    batch = batch_size or default_batch(place.type, job.plan.seq_len)
+    settings = _settings(job, calibration, place, precision, batch)
     source_folder = job.model.path
     with staging(target, settings, source=source_folder, fresh=fresh, force=force) as stage:
         advance = progress("compress", len(job.plan.layers))
         with watch.stage("load"):
             stream = ModelStream(job.reader, place, precision)
         with _memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
-            Compressor(stream, job.plan, stage, watch).run(blocks, batch, lambda: advance(1))
+            Compressor(stream, job.plan, stage, watch).run(calibration.blocks, batch, lambda: advance(1))
         del stream
         with watch.stage("write"):
             table = write_checkpoint(job, stage, settings)
@@ -130,7 +144,7 @@ def compress(
             dtype=_name(precision),
             seconds=watch.seconds,
             peak_bytes=watch.peak_bytes,
-            warnings=[*job.plan.warnings, *source.notes, *_thin(job, blocks)],
+            warnings=[*job.plan.warnings, *calibration.notes, *_thin(job, calibration.blocks)],
             versions=settings["versions"],
         )
         stage.write_file("report.json", report.to_json())
@@ -252,20 +266,10 @@ def _specs(ppl: str | Sequence[str]) -> list[str]:
     return [ppl] if isinstance(ppl, str) else list(ppl)
 
 
-def _blocks(job: Job, tokenizer: PreTrainedTokenizerBase, source: Text) -> Tensor:
-    settings = job.plan.plan.calibration
-    ids = tokenize(tokenizer, source.text)
-    try:
-        return calibration_blocks(ids, settings.samples, job.plan.seq_len, settings.seed)
-    except UserError as error:
-        raise UserError(f"calibration on {source.label}: {error}") from None
-
-
 def _settings(
-    job: Job, source: Text, blocks: Tensor, device: torch.device, precision: torch.dtype, batch: int
+    job: Job, calibration: Calibration, device: torch.device, precision: torch.dtype, batch: int
 ) -> dict[str, Any]:
     """Everything that decides the output's bytes: an unfinished run is only taken up if all of it is the same."""
-    samples, seq_len = blocks.shape
     return {
         "model": {
             "source": job.model.source,
@@ -273,14 +277,7 @@ def _settings(
             "fingerprint": job.reader.fingerprint,
         },
         "plan": {"source": job.plan_source, **job.plan.as_dict()},
-        "calibration": {
-            "data": source.label,
-            "samples": samples,
-            "seq_len": seq_len,
-            "seed": job.plan.plan.calibration.seed,
-            "text_sha256": source.sha256,
-            "ids_sha256": ids_sha256(blocks),
-        },
+        "calibration": calibration.as_dict(job.plan.plan.calibration.seed),
         "run": {"device": device.type, "dtype": _name(precision), "batch_size": batch},
         "versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}},
     }

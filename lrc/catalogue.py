@@ -17,7 +17,7 @@ from lrc.hub.names import ASSETS, BUILTIN, SHORT_NAMES
 from lrc.methods import methods
 from lrc.modules import kinds
 from lrc.plan.library import shipped_plans
-from lrc.text.datasets import DATASETS
+from lrc.text.datasets import DATASETS, SYNTHETIC
 
 _PAPER = re.compile(r"\s*\(?(arXiv:\d{4}\.\d{4,5})\)?")
 
@@ -63,6 +63,7 @@ def _plans() -> Iterator[Item]:
 def _data() -> Iterator[Item]:
     for name, data_set in DATASETS.items():
         yield Item(name, data_set.summary, data_set.hub or "in the package")
+    yield Item(SYNTHETIC, "text that the model itself writes, for calibration alone", "the model")
 
 
 def _models() -> Iterator[Item]:

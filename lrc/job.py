@@ -17,6 +17,7 @@ from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 
 _BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
+_WRITTEN_TOKENS = 2**15
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,3 +81,8 @@ def find_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> t
 def default_batch(device: str, seq_len: int) -> int:
     """Blocks that run at once on a ``cuda`` or ``cpu`` device unless the user says how many."""
     return max(_BATCH_TOKENS[device] // seq_len, 1)
+
+
+def generating_batch(seq_len: int) -> int:
+    """Blocks that a model writes at once unless the user says how many; a step costs little more for many than one."""
+    return max(_WRITTEN_TOKENS // seq_len, 1)

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from lrc.families import Architecture
@@ -83,6 +84,21 @@ def measuring_memory(job: Job, dtype: torch.dtype, batch_size: int, samples: int
     states = 2 * 4 * held_out * seq_len * architecture.hidden
     logits = seq_len * architecture.vocab * (batch_size * run + 2 * 4)
     return one + weights + tables + states + logits
+
+
+def generating_memory(job: Job, dtype: torch.dtype, batch_size: int) -> int:
+    """Bytes that ``lrc.synthetic`` takes: the whole model, keys and values of a batch of blocks with one layer's twice
+    while they grow, and its last logits, once as they come and four times in float64.
+    """
+    architecture, run = job.reader.architecture, dtype.itemsize
+    keys = 2 * batch_size * job.plan.seq_len * architecture.kv_heads * architecture.head_dim
+    logits = batch_size * architecture.vocab * (run + 4 * 8)
+    return (architecture.total_parameters + (architecture.layers + 1) * keys) * run + logits
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _embed(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -23,13 +23,15 @@ from lrc.estimate import output_size
 from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype
-from lrc.memory import measuring_memory
+from lrc.memory import free_bytes, measuring_memory
 from lrc.methods import methods
+from lrc.plan.data import DataLike
 from lrc.plan.written import write_plan
 from lrc.report.planning import Planned, Planning, Strip
 from lrc.sensitivity import Sensitivity, passes, unmeasured
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
+from lrc.synthetic import synthesize
 from lrc.template import templates
 from lrc.text.blocks import ids_sha256
 from lrc.texts import Texts, draw_texts
@@ -52,7 +54,7 @@ def make_plan(
     held_out: str | None = None,
     held_out_samples: int = 8,
     keeps: Sequence[float] = KEEPS,
-    calib: str | None = None,
+    calib: DataLike | None = None,
     data_dir: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -92,9 +94,20 @@ def make_plan(
     precision = find_dtype(dtype, place, reader.dtype)
     tokenizer = load_tokenizer(found.path, trust_remote_code=trust_remote_code)
     folder = None if data_dir is None else Path(data_dir)
-    texts = draw_texts(jobs[0], tokenizer, calib, held_out, held_out_samples, folder)
-    key = _key(jobs, texts, keeps, precision)
     watch = Stopwatch(place)
+    generate = partial(
+        synthesize,
+        job=jobs[0],
+        device=place,
+        dtype=precision,
+        batch_size=batch_size,
+        watch=watch,
+        progress=progress,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    texts = draw_texts(jobs[0], tokenizer, calib, held_out, held_out_samples, folder, generate)
+    key = _key(jobs, texts, keeps, precision)
     known = None if fresh else _known(store, key, named=curves is not None)
     measured = known is None
     if known is None:
@@ -162,7 +175,7 @@ def _key(jobs: Sequence[Job], texts: Texts, keeps: Sequence[float], dtype: torch
         "model": jobs[0].reader.fingerprint,
         "base plan": plan_sha256([job.plan for job in jobs]),
         "keeps": sorted(keeps),
-        "calibration": ids(texts.blocks),
+        "calibration": ids(texts.calibration.blocks),
         "held-out": ids(texts.held_blocks),
         "dtype": _name(dtype),
         "versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}},
@@ -193,8 +206,8 @@ def _measure(
 ) -> tuple[float, list[Curve]]:
     """The loss of the model as it is, and the curves."""
     job, plans = jobs[-1], [job.plan for job in jobs]
-    needed = measuring_memory(job, precision, batch, len(texts.blocks), len(texts.held_blocks))
-    if needed > (free := _free_bytes(place)):
+    needed = measuring_memory(job, precision, batch, len(texts.calibration.blocks), len(texts.held_blocks))
+    if needed > (free := free_bytes(place)):
         raise UserError(
             f"measuring sensitivity holds the whole model on {place}: it needs about {needed:,} bytes, and {free:,} "
             "are free. Try a smaller --batch-size, --dtype bfloat16 or fewer calibration samples; `allocate: uniform`, "
@@ -202,7 +215,7 @@ def _measure(
         )
     try:
         measuring = Sensitivity(
-            ModelStream(job.reader, place, precision), texts.blocks, texts.held_blocks, batch
+            ModelStream(job.reader, place, precision), texts.calibration.blocks, texts.held_blocks, batch
         )
         total = passes(job.reader.architecture, unmeasured(job.reader.architecture, plans))
         advance = progress("measure", total) if progress else lambda done: None
@@ -213,13 +226,9 @@ def _measure(
         ) from error
 
 
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def _text(path: Path, budget: Budget, spent: Spent, texts: Texts, warnings: Sequence[str]) -> str:
     """The plan as YAML, with what it is and rests on at its head."""
-    job, calibration = spent.job, texts.calibration.label
+    job = spent.job
     header = [
         f"lrc compress {job.model.source} --plan {path}",
         "",
@@ -230,7 +239,7 @@ def _text(path: Path, budget: Budget, spent: Spent, texts: Texts, warnings: Sequ
         *(f"Warning: {warning}" for warning in warnings),
     ]
     plan = job.plan.plan
-    settings = plan.calibration.model_copy(update={"data": calibration})
+    settings = plan.calibration.model_copy(update={"data": texts.calibration.data})
     return write_plan(plan.model_copy(update={"calibration": settings}), spent.layers, methods(), header)
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lrc.errors import UserError
+from lrc.hub.names import default_text
 from lrc.job import Job
-from lrc.text.blocks import calibration_blocks, tokenize
+from lrc.plan.data import DataLike
+from lrc.text.blocks import tokenize
 from lrc.text.datasets import DATASETS
 from lrc.text.held_out import held_out_blocks
+from lrc.text.mixture import Calibration, Source, about, read_mixture
 from lrc.text.source import Text, read_text
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Token blocks (n, tokens) to take moments of and to measure on, and the texts that they are of."""
+    """What moments are taken of, and the text and its token blocks (n, tokens) to measure on."""
 
-    calibration: Text
-    blocks: Tensor
+    calibration: Calibration
     held_out: Text
     held_blocks: Tensor
 
@@ -40,50 +40,54 @@ class Texts:
     @property
     def fitted_to(self) -> str:
         """The calibration text and its blocks in words."""
-        return _named(self.calibration, self.blocks)
+        return _named(self.calibration.label, self.calibration.blocks)
 
     @property
     def measured_on(self) -> str:
         """The held-out text and its blocks in words."""
-        return _named(self.held_out, self.held_blocks)
+        return _named(self.held_out.label, self.held_blocks)
+
+
+def draw_calibration(
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase,
+    calib: DataLike | None,
+    folder: Path | None,
+    generate: Callable[[int], Source],
+) -> Calibration:
+    """Draw a job's calibration blocks: of ``calib``, else of what its plan names, else of its model's own text.
+
+    ``generate`` makes blocks of synthetic text. Raises UserError as ``lrc.text.mixture`` does.
+    """
+    settings = job.plan.plan.calibration
+    mixture = read_mixture(calib or settings.data or default_text(job.model.source))
+    return mixture.draw(tokenizer, settings.samples, job.plan.seq_len, settings.seed, folder, generate)
 
 
 def draw_texts(
     job: Job,
     tokenizer: PreTrainedTokenizerBase,
-    calib: str | None,
+    calib: DataLike | None,
     held_out: str | None,
     samples: int,
     folder: Path | None,
+    generate: Callable[[int], Source],
 ) -> Texts:
-    """Read a job's calibration text and the first ``samples`` blocks of a held-out one, by default of the same corpus.
+    """Draw a job's calibration blocks and the first ``samples`` of a held-out text, by default of the same corpus.
 
-    Raises UserError where a text cannot be had or is too short, and where the two overlap.
+    Raises UserError where a text cannot be had or is too short, and where the held-out one overlaps a source.
     """
-    settings, builtin = job.plan.plan.calibration, job.model.builtin
-    calibration = read_text(
-        calib or settings.data or ("builtin" if builtin else "wikitext2"), "calibration", folder
-    )
+    builtin = job.model.builtin
     spec = held_out or ("builtin:train" if builtin else "wikitext2:validation")
     # A bare name means the test split to eval; nothing is chosen on that unasked.
     if spec in DATASETS and "validation" in DATASETS[spec].splits:
         spec = f"{spec}:validation"
     text = read_text(spec, "evaluation", folder)
-    with _about(f"calibration on {calibration.label}"):
-        ids = tokenize(tokenizer, calibration.text)
-        blocks = calibration_blocks(ids, settings.samples, job.plan.seq_len, settings.seed)
-    with _about(f"held-out text {text.label}"):
-        held_ids = ids if text.sha256 == calibration.sha256 else tokenize(tokenizer, text.text)
-        return Texts(calibration, blocks, text, held_out_blocks(held_ids, samples, blocks))
+    calibration = draw_calibration(job, tokenizer, calib, folder, generate)
+    with about(f"held-out text {text.label}"):
+        ids = tokenize(tokenizer, text.text)
+        return Texts(calibration, text, held_out_blocks(ids, samples, calibration.blocks))
 
 
-@contextmanager
-def _about(what: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-
-
-def _named(text: Text, blocks: Tensor) -> str:
-    return f"{text.label} ({blocks.shape[0]} blocks of {blocks.shape[1]} tokens)"
+def _named(label: str, blocks: Tensor) -> str:
+    return f"{label} ({blocks.shape[0]} blocks of {blocks.shape[1]} tokens)"

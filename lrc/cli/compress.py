@@ -11,6 +11,7 @@ import typer
 from lrc.cli.options import (
     AllowPickle,
     AsJson,
+    Calibration,
     DataDir,
     Device,
     Dtype,
@@ -30,9 +31,7 @@ def compress_model(
     model: Model,
     plan: PlanName,
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-PLAN]")] = None,
-    calib: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Calibration text, instead of the plan's.")
-    ] = None,
+    calib: Calibration = None,
     ppl: Texts = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
     data_dir: DataDir = None,

@@ -21,6 +21,14 @@ Texts = Annotated[
         "built-in models]",
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA[=W],...",
+        help="Calibration texts instead of the plan's, with weights or without: as for --ppl, or synthetic, which the "
+        "model itself writes.",
+    ),
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(help="Folder with the data sets, instead of the hub. [default: the variable LRC_DATA_DIR]"),

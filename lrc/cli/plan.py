@@ -11,6 +11,7 @@ import typer
 from lrc.cli.options import (
     AllowPickle,
     AsJson,
+    Calibration,
     DataDir,
     Device,
     Dtype,
@@ -61,9 +62,7 @@ def plan_model(
     keeps: Annotated[
         str, typer.Option(metavar="F[,F...]", help="Fractions of each target at which to measure.")
     ] = "0.9,0.75,0.6,0.45,0.3",
-    calib: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Calibration text, instead of the base plan's.")
-    ] = None,
+    calib: Calibration = None,
     data_dir: DataDir = None,
     device: Device = None,
     dtype: Dtype = None,

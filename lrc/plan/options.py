@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lrc.errors import nearest
-from lrc.plan.schema import as_text_number
+from lrc.plan.document import as_text_number
 from lrc.plan.solver import SolverData
 
 

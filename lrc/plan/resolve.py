@@ -8,11 +8,11 @@ from typing import Any
 
 from lrc.errors import nearest
 from lrc.families import Architecture
-from lrc.plan.document import Document, Path, dotted, read_document
+from lrc.plan.document import Document, Path, as_text_number, dotted, read_document
 from lrc.plan.layers import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.options import read_options
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.plan.schema import Plan, as_text_number, read_plan
+from lrc.plan.schema import Plan, read_plan
 from lrc.plan.solver import SolverData
 
 MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open

@@ -10,29 +10,18 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     ValidationError,
     model_validator,
 )
 
 from lrc.errors import nearest
-from lrc.plan.document import Document, Path
+from lrc.plan.data import Data, Misplaced, check_data
+from lrc.plan.document import Document, Path, as_text_number
 
 WHOLE = "keep-all"
 NOT_BUILT = ("energy", "fisher", "importance")
-
-
-def as_text_number(value: object) -> str:
-    """How a number that YAML takes for text has to be written; empty where the value is not one."""
-    try:
-        number = repr(float(value)) if isinstance(value, str) else "nan"
-    except ValueError:
-        return ""
-    if number in ("nan", "inf", "-inf"):
-        return ""
-    if "e" in number and "." not in number:  # YAML wants 1.0e-07 where Python writes 1e-07
-        number = number.replace("e", ".0e")
-    return f"{value!r} is text to YAML, not a number; write {number.removesuffix('.0')}"
 
 
 def _fraction(value: object) -> float:
@@ -212,9 +201,9 @@ class Rule(Roles, Components):
 
 
 class Calibration(Strict):
-    """The text that moments are taken of; ``seq_len`` None means the model's limit, at most 2048."""
+    """The texts that moments are taken of; ``seq_len`` None means the model's limit, at most 2048."""
 
-    data: Text | None = None
+    data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None
     samples: Annotated[int | Literal["all"], PlainValidator(_samples)] = 128
     seq_len: Annotated[int, PlainValidator(_at_least(2))] | None = None
     seed: Annotated[int, PlainValidator(_at_least(0))] = 0
@@ -261,11 +250,20 @@ def _read(document: Document, values: dict[str, Any]) -> Plan:
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             path = problem["loc"]
-            document.mistake(path, _message(problem))
+            for place, message in _messages(problem).items():
+                document.mistake((*path, *place), message)
             values = _without(
                 values, path[:2] if path[0] == "layers" and path[2:] in ((), ("match",)) else path
             )
     return _read(document, {"format": 1, **values})
+
+
+def _messages(problem: Any) -> dict[Path, str]:
+    """What is wrong, by the place inside the value that was refused."""
+    error = problem.get("ctx", {}).get("error")
+    if isinstance(error, Misplaced):
+        return {(place,): message for place, message in error.places.items()}
+    return {(): _message(problem)}
 
 
 def _message(problem: Any) -> str:

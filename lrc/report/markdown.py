@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lrc.report.groups import summarise
 from lrc.report.report import Report, Size
 
@@ -51,8 +53,8 @@ def _body(report: Report) -> list[str]:
             f"| perplexity, {before.data} ({before.windows} windows of {before.seq_len}, {before.dtype}) "
             f"| {before.value:.4g} | {after.value:.4g} | {change.ratio:.3f} |"
         )
+    lines += ["", *_calibration(report.calibration)]
     lines += [
-        "",
         "| target | method | layers | size | kept | predicted error | measured error |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -74,21 +76,32 @@ def _body(report: Report) -> list[str]:
     return lines
 
 
+def _calibration(record: dict[str, Any]) -> list[str]:
+    """What moments were taken of, in a sentence."""
+    drawn = ", ".join(f"{source['blocks']} of {source['data']}" for source in record["sources"])
+    return [f"Calibrated on {record['samples']} blocks of {record['seq_len']} tokens: {drawn}.", ""]
+
+
 def _provenance(report: Report) -> list[str]:
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
     peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in report.peak_bytes.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    calibration = ", ".join(f"{name} {value}" for name, value in report.calibration.items())
+    calibration = [_listed({k: v for k, v in report.calibration.items() if k != "sources"})]
+    calibration += [_listed(source) for source in report.calibration["sources"]]
     lines = [
         "## How it was made",
         "",
-        f"- Calibration: {calibration}",
+        f"- Calibration: {'; '.join(calibration)}",
         f"- Device: {report.device}, layers run in {report.dtype}",
         f"- Seconds: {stages}",
         f"- Peak memory: {peaks}",
         f"- Versions: {versions}",
     ]
     return lines + [f"- Warning: {warning}" for warning in report.warnings]
+
+
+def _listed(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in record.items())
 
 
 _SIZES = (

@@ -57,6 +57,12 @@ def calibration_blocks(ids: Tensor, samples: int | Literal["all"], seq_len: int,
     return blocks[chosen.sort().values]
 
 
+def uniforms(seed: int, purpose: str, count: int) -> Tensor:
+    """Numbers (count,) float64 in [0, 1), a function of seed and purpose alone."""
+    generator = torch.Generator().manual_seed(_seed(seed, purpose))
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
 def ids_sha256(ids: Tensor) -> str:
     """Hash of the ids as little-endian int64, whatever their shape."""
     return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()

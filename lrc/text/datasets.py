@@ -44,6 +44,8 @@ class DataSet:
     lines: Literal["row", "stripped", "none"] = "none"
 
 
+SYNTHETIC = "synthetic"  # stands for text that the model itself writes, where calibration texts are named
+
 # the hub's own conversion, where the main branch is a script (refused by datasets 4) or needs zstandard
 _PARQUET = "refs/convert/parquet"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lrc.errors import UserError, nearest
-from lrc.text.datasets import DATASETS, DataSet, Split
+from lrc.text.datasets import DATASETS, SYNTHETIC, DataSet, Split
 from lrc.text.files import holds_documents, read_documents, read_plain
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -50,9 +50,12 @@ def read_text(spec: str, use: Literal["calibration", "evaluation"], data_dir: Pa
     name, _, split = spec.partition(":")
     if name in DATASETS:
         return _read_dataset(DATASETS[name], split, use, _data_dir(data_dir))
+    if name == SYNTHETIC:
+        raise UserError(f"no text {spec!r}: {SYNTHETIC}, which has no splits, is for calibration alone")
     path = Path(spec).expanduser()
     if not (path.exists() or os.sep in spec or path.suffix in _FILE_SUFFIXES):
-        raise UserError(f"unknown text {spec!r}: {nearest(name, DATASETS)}; or a path to a text file")
+        known = [*DATASETS, SYNTHETIC] if use == "calibration" else DATASETS
+        raise UserError(f"unknown text {spec!r}: {nearest(name, known)}; or a path to a text file")
     text = "\n\n".join(read_documents(path, "text")) if holds_documents(path) else read_plain(path)
     return _text(spec, None, text, str(path), ())
 
@@ -64,7 +67,7 @@ def _read_dataset(data_set: DataSet, asked: str, use: str, data_dir: Path | None
         raise UserError(f"{data_set.name} has no split {asked!r}: {nearest(name, data_set.splits)}")
     split = data_set.splits[name]
     held_out = use == "calibration" and name == data_set.evaluation
-    notes = (f"{name} split used for calibration",) if held_out else ()
+    notes = (f"{data_set.name}: {name} split used for calibration",) if held_out else ()
     folder = ASSETS if data_set.hub is None else data_dir
     candidates = [folder / file for file in split.local] if folder else []
     found = next((path for path in candidates if path.is_file()), None)

@@ -225,7 +225,7 @@ def test_held_out_text_that_is_in_the_calibration_is_refused(work: Path, fails: 
 def test_a_model_that_does_not_fit_says_how_much_it_needs(
     work: Path, fails: Any, measured: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lrc.planning, "_free_bytes", lambda device: 12_345_678)
+    monkeypatch.setattr(lrc.planning, "free_bytes", lambda device: 12_345_678)
     message = fails("plan", "tiny-llama", "--keep", "0.8", *QUICK)
     assert "12,345,678 are free" in message
     assert "`allocate: uniform`" in message

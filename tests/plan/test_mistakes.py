@@ -236,6 +236,21 @@ CASES = {
         "calibration: {samples: al}",
         ["3: calibration.samples: 'al' is not a whole number"],
     ),
+    "weights of texts": (
+        "calibration:\n  data:\n    a: 0\n    b: -1\n    c: 1e-4\n    d: true\n    e: 2",
+        [
+            "5: calibration.data.a: a weight of 0 draws nothing",
+            "6: calibration.data.b: a weight of -1 draws nothing",
+            "7: calibration.data.c: '1e-4' is text to YAML, not a number; write 0.0001",
+            "8: calibration.data.d: True is not a number; a weight is above 0, such as 2",
+        ],
+    ),
+    "text twice in a list": (
+        "calibration: {data: [a, b, a, 3]}",
+        ["3: calibration.data[2]: 'a' is written twice", "3: calibration.data[3]: 3 is not a name"],
+    ),
+    "no text": ("calibration: {data: []}", ["3: calibration.data: [] names no text"]),
+    "a number for a text": ("calibration: {data: 5}", ["3: calibration.data: 5 names no text"]),
     "seed is true": ("calibration: {seed: true}", ["3: calibration.seed: True is not a whole number"]),
     "window longer than the model's": (
         "calibration: {seq_len: 512}",

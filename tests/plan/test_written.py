@@ -34,6 +34,18 @@ def test_comes_back_as_it_was(architecture):
     assert text.startswith("# a\n#\n# b c: d\nformat: 1\n")
 
 
+def test_a_mixture_of_texts_comes_back_too(architecture):
+    shapes = architecture("small-llama")
+    for data, read in (("{a:b: 2, c: 0.5}", {"a:b": 2, "c": 0.5}), ("[a, b]", ("a", "b")), ("a=1", "a=1")):
+        base = f"format: 1\nkeep: 0.5\ncalibration: {{data: {data}}}\n"
+        plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), COLLECTORS)
+        assert plan.plan.calibration.data == read
+        text = write_plan(plan.plan, plan.layers, methods(), [])
+        assert (
+            resolve(parse_plan(text, "q.yaml"), shapes, methods(), COLLECTORS).plan.calibration.data == read
+        )
+
+
 def test_layers_alike_share_a_rule_and_whole_targets_say_so(architecture):
     shapes = architecture("small-llama")
     plan = resolve(parse_plan("format: 1\nkeep: 0.5\n", "p.yaml"), shapes, methods(), COLLECTORS)

@@ -65,7 +65,12 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         after=replace(size, parameters=50),
         perplexity=[],
         targets=RECORDS,
-        calibration={},
+        calibration={
+            "data": "a=2,b=1",
+            "samples": 3,
+            "seq_len": 8,
+            "sources": [{"data": "a", "weight": 2, "blocks": 2}, {"data": "b", "weight": 1, "blocks": 1}],
+        },
         device="cpu",
         dtype="float32",
         seconds={},
@@ -76,6 +81,8 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     page = report_page(report)
     assert "| qk | a3 | 2 | 4 | 50.0% | 0.11 nats KL | 0.25 nats KL |" in page
     assert "| qk | a3 | 1 | 4 | 50.0% | 0.2000 | 0.5 nats KL |" in page
+    assert "Calibrated on 3 blocks of 8 tokens: 2 of a, 1 of b." in page
+    assert "- Calibration: data a=2,b=1, samples 3, seq_len 8; data a, weight 2, blocks 2; data b, " in page
     console = Console(file=io.StringIO(), width=200)
     console.print(*summary(report))
     assert "0.11 nats KL" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -92,8 +92,12 @@ def test_calibrating_on_the_evaluation_split_is_noted(tmp_path):
     write(tmp_path, "wikitext2-raw/test.txt", " x \n")
     write(tmp_path, "c4/validation-sample.jsonl", jsonl("y"))
     assert read_text("wikitext2:test", "evaluation", tmp_path).notes == ()
-    assert read_text("wikitext2:test", "calibration", tmp_path).notes == ("test split used for calibration",)
-    assert read_text("c4:valid", "calibration", tmp_path).notes == ("validation split used for calibration",)
+    assert read_text("wikitext2:test", "calibration", tmp_path).notes == (
+        "wikitext2: test split used for calibration",
+    )
+    assert read_text("c4:valid", "calibration", tmp_path).notes == (
+        "c4: validation split used for calibration",
+    )
 
 
 def test_c4_joins_documents_and_stops_at_the_protocols_number(tmp_path):

@@ -1,0 +1,278 @@
+"""Calibration blocks drawn from several sources in proportion to their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lrc.errors import UserError
+from lrc.plan.data import Data, DataLike, check_data
+from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize, windows
+from lrc.text.datasets import SYNTHETIC
+from lrc.text.source import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Source:
+    """Blocks (n, tokens) of one source; ``provenance``: what tells its text from another, as JSON values."""
+
+    label: str
+    blocks: Tensor
+    provenance: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What moments are taken of: ``blocks`` (samples, tokens) of all sources, each block of one source alone.
+
+    The sources are interleaved evenly, each in the order of its own text, so that any run of blocks has them in about
+    the proportion of the whole. ``weights`` is None where none were given.
+    """
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...] | None
+    blocks: Tensor
+
+    @property
+    def data(self) -> Data:
+        """The texts as a plan writes them, every split by name."""
+        labels = tuple(source.label for source in self.sources)
+        if self.weights is not None:
+            return dict(zip(labels, self.weights, strict=True))
+        return labels if labels[1:] else labels[0]
+
+    @property
+    def label(self) -> str:
+        """The texts as the command line writes them: ``wikitext2:train=2,c4:train=1``."""
+        return _label([source.label for source in self.sources], self.weights)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of a report should know of the sources."""
+        return [note for source in self.sources for note in source.notes]
+
+    def as_dict(self, seed: int) -> dict[str, Any]:
+        """The record of the blocks that goes with the output; ``seed`` is what they were drawn with."""
+        samples, seq_len = self.blocks.shape
+        weights = [{}] * len(self.sources) if self.weights is None else [{"weight": w} for w in self.weights]
+        return {
+            "data": self.label,
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": seed,
+            "sources": [
+                {"data": source.label, **weight, "blocks": len(source.blocks), **source.provenance}
+                for source, weight in zip(self.sources, weights, strict=True)
+            ],
+            "ids_sha256": ids_sha256(self.blocks),
+        }
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources by name, as ``lrc.text.source.read_text`` takes them, or ``synthetic``; with ``weights``, or none."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+    def check(self, samples: int | Literal["all"]) -> None:
+        """Raise UserError where so many blocks cannot be drawn of such sources, whatever their texts."""
+        if samples == "all" and SYNTHETIC in self.names:
+            raise UserError("samples: all of synthetic text has no end; give a number, such as samples: 128")
+        if samples != "all" and samples < len(self.names):
+            raise UserError(
+                f"samples: {samples} cannot draw a block of each of {len(self.names)} sources "
+                f"({', '.join(self.names)}); use {len(self.names)} or more"
+            )
+
+    def draw(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: int | Literal["all"],
+        seq_len: int,
+        seed: int,
+        data_dir: Path | None,
+        generate: Callable[[int], Source],
+    ) -> Calibration:
+        """Draw ``samples`` blocks of ``seq_len`` tokens: shares by ``shares``, each without replacement from its text.
+
+        ``all`` takes every block of every source, or of weighted ones as many as the scarcest allows in proportion.
+        ``generate`` makes blocks of synthetic text, called last. Raises UserError for a text that cannot be had or
+        that two names are of, for too few samples or blocks, and for all of what has no end.
+        """
+        self.check(samples)
+        texts = [read_text(n, "calibration", data_dir) if n != SYNTHETIC else None for n in self.names]
+        _refuse_twins({name: text.sha256 for name, text in zip(self.names, texts, strict=True) if text})
+        ids = [tokenize(tokenizer, text.text) if text else None for text in texts]
+        labels = [text.label if text else SYNTHETIC for text in texts]
+        room: list[int | None] = []
+        for label, each in zip(labels, ids, strict=True):
+            with about(f"calibration on {label}"):
+                room.append(None if each is None else len(windows(each, seq_len)))
+        counts = self._counts(labels, samples, room)
+        found: dict[str, Source] = {}
+        for text, each, count in zip(texts, ids, counts, strict=True):
+            if text is not None and each is not None:
+                with about(f"calibration on {text.label}"):
+                    blocks = calibration_blocks(each, count, seq_len, seed)
+                found[text.label] = Source(text.label, blocks, {"text_sha256": text.sha256}, text.notes)
+        if SYNTHETIC in labels:
+            found[SYNTHETIC] = generate(counts[labels.index(SYNTHETIC)])
+        sources = tuple(found[label] for label in labels)
+        return Calibration(sources, self.weights, interleaved([source.blocks for source in sources]))
+
+    def _counts(
+        self, labels: Sequence[str], samples: int | Literal["all"], room: Sequence[int | None]
+    ) -> list[int]:
+        """Blocks of each source, which have ``room`` for so many; None is no limit."""
+        weights = [Fraction(str(weight)) for weight in self.weights or [1] * len(labels)]
+        if samples == "all":
+            full = [blocks or 0 for blocks in room]
+            return full if self.weights is None else shares(_most(weights, room, sum(full)), weights)
+        counts = shares(samples, weights)
+        short = [i for i, blocks in enumerate(room) if blocks is not None and blocks < counts[i]]
+        if short and labels[1:]:  # of a single text the draw itself has more to say
+            told = [
+                f"{labels[i]} holds {room[i]} blocks, fewer than the {counts[i]} of its share" for i in short
+            ]
+            raise UserError(
+                f"calibration on {_label(labels, self.weights)}: {'; '.join(told)}; the most that would do is "
+                f"samples: {_most(weights, room, samples)}, or other weights or a longer text"
+            )
+        return counts
+
+
+def read_mixture(data: DataLike) -> Mixture:
+    """The mixture that a user means: a string as the command line has it, a list, or a mapping to weights.
+
+    In a string commas separate the sources, and the last ``=`` of each stands before its weight; a part that is the
+    name of a file is that file. Names in a list or a mapping are taken as they are. Raises UserError where a source is
+    named twice, where some have a weight and others none, and for a weight that is not a number above 0.
+    """
+    try:
+        checked = check_data(_parsed(data) if isinstance(data, str) else data)
+    except ValueError as error:
+        hint = (
+            "; no file has this name, so a weight follows the ="
+            if isinstance(data, str) and "=" in data
+            else ""
+        )
+        raise UserError(f"calibration data {data!r}: {error}{hint}") from None
+    if isinstance(checked, dict):
+        return Mixture(tuple(checked), tuple(checked.values()))
+    return Mixture((checked,) if isinstance(checked, str) else checked, None)
+
+
+def shares(samples: int, weights: Sequence[Fraction]) -> list[int]:
+    """Samples in proportion to weights by largest remainder, the earlier first among equals; one each at least.
+
+    Whoever would have none gets one, and the others share what is left. ``samples`` are as many as weights, or more.
+    """
+    found = [0] * len(weights)
+    while True:
+        free = [i for i, count in enumerate(found) if count == 0]
+        left = samples - sum(found)
+        quotas = {i: left * weights[i] / sum(weights[j] for j in free) for i in free}
+        counts = {i: int(quota) for i, quota in quotas.items()}
+        by_remainder = sorted(free, key=lambda i: counts[i] - quotas[i])
+        for i in by_remainder[: left - sum(counts.values())]:
+            counts[i] += 1
+        poor = [i for i in free if counts[i] == 0]
+        if not poor:
+            return [counts.get(i, found[i]) for i in range(len(found))]
+        for i in poor:
+            found[i] = 1
+
+
+def interleaved(parts: Sequence[Tensor]) -> Tensor:
+    """Blocks (n, tokens) of several sources as one tensor, each source spread evenly and in its own order."""
+    order = [
+        (Fraction(2 * j + 1, 2 * len(part)), i) for i, part in enumerate(parts) for j in range(len(part))
+    ]
+    stacked = torch.cat(list(parts))
+    return stacked[torch.tensor(sorted(range(len(order)), key=lambda at: order[at]))]
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Put what a mistake is about before its message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
+def _most(weights: Sequence[Fraction], room: Sequence[int | None], limit: int) -> int:
+    """The largest number of samples up to ``limit`` whose shares all have room; one for each source at least."""
+    total, count = sum(weights), len(weights)
+    # A share is never further below its exact quota than the sources that were given one, and one by rounding.
+    bounds = [(blocks + count + 1) * total // w for w, blocks in zip(weights, room, strict=True) if blocks]
+    for samples in range(min([limit, *bounds]), count, -1):
+        counts = shares(samples, weights)
+        if all(blocks is None or share <= blocks for share, blocks in zip(counts, room, strict=True)):
+            return samples
+    return count
+
+
+def _parsed(data: str) -> object:
+    """What a string means, as a plan would have it written."""
+    if _is_file(data):
+        return data
+    parts = [part.strip() for part in data.split(",")]
+    pairs = [(part, None) if _is_file(part) else _pair(part) for part in parts]
+    names = [name for name, _ in pairs]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"{name!r} is written twice")
+    unweighted = [name for name, weight in pairs if weight is None]
+    if unweighted and unweighted != names:
+        raise ValueError(
+            f"{unweighted[0]!r} has no weight and others have one; give all of them one or none. The name of a file "
+            "that has a comma in it goes alone, or into the plan as {NAME: 2, ...}"
+        )
+    if unweighted:
+        return names if names[1:] else names[0]
+    return {name: _number(weight or "") for name, weight in pairs}
+
+
+def _pair(part: str) -> tuple[str, str | None]:
+    if "=" not in part:
+        return part, None
+    name, _, weight = part.rpartition("=")
+    return name.strip(), weight.strip()
+
+
+def _number(word: str) -> float | str:
+    try:
+        number = float(word)
+    except ValueError:
+        return word
+    return int(number) if number.is_integer() else number
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).expanduser().is_file()
+
+
+def _refuse_twins(hashes: Mapping[str, str]) -> None:
+    first: dict[str, str] = {}
+    for name, digest in hashes.items():
+        if (other := first.setdefault(digest, name)) != name:
+            raise UserError(f"calibration on {other} and {name}: they are the same text; name it once")
+
+
+def _label(labels: Sequence[str], weights: Sequence[float] | None) -> str:
+    if weights is None:
+        return ",".join(labels)
+    return ",".join(f"{label}={weight}" for label, weight in zip(labels, weights, strict=True))
