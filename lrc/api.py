@@ -26,6 +26,7 @@ from lrc.output import sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
+from lrc.solve import reads_gradients
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
 from lrc.synthetic import synthesize
@@ -270,6 +271,8 @@ def _settings(
     job: Job, calibration: Calibration, device: torch.device, precision: torch.dtype, batch: int
 ) -> dict[str, Any]:
     """Everything that decides the output's bytes: an unfinished run is only taken up if all of it is the same."""
+    gradients = reads_gradients(job.reader.architecture, job.plan)
+    asked = job.plan.plan.calibration
     return {
         "model": {
             "source": job.model.source,
@@ -277,7 +280,14 @@ def _settings(
             "fingerprint": job.reader.fingerprint,
         },
         "plan": {"source": job.plan_source, **job.plan.as_dict()},
-        "calibration": calibration.as_dict(job.plan.plan.calibration.seed),
+        "calibration": {
+            **calibration.as_dict(asked.seed),
+            **(
+                {"gradient_samples": min(asked.gradient_samples, len(calibration.blocks))}
+                if gradients
+                else {}
+            ),
+        },
         "run": {"device": device.type, "dtype": _name(precision), "batch_size": batch},
         "versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}},
     }

@@ -14,6 +14,7 @@ from lrc.errors import UserError
 from lrc.families import canonical
 from lrc.modules.attention import turn
 from lrc.moments.attention import AttentionMoment, AttentionSum
+from lrc.moments.gradient import GradientMoment
 from lrc.moments.moment import Moment, MomentSum
 from lrc.moments.observe import Call, observe
 from lrc.stream import Batch, ModelStream
@@ -21,10 +22,11 @@ from lrc.stream import Batch, ModelStream
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments by site, and what changes of the scores cost attention where that was asked for."""
+    """Moments by site, and what changes of the scores cost attention, and of outputs the loss, where asked for."""
 
     moments: Mapping[str, Moment]
     attention: AttentionMoment | None = None
+    gradients: GradientMoment | None = None
 
 
 class LayerSums:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,16 +13,19 @@ from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
 from lrc.collect import Statistics, collect
 from lrc.families.family import ATTENTION_ROLES
+from lrc.gradients import gradient_moments
 from lrc.measure import LayerMeasure
 from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
 from lrc.modules.table import Table, apply_table
+from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.refit import RefitSum
-from lrc.solve import collectors_needed, sites_needed, solve_layer
+from lrc.solve import collectors_needed, gradients_needed, sites_needed, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
+from lrc.text.blocks import gradient_blocks
 
 REST = "rest"
 
@@ -48,6 +51,7 @@ class Compressor:
         self._architecture = stream.reader.architecture
         self._family = self._architecture.family
         self._batches: list[Batch] = []
+        self._gradients: dict[int, GradientMoment] = {}  # on the host, each until its layer is solved
         # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
         self._compressed: list[Tensor] | None = None
 
@@ -55,6 +59,7 @@ class Compressor:
         """Compress every layer from token blocks (n, tokens), calling ``advance`` after each."""
         if self._staging.has(REST):  # written last: an earlier run got this far
             return
+        self._gradients = self._sweep(blocks, batch_size)
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(blocks, batch_size)
         for plan in self._plan.layers:
@@ -62,6 +67,18 @@ class Compressor:
             advance()
         with self._watch.stage("write"):
             self._staging.write(REST, self._stream.reader.rest(), {})
+
+    def _sweep(self, blocks: Tensor, batch_size: int) -> dict[int, GradientMoment]:
+        """Gradients for the solvers of the layers that no earlier run finished."""
+        unsolved = (plan for plan in self._plan.layers if not self._staging.has(part_name(plan.index)))
+        wanted = {plan.index: gradients_needed(self._architecture, plan) for plan in unsolved}
+        wanted = {index: want for index, want in wanted.items() if want}
+        if not wanted:
+            return {}
+        settings = self._plan.plan.calibration
+        with self._watch.stage("gradients"):
+            chosen = gradient_blocks(blocks, settings.gradient_samples, settings.seed)
+            return gradient_moments(self._stream, chosen, wanted, batch_size, settings.seed)
 
     @property
     def _refits(self) -> bool:
@@ -100,7 +117,9 @@ class Compressor:
     def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
         """What the layer's solvers need to know of the original stream."""
         sites, collectors = sites_needed(self._architecture, plan), collectors_needed(plan)
-        return collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
+        statistics = collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
+        gradients = self._gradients.pop(plan.index, None)
+        return replace(statistics, gradients=gradients and gradients.to(self._stream.device))
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""

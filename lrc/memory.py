@@ -1,9 +1,10 @@
-"""How much GPU memory a compression takes, worked out from shapes.
+"""How much memory a compression takes on a GPU, and for gradients on the host, worked out from shapes.
 
 The count follows ``lrc.compressor`` stage by stage. Between two layers only hidden states are held; within a layer
 
+    gradients weights + 2 · G + activations, or head + logits       before the streams are there; ``lrc.gradients``
     observe   streams + weights + 2 · moments + activations         sums, and the means made of them
-    solve     streams + weights + moments + solutions + work        work: of the largest solve
+    solve     streams + weights + moments + G + solutions + work    work: of the largest solve
     measure   streams + weights + reduced + sums + activations + attention
     refit     streams + weights + reduced + work                    work: of the larger refit, or a batch
 
@@ -17,6 +18,10 @@ bytes of a weight as stored and as run:
     reduced      the reduced layer, and one layer for each target that is measured alone
     attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
     work         ``_solve_work`` and ``_refit_work``, float64
+    G            4 Σ m_i² of the outputs whose gradients the methods read
+
+On the host, where gradients are read, lie inputs of layers, 4 h for each token of ``gradient_samples`` blocks, and the
+G of all layers.
 
 It is an estimate: workspaces of the linear algebra library and fragments of the allocator are not in it.
 """
@@ -31,11 +36,12 @@ import psutil
 import torch
 
 from lrc.families import Architecture
+from lrc.gradients import logit_rows, states_held, stride
 from lrc.job import Job
 from lrc.methods import methods
 from lrc.moments.attention import QUERIES, SAMPLES
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.solve import collectors_needed, sites_needed
+from lrc.solve import collectors_needed, gradients_needed, sites_needed
 
 ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
 _ATTENTION = {"q", "k", "v", "o", "qk", "ov"}
@@ -45,12 +51,14 @@ _ATTENTION = {"q", "k", "v", "o", "qk", "ov"}
 class Memory:
     """Estimated bytes on the GPU: the peak, the stage it falls in, and what every stage holds.
 
-    ``samples`` blocks of calibration and ``batch_size`` blocks at once are what was assumed.
+    ``gradients_host``: bytes on the host that gradients take, 0 where no method reads them. ``samples`` blocks of
+    calibration and ``batch_size`` blocks at once are what was assumed.
     """
 
     peak: int
     stage: str
     stages: dict[str, int]
+    gradients_host: int
     samples: int
     batch_size: int
     dtype: str
@@ -62,11 +70,14 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
     samples = ASSUMED_SAMPLES if asked == "all" else asked
     batch_size = min(batch_size, samples)
     stages = {"embed": _embed(job, samples, dtype, batch_size)}
+    if gradients_host := _gradients_host(job, samples):
+        stages["gradients"] = _gradients(job, samples, dtype, batch_size)
     for layer in job.plan.layers:
         for stage, held in _layer(job, layer, samples, dtype, batch_size).items():
             stages[stage] = max(stages.get(stage, 0), held)
     stage = max(stages, key=lambda name: stages[name])
-    return Memory(stages[stage], stage, stages, samples, batch_size, str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    return Memory(stages[stage], stage, stages, gradients_host, samples, batch_size, name)
 
 
 def measuring_memory(job: Job, dtype: torch.dtype, batch_size: int, samples: int, held_out: int) -> int:
@@ -108,6 +119,42 @@ def _embed(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
     return 4 * tokens * architecture.hidden + tables * dtype.itemsize
 
 
+def _gradient_samples(job: Job, samples: int) -> int:
+    return min(job.plan.plan.calibration.gradient_samples, samples)
+
+
+def _gradients(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
+    architecture, run, stored = job.reader.architecture, dtype.itemsize, job.reader.dtype.itemsize
+    samples = _gradient_samples(job, samples)
+    tokens = min(batch_size, samples) * job.plan.seq_len
+    rows, hidden = min(logit_rows(architecture.vocab), job.plan.seq_len), architecture.hidden
+    tables = (architecture.total_parameters - architecture.layers * architecture.layer_parameters) * run
+    head = tables + rows * architecture.vocab * (12 + 3 * run) + 2 * 4 * tokens * hidden
+    weights = architecture.layer_parameters * (stored if job.reader.dtype == dtype else stored + run)
+    sums = 2 * max(_gradient_bytes(architecture, layer) for layer in job.plan.layers)
+    width = architecture.matrices[architecture.family.mlp_output].columns
+    # What differentiating keeps of a token, and what comes back.
+    activations = tokens * (hidden * (14 * 4 + 10 * run) + width * 8 * run)
+    return max(_embed(job, samples, dtype, batch_size), head, weights + sums + activations)
+
+
+def _gradients_host(job: Job, samples: int) -> int:
+    """Inputs of layers, and the gradient moments of all; 0 where none are needed."""
+    architecture = job.reader.architecture
+    moments = sum(_gradient_bytes(architecture, layer) for layer in job.plan.layers)
+    state = 4 * _gradient_samples(job, samples) * job.plan.seq_len * architecture.hidden
+    layers = architecture.layers
+    return moments + states_held(layers, stride(layers, state)) * state if moments else 0
+
+
+def _gradient_bytes(architecture: Architecture, layer: LayerPlan) -> int:
+    """Gradient moments of one layer."""
+    wanted, heads = gradients_needed(architecture, layer), architecture.geometry
+    width = heads.head_dim if heads.rotary == "none" else heads.head_dim // 2
+    outputs = sum(architecture.matrices[role].rows ** 2 for role in wanted.roles)
+    return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
+
+
 def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_size: int) -> dict[str, int]:
     architecture, seq_len = job.reader.architecture, job.plan.seq_len
     stored, run = job.reader.dtype.itemsize, dtype.itemsize
@@ -129,7 +176,7 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
         queries = min(SAMPLES, samples * QUERIES * architecture.geometry.group)
         sampled = queries * architecture.head_dim**2  # of a key head
         moments += 4 * sampled * architecture.kv_heads
-    solutions = 8 * kept
+    gradients, solutions = _gradient_bytes(architecture, layer), 8 * kept
     alone = len(layer.assignments) * (0 if shared else architecture.layer_parameters * run)
     rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
     reduced = 2 * kept * stored + (0 if shared else (rest + kept) * run) + alone
@@ -140,6 +187,7 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
         "observe": base + 2 * moments + activations,
         "solve": base
         + moments
+        + gradients
         + solutions
         + max(_solve_work(architecture, a, sampled) for a in layer.assignments),
         "measure": base + reduced + sum(8 * n**2 for n in widths[:1]) + activations + attention,
@@ -177,9 +225,11 @@ def _solve_work(architecture: Architecture, assignment: Assignment, sampled: int
     matrix = architecture.matrices[target]
     solvers = methods()[assignment.method].solvers
     # Blind to the data, a method still needs the moment to predict what it does; others damp and factor it.
-    copies = 1 if solvers["projection"].metric == "weight" else 4
+    metric = solvers["projection"].metric
+    outer = 3 * matrix.rows**2 if metric == "loss" else 0
+    copies = 1 if metric == "weight" else 4
     small = min(matrix.rows, matrix.columns)
-    return 8 * (copies * matrix.columns**2 + 4 * matrix.parameters + 5 * small**2)
+    return 8 * (copies * matrix.columns**2 + outer + 4 * matrix.parameters + 5 * small**2)
 
 
 def _metric_work(hidden: int, n: int, options: Mapping[str, Any]) -> int:

@@ -29,11 +29,12 @@ from lrc.plan.data import DataLike
 from lrc.plan.written import write_plan
 from lrc.report.planning import Planned, Planning, Strip
 from lrc.sensitivity import Sensitivity, passes, unmeasured
+from lrc.solve import reads_gradients
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
 from lrc.synthetic import synthesize
 from lrc.template import templates
-from lrc.text.blocks import ids_sha256
+from lrc.text.blocks import gradient_blocks, ids_sha256
 from lrc.texts import Texts, draw_texts
 
 Progress = Callable[[str, int], Callable[[int], object]]
@@ -171,12 +172,17 @@ def _key(jobs: Sequence[Job], texts: Texts, keeps: Sequence[float], dtype: torch
     def ids(blocks: Tensor) -> str:
         return f"{blocks.shape[0]} x {blocks.shape[1]} {ids_sha256(blocks)}"
 
+    settings, gradients = jobs[0].plan.plan.calibration, {}
+    if any(reads_gradients(job.reader.architecture, job.plan) for job in jobs):
+        chosen = gradient_blocks(texts.calibration.blocks, settings.gradient_samples, settings.seed)
+        gradients = {"gradients": f"{ids(chosen)} seed {settings.seed}"}
     return {
         "model": jobs[0].reader.fingerprint,
         "base plan": plan_sha256([job.plan for job in jobs]),
         "keeps": sorted(keeps),
         "calibration": ids(texts.calibration.blocks),
         "held-out": ids(texts.held_blocks),
+        **gradients,
         "dtype": _name(dtype),
         "versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}},
     }

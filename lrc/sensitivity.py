@@ -15,9 +15,12 @@ from lrc.collect import Statistics, collect
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import token_nll
 from lrc.families import Architecture
+from lrc.gradients import gradient_moments
+from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.solve import collectors_needed, sites_needed, solve_layer
+from lrc.solve import collectors_needed, gradients_needed, sites_needed, solve_layer
 from lrc.stream import Batch, ModelStream
+from lrc.text.blocks import gradient_blocks
 
 
 def unmeasured(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
@@ -58,6 +61,7 @@ class Sensitivity:
     def __init__(self, stream: ModelStream, blocks: Tensor, held_out: Tensor, batch_size: int) -> None:
         """``blocks`` and ``held_out`` are token blocks (n, tokens): to take moments of, and to measure the loss on."""
         self._stream, self._architecture = stream, stream.reader.architecture
+        self._blocks, self._batch_size = blocks, batch_size
         self._held_ids = held_out.split(batch_size)
         self._tokens = held_out.numel() - len(held_out)
         self._batches = stream.embed(blocks, batch_size)
@@ -74,10 +78,11 @@ class Sensitivity:
         ``advance`` is called with the layers run, ``passes`` in all. Raises UserError where a loss is not finite.
         """
         blank, found = unmeasured(self._architecture, plans), []
+        gradients = self._sweep(plans)
         for index, layer in enumerate(self._layers):
-            asked = {(a.target, a.size): a for plan in plans for a in plan.layers[index].assignments}
+            asked = _asked(plans, index)
             if asked:
-                statistics = self._observe(LayerPlan(index, tuple(asked.values())))
+                statistics = self._observe(_at_all_sizes(plans, index), gradients.pop(index, None))
             for curve in (curve for curve in blank if curve.layer == index):
                 nats = []
                 for size in curve.sizes:
@@ -88,10 +93,24 @@ class Sensitivity:
                 batch.hidden = self._stream.run(layer, index, batch, batch.hidden)
         return found
 
-    def _observe(self, plan: LayerPlan) -> Statistics:
+    def _sweep(self, plans: Sequence[ResolvedPlan]) -> dict[int, GradientMoment]:
+        """Gradients for the solvers, on the host, as a compression by the plans would have them."""
+        whole = (_at_all_sizes(plans, index) for index in range(len(self._layers)))
+        wanted = {
+            layer.index: want for layer in whole if (want := gradients_needed(self._architecture, layer))
+        }
+        if not wanted:
+            return {}
+        settings = plans[0].plan.calibration
+        chosen = gradient_blocks(self._blocks, settings.gradient_samples, settings.seed)
+        held = self._layers.__getitem__
+        return gradient_moments(self._stream, chosen, wanted, self._batch_size, settings.seed, layer=held)
+
+    def _observe(self, plan: LayerPlan, gradients: GradientMoment | None) -> Statistics:
         layer, state = self._layers[plan.index], self._states[plan.index]
         sites, collectors = sites_needed(self._architecture, plan), collectors_needed(plan)
-        return collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
+        found = collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
+        return replace(found, gradients=gradients and gradients.to(self._stream.device))
 
     def _alone(self, index: int, assignment: Assignment, statistics: Statistics) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""
@@ -118,3 +137,13 @@ class Sensitivity:
         for later in range(index + 1, len(self._layers)):
             hidden = self._stream.run(self._layers[later], later, batch, hidden)
         return self._tail(hidden)
+
+
+def _asked(plans: Sequence[ResolvedPlan], index: int) -> dict[tuple[str, int], Assignment]:
+    """What several plans ask of one layer, by target and size."""
+    return {(a.target, a.size): a for plan in plans for a in plan.layers[index].assignments}
+
+
+def _at_all_sizes(plans: Sequence[ResolvedPlan], index: int) -> LayerPlan:
+    """One layer's assignments in all plans together."""
+    return LayerPlan(index, tuple(_asked(plans, index).values()))

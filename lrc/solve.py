@@ -19,7 +19,8 @@ from lrc.methods.contract import (
     Solution,
     Solver,
 )
-from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.moments.gradient import Wanted
+from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 
 # The moment that a component's problem is posed on; a projection's is that of its own input.
 COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
@@ -34,6 +35,18 @@ def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
     """Sites whose moments the solvers of a layer read."""
     family = architecture.family
     return {COMPONENT_SITES.get(a.target) or family.site(a.target) for a in plan.assignments}
+
+
+def gradients_needed(architecture: Architecture, plan: LayerPlan) -> Wanted:
+    """Gradient moments that the solvers of a layer read."""
+    targets = {a.target for a in plan.assignments if "gradients" in _solver(a).collectors(a.options)}
+    outputs = {"ov": "o", "mlp": architecture.family.mlp_output}
+    return Wanted(frozenset(outputs.get(target, target) for target in targets - {"qk"}), "qk" in targets)
+
+
+def reads_gradients(architecture: Architecture, plan: ResolvedPlan) -> bool:
+    """Whether any layer's solvers read gradients."""
+    return any(gradients_needed(architecture, layer) for layer in plan.layers)
 
 
 def solve_layer(
@@ -57,15 +70,20 @@ def _pose(
     architecture: Architecture, target: str, state: Mapping[str, Tensor], statistics: Statistics
 ) -> Problem:
     family, heads, moments = architecture.family, architecture.geometry, statistics.moments
+    gradients = statistics.gradients
 
     def affine(role: str) -> Affine:
         return Affine(*canonical(family, architecture, state, role))
 
+    def gradient(role: str) -> Tensor | None:
+        return gradients and gradients.outputs.get(role)
+
     if target == "qk":
-        return QKProblem(affine("q"), affine("k"), heads, moments["attn_in"], statistics.attention)
+        queries = gradients and gradients.queries
+        return QKProblem(affine("q"), affine("k"), heads, moments["attn_in"], statistics.attention, queries)
     if target == "ov":
-        return OVProblem(affine("v"), affine("o"), heads, moments["o_in"])
+        return OVProblem(affine("v"), affine("o"), heads, moments["o_in"], gradient("o"))
     if target == "mlp":
-        inputs = {role: affine(role) for role in family.mlp_inputs}
-        return MLPProblem(inputs, family.mlp_output, affine(family.mlp_output), moments["down_in"])
-    return ProjectionProblem(target, affine(target), moments[family.site(target)])
+        inputs, role = {role: affine(role) for role in family.mlp_inputs}, family.mlp_output
+        return MLPProblem(inputs, role, affine(role), moments["down_in"], gradient(role))
+    return ProjectionProblem(target, affine(target), moments[family.site(target)], gradient(target))

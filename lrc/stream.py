@@ -125,10 +125,15 @@ class ModelStream:
         module.load_state_dict({name: self._placed(tensor) for name, tensor in state.items()}, assign=True)
         return module.requires_grad_(False)
 
-    def run(self, layer: nn.Module, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) in float32."""
+    def run(
+        self, layer: nn.Module, index: int, batch: Batch, hidden: Tensor, *, grad: bool = False
+    ) -> Tensor:
+        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) in float32.
+
+        With ``grad`` the result can be differentiated by hidden states that ask for it.
+        """
         call = batch.calls[index]
-        with torch.no_grad(), self.precision():
+        with torch.set_grad_enabled(grad), self.precision():
             out = layer(hidden, *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).float()
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import lrc  # noqa: F401 - so that compressed checkpoints load
+import lrc.compressor  # also, so that compressed checkpoints load
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import staging
 from lrc.compressor import Compressor
+from lrc.gradients import gradient_moments
 from lrc.hub.names import ResolvedModel
 from lrc.job import Job
 from lrc.methods import methods
@@ -32,7 +33,7 @@ from lrc.stream import ModelStream
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "gpt2"]
-METHODS = ["a3", "whitened_svd", "svd", "monarch"]
+METHODS = ["a3", "whitened_svd", "two_sided_svd", "svd", "monarch"]
 
 
 class Killed(Exception):
@@ -360,9 +361,15 @@ def test_keeping_more_of_the_scores_costs_less(tiny_checkpoint, out):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("refit", ["none", "residual"])
 @pytest.mark.parametrize("layers_done", [1, 2])
-def test_a_run_taken_up_again_ends_with_the_same_bytes(tiny_checkpoint, out, family, refit, layers_done):
+@pytest.mark.parametrize("method", ["a3", "two_sided_svd"])
+def test_a_run_taken_up_again_ends_with_the_same_bytes(
+    tiny_checkpoint, out, family, method, refit, layers_done
+):
     source = tiny_checkpoint(family, num_hidden_layers=3)
-    plan = f"keep: 0.5\nrefit: {refit}\nlayers:\n  - {{match: 1, keep: 1.0}}"
+    plan = (
+        f"keep: 0.5\nmethod: {method}\nrefit: {refit}\ncalibration: {{gradient_samples: 3}}\n"
+        "layers:\n  - {match: 1, keep: 1.0}"
+    )
     straight = compress(source, out("a"), plan)
     with pytest.raises(Killed):
         compress(source, out("b"), plan, stop_after=layers_done)
@@ -372,6 +379,30 @@ def test_a_run_taken_up_again_ends_with_the_same_bytes(tiny_checkpoint, out, fam
     assert names == sorted(path.name for path in resumed.out.iterdir())
     for name in names:
         assert (straight.out / name).read_bytes() == (resumed.out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_taken_once_of_their_samples_for_the_layers_that_are_left(
+    tiny_checkpoint, out, family, monkeypatch
+):
+    source, swept = tiny_checkpoint(family, num_hidden_layers=3), []
+
+    def sweep(stream: Any, ids: Tensor, wanted: Any, *rest: Any) -> Any:
+        found = gradient_moments(stream, ids, wanted, *rest)
+        swept.append((len(ids), sorted(wanted), found))
+        return found
+
+    monkeypatch.setattr(lrc.compressor, "gradient_moments", sweep)
+    plan = (
+        "method: two_sided_svd\nkeep: 0.5\ncalibration: {gradient_samples: 2}\nlayers: [{match: 0, keep: 1}]"
+    )
+    with pytest.raises(Killed):
+        compress(source, out("o"), plan, stop_after=2)
+    compress(source, out("o"), plan)
+    assert [each[:2] for each in swept] == [(2, [1, 2]), (2, [2])]
+    assert not swept[1][2]  # let go as the layers were solved
+    compress(source, out("whitened"), "method: whitened_svd\nkeep: 0.5")
+    assert len(swept) == 2
 
 
 def test_bfloat16_checkpoints_are_summed_in_float32_and_saved_as_they_were(tiny_checkpoint, out):

@@ -18,8 +18,10 @@ from lrc.api import compress
 from lrc.checkpoint.staging import staging
 from lrc.compressor import Compressor
 from lrc.estimate import check, target_sizes
+from lrc.gradients import gradient_moments
 from lrc.job import prepare
 from lrc.memory import estimate_memory
+from lrc.solve import gradients_needed
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
 
@@ -151,9 +153,19 @@ WIDE: dict[str, dict[str, int]] = {
         ("llama", "keep: 0.8\ncomponents: {ov: {subspace: joint}, mlp: {select: obs}}"),
         ("llama", "keep: 0.5\nmethod: svd\nrefit: none"),
         ("llama", "keep: 0.5\nmethod: whitened_svd"),
+        ("llama", "keep: 0.5\nmethod: two_sided_svd"),
         ("llama", "keep: 0.5\nmethod: monarch\nrefit: none"),
     ],
-    ids=["a3 gpt2", "a3", "attention_als gpt2", "joint, obs", "svd", "whitened_svd", "monarch"],
+    ids=[
+        "a3 gpt2",
+        "a3",
+        "attention_als gpt2",
+        "joint, obs",
+        "svd",
+        "whitened_svd",
+        "two_sided_svd",
+        "monarch",
+    ],
 )
 def test_memory_is_at_most_what_is_estimated(
     tiny_checkpoint: TinyCheckpoint,
@@ -173,5 +185,44 @@ def test_memory_is_at_most_what_is_estimated(
     ):
         stream = ModelStream(job.reader, device, dtype)
         Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, batch_size, lambda: None)
-    estimate = estimate_memory(job, dtype, batch_size).peak
-    assert held.peak <= estimate <= 2 * held.peak
+    estimate = estimate_memory(job, dtype, batch_size)
+    assert held.peak <= estimate.peak + estimate.gradients_host <= 2 * held.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_gradients_take_at_most_what_is_estimated_of_host_and_device(
+    tiny_checkpoint: TinyCheckpoint,
+    write_plan: Callable[..., Path],
+    family: str,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> None:
+    plan = write_plan("keep: 0.5\nmethod: two_sided_svd", samples=16, seq_len=128, gradient_samples=8)
+    job = prepare(tiny_checkpoint(family, num_hidden_layers=6, **WIDE[family]), plan)
+    wanted = {layer.index: gradients_needed(job.reader.architecture, layer) for layer in job.plan.layers}
+    blocks = torch.randint(0, 256, (8, 128))
+    with HeldBytes() as held:
+        stream = ModelStream(job.reader, torch.device("cpu"), dtype)
+        found = gradient_moments(stream, blocks, wanted, batch_size, 0)
+    memory = estimate_memory(job, dtype, batch_size)
+    states = 7 * blocks.numel() * 128 * 4  # of six layers, and one gradient
+    moments = sum(g.nbytes for moment in found.values() for g in moment.outputs.values())
+    assert memory.gradients_host == states + moments
+    total = memory.gradients_host + memory.stages["gradients"]
+    assert held.peak <= total <= 2 * held.peak
+
+
+def test_more_gradient_samples_than_blocks_are_no_more_states(
+    tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path]
+) -> None:
+    model = tiny_checkpoint("llama")
+    few, many = (
+        check(prepare(model, write_plan("keep: 0.5\nmethod: two_sided_svd", samples=3, gradient_samples=n)))
+        for n in (3, 99)
+    )
+    assert few.memory.gradients_host == many.memory.gradients_host > 0
+    without = check(prepare(model, write_plan("keep: 0.5\nmethod: svd", gradient_samples=3))).memory
+    assert without.gradients_host == 0
+    assert "gradients" not in without.stages

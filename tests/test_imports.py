@@ -28,7 +28,7 @@ LAYERS = (
     ("plan", "methods"),
     ("checkpoint", "text"),
     ("hub", "stream"),
-    ("refit", "collect", "assemble", "job", "allocate"),
+    ("refit", "collect", "gradients", "assemble", "job", "allocate"),
     ("solve", "template"),
     ("measure", "evaluation", "memory"),
     ("estimate", "catalogue", "synthetic"),

@@ -51,7 +51,14 @@ def held_out() -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("method", "layer", "target", "size"),
-    [("a3", 0, "qk", 2), ("a3", 1, "ov", 3), ("a3", 0, "mlp", 11), ("whitened_svd", 1, "o", 5)],
+    [
+        ("a3", 0, "qk", 2),
+        ("a3", 1, "ov", 3),
+        ("a3", 0, "mlp", 11),
+        ("whitened_svd", 1, "o", 5),
+        ("two_sided_svd", 0, "q", 4),
+        ("two_sided_svd", 1, "o", 5),
+    ],
 )
 def test_a_point_is_the_loss_of_the_saved_model(
     tiny_checkpoint, tmp_path, held_out, family, method, layer, target, size

@@ -172,6 +172,12 @@ class Architecture:
         """Head geometry of a layer."""
         return Heads(self.heads, self.kv_heads, self.head_dim, self.family.rotary)
 
+    def output_rows(self, role: str) -> slice:
+        """A projection's rows among the outputs of the module that stores it."""
+        fused = self.family.projections[role].fused
+        start = sum(self.matrices[r].rows for r in fused[: fused.index(role)]) if fused else 0
+        return slice(start, start + self.matrices[role].rows)
+
     @property
     def layer_parameters(self) -> int:
         """Weights of one decoder layer's projections: what ``keep`` is a fraction of."""
@@ -241,8 +247,6 @@ def canonical(
     if stored.input_major:
         weight = weight.T
     if stored.fused:
-        before = stored.fused[: stored.fused.index(role)]
-        start = sum(architecture.matrices[r].rows for r in before)
-        rows = slice(start, start + architecture.matrices[role].rows)
+        rows = architecture.output_rows(role)
         weight, bias = weight[rows], bias if bias is None else bias[rows]
     return weight, bias

@@ -201,11 +201,16 @@ class Rule(Roles, Components):
 
 
 class Calibration(Strict):
-    """The texts that moments are taken of; ``seq_len`` None means the model's limit, at most 2048."""
+    """The texts that moments are taken of; ``seq_len`` None means the model's limit, at most 2048.
+
+    Methods that need gradients have them from ``gradient_samples`` of the blocks, drawn by the seed, or from all blocks
+    where there are fewer.
+    """
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None
     samples: Annotated[int | Literal["all"], PlainValidator(_samples)] = 128
     seq_len: Annotated[int, PlainValidator(_at_least(2))] | None = None
+    gradient_samples: Annotated[int, PlainValidator(_at_least(1))] = 32
     seed: Annotated[int, PlainValidator(_at_least(0))] = 0
 
 

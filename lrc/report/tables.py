@@ -99,6 +99,8 @@ def resolution(check: Check) -> Iterator[RenderableType]:
         f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
         "measuring perplexity loads the model whole, unless with --no-eval"
     )
+    if memory.gradients_host:
+        yield f"host memory for gradients: about {_bytes(memory.gradients_host)}"
     yield from _warnings(check.warnings)
 
 

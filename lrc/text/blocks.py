@@ -52,14 +52,24 @@ def calibration_blocks(ids: Tensor, samples: int | Literal["all"], seq_len: int,
             f"the text holds {len(blocks)} blocks of {seq_len} tokens, fewer than the {samples} samples "
             f"asked for; use samples: {len(blocks)}, samples: all{remedy}, or a longer text"
         )
-    generator = torch.Generator().manual_seed(_seed(seed, "calibration"))
+    generator = torch.Generator().manual_seed(seed_for(seed, "calibration"))
+    chosen = torch.randperm(len(blocks), generator=generator)[:samples]
+    return blocks[chosen.sort().values]
+
+
+def gradient_blocks(blocks: Tensor, samples: int, seed: int) -> Tensor:
+    """At most ``samples`` of calibration blocks (n, tokens), for gradients: the first of a draw, in text order.
+
+    The draw is a function of the seed and n alone, so that more samples add blocks and change none.
+    """
+    generator = torch.Generator().manual_seed(seed_for(seed, "gradient blocks"))
     chosen = torch.randperm(len(blocks), generator=generator)[:samples]
     return blocks[chosen.sort().values]
 
 
 def uniforms(seed: int, purpose: str, count: int) -> Tensor:
     """Numbers (count,) float64 in [0, 1), a function of seed and purpose alone."""
-    generator = torch.Generator().manual_seed(_seed(seed, purpose))
+    generator = torch.Generator().manual_seed(seed_for(seed, purpose))
     return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
@@ -68,6 +78,6 @@ def ids_sha256(ids: Tensor) -> str:
     return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _seed(seed: int, purpose: str) -> int:
+def seed_for(seed: int, purpose: str) -> int:
     """A generator's seed for one purpose, so that draws for different purposes are independent."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "little")

@@ -145,9 +145,10 @@ def test_plan_takes_mixtures_and_measures_anew_when_they_change(work: Path, succ
     found = json.loads(succeeds(*argv).stdout)
     assert found["calibration"] == "builtin:test=1,synthetic=1 (4 blocks of 48 tokens)"
     assert found["warnings"] == ["builtin: test split used for calibration"]
-    assert "calibration: {data: {'builtin:test': 1, synthetic: 1}, samples: 4, seq_len: 48, seed: 0}" in (
-        work / "plan.yaml"
-    ).read_text(encoding="utf-8")
+    assert (
+        "calibration: {data: {'builtin:test': 1, synthetic: 1}, samples: 4, seq_len: 48, gradient_samples: 32, seed: 0}"
+        in (work / "plan.yaml").read_text(encoding="utf-8")
+    )
     assert not json.loads(succeeds(*argv).stdout)["measured"]
     assert json.loads(succeeds(*argv, "--calib", "builtin:test=3,synthetic=1").stdout)["measured"]
 

@@ -76,6 +76,18 @@ def test_what_the_curves_hang_on_is_measured_anew_when_it_changes(
     assert len(measured) == 3
 
 
+def test_curves_hang_on_the_blocks_of_the_gradients_where_those_are_read(
+    work: Path, succeeds: Any, measured: list[int]
+) -> None:
+    model = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK)
+    for method, times in (("two_sided_svd", [1, 1, 2]), ("svd", [3, 3, 3])):
+        for samples, expected in zip((2, 2, 1), times, strict=True):
+            text = BASE.replace("a3", method).replace("seq_len", f"gradient_samples: {samples}, seq_len")
+            (work / "base.yaml").write_text(text, encoding="utf-8")
+            succeeds(*model)
+            assert len(measured) == expected
+
+
 def test_the_plan_is_readable_and_compress_takes_it(work: Path, succeeds: Any) -> None:
     succeeds("plan", "tiny-gpt2", "--keep", "0.75", *QUICK, "--held-out", "builtin:test", "-o", "mine.yaml")
     text = (work / "mine.yaml").read_text(encoding="utf-8")
@@ -84,7 +96,9 @@ def test_the_plan_is_readable_and_compress_takes_it(work: Path, succeeds: Any) -
     assert "nats per token, perplexity times" in text
     assert "# Measured on builtin:test (2 blocks of 48 tokens)" in text
     assert "# Warning: builtin:test is what perplexity is measured on" in text
-    assert "calibration: {data: 'builtin:train', samples: 3, seq_len: 48, seed: 0}" in text
+    assert (
+        "calibration: {data: 'builtin:train', samples: 3, seq_len: 48, gradient_samples: 32, seed: 0}" in text
+    )
     out = succeeds(
         "compress",
         "tiny-gpt2",

@@ -208,4 +208,4 @@ def test_names_a_paper_and_known_collectors(posed, method):
     assert posed.solver.paper
     assert methods()[method].summary.endswith(".")
     brought = set(posed.solver.option_needs.values())
-    assert {*posed.solver.needs, *brought} <= COLLECTORS | {"gradients"}
+    assert {*posed.solver.needs, *brought} <= COLLECTORS

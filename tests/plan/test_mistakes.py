@@ -251,6 +251,10 @@ CASES = {
     ),
     "no text": ("calibration: {data: []}", ["3: calibration.data: [] names no text"]),
     "a number for a text": ("calibration: {data: 5}", ["3: calibration.data: 5 names no text"]),
+    "no gradient samples": (
+        "calibration: {gradient_samples: 0}",
+        ["3: calibration.gradient_samples: 0 is too small; the smallest is 1"],
+    ),
     "seed is true": ("calibration: {seed: true}", ["3: calibration.seed: True is not a whole number"]),
     "window longer than the model's": (
         "calibration: {seq_len: 512}",

@@ -1,0 +1,215 @@
+"""Gradients of the loss at every layer, layer by layer: the model runs forward once, then its layers in reverse.
+
+The labels are drawn from the model's own distribution at every position (the true Fisher information; text is needed
+as input alone), and only activations are differentiated. The device holds one layer, its sums and one batch. Inputs of
+layers wait on the host: all of them where they fit in ``_KEEP_ALL`` bytes, else every ⌈√layers⌉-th, and those between
+two are computed again when the way back gets there, which costs one more forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lrc.errors import UserError
+from lrc.moments.gradient import GradientMoment, GradientSum, Wanted
+from lrc.moments.observe import observe
+from lrc.stream import Batch, ModelStream
+from lrc.text.blocks import seed_for
+
+_KEEP_ALL = 2**33
+_LOGITS = 2**24  # elements at once
+_PEAK = 4  # backward passes start from gradients whose largest is below 2**_PEAK
+
+
+def stride(layers: int, state_bytes: int) -> int:
+    """Every how many layers the input is kept, of ``state_bytes`` each."""
+    return 1 if layers * state_bytes <= _KEEP_ALL else math.ceil(layers**0.5)
+
+
+def states_held(layers: int, every: int) -> int:
+    """The most inputs of layers that wait on the host, one gradient among them."""
+    return math.ceil(layers / every) + every
+
+
+def logit_rows(vocab: int) -> int:
+    """Tokens whose logits are held at once."""
+    return max(_LOGITS // vocab, 1)
+
+
+def gradient_moments(
+    stream: ModelStream,
+    blocks: Tensor,
+    wanted: Mapping[int, Wanted],
+    batch_size: int,
+    seed: int,
+    *,
+    layer: Callable[[int], nn.Module] | None = None,
+    every: int | None = None,
+) -> dict[int, GradientMoment]:
+    """Gradient moments, on the CPU, of the layers in ``wanted`` from token blocks (n, tokens).
+
+    The labels hang on ``seed`` and on the number of the block. ``layer`` gives a layer on the device (default: read
+    from the checkpoint, once for each pass); ``every`` how many layers lie between inputs that are kept. Raises
+    UserError where gradients are NaN or inf.
+    """
+    sweep = _Sweep(stream, blocks, batch_size, layer or (lambda index: stream.layer(index)[0]), every)
+    return sweep.run(wanted, seed)
+
+
+class _Sweep:
+    """Blocks on their way through the model, and the inputs of layers that are kept, by layer and batch."""
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        blocks: Tensor,
+        batch_size: int,
+        layer: Callable[[int], nn.Module],
+        every: int | None,
+    ) -> None:
+        self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
+        self._batches = stream.embed(blocks, batch_size)
+        self._inputs = {0: [self._keep(batch) for batch in self._batches]}
+        self._every = every or stride(
+            self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
+        )
+
+    def run(self, wanted: Mapping[int, Wanted], seed: int) -> dict[int, GradientMoment]:
+        last, first, found = self._architecture.layers - 1, min(wanted), {}
+        start = first - first % self._every
+        hidden = self._forward(0, last + 1, lambda index: index >= start and index % self._every == 0)
+        gradients = self._at_logits(hidden, seed)
+        del hidden
+        for index in range(last, first - 1, -1):
+            if index not in self._inputs:
+                before = index - index % self._every
+                self._inputs[index] = self._forward(before, index, lambda _: True)
+            moment = self._back(index, gradients, wanted.get(index, Wanted()))
+            if moment:
+                found[index] = moment.to(torch.device("cpu"))
+        return found
+
+    def _keep(self, batch: Batch) -> Tensor:
+        """A batch's hidden states on the host; the batch itself keeps none on the device."""
+        hidden, batch.hidden = batch.hidden, batch.hidden.new_empty(0)
+        return _to_host(hidden)
+
+    def _forward(self, first: int, end: int, keep: Callable[[int], bool]) -> list[Tensor]:
+        """From the input of layer ``first`` to that of ``end``, keeping those of the layers that ``keep`` names."""
+        hidden = self._inputs[first]
+        for index in range(first, end):
+            if keep(index):
+                self._inputs[index] = hidden
+            module = self._layer(index)
+            hidden = [
+                _to_host(self._stream.run(module, index, batch, x.to(self._stream.device)))
+                for batch, x in zip(self._batches, hidden, strict=True)
+            ]
+        return hidden
+
+    def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
+        """Gradients at the last layer's output, with labels drawn for every position."""
+        tail, device, number, found = self._stream.tail(), self._stream.device, 0, []
+        rows = logit_rows(self._architecture.vocab)
+        for batch in hidden:
+            parts = []
+            for block in batch:
+                generator = torch.Generator(device).manual_seed(seed_for(seed, f"gradients/{number}"))
+                parts += [_drawn(tail, part.to(device), generator) for part in block.split(rows)]
+                number += 1
+            found.append(_to_host(torch.cat(parts).view_as(batch)))
+        return found
+
+    def _back(self, index: int, gradients: list[Tensor], wanted: Wanted) -> GradientMoment | None:
+        """Take the gradients, in place, from a layer's output to its input; its moments on the way."""
+        heads, module, inputs = self._architecture.geometry, self._layer(index), self._inputs.pop(index)
+        sums = GradientSum(heads.kv_heads, heads.head_dim, heads.rotary != "none")
+        for i, batch in enumerate(self._batches):
+            gradients[i] = self._back_batch(module, index, batch, inputs[i], gradients[i], wanted, sums)
+        if not wanted:
+            return None
+        moment = sums.moment()
+        if not moment.finite:
+            raise UserError(f"layer {index}: gradients of the loss are NaN or inf; try --dtype float32")
+        return moment
+
+    def _back_batch(
+        self,
+        module: nn.Module,
+        index: int,
+        batch: Batch,
+        hidden: Tensor,
+        gradient: Tensor,
+        wanted: Wanted,
+        sums: GradientSum,
+    ) -> Tensor:
+        x, gradient = (t.to(self._stream.device) for t in (hidden, gradient))
+        x = x.detach().requires_grad_()
+        roles = [*wanted.roles, *(["q"] if wanted.queries else [])]
+        paths = {self._architecture.family.projections[role].module for role in roles}
+        with observe(module, {path: path for path in paths}) as calls:
+            out = self._stream.run(module, index, batch, x, grad=True)
+        outputs = {path: calls[path].output for path in calls}
+        scale = _scale(gradient)
+        with _same_bits(self._stream.device):
+            found = torch.autograd.grad(out, [x, *outputs.values()], gradient * scale)
+        if wanted:
+            at = dict(zip(outputs, found[1:], strict=True))
+            queries = (self._rows(outputs, "q").detach(), self._rows(at, "q")) if wanted.queries else None
+            sums.add({role: self._rows(at, role) for role in wanted.roles}, queries, scale)
+        return _to_host(found[0] / scale)
+
+    def _rows(self, outputs: Mapping[str, Tensor], role: str) -> Tensor:
+        """A role's part of what its module puts out."""
+        return outputs[self._architecture.family.projections[role].module][
+            ..., self._architecture.output_rows(role)
+        ]
+
+
+def _drawn(tail: Callable[[Tensor], Tensor], hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient (tokens, hidden) of the summed nats of labels drawn from the model's own distribution."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = tail(hidden)
+    slope = logits.detach().float().softmax(-1)
+    if not bool(slope.isfinite().all()):
+        raise UserError("the model's logits are NaN or inf; try --dtype float32")
+    labels = torch.multinomial(slope, 1, generator=generator)
+    slope.scatter_(-1, labels, slope.gather(-1, labels) - 1)
+    scale = _scale(slope)
+    (gradient,) = torch.autograd.grad(logits, hidden, slope.mul_(scale).to(logits.dtype))
+    return gradient / scale
+
+
+def _scale(gradient: Tensor) -> Tensor:
+    """A power of two that brings a gradient into the narrow range of float16; in wider formats it changes no bit."""
+    peak = torch.frexp(gradient.abs().amax()).exponent
+    return torch.ldexp(torch.ones_like(gradient[..., 0].flatten()[0]), _PEAK - peak)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy on the host; from a GPU in pinned memory, and not waited for: what reads it next is on the same queue."""
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
+
+
+@contextmanager
+def _same_bits(device: torch.device) -> Iterator[None]:
+    """Sums in a fixed order: fast attention on a GPU goes backward in none unless told, and a run taken up again must
+    end with the same bytes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
