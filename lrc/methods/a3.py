@@ -83,8 +83,8 @@ def solve_ov(
     problem: OVProblem,
     rank: int,
     *,
-    metric: OutputMetric = "output",
-    subspace: Literal["stacked", "als", "joint"] = "stacked",
+    metric: OutputMetric = "loss",
+    subspace: Literal["stacked", "als", "joint"] = "als",
     refit: Refit = "least_squares",
 ) -> Solution:
     """Keep the ``rank`` dimensions of every value head that the output projection reads.
@@ -144,7 +144,8 @@ def _value_rows(
     p = best_projector(own.mean(dim=1), grams.sum(dim=1), rank)
     numerics["damping"] = p.damping
     stacked = Maps(p.up.repeat_interleave(heads.group, dim=0), p.down)
-    if subspace == "stacked" or rank == heads.head_dim:
+    best = subspace == "als" and heads.group == 1
+    if subspace == "stacked" or best or rank == heads.head_dim:
         return stacked, numerics
     maps, numerics["rounds"] = shared_rows(own, grams, p.down)
     if subspace == "als":
@@ -163,8 +164,8 @@ def solve_mlp(
     problem: MLPProblem,
     width: int,
     *,
-    metric: OutputMetric = "output",
-    select: Literal["score", "obs"] = "score",
+    metric: OutputMetric = "loss",
+    select: Literal["score", "obs"] = "obs",
     refit: Refit = "least_squares",
 ) -> Solution:
     """Keep ``width`` hidden neurons and fit the output projection to what they leave out.

@@ -46,7 +46,7 @@ def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
             error,
             share * _score_error(shared, None, keys),
             name,
-            error if metric == "loss" else None,
+            _map_loss(problem, delta.repeat_interleave(group, dim=0)),
         ),
         numerics={"damping": p.damping},
     )
@@ -72,12 +72,15 @@ def fitted_map(problem: QKProblem, rank: int) -> Solution:
         errors.append(attended_error(q, covariance, maps))
         sizes.append(attended_error(q, covariance, None))
     share = 1 / (2 * heads.heads * samples.q.shape[2])
+    up, down = torch.cat(ups), torch.stack(downs)
+    delta = torch.eye(heads.head_dim, dtype=up.dtype, device=up.device) - up @ down.repeat_interleave(
+        heads.group, dim=0
+    )
     return Solution(
-        parts={
-            "q": _mapped(torch.cat(ups).mT, problem.q),
-            "k": _mapped(torch.stack(downs), problem.k),
-        },
-        predicted=Prediction(share * float(sum(errors)), share * float(sum(sizes)), "kl"),
+        parts={"q": _mapped(up.mT, problem.q), "k": _mapped(down, problem.k)},
+        predicted=Prediction(
+            share * float(sum(errors)), share * float(sum(sizes)), "kl", _map_loss(problem, delta)
+        ),
         numerics={"damping": p.damping, "rounds": most},
     )
 
@@ -101,7 +104,6 @@ def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
         gram, name = pairs.double() / heads.heads, "kl"
         kept = eliminate(gram, rank // 2)
     lost = torch.ones_like(gram[..., 0]).scatter(-1, kept, 0.0)
-    error = float(torch.einsum("hi,hij,hj->", lost, gram, lost)) / 2
     columns = torch.cat([kept, kept + heads.head_dim // 2], dim=-1)  # (kv_heads, rank)
     keep = torch.eye(heads.head_dim, dtype=gram.dtype, device=gram.device)[columns]
     return Solution(
@@ -109,9 +111,29 @@ def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
             "q": _mapped(keep.repeat_interleave(group, dim=0), problem.q),
             "k": _mapped(keep, problem.k),
         },
-        predicted=Prediction(error, float(gram.sum() / 2), name, error if metric == "loss" else None),
+        predicted=Prediction(
+            _pair_cost(gram, lost),
+            float(gram.sum() / 2),
+            name,
+            None if problem.gradient is None else _pair_cost(problem.gradient.double(), lost),
+        ),
         rotary_columns=columns,
     )
+
+
+def _pair_cost(gram: Tensor, lost: Tensor) -> float:
+    """½·1_Dᵀ K 1_D summed over key heads, D being the pairs that are 1 in ``lost`` (kv_heads, D/2)."""
+    return float(torch.einsum("hi,hij,hj->", lost, gram, lost)) / 2
+
+
+def _map_loss(problem: QKProblem, delta: Tensor) -> float | None:
+    """½ Σ_heads tr(S_q Δ S_γ Δᵀ) in nats for Δ (heads, D, D), a group's S_γ being its mean; None without gradients."""
+    if problem.gradient is None:
+        return None
+    heads = problem.heads
+    slopes = problem.gradient.double().repeat_interleave(heads.group, dim=0)
+    q_moment = _output_moment(*_by_head(problem.q, heads.heads), problem.input)
+    return _score_error(q_moment, delta, slopes) / (2 * heads.group)
 
 
 def _gradient(problem: QKProblem) -> Tensor:

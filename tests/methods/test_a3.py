@@ -261,7 +261,7 @@ class TestOV:
     def test_without_refit_every_head_has_its_own_optimum(self, make_case):
         """One query head a value head: O_h S_h^½ cut to its first singular values, S_h centred."""
         problem = make_case("ov", kv_heads=4, v_bias=True, o_bias=True).problem
-        solution = solve_ov(problem, 2, refit="none")
+        solution = solve_ov(problem, 2, metric="output", subspace="stacked", refit="none")
         moment, change = problem.output.centred, 0.0
         values, output = (whole(solution, r).weight for r in ("v", "o"))
         for head in range(4):
@@ -279,7 +279,7 @@ class TestOV:
     def test_shared_values_keep_what_the_stack_of_their_readers_needs(self, make_case, kv_heads):
         """The row space is that of the stack of O_h S̄^½ cut to its first singular values, S̄ the group's mean."""
         problem = make_case("ov", kv_heads=kv_heads).problem
-        values, group = whole(solve_ov(problem, 2), "v").weight, 4 // kv_heads
+        values, group = whole(solve_ov(problem, 2, metric="output", subspace="stacked"), "v").weight, 4 // kv_heads
         for head in range(kv_heads):
             cuts = [slice(6 * h, 6 * h + 6) for h in range(head * group, (head + 1) * group)]
             root = root_of(torch.stack([problem.output.second[cut, cut] for cut in cuts]).mean(dim=0))
@@ -319,7 +319,7 @@ class TestOV:
 
     def test_without_gradients_no_loss_is_predicted(self, make_case):
         problem = replace(make_case("ov", kv_heads=2).problem, gradient=None)
-        assert solve_ov(problem, 2).predicted.loss is None
+        assert solve_ov(problem, 2, metric="output").predicted.loss is None
 
     @pytest.mark.parametrize("metric", ["output", "loss"])
     @pytest.mark.parametrize("kv_heads", [2, 1])
@@ -362,7 +362,7 @@ class TestMLP:
             moment = problem.hidden.second if "bias" not in facts else problem.hidden.centred
             score = moment.diagonal().sqrt() * problem.output.weight.square().sum(dim=0).sqrt()
             expected = sorted(sorted(range(16), key=lambda i: -float(score[i]))[:5])
-            solution = solve_mlp(problem, 5, select="score")
+            solution = solve_mlp(problem, 5, metric="output", select="score")
             assert solution.neurons is not None
             assert solution.neurons.tolist() == expected
             for role, matrix in problem.inputs.items():
