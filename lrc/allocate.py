@@ -1,4 +1,4 @@
-"""Spends a budget of weights where it saves most loss: from what shrinking each target alone costs, to its size."""
+"""Spends a budget of weights where it saves most: from what shrinking each target alone costs, to its size."""
 
 from __future__ import annotations
 
@@ -12,40 +12,60 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Curve:
-    """What shrinking one target of one layer costs, all else whole.
+    """What shrinking one target of one layer costs, all else whole, in a unit that all curves of an allocation share.
 
-    ``nats`` is the measured rise of the loss at ``sizes``, which ascend and leave out the ``full`` one, where it is 0.
-    A size keeps ``unit`` weights for each of it, the full one ``whole``; legal sizes are multiples of ``step`` and
-    ``full``.
+    ``costs`` are at ``sizes``, which ascend and leave out the ``full`` one, where the cost is 0. A size keeps ``unit``
+    weights for each of it, the full one ``whole``. Legal sizes are the multiples of ``step`` from ``floor`` and the
+    smallest of ``sizes`` to ``cap``, and the full one where ``cap`` is None.
     """
 
     layer: int
     target: str
     sizes: tuple[int, ...]
-    nats: tuple[float, ...]
+    costs: tuple[float, ...]
     full: int
     unit: int
     whole: int
     step: int = 1
+    floor: int = 0
+    cap: int | None = None
+
+    @property
+    def legal(self) -> list[int]:
+        """Every legal size, ascending."""
+        first = -(-max(self.sizes[0], self.floor) // self.step) * self.step
+        # A pair may be larger than its matrix long before full rank.
+        last = min(self.full - 1, (self.whole - 1) // self.unit)
+        if self.cap is None:
+            return [*range(first, last + 1, self.step), self.full]
+        return [*range(first, min(last, self.cap) + 1, self.step)]
 
     @property
     def smallest(self) -> int:
-        """Weights kept at the smallest legal size that is not below those measured."""
-        size = -(-self.sizes[0] // self.step) * self.step
-        return min(size * self.unit, self.whole) if size < self.full else self.whole
+        """Weights kept at the smallest legal size."""
+        return self.kept(self.legal[0])
+
+    @property
+    def largest(self) -> int:
+        """Weights kept at the largest legal size."""
+        return self.kept(self.legal[-1])
+
+    def kept(self, size: int) -> int:
+        """Weights that a size keeps."""
+        return self.whole if size == self.full else size * self.unit
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Sizes in the order of the curves, the weights they keep and the rise of the loss that the curves add up to."""
+    """Sizes in the order of the curves, the weights they keep and what the curves add up to."""
 
     sizes: tuple[int, ...]
     weights: int
-    nats: float
+    cost: float
 
 
 def allocate(curves: Sequence[Curve], budget: int) -> Allocation:
-    """The sizes of least predicted loss that keep at most ``budget`` of the curves' weights; costs are taken to add up.
+    """The sizes of least cost that keep at most ``budget`` of the curves' weights; costs are taken to add up.
 
     One price per weight decides every size (a Lagrange multiplier, found by bisection); what that leaves of the budget
     goes, step by step, where a weight saves most. ``budget`` is at least the sum of the curves' ``smallest``.
@@ -62,9 +82,9 @@ def allocate(curves: Sequence[Curve], budget: int) -> Allocation:
     chosen = [choice.best(high) for choice in choices]
     _spend_rest(choices, chosen, budget - _kept(choices, chosen))
     return Allocation(
-        tuple(int(c.sizes[i]) for c, i in zip(choices, chosen, strict=True)),
+        tuple(c.sizes[i] for c, i in zip(choices, chosen, strict=True)),
         _kept(choices, chosen),
-        sum(float(c.nats[i]) for c, i in zip(choices, chosen, strict=True)),
+        sum(float(c.costs[i]) for c, i in zip(choices, chosen, strict=True)),
     )
 
 
@@ -84,29 +104,24 @@ def not_rising(values: Sequence[float]) -> list[float]:
 
 
 class _Choices:
-    """Every legal size of a curve, ascending, with the weights it keeps and the nats it costs."""
+    """Every legal size of a curve, ascending, with the weights it keeps and what it costs."""
 
     def __init__(self, curve: Curve) -> None:
-        first = -(-curve.sizes[0] // curve.step) * curve.step
-        sizes = torch.arange(first, max(first, curve.full), curve.step)
-        sizes = sizes[
-            sizes * curve.unit < curve.whole
-        ]  # a pair may be larger than its matrix long before full rank
-        self.sizes = torch.cat([sizes, torch.tensor([curve.full])])
-        self.weights = torch.cat([sizes * curve.unit, torch.tensor([curve.whole])])
+        self.sizes = curve.legal
+        self.weights = torch.tensor([curve.kept(size) for size in self.sizes])
         # Costs grow with the square of what is lost, so that it is their root that is straight between two sizes.
-        roots = torch.tensor([*not_rising(curve.nats), 0.0], dtype=torch.float64).sqrt()
+        roots = torch.tensor([*not_rising(curve.costs), 0.0], dtype=torch.float64).sqrt()
         points = torch.tensor(
             [*(size * curve.unit for size in curve.sizes), curve.whole], dtype=torch.float64
         )
-        self.nats = _interpolate(self.weights.double(), points, roots).square()
+        self.costs = _interpolate(self.weights.double(), points, roots).square()
 
     def best(self, price: float) -> int:
         """Position of the size that is cheapest at a price per weight."""
-        return int((self.nats + price * self.weights).argmin())
+        return int((self.costs + price * self.weights).argmin())
 
     def move(self, at: int, left: int) -> tuple[float, int] | None:
-        """Nats saved per weight, and position, of the best larger size that ``left`` more weights pay for.
+        """Cost saved per weight, and position, of the best larger size that ``left`` more weights pay for.
 
         It looks past flat and hollow stretches; of several as good it is the largest, so that free weights go at once.
         """
@@ -114,7 +129,7 @@ class _Choices:
         added = added[added <= left]
         if not len(added):
             return None
-        saved = (self.nats[at] - self.nats[at + 1 : at + 1 + len(added)]) / added
+        saved = (self.costs[at] - self.costs[at + 1 : at + 1 + len(added)]) / added
         best = len(saved) - 1 - int(saved.flip(0).argmax())
         return float(saved[best]), at + 1 + best
 

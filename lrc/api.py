@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lrc import __version__
-from lrc.checkpoint.staging import MANIFEST, check_output, staging
+from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
+from lrc.checkpoint.staging import MANIFEST, Staging, check_output, staging
 from lrc.compressor import Compressor
+from lrc.curves import as_curves
 from lrc.errors import OutOfResources, UserError
 from lrc.evaluation.perplexity import DEFAULT_SEQ_LEN, Perplexity, count_windows, evaluate_perplexity
 from lrc.hub.loader import load
@@ -33,10 +35,11 @@ from lrc.synthetic import synthesize
 from lrc.text.blocks import tokenize
 from lrc.text.mixture import Calibration
 from lrc.text.source import read_text
-from lrc.texts import draw_calibration
+from lrc.texts import draw_texts
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
+_ALLOCATION = "allocation"
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -64,9 +67,10 @@ def compress(
     ``calib`` names texts for calibration (else the plan's, else the model's default) as
     ``lrc.text.mixture.read_mixture`` does, and ``ppl`` as ``lrc.text.source.read_text`` does those for the perplexity
     before and after, which is that of the saved folder loaded back (none if it is empty). Layers run in ``dtype``
-    (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. An unfinished run of the
-    same settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name and length, and gives
-    the function to call with steps done. Raises UserError for what the user can mend; nothing is then named ``out``.
+    (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. A plan that asks for an
+    allocation has its sizes found first, as ``lrc.make_plan`` finds them by default. An unfinished run of the same
+    settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name and length, and gives the
+    function to call with steps done. Raises UserError for what the user can mend; nothing is then named ``out``.
     """
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
@@ -83,6 +87,7 @@ def compress(
     for spec in held_out:  # one that is not there or too short should be known now, not after an hour
         text = read_text(spec, "evaluation", folder)
         count_windows(text, tokenize(tokenizer, text.text), window, max_windows)
+    jobs = unsized(job)  # a plan that asks for what its allocation cannot do, too, should be known now
     watch = Stopwatch(place)
     progress = progress or (lambda label, total: lambda done: None)
     generate = partial(
@@ -96,11 +101,22 @@ def compress(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    calibration = draw_calibration(job, tokenizer, calib, folder, generate)
+    samples = default_samples(job.plan.plan.allocate)
+    texts = draw_texts(job, tokenizer, calib, None, samples, folder, generate)
+    calibration = texts.calibration
     batch = batch_size or default_batch(place.type, job.plan.seq_len)
     settings = _settings(job, calibration, place, precision, batch)
+    sizing = (
+        Sizing(job.plan.plan.allocate, jobs, sorted(KEEPS), texts, place, precision, batch) if jobs else None
+    )
+    if sizing:
+        settings["allocation"] = sizing.key
     source_folder = job.model.path
     with staging(target, settings, source=source_folder, fresh=fresh, force=force) as stage:
+        if sizing:
+            with watch.stage("measure sizes"):
+                job, settings["allocation"] = _allocate(job, sizing, stage, progress)
+            settings["plan"] = {"source": job.plan_source, **job.plan.as_dict()}
         advance = progress("compress", len(job.plan.layers))
         with watch.stage("load"):
             stream = ModelStream(job.reader, place, precision)
@@ -246,6 +262,19 @@ def newest_output(folder: Path) -> Path:
     if not manifests:
         raise UserError(f"there is no lrc output below {folder}; name a model, or run lrc compress first")
     return max(manifests, key=lambda path: path.stat().st_mtime).parent
+
+
+def _allocate(job: Job, sizing: Sizing, stage: Staging, progress: Progress) -> tuple[Job, dict[str, Any]]:
+    """The job with the sizes that its allocation finds, and what the manifest keeps of that.
+
+    What sizes cost is staged first: a run that is taken up again gets the sizes it had, whatever rounding does.
+    """
+    if not stage.has(_ALLOCATION):
+        stage.write(_ALLOCATION, {}, sizing.curves(progress).as_dict())
+        gc.collect()
+    curves = as_curves(stage.record(_ALLOCATION))
+    sized, cost = sized_by(job, sizing.jobs[0], curves.curves)
+    return sized, {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
 
 
 def _thin(job: Job, blocks: Tensor) -> list[str]:

@@ -1,4 +1,4 @@
-"""Budgets as people state them (a kept fraction, bytes, a cache), spent on measured curves."""
+"""Budgets as people state them (a kept fraction, bytes, a cache), spent on curves of what sizes cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lrc.estimate import output_size
 from lrc.job import Job
 from lrc.plan.resolved import Assignment, LayerPlan
 
-_SMALLER = "measure smaller sizes with --keeps, or shrink more of the model"
+_SMALLER = "allow smaller sizes (lrc plan's --keeps, --floor, --round), or shrink more of the model"
+_SHORT = 0.002  # of what was asked may stay unspent
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Spent:
-    """A job with the sizes that a budget bought, and the rise of the loss that they add up to, in nats per token.
+    """A job with the sizes that a budget bought, and what they add up to in the unit of the curves.
 
     ``layers`` has what stays whole as well, at its full size.
     """
 
     job: Job
     layers: tuple[LayerPlan, ...]
-    nats: float
+    cost: float
 
 
 def read_budgets(
@@ -60,9 +61,9 @@ def read_budgets(
 
 
 def spend(budget: Budget, job: Job, curves: Sequence[Curve]) -> Spent:
-    """Sizes of least predicted loss within a budget; ``job``: the measured plan at any one of its sizes.
+    """Sizes of least cost within a budget; ``job``: the measured plan at any one of its sizes.
 
-    Raises UserError with the smallest budget that can be met where this one cannot.
+    Raises UserError with the smallest or largest budget that can be met where this one cannot.
     """
     if not curves:
         raise UserError(
@@ -80,16 +81,12 @@ def spend(budget: Budget, job: Job, curves: Sequence[Curve]) -> Spent:
         bought = Allocation(tuple(c.full for c in rest), sum(c.whole for c in rest), 0.0)
     else:
         bought = _spend_weights(budget.keep, job.plan.whole, fixed, rest)
-    return _sized(job, [*kept, *rest], (*spent.sizes, *bought.sizes), spent.nats + bought.nats)
+    return _sized(job, [*kept, *rest], (*spent.sizes, *bought.sizes), spent.cost + bought.cost)
 
 
 def _spend_weights(keep: float, whole: int, fixed: int, curves: Sequence[Curve]) -> Allocation:
     least = fixed + sum(curve.smallest for curve in curves)
-    limit = math.floor(keep * whole + 1e-6)  # 0.7 * 10 is a little less than 7
-    if limit < least:
-        raise UserError(
-            f"a keep of {keep:g} cannot be met; the smallest that can is {_up(least / whole)}: {_SMALLER}"
-        )
+    limit = _limit(f"a keep of {keep:g}", keep, whole, least, fixed + sum(curve.largest for curve in curves))
     return allocate(curves, limit - fixed)
 
 
@@ -102,35 +99,42 @@ def _spend_cache(fraction: float, job: Job, curves: Sequence[Curve]) -> Allocati
     widths = [replace(curve, unit=1, whole=curve.full) for curve in curves]
     fixed = whole - sum(curve.full for curve in curves)
     least = fixed + sum(curve.smallest for curve in widths)
-    limit = math.floor(fraction * whole + 1e-6)
+    most = fixed + sum(curve.largest for curve in widths)
+    found = allocate(widths, _limit(f"a KV cache of {fraction:g}", fraction, whole, least, most) - fixed)
+    return replace(found, weights=sum(c.kept(size) for c, size in zip(curves, found.sizes, strict=True)))
+
+
+def _limit(asked: str, fraction: float, whole: int, least: int, most: int) -> int:
+    """What a fraction of ``whole`` comes to, if sizes that keep ``least`` to ``most`` can meet it."""
+    limit = math.floor(fraction * whole + 1e-6)  # 0.7 * 10 is a little less than 7
     if limit < least:
-        smallest = _up(least / whole)
-        raise UserError(
-            f"a KV cache of {fraction:g} cannot be met; the smallest that can is {smallest}: {_SMALLER}"
-        )
-    found = allocate(widths, limit - fixed)
-    return replace(found, weights=sum(_kept(c, size) for c, size in zip(curves, found.sizes, strict=True)))
+        smallest = math.ceil(least / whole * 1e4) / 1e4
+        raise UserError(f"{asked} cannot be met; the smallest that can is {smallest:g}: {_SMALLER}")
+    if most < limit * (1 - _SHORT):
+        largest = math.floor(most / whole * 1e4) / 1e4
+        raise UserError(f"{asked} cannot be met; the largest that can is {largest:g}: raise --cap")
+    return limit
 
 
 def _spend_bytes(limit: int, job: Job, curves: Sequence[Curve]) -> Spent:
     """Spend bytes of the checkpoint: what goes with the weights, biases and kept columns, is counted afterwards."""
     lowest, budget = (sum(c.smallest for c in curves), sum(c.whole for c in curves))
     least = allocate(curves, lowest)
-    smallest = output_size(_sized(job, curves, least.sizes, least.nats).job).bytes
+    smallest = output_size(_sized(job, curves, least.sizes, least.cost).job).bytes
     if limit < smallest:
         raise UserError(f"{limit:,} bytes cannot be met; the fewest that can are {smallest:,}: {_SMALLER}")
     while True:  # the weights are nearly all of it, so that two or three rounds do
         found = allocate(curves, max(budget, lowest))
-        spent = _sized(job, curves, found.sizes, found.nats)
+        spent = _sized(job, curves, found.sizes, found.cost)
         over = output_size(spent.job).bytes - limit
         if over <= 0:
             return spent
         budget = found.weights + over // -job.reader.dtype.itemsize
 
 
-def _sized(job: Job, curves: Sequence[Curve], sizes: Sequence[int], nats: float) -> Spent:
+def _sized(job: Job, curves: Sequence[Curve], sizes: Sequence[int], cost: float) -> Spent:
     """The job with new sizes; what is at its full one stays whole."""
-    bought = {(c.layer, c.target): (size, _kept(c, size)) for c, size in zip(curves, sizes, strict=True)}
+    bought = {(c.layer, c.target): (size, c.kept(size)) for c, size in zip(curves, sizes, strict=True)}
 
     def resized(layer: LayerPlan) -> LayerPlan:
         found = [(a, *bought[layer.index, a.target]) for a in layer.assignments]
@@ -138,18 +142,8 @@ def _sized(job: Job, curves: Sequence[Curve], sizes: Sequence[int], nats: float)
 
     layers = tuple(resized(layer) for layer in job.plan.layers)
     shrunk = tuple(replace(layer, assignments=tuple(filter(_saves, layer.assignments))) for layer in layers)
-    return Spent(replace(job, plan=replace(job.plan, layers=shrunk)), layers, nats)
+    return Spent(replace(job, plan=replace(job.plan, layers=shrunk)), layers, cost)
 
 
 def _saves(assignment: Assignment) -> bool:
     return assignment.kept < assignment.whole
-
-
-def _kept(curve: Curve, size: int) -> int:
-    """Weights that a size keeps."""
-    return curve.whole if size == curve.full else size * curve.unit
-
-
-def _up(fraction: float) -> str:
-    """A fraction in four places that is not below it."""
-    return f"{math.ceil(fraction * 1e4) / 1e4:g}"

@@ -1,4 +1,4 @@
-"""What a user can choose from: methods, families, kinds, plans, data sets and models, each with one line."""
+"""What a user can choose from: methods, allocations, families, kinds, plans, data and models, each with one line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import lrc.families
+from lrc.allocation import ALLOCATORS
 from lrc.discovery import submodules
 from lrc.errors import UserError, nearest
 from lrc.hub.names import ASSETS, BUILTIN, SHORT_NAMES
@@ -42,6 +43,11 @@ def _methods() -> Iterator[Item]:
     for name, method in methods().items():
         papers = dict.fromkeys(solver.paper for solver in method.solvers.values())
         yield Item(name, f"{method.summary} For: {', '.join(method.solvers)}.", "; ".join(papers))
+
+
+def _allocations() -> Iterator[Item]:
+    for name, allocator in ALLOCATORS.items():
+        yield Item(name, allocator.summary)
 
 
 def _families() -> Iterator[Item]:
@@ -93,6 +99,7 @@ def _plan_summary(path: Path) -> str:
 
 _GROUPS: dict[str, Callable[[], Iterator[Item]]] = {
     "methods": _methods,
+    "allocations": _allocations,
     "families": _families,
     "kinds": _kinds,
     "plans": _plans,

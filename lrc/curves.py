@@ -1,4 +1,4 @@
-"""Measured curves as a file, with all that they hang on, so that another budget costs no measurement."""
+"""Curves of what sizes cost as a file, with all that they hang on, so that another budget costs no measurement."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from lrc.allocate import Curve
 from lrc.errors import UserError
 from lrc.plan.resolved import ResolvedPlan
 
-FORMAT = 1
-_SAMPLE = 64  # elements of each tensor
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Curves:
-    """``curves`` measured under ``key``; ``loss``: nats per held-out token of the model as it is."""
+    """``curves`` found under ``key``, their costs in ``unit``.
+
+    ``loss``: nats per held-out token of the model as it is, where costs were measured.
+    """
 
     key: dict[str, Any]
-    loss: float
+    unit: str
+    loss: float | None
     curves: list[Curve]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: Path) -> None:
         """Write the file in one step."""
         beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
 
     def differences(self, key: dict[str, Any]) -> list[str]:
@@ -47,12 +54,15 @@ def load_curves(path: Path) -> Curves:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise UserError(f"{path} has format {found['format']!r}; this version of lrc reads {FORMAT}")
-        curves = [
-            Curve(**c | {"sizes": tuple(c["sizes"]), "nats": tuple(c["nats"])}) for c in found["curves"]
-        ]
-        return Curves(found["key"], found["loss"], curves)
+        return as_curves(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no curves of lrc plan ({type(error).__name__}: {error})") from error
+
+
+def as_curves(values: dict[str, Any]) -> Curves:
+    """What ``Curves.as_dict`` gave, from JSON."""
+    curves = [Curve(**c | {k: tuple(c[k]) for k in ("sizes", "costs")}) for c in values["curves"]]
+    return Curves(values["key"], values["unit"], values["loss"], curves)
 
 
 def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:

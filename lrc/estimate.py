@@ -60,6 +60,11 @@ def check(job: Job) -> Check:
     calibration = job.plan.plan.calibration
     if calibration.samples == "all":
         warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")
+    if (name := job.plan.plan.allocate) != "uniform":
+        warnings.append(
+            f"allocate {name}: lrc compress finds the sizes when it has measured what they cost; until then all is "
+            "worked out at equal fractions"
+        )
     if calibration.data is not None:
         mixture = read_mixture(calibration.data)
         mixture.check(calibration.samples)

@@ -106,11 +106,14 @@ class _Sweep:
         for index in range(first, end):
             if keep(index):
                 self._inputs[index] = hidden
-            module = self._layer(index)
-            hidden = [
-                _to_host(self._stream.run(module, index, batch, x.to(self._stream.device)))
-                for batch, x in zip(self._batches, hidden, strict=True)
-            ]
+            module, finite, passed = self._layer(index), [], []
+            for batch, x in zip(self._batches, hidden, strict=True):
+                out = self._stream.run(module, index, batch, x.to(self._stream.device))
+                finite.append(out.isfinite().all())
+                passed.append(_to_host(out))
+            if not bool(torch.stack(finite).all()):
+                raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
+            hidden = passed
         return hidden
 
     def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:

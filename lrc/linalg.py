@@ -213,6 +213,22 @@ def _rows(gram: Tensor, index: Tensor) -> Tensor:
     return gram.gather(-2, index.unsqueeze(-1).expand(*index.shape, gram.shape[-1])).squeeze(-2)
 
 
+def direction_scores(weight: Tensor, c: Tensor, g: Tensor) -> Tensor:
+    """σ_i² (u_iᵀ G u_i)(v_iᵀ C v_i) of every singular direction of W (m, n), for C (n, n) and G (m, m).
+
+    Half of it is what dropping the direction alone adds to ½ tr(G ΔW C ΔWᵀ). Returns (min(m, n),), in the order of
+    ascending σ. The work is done in the smaller of the two dimensions, where σ v = Wᵀ u, or σ u = W v.
+    """
+    w, c, g = weight.double(), c.double(), g.double()
+    if w.shape[0] > w.shape[1]:
+        v = torch.linalg.eigh(w.mT @ w).eigenvectors
+        written = w @ v
+        return (written * (g @ written)).sum(dim=0) * (v * (c @ v)).sum(dim=0)
+    u = torch.linalg.eigh(w @ w.mT).eigenvectors
+    taken = w.mT @ u
+    return (taken * (c @ taken)).sum(dim=0) * (u * (g @ u)).sum(dim=0)
+
+
 def gram_root(g: Tensor) -> tuple[Tensor, float]:
     """R with RᵀR = G + damping for G (..., n, n): the metric G of W is the plain one of R W. And the damping."""
     root = damped_cholesky(g)

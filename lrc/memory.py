@@ -81,8 +81,8 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
 
 
 def measuring_memory(job: Job, dtype: torch.dtype, batch_size: int, samples: int, held_out: int) -> int:
-    """Bytes that ``lrc.sensitivity`` takes on ``samples`` blocks of calibration and ``held_out`` others: those of a
-    compression without refit, the whole model, the held-out states and the logits of a batch.
+    """Bytes that ``lrc.allocation.sensitivity`` takes on ``samples`` blocks of calibration and ``held_out`` others:
+    those of a compression without refit, the whole model, the held-out states and the logits of a batch.
     """
     architecture, plan, seq_len = job.reader.architecture, job.plan.plan, job.plan.seq_len
     calibration = plan.calibration.model_copy(update={"samples": samples})

@@ -28,7 +28,7 @@ COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
 
 def collectors_needed(plan: LayerPlan) -> set[str]:
     """Statistics that the solvers of a layer read."""
-    return {name for a in plan.assignments for name in _solver(a).collectors(a.options)}
+    return {name for a in plan.assignments for name in solver_of(a).collectors(a.options)}
 
 
 def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
@@ -37,9 +37,11 @@ def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
     return {COMPONENT_SITES.get(a.target) or family.site(a.target) for a in plan.assignments}
 
 
-def gradients_needed(architecture: Architecture, plan: LayerPlan) -> Wanted:
-    """Gradient moments that the solvers of a layer read."""
-    targets = {a.target for a in plan.assignments if "gradients" in _solver(a).collectors(a.options)}
+def gradients_needed(architecture: Architecture, plan: LayerPlan, *, losses: bool = False) -> Wanted:
+    """Gradient moments that the solvers of a layer read; with ``losses``, all that they can predict a loss from."""
+    targets = {
+        a.target for a in plan.assignments if losses or "gradients" in solver_of(a).collectors(a.options)
+    }
     outputs = {"ov": "o", "mlp": architecture.family.mlp_output}
     return Wanted(frozenset(outputs.get(target, target) for target in targets - {"qk"}), "qk" in targets)
 
@@ -55,20 +57,22 @@ def solve_layer(
     """Solve everything a plan asks of one layer, by target, from its tensors and statistics."""
     found = {}
     for assignment in plan.assignments:
-        problem = _pose(architecture, assignment.target, state, statistics)
-        solve = _solver(assignment).solve
+        problem = pose(architecture, assignment.target, state, statistics)
+        solve = solver_of(assignment).solve
         found[assignment.target] = solve(problem, assignment.size, **assignment.options)
     return found
 
 
-def _solver(assignment: Assignment) -> Solver:
+def solver_of(assignment: Assignment) -> Solver:
+    """The function of its method that solves an assignment."""
     solvers = methods()[assignment.method].solvers
     return solvers.get(assignment.target) or solvers["projection"]
 
 
-def _pose(
+def pose(
     architecture: Architecture, target: str, state: Mapping[str, Tensor], statistics: Statistics
 ) -> Problem:
+    """The problem of one target of a layer, from its tensors and statistics."""
     family, heads, moments = architecture.family, architecture.geometry, statistics.moments
     gradients = statistics.gradients
 

@@ -15,17 +15,19 @@ from lrc.allocate import Curve, allocate, not_rising
 def options(curve: Curve) -> list[tuple[int, int, float]]:
     """Every legal size with its weights and its nats, written down from what the contract says of them."""
     sizes = [
-        n for n in range(curve.sizes[0], curve.full) if n % curve.step == 0 and n * curve.unit < curve.whole
+        n
+        for n in range(max(curve.sizes[0], curve.floor), curve.full)
+        if n % curve.step == 0 and n * curve.unit < curve.whole and (curve.cap is None or n <= curve.cap)
     ]
     points = [*(n * curve.unit for n in curve.sizes), curve.whole]
-    roots = [value**0.5 for value in (*falling(curve.nats), 0.0)]
+    roots = [value**0.5 for value in (*falling(curve.costs), 0.0)]
     found = []
     for size in sizes:
         x = size * curve.unit
         right = next(i for i in range(1, len(points)) if points[i] >= x)
         share = (x - points[right - 1]) / (points[right] - points[right - 1])
         found.append((size, x, ((1 - share) * roots[right - 1] + share * roots[right]) ** 2))
-    return [*found, (curve.full, curve.whole, 0.0)]
+    return found if curve.cap is not None else [*found, (curve.full, curve.whole, 0.0)]
 
 
 def falling(values: tuple[float, ...]) -> list[float]:
@@ -56,7 +58,9 @@ def any_curve(draw: st.DrawFn) -> Curve:
     step = draw(st.sampled_from([1, 1, 2]))
     # A pair may reach the weights of its matrix before full rank, but it was measured below them.
     whole = draw(st.integers(sizes[-1] * unit + 1, full * unit))
-    return Curve(0, "mlp", sizes, nats, full, unit, whole, step)
+    curve = Curve(0, "mlp", sizes, nats, full, unit, whole, step, draw(st.integers(0, full - 1)))
+    capped = replace(curve, cap=draw(st.integers(curve.floor, full - 1)))
+    return draw(st.sampled_from([curve, capped])) if options(capped) else curve
 
 
 curve_lists = st.lists(any_curve(), min_size=1, max_size=3)
@@ -78,7 +82,7 @@ def test_clean_up_averages_noise_and_leaves_the_rest():
 def test_is_optimal_where_costs_are_convex(budget):
     curves = [quadratic(0, 1.0), quadratic(1, 0.3), quadratic(2, 0.05)]
     found = allocate(curves, budget)
-    assert found.nats == pytest.approx(cheapest(curves, budget), abs=1e-9)
+    assert found.cost == pytest.approx(cheapest(curves, budget), abs=1e-9)
     assert found.weights == budget
 
 
@@ -90,9 +94,9 @@ def test_is_within_one_jump_of_the_best(curves, share):
     budget = least + int(share * (whole - least))
     found = allocate(curves, budget)
     jump = max(options(c)[-1][1] - options(c)[0][1] for c in curves)
-    assert cheapest(curves, budget) <= found.nats + 1e-9
+    assert cheapest(curves, budget) <= found.cost + 1e-9
     if budget - jump >= least:
-        assert found.nats <= cheapest(curves, budget - jump) + 1e-9
+        assert found.cost <= cheapest(curves, budget - jump) + 1e-9
 
 
 @settings(deadline=None)
@@ -107,7 +111,7 @@ def test_keeps_the_budget_and_leaves_nothing_that_fits(curves, share):
         (at,) = [i for i, o in enumerate(options(curve)) if o[0] == size]  # a legal size
         chosen.append((curve, at))
     assert found.weights == sum(options(c)[at][1] for c, at in chosen) <= budget
-    assert found.nats == pytest.approx(sum(options(c)[at][2] for c, at in chosen), abs=1e-9)
+    assert found.cost == pytest.approx(sum(options(c)[at][2] for c, at in chosen), abs=1e-9)
     left = budget - found.weights
     for curve, at in chosen:
         larger = options(curve)[at + 1 :]
@@ -117,7 +121,7 @@ def test_keeps_the_budget_and_leaves_nothing_that_fits(curves, share):
 def test_the_whole_budget_keeps_everything_and_the_least_the_smallest_sizes():
     curves = [quadratic(0, 1.0), quadratic(1, 0.3)]
     assert allocate(curves, 48).sizes == (6, 6)
-    assert allocate(curves, 10**9).nats == 0
+    assert allocate(curves, 10**9).cost == 0
     assert allocate(curves, 8).sizes == (1, 1)
     with pytest.raises(AssertionError, match="below the smallest"):
         allocate(curves, 7)

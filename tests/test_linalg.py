@@ -18,6 +18,7 @@ from lrc.linalg import (
     damped,
     damped_cholesky,
     data_error,
+    direction_scores,
     eliminate,
     eliminate_columns,
     gram_root,
@@ -410,3 +411,13 @@ class TestDataError:
 
     def test_an_indefinite_sum_gives_no_negative_square(self):
         assert data_error(torch.eye(2), torch.diag(torch.tensor([1e-9, -2e-9]))) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_direction_scores_are_what_dropping_each_alone_costs(shape: tuple[int, int]) -> None:
+    w, (m, n) = normal(*shape, seed=1), shape
+    c, g = moment_of(n, 2, spread=2.0), moment_of(m, 3)
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    drops = [s[i] * torch.outer(u[:, i], vh[i]) for i in reversed(range(min(shape)))]  # ascending
+    expected = torch.tensor([float(torch.trace(g @ d @ c @ d.T)) for d in drops], dtype=torch.float64)
+    torch.testing.assert_close(direction_scores(w, c, g), expected, **CLOSE)

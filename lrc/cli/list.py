@@ -13,11 +13,13 @@ from lrc.cli.screen import quiet, show, show_json
 def list_known(
     group: Annotated[
         str | None,
-        typer.Argument(help="methods, families, kinds, plans, data or models. [default: all of them]"),
+        typer.Argument(
+            help="methods, allocations, families, kinds, plans, data or models. [default: all of them]"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List methods, families, kinds, plans, data sets and models, each with one line and its source."""
+    """List methods, allocations, families, kinds, plans, data sets and models, each with one line and its source."""
     quiet()
     from lrc.catalogue import catalogue
     from lrc.report.tables import catalogue_tables

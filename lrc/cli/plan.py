@@ -1,4 +1,4 @@
-"""``lrc plan``: what every size costs, measured once, to plans for the budgets that are asked for."""
+"""``lrc plan``: what every size costs, found once, to plans for the budgets that are asked for."""
 
 from __future__ import annotations
 
@@ -48,20 +48,31 @@ def plan_model(
         ),
     ] = None,
     allocate: Annotated[
-        str, typer.Option(metavar="NAME", help="How to share out the budget.")
-    ] = "sensitivity",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How to share out the budget: uniform, energy, fisher, importance or sensitivity. [default: the base "
+            "plan's, else sensitivity]",
+        ),
+    ] = None,
     held_out: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Text to measure on. [default: wikitext2:validation; builtin:train for the built-in models, but for "
-            "what calibration draws of it]",
+            help="Text that sensitivity is measured on. [default: wikitext2:validation; builtin:train for the built-in "
+            "models, but for what calibration draws of it]",
         ),
     ] = None,
-    held_out_samples: Annotated[int, typer.Option(help="Blocks of it, from the start.")] = 8,
+    held_out_samples: Annotated[
+        int | None, typer.Option(help="Blocks of it, from the start. [default: 8]")
+    ] = None,
     keeps: Annotated[
-        str, typer.Option(metavar="F[,F...]", help="Fractions of each target at which to measure.")
-    ] = "0.9,0.75,0.6,0.45,0.3",
+        str | None,
+        typer.Option(
+            metavar="F[,F...]",
+            help="Fractions of each target at which to find its cost. [default: 0.9,0.75,0.6,0.45,0.3]",
+        ),
+    ] = None,
     calib: Calibration = None,
     data_dir: DataDir = None,
     device: Device = None,
@@ -72,10 +83,20 @@ def plan_model(
     curves: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Measured curves, to use again. [default: NAME.curves.json beside the plan]"
+            metavar="FILE",
+            help="Curves of costs, to use again. [default: NAME.ALLOCATION.curves.json beside the plan]",
         ),
     ] = None,
     round_to: Annotated[int, typer.Option("--round", metavar="N", help="Sizes are multiples of N.")] = 1,
+    floor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F", help="Of each target keep at least this. [default: the smallest fraction measured]"
+        ),
+    ] = None,
+    cap: Annotated[
+        float, typer.Option(metavar="F", help="Of each target keep at most this; at 1 it may stay whole.")
+    ] = 1.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever curves there are.")] = False,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="FILE", help="The plan; NAME-F.yaml for several keeps.")
@@ -85,8 +106,11 @@ def plan_model(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a plan for MODEL and a budget: measure what each size costs, and spend where it saves most."""
-    kept, measured = (None if keep is None else _fractions("--keep", keep)), _fractions("--keeps", keeps)
+    """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
+    kept, measured = (
+        None if listed is None else _fractions(option, listed)
+        for option, listed in (("--keep", keep), ("--keeps", keeps))
+    )
     limit = None if size is None else _bytes(size)
     quiet()
     from lrc.planning import make_plan
@@ -110,6 +134,8 @@ def plan_model(
             batch_size=batch_size,
             curves=curves,
             round_to=round_to,
+            floor=floor,
+            cap=cap,
             fresh=fresh,
             out=out,
             revision=revision,

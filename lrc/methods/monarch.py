@@ -9,9 +9,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from lrc.families import Target
-from lrc.linalg import best_pair, damped, damped_cholesky, data_error
-from lrc.methods.contract import Factors, Prediction, ProjectionProblem, Solution, solves
-from lrc.methods.pair import corrected_bias, input_moment, reference
+from lrc.linalg import best_pair, damped, damped_cholesky
+from lrc.methods.contract import Factors, ProjectionProblem, Solution, solves
+from lrc.methods.pair import corrected_bias, input_moment, predicted
 from lrc.plan.size import Options
 
 BLOCKS = 4
@@ -81,7 +81,7 @@ def solve_projection(
     delta = weight - found.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return Solution(
         parts={problem.role: Factors("monarch", _factors(pairs), corrected_bias(problem, delta))},
-        predicted=Prediction(data_error(delta, input_moment(problem)), reference(problem), "output"),
+        predicted=predicted(problem, delta, input_moment(problem)),
         numerics={"damping": max(damping for *_, damping in pairs)},
     )
 

@@ -19,9 +19,12 @@ def corrected_bias(problem: ProjectionProblem, delta: Tensor) -> Tensor | None:
     return None if bias is None else bias.double() + delta @ problem.input.mean.double()
 
 
-def reference(problem: ProjectionProblem) -> float:
-    """E‖W x‖², what a squared data error is held against."""
-    return data_error(problem.matrix.weight, problem.input.second)
+def predicted(problem: ProjectionProblem, delta: Tensor, c: Tensor) -> Prediction:
+    """E‖ΔW x‖² for x of moment C beside E‖W x‖², and ½ tr(G ΔW C ΔWᵀ) where gradients are at hand."""
+    g, reference = problem.gradient, data_error(problem.matrix.weight, problem.input.second)
+    return Prediction(
+        data_error(delta, c), reference, "output", None if g is None else data_error(delta, c, g) / 2
+    )
 
 
 def pair_solution(
@@ -31,13 +34,10 @@ def pair_solution(
     weight, bias = problem.matrix.weight.double(), problem.matrix.bias
     b, a, damping = best_pair(weight, rank, c, g)
     delta = weight - b @ a
-    if c is None:
-        error = data_error(delta, problem.input.second)
-    else:
-        error, bias = data_error(delta, c), corrected_bias(problem, delta)
-    loss = None if g is None or c is None else float(((g.double() @ delta @ c.double()) * delta).sum()) / 2
+    if c is not None:
+        bias = corrected_bias(problem, delta)
     return Solution(
         parts={problem.role: Factors("low_rank", {"A": a, "B": b}, bias)},
-        predicted=Prediction(error, reference(problem), "output", loss),
+        predicted=predicted(problem, delta, problem.input.second if c is None else c),
         numerics={"damping": damping},
     )

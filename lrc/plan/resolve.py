@@ -14,6 +14,7 @@ from lrc.plan.options import read_options
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan, read_plan
 from lrc.plan.solver import SolverData
+from lrc.plan.unsized import refuse_no_budget, refuse_sizes
 
 MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
 
@@ -37,12 +38,16 @@ def resolve(
 ) -> ResolvedPlan:
     """Work a plan out for a model, from shapes alone; ``collectors`` are the statistics that can be gathered.
 
+    A plan that asks for an allocation has uniform sizes here, until it is known what sizes cost.
     Raises UserError with every mistake of the plan, each with its line.
     """
     plan, document, count = draft.plan, draft.document, architecture.layers
     levels = Levels(plan, document, architecture, methods)
     order = list(architecture.targets)
     assigner = _Assigner(document, architecture, methods, collectors)
+    if plan.allocate != "uniform":
+        refuse_sizes(plan, document, methods, f"allocate {plan.allocate}")
+        refuse_no_budget(plan, document)
     layers = []
     for index in range(count):
         asked = levels.layer(index)

@@ -21,7 +21,7 @@ from lrc.plan.data import Data, Misplaced, check_data
 from lrc.plan.document import Document, Path, as_text_number
 
 WHOLE = "keep-all"
-NOT_BUILT = ("energy", "fisher", "importance")
+ALLOCATIONS = ("uniform", "energy", "fisher", "importance", "sensitivity")
 
 
 def _fraction(value: object) -> float:
@@ -65,16 +65,6 @@ def _word(*known: str) -> Callable[[object], str]:
 
 def _samples(value: object) -> int | str:
     return "all" if value == "all" else _at_least(1)(value)
-
-
-def _allocation(value: object) -> str:
-    if value == "sensitivity":
-        raise ValueError(
-            "sensitivity is what lrc plan measures; it writes the sizes into a plan. Here use uniform"
-        )
-    if value in NOT_BUILT:
-        raise ValueError(f"allocation {value!r} is not built yet; use uniform")
-    return _word("uniform")(value)
 
 
 def _no_steps(value: object) -> int:
@@ -226,7 +216,7 @@ class Plan(Strict):
     format: Annotated[int, PlainValidator(_format)]
     keep: Keep = 1.0
     method: Text = "a3"
-    allocate: Annotated[str, PlainValidator(_allocation)] = "uniform"
+    allocate: Annotated[str, PlainValidator(_word(*ALLOCATIONS))] = "uniform"
     components: Components = Components()
     projections: Projections = Projections()
     layers: tuple[Rule | None, ...] = Field(default=(), strict=False)

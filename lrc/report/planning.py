@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,7 +28,9 @@ class Strip:
 
 @dataclass(frozen=True)
 class Planned:
-    """One plan that was written. ``nats``: predicted rise of the loss, which multiplies perplexity by ``factor``."""
+    """One plan that was written. ``cost``: what its sizes are predicted to cost, in the unit of the planning; where
+    that is nats, it multiplies perplexity by ``factor``.
+    """
 
     path: str
     asked: str
@@ -36,36 +39,54 @@ class Planned:
     whole: int
     bytes: int
     kv_bytes_per_token: int
-    nats: float
-    factor: float
+    cost: float
+    factor: float | None
     strips: list[Strip]
 
 
 @dataclass(frozen=True)
 class Planning:
-    """The plans of one measurement. ``loss``: nats per held-out token of the model as it is; ``measured``: in this run,
-    not taken from the file ``curves``; ``seconds`` and ``peak_bytes`` as in a report.
+    """The plans of one allocation, whose costs are in ``unit``.
+
+    ``curves``: the file of what sizes cost, None where nothing had to be found; ``measured``: in this run, not taken
+    from that file. ``loss``: nats per held-out token of the model as it is, where sizes were measured on that text.
+    ``seconds`` and ``peak_bytes`` as in a report.
     """
 
     model: str
+    allocation: str
+    unit: str
     plans: list[Planned]
-    curves: str
+    curves: str | None
     measured: bool
-    loss: float
+    loss: float | None
     calibration: str
-    held_out: str
+    held_out: str | None
     dtype: str
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
     warnings: list[str]
 
 
+def factor(cost: float, unit: str) -> float | None:
+    """What a cost multiplies perplexity by; None where its unit is not of the loss."""
+    return math.exp(min(cost, 700.0)) if unit in ("nats", "predicted nats") else None
+
+
+def cost_text(cost: float, unit: str) -> str:
+    """A cost in words; empty where it says nothing about the model."""
+    if (times := factor(cost, unit)) is not None:
+        return f"{cost:+.4f} nats per token, perplexity times {times:.4g}"
+    return "" if unit == "squared shortfall" else f"a cost of {cost:.4g} in {unit}"
+
+
 def pictures(planning: Planning) -> Iterator[RenderableType]:
     """Every plan with a row a target, a bar a layer; then what they rest on."""
     for plan in planning.plans:
+        cost = cost_text(plan.cost, planning.unit)
         yield (
-            f"{plan.path}: keeps {plan.keep:.2%} of the decoder's weights, {plan.bytes:,} bytes; "
-            f"predicted +{plan.nats:.4f} nats, perplexity x {plan.factor:.3f}"
+            f"{plan.path}: keeps {plan.keep:.2%} of the decoder's weights, {plan.bytes:,} bytes"
+            + (f"; predicted {cost}" if cost else "")
         )
         table = Table("target", "rank by layer, first to last", "least", "mean", "of")
         for column in table.columns[2:]:
@@ -75,8 +96,11 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
             mean = sum(sizes) / len(sizes)
             table.add_row(strip.target, _bars(strip, sizes), str(min(sizes)), f"{mean:.1f}", str(strip.full))
         yield table
-    how = "measured" if planning.measured else "not measured again"
-    yield f"loss on {planning.held_out}: {planning.loss:.4f} nats per token; curves, {how}: {planning.curves}"
+    if planning.loss is not None:
+        yield f"loss on {planning.held_out}: {planning.loss:.4f} nats per token"
+    if planning.curves is not None:
+        how = "found in this run" if planning.measured else "used again"
+        yield f"curves by {planning.allocation}, {how}: {planning.curves}"
     yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in planning.seconds.items())
     yield from (f"warning: {warning}" for warning in planning.warnings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import psutil
 import pytest
 from typer.testing import Result
 
-import lrc.planning
-from lrc.sensitivity import Sensitivity
+import lrc.allocation.sizing
+from lrc.allocation import ALLOCATORS
+from lrc.allocation.sensitivity import Sensitivity
 
 BASE = "format: 1\nmethod: a3\ncalibration: {samples: 3, seq_len: 48}\n"
 QUICK = ("--base", "base.yaml", "--held-out-samples", "2", "--keeps", "0.7,0.4", "--device", "cpu")
@@ -46,14 +48,14 @@ def test_several_keeps_cost_one_measurement_and_each_is_kept(
     for keep in (0.8, 0.6):
         assert keep * 0.998 <= check(succeeds, f"plan-{keep}.yaml")["keep"] <= keep
     assert f"plan-{0.8}.yaml: keeps" in result.stdout
-    before = (work / "plan.curves.json").stat().st_mtime_ns
+    before = (work / "plan.sensitivity.curves.json").stat().st_mtime_ns
     found = json.loads(succeeds("plan", "tiny-llama", "--keep", "0.7", *QUICK, "--json").stdout)
     assert len(measured) == 1
-    assert (work / "plan.curves.json").stat().st_mtime_ns == before
+    assert (work / "plan.sensitivity.curves.json").stat().st_mtime_ns == before
     assert not found["measured"]
     (plan,) = found["plans"]
     assert (plan["path"], plan["keep"]) == ("plan.yaml", check(succeeds, "plan.yaml")["keep"])
-    stored = json.loads((work / "plan.curves.json").read_text(encoding="utf-8"))
+    stored = json.loads((work / "plan.sensitivity.curves.json").read_text(encoding="utf-8"))
     assert len(stored["curves"]) == 15
     assert stored["loss"] == found["loss"]
 
@@ -65,14 +67,16 @@ def test_what_the_curves_hang_on_is_measured_anew_when_it_changes(
     succeeds(*model)
     succeeds(*model, "--calib", "builtin:test")
     assert len(measured) == 2  # the file beside the plan gives way
-    message = fails(*model, "--curves", "plan.curves.json")
-    assert "plan.curves.json was measured with other settings: calibration (there 3 x 48 " in message
+    message = fails(*model, "--curves", "plan.sensitivity.curves.json")
+    assert (
+        "plan.sensitivity.curves.json was measured with other settings: calibration (there 3 x 48 " in message
+    )
     assert "--fresh measures anew" in message
     assert "dtype (there float32, here bfloat16)" in fails(
-        *model, "--calib", "builtin:test", "--curves", "plan.curves.json", "--dtype", "bfloat16"
+        *model, "--calib", "builtin:test", "--curves", "plan.sensitivity.curves.json", "--dtype", "bfloat16"
     )
     assert len(measured) == 2
-    succeeds(*model, "--curves", "plan.curves.json", "--fresh")
+    succeeds(*model, "--curves", "plan.sensitivity.curves.json", "--fresh")
     assert len(measured) == 3
 
 
@@ -94,7 +98,10 @@ def test_the_plan_is_readable_and_compress_takes_it(work: Path, succeeds: Any) -
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert head[0] == "# lrc compress tiny-gpt2 --plan mine.yaml"
     assert "nats per token, perplexity times" in text
-    assert "# Measured on builtin:test (2 blocks of 48 tokens)" in text
+    assert (
+        "# Allocation: sensitivity. Measured on builtin:test (2 blocks of 48 tokens), each target alone,"
+        in text
+    )
     assert "# Warning: builtin:test is what perplexity is measured on" in text
     assert (
         "calibration: {data: 'builtin:train', samples: 3, seq_len: 48, gradient_samples: 32, seed: 0}" in text
@@ -163,7 +170,116 @@ def test_a_model_of_ones_own_is_measured_on_the_validation_split(
         assert found["warnings"] == []
 
 
+# Heads of 16, and an MLP whose neurons are less than 0.2 % of the model each.
+WIDE = {
+    "llama": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 256},
+    "gpt2": {"n_head": 2, "n_inner": 256},
+}
+QUIET = ("--base", "base.yaml", "--device", "cpu")  # what allocations without held-out text take
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.parametrize("keep", [0.9, 0.6, 0.2])
+def test_uniform_is_exact(work: Path, succeeds: Any, model: str, keep: float) -> None:
+    succeeds("plan", model, "--allocate", "uniform", "--keep", keep, *QUIET)
+    found = check(succeeds, "plan.yaml", model)
+    assert keep * 0.998 <= found["keep"] <= keep
+    assert all(abs(row["kept"] / row["whole"] - keep) < 2 / 32 for row in found["targets"])
+
+
+@pytest.mark.parametrize("rounded", [1, 8])
+@pytest.mark.parametrize("family", list(WIDE))
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("uniform", "a3"),
+        ("uniform", "whitened_svd"),
+        ("energy", "a3"),
+        ("fisher", "a3"),
+        ("fisher", "two_sided_svd"),
+        ("importance", "whitened_svd"),
+        ("sensitivity", "svd"),
+    ],
+)
+def test_every_allocation_spends_the_budget_on_legal_sizes(
+    work: Path, succeeds: Any, tiny_checkpoint: Any, name: str, method: str, family: str, rounded: int
+) -> None:
+    model = tiny_checkpoint(family, **WIDE[family])
+    (work / "base.yaml").write_text(BASE.replace("a3", method), encoding="utf-8")
+    few = ("--keeps", "0.7,0.4") if ALLOCATORS[name].keeps else ()
+    few += ("--held-out", "builtin:test", "--held-out-samples", "2") if ALLOCATORS[name].held_out else ()
+    named = ("--allocate", name, "--calib", "builtin:train", "--keep", "0.7", "--round", rounded)
+    arguments = ("plan", model, *named, *QUIET, *few)
+    found = json.loads(succeeds(*arguments, "--floor", "0.45", "--cap", "0.9", "--json").stdout)
+    checked = check(succeeds, "plan.yaml", model)
+    step = rounded * (3 if method == "a3" else 9) * 32  # weights; of a pair, 256 + 32 at most
+    assert 0.7 - max(0.002 * 0.7, step / found["plans"][0]["whole"]) <= checked["keep"] <= 0.7
+    assert all(row["size"] % rounded == 0 for row in checked["targets"])
+    assert all(0.45 <= row["kept"] / row["whole"] <= 0.9 for row in checked["targets"])
+    assert found["allocation"] == name
+    (plan,) = found["plans"]
+    in_nats = found["unit"] in ("nats", "predicted nats")
+    assert in_nats == (name in ("fisher", "importance", "sensitivity"))
+    assert plan["factor"] == (pytest.approx(math.exp(plan["cost"])) if in_nats else None)
+    text = (work / "plan.yaml").read_text(encoding="utf-8")
+    assert ("perplexity times" in text) == in_nats
+    assert f"# Allocation: {name}." in text
+    assert ("Measured on" in text) == (name == "sensitivity")
+    assert sorted(path.name for path in work.glob("*.json")) == (
+        [] if name == "uniform" else [f"plan.{name}.curves.json"]
+    )
+
+
+def test_curves_of_another_allocation_are_refused(work: Path, succeeds: Any, fails: Any) -> None:
+    first, again = (
+        json.loads(
+            succeeds("plan", "tiny-gpt2", "--keep", keep, "--allocate", "energy", *QUIET, "--json").stdout
+        )
+        for keep in (0.8, 0.6)
+    )
+    assert (first["measured"], again["measured"]) == (True, False)
+    used_again = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK, "--curves", "plan.energy.curves.json")
+    message = fails(*used_again, "--allocate", "sensitivity")
+    assert "with other settings: allocation (there energy, here sensitivity)" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "reads"),
+    [("fisher", "whitened_svd", True), ("energy", "whitened_svd", False), ("energy", "two_sided_svd", True)],
+)
+def test_curves_hang_on_the_gradients_where_they_are_read(
+    work: Path, succeeds: Any, name: str, method: str, reads: bool
+) -> None:
+    for samples, anew in ((2, True), (2, False), (1, reads)):
+        text = BASE.replace("a3", method).replace("samples: 3", f"samples: 3, gradient_samples: {samples}")
+        (work / "base.yaml").write_text(text, encoding="utf-8")
+        arguments = ("plan", "tiny-gpt2", "--keep", "0.8", "--allocate", name, "--keeps", "0.7", *QUIET)
+        assert json.loads(succeeds(*arguments, "--json").stdout)["measured"] == anew
+
+
+def test_the_base_plan_may_name_the_allocation(work: Path, succeeds: Any) -> None:
+    (work / "base.yaml").write_text(f"{BASE}allocate: energy\n", encoding="utf-8")
+    result = succeeds("plan", "tiny-gpt2", "--keep", "0.8", *QUIET)
+    assert "curves by energy, found in this run: plan.energy.curves.json" in result.stdout
+    assert "relative squared error" in result.stdout
+    assert "perplexity" not in result.stdout
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "message"),
+    [
+        ("a3", "importance", "qk under 'a3' has none"),
+        ("monarch", "importance", "q under 'monarch' has none"),
+    ],
+)
+def test_an_allocation_asked_of_a_method_that_has_no_curve_is_refused(
+    work: Path, fails: Any, method: str, name: str, message: str
+) -> None:
+    (work / "base.yaml").write_text(BASE.replace("a3", method), encoding="utf-8")
+    assert message in fails("plan", "tiny-gpt2", "--keep", "0.8", "--allocate", name, *QUIET)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +297,16 @@ def test_a_model_of_ones_own_is_measured_on_the_validation_split(
         (("--bytes", "1M"), "1,000,000 bytes cannot be met; the fewest that can are 3,"),
         (("--keep", "0.8", "--keeps", "0.5,1.0"), "fractions to measure are distinct, above 0 and below 1"),
         (("--keep", "0.8", "--round", "0"), "--round 0 is too small"),
-        (("--keep", "0.8", "--allocate", "uniform"), "needs no measurement"),
-        (("--keep", "0.8", "--allocate", "fisher"), "allocation 'fisher' is not built yet"),
+        (("--keep", "0.8", "--allocate", "sensitive"), "unknown allocation 'sensitive'; did you mean 'sens"),
+        (
+            ("--keep", "0.8", "--allocate", "energy"),
+            "--held-out-samples has no effect: allocation energy reads",
+        ),
+        (("--keep", "0.8", "--floor", "0"), "--floor 0 is outside (0, 1]"),
+        (("--keep", "0.8", "--floor", "0.2"), "--floor 0.2 is below the smallest fraction measured"),
+        (("--keep", "0.8", "--floor", "0.9", "--cap", "0.8"), "--floor 0.9 is above --cap 0.8"),
+        (("--keep", "0.8", "--floor", "0.9"), "a keep of 0.8 cannot be met; the smallest that can is 0.9"),
+        (("--keep", "0.8", "--cap", "0.7"), "a keep of 0.8 cannot be met; the largest that can is 0.6"),
         (("--keep", "0.8", "-o", "nowhere/plan.yaml"), "there is no folder nowhere"),
         (("--keep", "0.8", "-o", "base.yaml"), "was not made by lrc plan"),
         (("--keep", "0.8", "--curves", "base.yaml"), "base.yaml holds no curves of lrc plan"),
@@ -202,7 +326,10 @@ def test_mistakes_are_told_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("components: {mlp: {rank: 9}}", "base.yaml:4: components.mlp.rank: is a size, which lrc plan finds"),
+        (
+            "components: {mlp: {rank: 9}}",
+            "base.yaml:4: components.mlp.rank: is a size, which the allocation finds",
+        ),
         ("layers: [{match: 0, keep: 0.5}]", "base.yaml:4: layers[0].keep: is a size"),
         ("components: {mlp: {kep: 1}}", "base.yaml:4: components.mlp.kep: unknown key"),
         ("layers: [{match: 0-4, qk: keep-all, ov: keep-all, mlp: keep-all}]", "nothing to allocate"),
@@ -239,10 +366,10 @@ def test_held_out_text_that_is_in_the_calibration_is_refused(work: Path, fails: 
 def test_a_model_that_does_not_fit_says_how_much_it_needs(
     work: Path, fails: Any, measured: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lrc.planning, "free_bytes", lambda device: 12_345_678)
+    monkeypatch.setattr(lrc.allocation.sizing, "free_bytes", lambda device: 12_345_678)
     message = fails("plan", "tiny-llama", "--keep", "0.8", *QUICK)
     assert "12,345,678 are free" in message
-    assert "`allocate: uniform`" in message
+    assert "Allocate by fisher" in message
     needed = int(message.split("it needs about ")[1].split(" bytes")[0].replace(",", ""))
     assert 2_750_000 * 4 < needed < psutil.virtual_memory().total
     assert not measured

@@ -279,7 +279,10 @@ class TestOV:
     def test_shared_values_keep_what_the_stack_of_their_readers_needs(self, make_case, kv_heads):
         """The row space is that of the stack of O_h S̄^½ cut to its first singular values, S̄ the group's mean."""
         problem = make_case("ov", kv_heads=kv_heads).problem
-        values, group = whole(solve_ov(problem, 2, metric="output", subspace="stacked"), "v").weight, 4 // kv_heads
+        values, group = (
+            whole(solve_ov(problem, 2, metric="output", subspace="stacked"), "v").weight,
+            4 // kv_heads,
+        )
         for head in range(kv_heads):
             cuts = [slice(6 * h, 6 * h + 6) for h in range(head * group, (head + 1) * group)]
             root = root_of(torch.stack([problem.output.second[cut, cut] for cut in cuts]).mean(dim=0))

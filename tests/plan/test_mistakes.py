@@ -206,13 +206,16 @@ CASES = {
         "components: {qk: {method: picky}}",
         ["3: components.qk: 'picky' cannot do this model: its heads share keys"],
     ),
+    "allocation beside sizes": (
+        "allocate: fisher\ncomponents: {mlp: {rank: 9}, qk: keep-all}\nlayers: [{match: 0, keep: 0.5}]",
+        [
+            "4: components.mlp.rank: is a size, which allocate fisher finds",
+            "5: layers[0].keep: is a size, which allocate fisher finds",
+        ],
+    ),
     "statistic of an option not collected": (
         "components: {ov: {method: curious, metric: loss}}",
         ["3: components.ov: these options of 'curious' need gradients, which lrc does not collect yet"],
-    ),
-    "allocation not built": (
-        "allocate: fisher",
-        ["3: allocate: allocation 'fisher' is not built yet; use uniform"],
     ),
     "unknown allocation": (
         "allocate: unifrom",
@@ -348,7 +351,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_lines(mistakes: Mista
           - {match: 3, mlp: {select: none}}
         calibration: {samples: true, seq_len: 4096}
         heal: {steps: 5}
-        allocate: energy
+        allocate: energie
         refit: maybe
         """
     )

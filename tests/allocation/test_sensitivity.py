@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import lrc
+from lrc.allocation.contract import Setting, blank_curves
+from lrc.allocation.sensitivity import Sensitivity, passes
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_nll
@@ -17,9 +19,9 @@ from lrc.methods import methods
 from lrc.moments import COLLECTORS
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
-from lrc.sensitivity import Sensitivity, passes, unmeasured
-from lrc.stream import ModelStream
 from lrc.text.blocks import calibration_blocks, tokenize
+from lrc.text.mixture import Calibration, Source
+from lrc.texts import Texts
 
 CALIBRATION = "calibration: {samples: 4, seq_len: 32}"
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(80))
@@ -30,12 +32,13 @@ def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
     return resolve(draft, reader.architecture, methods(), COLLECTORS)
 
 
-def sensitivity(folder: Path, held_out: Tensor) -> Sensitivity:
+def sensitivity(folder: Path, held_out: Tensor, *plans: ResolvedPlan) -> Sensitivity:
     from transformers import AutoTokenizer
 
     blocks = calibration_blocks(tokenize(AutoTokenizer.from_pretrained(folder), TEXT), 4, 32, 0)
-    stream = ModelStream(CheckpointReader(folder), torch.device("cpu"), torch.float32)
-    return Sensitivity(stream, blocks, held_out, 2)
+    texts = Texts(Calibration((Source("counted", blocks, {}),), None, blocks), held_blocks=held_out)
+    reader = CheckpointReader(folder)
+    return Sensitivity(Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2))
 
 
 def loss(folder: Path, held_out: Tensor) -> float:
@@ -70,13 +73,13 @@ def test_a_point_is_the_loss_of_the_saved_model(
     plan.write_text(f"format: 1\nrefit: none\n{CALIBRATION}\n{rule}\n", encoding="utf-8")
     lrc.compress(source, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu", batch_size=2)
 
-    measuring = sensitivity(source, held_out)
-    (curve,) = measuring.curves([resolved(CheckpointReader(source), rule)], lambda done: None)
+    measuring = sensitivity(source, held_out, resolved(CheckpointReader(source), rule))
+    (curve,) = measuring.curves(lambda done: None)
     assert (curve.layer, curve.target, curve.sizes) == (layer, target, (size,))
     assert measuring.loss == pytest.approx(loss(source, held_out), abs=1e-6)
     expected = loss(tmp_path / "out", held_out) - loss(source, held_out)
     assert abs(expected) > 1e-4  # else this shows nothing
-    assert curve.nats[0] == pytest.approx(expected, abs=1e-5)
+    assert curve.costs[0] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -93,11 +96,11 @@ def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
         )
         for layer in plan.layers
     )
-    curves = sensitivity(source, held_out).curves([replace(plan, layers=full)], lambda done: None)
+    curves = sensitivity(source, held_out, replace(plan, layers=full)).curves(lambda done: None)
     assert len(curves) == 6
     for curve in curves:
         assert curve.sizes == (curve.full,)
-        assert curve.nats[0] == pytest.approx(0, abs=2e-5)
+        assert curve.costs[0] == pytest.approx(0, abs=2e-5)
 
 
 def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out):
@@ -106,12 +109,12 @@ def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out)
     plans = [
         resolved(reader, f"keep: {keep}\nlayers: [{{match: 0, mlp: keep-all}}]") for keep in (0.3, 0.6, 0.99)
     ]
-    blank, done = unmeasured(reader.architecture, plans), []
+    blank, done = blank_curves(reader.architecture, plans), []
     assert [(c.layer, c.target) for c in blank] == [(0, "qk"), (0, "ov"), (1, "qk"), (1, "ov"), (1, "mlp")]
     assert blank[0].sizes == (2, 4)  # at 0.99 it stays whole
     assert blank[4] == replace(blank[4], full=48, unit=96, whole=48 * 96, step=1, sizes=(14, 29))
-    measured = sensitivity(source, held_out).curves(plans, done.append)
-    assert [replace(c, nats=(0.0,) * len(c.nats)) for c in measured] == blank
+    measured = sensitivity(source, held_out, *plans).curves(done.append)
+    assert [replace(c, costs=(0.0,) * len(c.costs)) for c in measured] == blank
     assert sum(done) == passes(reader.architecture, blank) == 2 * 4 + 6
     assert len(done) == 10
 

@@ -1,0 +1,139 @@
+"""What an allocation is: a plan at several sizes in, what every size of every target costs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lrc.allocate import Curve
+from lrc.checkpoint.reader import CheckpointReader
+from lrc.errors import UserError
+from lrc.families import Architecture
+from lrc.gradients import gradient_moments
+from lrc.moments.gradient import GradientMoment
+from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
+from lrc.solve import gradients_needed
+from lrc.stream import ModelStream
+from lrc.text.blocks import gradient_blocks
+from lrc.texts import Texts
+
+Advance = Callable[[int], object]
+
+# What the costs of all curves of an allocation are, and add up to.
+Unit = Literal[
+    "nats",  # rise of the loss per token, measured on held-out text
+    "predicted nats",  # the same to second order, from gradients on the calibration text
+    "relative squared error",  # E‖Δy‖² / E‖y‖², mean over the decoder's weights
+    "squared shortfall",  # (weights lost / weights)², of every weight alike: nothing is known of the model
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A base plan resolved at several sizes, the texts, and how layers run.
+
+    ``losses``: every problem is posed with gradients, so that its solution predicts a loss.
+    """
+
+    reader: CheckpointReader
+    plans: Sequence[ResolvedPlan]
+    texts: Texts
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    losses: bool = False
+
+    def asked(self, layer: int) -> dict[tuple[str, int], Assignment]:
+        """Everything that the plans ask of one layer, by target and size."""
+        return {(a.target, a.size): a for plan in self.plans for a in plan.layers[layer].assignments}
+
+    def at_all_sizes(self, layer: int) -> LayerPlan:
+        """One layer's assignments in all plans together."""
+        return LayerPlan(layer, tuple(self.asked(layer).values()))
+
+    def gradients(
+        self, stream: ModelStream, held: Callable[[int], nn.Module] | None = None
+    ) -> dict[int, GradientMoment]:
+        """Gradient moments by layer, on the host, as a compression by the plans would have them, and with ``losses``
+        those of every target; none where no layer reads any. ``held`` gives layers that are on the device already.
+        """
+        architecture = self.reader.architecture
+        layers = map(self.at_all_sizes, range(architecture.layers))
+        wanted = {la.index: gradients_needed(architecture, la, losses=self.losses) for la in layers}
+        wanted = {index: want for index, want in wanted.items() if want}
+        if not wanted:
+            return {}
+        settings = self.plans[0].plan.calibration
+        chosen = gradient_blocks(self.texts.calibration.blocks, settings.gradient_samples, settings.seed)
+        return gradient_moments(stream, chosen, wanted, self.batch_size, settings.seed, layer=held)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Curves with their costs in ``unit``; ``loss``: nats per held-out token of the model as it is, where measured."""
+
+    curves: list[Curve]
+    unit: Unit
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """One way to find what sizes cost.
+
+    ``blank``: the curves there will be, without their costs, from shapes alone; it raises UserError for a plan that the
+    allocation cannot do. ``costs``: the curves; its second argument is called with the steps done, ``steps`` of the
+    blank curves in all. ``holds``: what of the model is on the device at once. ``keeps``: sizes are those of the plans,
+    so that it matters at which fractions these are; else every size has its cost. ``held_out``: needs held-out text.
+    ``losses``: reads gradients of every target, whatever its method.
+    """
+
+    summary: str
+    blank: Callable[[Architecture, Sequence[ResolvedPlan]], list[Curve]]
+    costs: Callable[[Setting, Advance], Costs]
+    steps: Callable[[Architecture, Sequence[Curve]], int]
+    holds: Literal["nothing", "layer", "model"]
+    keeps: bool = False
+    held_out: bool = False
+    losses: bool = False
+
+
+def blank_curves(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
+    """Curves of no cost at the sizes that the plans have, the layers in their order.
+
+    What stays whole at all of the sizes has none. Raises UserError where weights do not grow evenly with a method's
+    sizes, which is what curves are made of.
+    """
+    found = []
+    for index in range(architecture.layers):
+        asked: dict[str, dict[int, Assignment]] = {}
+        for plan in plans:
+            for one in plan.layers[index].assignments:
+                asked.setdefault(one.target, {})[one.size] = one
+        for name, by_size in asked.items():
+            first, target = next(iter(by_size.values())), architecture.targets[name]
+            unit, sizes = first.kept // first.size, tuple(sorted(by_size))
+            if any(one.kept != size * unit for size, one in by_size.items()):
+                raise UserError(
+                    f"method {first.method!r} has no sizes of even weight for {name}, so there is no curve"
+                )
+            costs = (0.0,) * len(sizes)
+            found.append(Curve(index, name, sizes, costs, target.full, unit, first.whole, target.step))
+    return found
+
+
+def every_size(curve: Curve) -> Curve:
+    """The curve at every legal size below the full one, without costs."""
+    sizes = tuple(range(curve.step, min(curve.full, -(-curve.whole // curve.unit)), curve.step))
+    return Curve(
+        curve.layer, curve.target, sizes, (0.0,) * len(sizes), curve.full, curve.unit, curve.whole, curve.step
+    )
+
+
+def layer_steps(architecture: Architecture, curves: Sequence[Curve]) -> int:
+    """Steps of an allocation that goes through the model once: a layer each."""
+    return architecture.layers

@@ -1,0 +1,63 @@
+"""Importance: every singular direction of every matrix scored by itself, all of them sorted, cut at the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lrc.allocate import Curve
+from lrc.allocation.contract import Advance, Costs, Setting, blank_curves, every_size
+from lrc.allocation.walk import walk
+from lrc.errors import UserError
+from lrc.families import Architecture
+from lrc.linalg import direction_scores
+from lrc.methods.contract import ProjectionProblem
+from lrc.methods.pair import input_moment
+from lrc.plan.resolved import ResolvedPlan
+from lrc.plan.size import PairRank
+from lrc.solve import pose, solver_of
+
+
+def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
+    """Every projection that the plans shrink, at its every rank; UserError for what is no low-rank pair."""
+    for assignment in (a for plan in plans for layer in plan.layers for a in layer.assignments):
+        if not isinstance(solver_of(assignment).size, PairRank):
+            raise UserError(
+                f"allocation 'importance' sorts singular directions, and {assignment.target} under "
+                f"{assignment.method!r} has none; it is for single projections stored as low-rank pairs, such as those "
+                "of svd. Allocate by fisher or energy here"
+            )
+    return [every_size(curve) for curve in blank_curves(architecture, plans)]
+
+
+def costs(setting: Setting, advance: Advance) -> Costs:
+    """At every rank half the sum of σ_i² (u_iᵀ G u_i)(v_iᵀ C v_i) over the directions that are dropped.
+
+    u, σ and v are those of the matrix itself, C is the moment of its input and G that of the loss gradient at its
+    output; half of such a score is what dropping the direction alone adds to the loss in nats. Directions are sorted by
+    score per weight, as those of a larger matrix take more of the budget.
+    """
+    architecture, found, done = setting.reader.architecture, {}, 0
+    for stop in walk(setting):
+        for target in {target: None for target, _ in stop.asked}:
+            problem = pose(architecture, target, stop.state, stop.statistics)
+            assert isinstance(problem, ProjectionProblem)
+            found[stop.index, target] = _dropped(problem)
+        advance(stop.index + 1 - done)
+        done = stop.index + 1
+    curves = [
+        replace(curve, costs=tuple(found[curve.layer, curve.target][size] for size in curve.sizes))
+        for curve in blank(architecture, setting.plans)
+    ]
+    return Costs(curves, "predicted nats")
+
+
+def _dropped(problem: ProjectionProblem) -> list[float]:
+    """Nats that dropping all but the best r directions costs, for r = 0 to all."""
+    assert problem.gradient is not None, "directions are scored with the gradients"
+    scores = direction_scores(problem.matrix.weight, input_moment(problem), problem.gradient)
+    # Never below zero, though a float32 sum may be indefinite by rounding.
+    tails = scores.clamp_min(0).sort(descending=True).values.flip(0).cumsum(0).flip(0)
+    return (torch.cat([tails, tails.new_zeros(1)]) / 2).tolist()

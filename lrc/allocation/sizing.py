@@ -1,0 +1,179 @@
+"""Finds what sizes cost, by an allocation, and spends budgets on that: behind ``lrc plan`` and ``allocate:`` alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc import __version__
+from lrc.allocate import Curve
+from lrc.allocation import ALLOCATORS
+from lrc.allocation.contract import Advance, Setting
+from lrc.budget import Budget, Spent, spend
+from lrc.curves import Curves, plan_sha256
+from lrc.errors import OutOfResources, UserError
+from lrc.job import Job
+from lrc.memory import free_bytes, measuring_memory
+from lrc.solve import reads_gradients
+from lrc.template import templates
+from lrc.text.blocks import gradient_blocks, ids_sha256
+from lrc.texts import Texts
+
+Progress = Callable[[str, int], Callable[[int], object]]
+
+KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
+HELD_OUT_SAMPLES = 8
+_PACKAGES = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that a budget may buy: multiples of ``round_to``, from ``floor`` to ``cap`` of a target's weights.
+
+    Without a floor it is the smallest size whose cost is known; at a cap of 1 a target may stay whole.
+    """
+
+    round_to: int = 1
+    floor: float | None = None
+    cap: float = 1.0
+
+    def on(self, curve: Curve) -> Curve:
+        """The curve within the limits; UserError where they leave none of its sizes."""
+        found = replace(
+            curve,
+            step=math.lcm(curve.step, self.round_to),
+            floor=math.ceil((self.floor or 0) * curve.whole / curve.unit - 1e-6),
+            cap=None if self.cap == 1 else math.floor(self.cap * curve.whole / curve.unit + 1e-6),
+        )
+        if not found.legal:
+            least = min(replace(found, cap=None).smallest / curve.whole, 1)
+            raise UserError(
+                f"--cap {self.cap:g} leaves {curve.target} of layer {curve.layer} no size; "
+                f"its smallest keeps {least:.4g}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, a device."""
+
+    name: str
+    jobs: Sequence[Job]
+    keeps: Sequence[float]
+    texts: Texts
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that the curves hang on, as JSON values."""
+        allocator, texts, blocks = ALLOCATORS[self.name], self.texts, self.texts.calibration.blocks
+        key: dict[str, Any] = {
+            "allocation": self.name,
+            "model": self.jobs[0].reader.fingerprint,
+            "base plan": plan_sha256([job.plan for job in self.jobs]),
+        }
+        if allocator.keeps:
+            key["keeps"] = list(self.keeps)
+        if allocator.holds != "nothing":
+            key |= {"calibration": _ids(blocks), "dtype": str(self.dtype).removeprefix("torch.")}
+            if allocator.losses or any(
+                reads_gradients(job.reader.architecture, job.plan) for job in self.jobs
+            ):
+                settings = self.jobs[0].plan.plan.calibration
+                chosen = gradient_blocks(blocks, settings.gradient_samples, settings.seed)
+                key["gradients"] = f"{_ids(chosen)} seed {settings.seed}"
+        if texts.held_blocks is not None:
+            key["held-out"] = _ids(texts.held_blocks)
+        return key | {"versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}}}
+
+    def curves(self, progress: Progress | None) -> Curves:
+        """Find what sizes cost. Raises UserError where the device has not the memory for it."""
+        allocator, job = ALLOCATORS[self.name], self.jobs[0]
+        plans = [job.plan for job in self.jobs]
+        if allocator.holds == "model":
+            self._check_memory()
+        advance: Advance = lambda done: None  # noqa: E731
+        if progress and allocator.holds != "nothing":
+            architecture = job.reader.architecture
+            advance = progress("measure", allocator.steps(architecture, blank_curves(self.name, self.jobs)))
+        setting = Setting(
+            job.reader, plans, self.texts, self.device, self.dtype, self.batch_size, allocator.losses
+        )
+        try:
+            costs = allocator.costs(setting, advance)
+        except torch.cuda.OutOfMemoryError as error:
+            advice = f"--batch-size below {self.batch_size}, or fewer calibration samples"
+            raise OutOfResources(f"the GPU is out of memory; try {advice}") from error
+        return Curves(self.key, costs.unit, costs.loss, costs.curves)
+
+    def _check_memory(self) -> None:
+        """Raise UserError where the whole model, with what measuring takes, does not fit on the device."""
+        held = self.texts.held_blocks
+        needed = measuring_memory(
+            self.jobs[-1],
+            self.dtype,
+            self.batch_size,
+            len(self.texts.calibration.blocks),
+            0 if held is None else len(held),
+        )
+        if needed > (free := free_bytes(self.device)):
+            raise UserError(
+                f"measuring {self.name} holds the whole model on {self.device}: it needs about {needed:,} bytes, and "
+                f"{free:,} are free. Allocate by fisher, or by energy, which hold one layer at a time; or try a "
+                "smaller --batch-size, --dtype bfloat16 or fewer calibration samples"
+            )
+
+
+def blank_curves(name: str, jobs: Sequence[Job]) -> list[Curve]:
+    """The curves of an allocation without their costs; UserError where it cannot do the plan."""
+    return ALLOCATORS[name].blank(jobs[0].reader.architecture, [job.plan for job in jobs])
+
+
+def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Spent:
+    """Sizes of least cost within a budget and the limits; ``job`` has the plan at its smallest sizes.
+
+    Raises UserError with the smallest or largest budget that can be met where this one cannot.
+    """
+    return spend(budget, job, [limits.on(curve) for curve in curves])
+
+
+def default_samples(name: str) -> int | None:
+    """Blocks of held-out text that an allocation takes unless told; None where it reads none."""
+    return HELD_OUT_SAMPLES if ALLOCATORS[name].held_out else None
+
+
+def unsized(job: Job) -> list[Job]:
+    """A job whose plan asks for an allocation at every one of ``KEEPS``, ascending; nothing where sizes are uniform.
+
+    Raises UserError where the allocation cannot do the plan, or its keep cannot be met.
+    """
+    name = job.plan.plan.allocate
+    if name == "uniform":
+        return []
+    jobs = templates(job.model, job.reader, job.plan_text, job.plan_source, sorted(KEEPS))
+    sized_by(job, jobs[0], blank_curves(name, jobs))
+    return jobs
+
+
+def sized_by(job: Job, smallest: Job, curves: Sequence[Curve]) -> tuple[Job, float]:
+    """A job with the sizes that its plan's keep buys on the curves, and what they cost.
+
+    ``smallest`` has the same plan at its smallest sizes.
+    """
+    keep = job.plan.plan.keep
+    assert isinstance(keep, float), "a plan that asks for an allocation has one keep"
+    spent = buy(Budget(keep=keep), smallest, curves, Limits())
+    return replace(job, plan=replace(spent.job.plan, plan=job.plan.plan)), spent.cost
+
+
+def _ids(blocks: Tensor) -> str:
+    return f"{blocks.shape[0]} x {blocks.shape[1]} {ids_sha256(blocks)}"

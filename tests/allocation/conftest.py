@@ -1,0 +1,81 @@
+"""What tests of allocations share: plans resolved for tiny models, and a setting with text to find costs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrc.allocation.contract import Setting
+from lrc.checkpoint.reader import CheckpointReader
+from lrc.gradients import gradient_moments
+from lrc.methods import methods
+from lrc.moments import COLLECTORS
+from lrc.moments.gradient import GradientMoment, Wanted
+from lrc.plan.resolve import parse_plan, resolve
+from lrc.plan.resolved import ResolvedPlan
+from lrc.stream import ModelStream
+from lrc.text.mixture import Calibration, Source
+from lrc.texts import Texts
+
+
+def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
+    draft = parse_plan(f"format: 1\n{text}", "p.yaml")
+    return resolve(draft, reader.architecture, methods(), COLLECTORS)
+
+
+@pytest.fixture
+def blocks() -> Tensor:
+    return torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def setting(blocks: Tensor) -> Callable[..., Setting]:
+    """Makes settings from a checkpoint folder, a plan, the kept fractions at which it is resolved, and whether every
+    problem has gradients.
+    """
+
+    def make(folder: Path, plan: str, keeps: Sequence[float] = (0.3, 0.6), losses: bool = False) -> Setting:
+        reader = CheckpointReader(folder)
+        plans = [resolved(reader, f"keep: {keep}\n{plan}") for keep in keeps]
+        texts = Texts(Calibration((Source("drawn", blocks, {}),), None, blocks))
+        return Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2, losses)
+
+    return make
+
+
+@pytest.fixture
+def gradients(blocks: Tensor) -> Callable[[Path], dict[int, GradientMoment]]:
+    """Gives the gradient moments of every projection of a model, by layer."""
+
+    def sweep(folder: Path) -> dict[int, GradientMoment]:
+        stream = ModelStream(CheckpointReader(folder), torch.device("cpu"), torch.float32)
+        architecture = stream.reader.architecture
+        wanted = dict.fromkeys(range(architecture.layers), Wanted(frozenset(architecture.matrices)))
+        return gradient_moments(stream, blocks, wanted, len(blocks), seed=0)
+
+    return sweep
+
+
+@pytest.fixture
+def linear_inputs(blocks: Tensor) -> Callable[[Path], dict[str, Tensor]]:
+    """Gives the inputs (tokens, width) of every linear of a model by its path, from the model's own forward."""
+    return lambda folder: _linear_inputs(folder, blocks)
+
+
+def _linear_inputs(folder: Path, blocks: Tensor) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda module, args, out, name=name: seen.setdefault(name, []).append(args[0].flatten(0, 1))
+            )
+    with torch.no_grad():
+        model(input_ids=blocks, use_cache=False)
+    return {name: torch.cat(found).double() for name, found in seen.items()}

@@ -1,0 +1,129 @@
+"""Energy against errors worked out here from the model's inputs; fisher against gradients and errors put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lrc.allocation import predicted
+from lrc.errors import UserError
+from lrc.methods import Method, methods
+from lrc.methods.contract import Prediction, Problem, Solution, solves
+from lrc.plan.size import ComponentRank
+
+BY_SCORE = "mlp: {metric: output, select: score}"  # neurons cut as published
+
+
+def test_energy_is_the_share_of_the_output_that_is_lost(
+    tiny_checkpoint: Any, setting: Any, linear_inputs: Any
+) -> None:
+    folder = tiny_checkpoint("llama")
+    first = f"match: 0, qk: keep-all, ov: keep-all, {BY_SCORE}"
+    plan = setting(folder, f"layers: [{{{first}}}, {{match: 1, method: whitened_svd}}]")
+    done: list[int] = []
+    found = predicted.energy_costs(plan, done.append)  # type: ignore[arg-type]
+    assert found.unit == "relative squared error"
+    assert sum(done) == 2
+    whole = plan.plans[0].whole
+    curves = {(curve.layer, curve.target): curve for curve in found.curves}
+    assert list(curves) == [(0, "mlp"), *((1, role) for role in ("q", "k", "v", "o", "gate", "up", "down"))]
+    weights, inputs = load_file(folder / "model.safetensors"), linear_inputs(folder)
+    # Whitened SVD loses the smallest eigenvalues of E[y yᵀ].
+    for role, name in (("o", "self_attn.o_proj"), ("up", "mlp.up_proj")):
+        y = inputs[f"model.layers.1.{name}"] @ weights[f"model.layers.1.{name}.weight"].double().T
+        values = torch.linalg.eigvalsh(y.T @ y).flip(0)
+        curve = curves[1, role]
+        shares = [float(values[size:].sum() / values.sum()) for size in curve.sizes]
+        assert curve.costs == pytest.approx([curve.whole / whole * share for share in shares], rel=1e-3)
+    # The MLP of the first layer is cut by score and fitted again by least squares.
+    x, weight = (
+        inputs["model.layers.0.mlp.down_proj"],
+        weights["model.layers.0.mlp.down_proj.weight"].double(),
+    )
+    y = x @ weight.T
+    curve = curves[0, "mlp"]
+    for size, cost in zip(curve.sizes, curve.costs, strict=True):
+        kept = (x.square().mean(dim=0).sqrt() * weight.norm(dim=0)).topk(size).indices
+        left = y - x[:, kept] @ torch.linalg.lstsq(x[:, kept], y).solution
+        assert cost == pytest.approx(
+            curve.whole / whole * float(left.square().sum() / y.square().sum()), rel=1e-3
+        )
+
+
+def test_fisher_is_the_loss_that_methods_predict_whatever_they_minimise(
+    tiny_checkpoint: Any, setting: Any, linear_inputs: Any, gradients: Any
+) -> None:
+    folder = tiny_checkpoint("llama")
+    methods = "match: 1, method: svd, o: {method: two_sided_svd}, up: {method: whitened_svd}"
+    plan = setting(folder, f"layers: [{{match: 0, {BY_SCORE}}}, {{{methods}}}]", losses=True)
+    found = predicted.fisher_costs(plan, lambda done: None)
+    assert found.unit == "predicted nats"
+    curves = {(curve.layer, curve.target): curve for curve in found.curves}
+    components = [(0, name) for name in ("qk", "ov", "mlp")]
+    assert list(curves) == [
+        *components,
+        *((1, role) for role in ("q", "k", "v", "o", "gate", "up", "down")),
+    ]
+    assert all(curve.costs[0] > curve.costs[1] > 0 for curve in found.curves)
+    weights, inputs, fisher = (
+        load_file(folder / "model.safetensors"),
+        linear_inputs(folder),
+        gradients(folder),
+    )
+
+    def known(layer: int, role: str, path: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, weight and G of a projection."""
+        name = f"model.layers.{layer}.{path}"
+        return inputs[name], weights[f"{name}.weight"].double(), fisher[layer].outputs[role].double()
+
+    def nats(residual: Tensor, g: Tensor) -> float:
+        """Half the mean of rᵀ G r over the tokens' residuals."""
+        return float((residual @ g * residual).sum(dim=1).mean()) / 2
+
+    # Two-sided SVD loses the smallest singular values of G^½ W X.
+    x, w, g = known(1, "o", "self_attn.o_proj")
+    values, vectors = torch.linalg.eigh(g)
+    lost = torch.linalg.svdvals(values.clamp_min(0).sqrt().diag() @ vectors.T @ w @ x.T).square() / len(x) / 2
+    curve = curves[1, "o"]
+    assert curve.costs == pytest.approx([float(lost[size:].sum()) for size in curve.sizes], rel=1e-2)
+    # Whitened SVD keeps the outputs' largest directions, whatever the loss makes of them; plain SVD the weight's.
+    x, w, g = known(1, "up", "mlp.up_proj")
+    kept = torch.linalg.eigh(w @ x.T @ x @ w.T).eigenvectors.flip(1)
+    for size, cost in zip(curves[1, "up"].sizes, curves[1, "up"].costs, strict=True):
+        y = x @ w.T
+        assert cost == pytest.approx(nats(y - y @ kept[:, :size] @ kept[:, :size].T, g), rel=1e-2)
+    x, w, g = known(1, "q", "self_attn.q_proj")
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    for size, cost in zip(curves[1, "q"].sizes, curves[1, "q"].costs, strict=True):
+        tail = u[:, size:] * s[size:] @ vh[size:]
+        assert cost == pytest.approx(nats(x @ tail.T, g), rel=1e-3)
+    # The MLP is cut by score and fitted again by least squares.
+    x, w, g = known(0, "down", "mlp.down_proj")
+    for size, cost in zip(curves[0, "mlp"].sizes, curves[0, "mlp"].costs, strict=True):
+        kept = (x.square().mean(dim=0).sqrt() * w.norm(dim=0)).topk(size).indices
+        left = x @ w.T - x[:, kept] @ torch.linalg.lstsq(x[:, kept], x @ w.T).solution
+        assert cost == pytest.approx(nats(left, g), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["a3", "monarch", "two_sided_svd"])
+def test_every_method_predicts_a_loss(tiny_checkpoint: Any, setting: Any, method: str) -> None:
+    plan = setting(tiny_checkpoint("gpt2"), f"method: {method}", losses=True)
+    found = predicted.fisher_costs(plan, lambda done: None)
+    assert all(cost > 0 for curve in found.curves for cost in curve.costs)
+
+
+def test_fisher_refuses_a_method_that_predicts_no_loss(
+    tiny_checkpoint: Any, setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @solves("mlp", size=ComponentRank(), paper="none")
+    def mute(problem: Problem, width: int) -> Solution:
+        return Solution({}, Prediction(9.0, 9.0, "output"))
+
+    monkeypatch.setitem(methods(), "mute", Method("mute", "", {"mlp": mute.solver}))  # type: ignore[attr-defined]
+    text = "method: mute\ncomponents: {qk: keep-all, ov: keep-all}"
+    with pytest.raises(UserError, match="'mute' as it is set predicts none for mlp; allocate by energy"):
+        predicted.fisher_costs(setting(tiny_checkpoint("gpt2"), text, losses=True), lambda done: None)
