@@ -24,7 +24,7 @@ from lrc.hub.loader import load
 from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
-from lrc.output import sizes, target_records, write_checkpoint
+from lrc.output import logit_scale, refit_records, sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
@@ -156,6 +156,8 @@ def compress(
             after=after,
             perplexity=perplexity,
             targets=target_records(job, stage),
+            refits=refit_records(job, stage),
+            scale=logit_scale(stage),
             calibration=settings["calibration"],
             device=_device_name(place),
             dtype=_name(precision),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lrc.assemble import ReducedLayer, assemble
@@ -21,7 +22,8 @@ from lrc.modules.table import Table, apply_table
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
-from lrc.refit import RefitSum
+from lrc.refit import Refit, RefitRecord, RefitSum, held_out_blocks
+from lrc.scale import LogitScale, fit_scale
 from lrc.solve import collectors_needed, gradients_needed, sites_needed, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
@@ -52,6 +54,7 @@ class Compressor:
         self._family = self._architecture.family
         self._batches: list[Batch] = []
         self._gradients: dict[int, GradientMoment] = {}  # on the host, each until its layer is solved
+        self._held: list[Tensor] = []  # by batch, which of its blocks choose ridges and the logits' scale
         # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
         self._compressed: list[Tensor] | None = None
 
@@ -62,11 +65,17 @@ class Compressor:
         self._gradients = self._sweep(blocks, batch_size)
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(blocks, batch_size)
+            self._held = list(held_out_blocks(len(blocks)).split(batch_size))
         for plan in self._plan.layers:
             self._layer(plan)
             advance()
+        with self._watch.stage("scale"):
+            scale = self._scale()
         with self._watch.stage("write"):
-            self._staging.write(REST, self._stream.reader.rest(), {})
+            rest = self._stream.reader.rest()
+            if scale is not None:
+                rest |= _scaled(rest, self._family.final_norm, scale.value)
+            self._staging.write(REST, rest, {"scale": scale and asdict(scale)})
 
     def _sweep(self, blocks: Tensor, batch_size: int) -> dict[int, GradientMoment]:
         """Gradients for the solvers of the layers that no earlier run finished."""
@@ -94,7 +103,7 @@ class Compressor:
             with self._watch.stage("observe"):
                 self._advance_original(layer, plan.index)
                 self._advance_compressed(layer, plan.index)
-            self._write(plan.index, ReducedLayer(layer, {}, state, {}), [])
+            self._write(plan.index, ReducedLayer(layer, {}, state, {}), [], [])
             return
         with self._watch.stage("observe"):
             statistics = self._observe(layer, state, plan)
@@ -109,10 +118,10 @@ class Compressor:
             measure = LayerMeasure(self._stream, plan.index, state, solutions)
             records = _records(plan, solutions)
             del solutions  # in float64; their tensors are in the reduced layer now
-        damping = self._fit(layer, plan, reduced, measure)
+        refits = self._fit(layer, plan, reduced, measure)
         for record, measured in zip(records, measure.results().values(), strict=True):
-            record |= {"measured": asdict(measured), "refit_damping": damping}
-        self._write(plan.index, reduced, records)
+            record["measured"] = asdict(measured)
+        self._write(plan.index, reduced, records, refits)
 
     def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
         """What the layer's solvers need to know of the original stream."""
@@ -129,12 +138,9 @@ class Compressor:
 
     def _fit(
         self, layer: nn.Module, plan: LayerPlan, reduced: ReducedLayer, measure: LayerMeasure
-    ) -> dict[str, float]:
-        """Measure the reductions, refit the output projections and take both streams past the layer.
-
-        Returns the damping that each refit took, by role.
-        """
-        damping: dict[str, float] = {}
+    ) -> list[RefitRecord]:
+        """Measure the reductions, refit the output projections and take both streams past the layer."""
+        refits: list[RefitRecord] = []
         roles = self._refit_roles(plan) if self._refits else []
         outputs = {role: path for role in roles if (path := _output_path(reduced, role)) is not None}
         self._part_streams()
@@ -144,15 +150,15 @@ class Compressor:
                 self._pass_original(i, layer, plan.index, reduced, measure, attention)
         with self._watch.stage("refit"):
             if attention is not None:
-                damping["o"] = self._replace(reduced, attention)
+                refits.append(self._replace(reduced, attention).record(plan.index, "o"))
             role = self._family.mlp_output
             if role in outputs:
                 mlp = self._refit_sum(reduced, outputs[role])
                 for i in range(len(self._batches)):
                     self._add_mlp(i, plan.index, reduced, mlp)
-                damping[role] = self._replace(reduced, mlp)
+                refits.append(self._replace(reduced, mlp).record(plan.index, role))
             self._advance_compressed(reduced.module, plan.index)
-        return damping
+        return refits
 
     def _pass_original(
         self,
@@ -175,7 +181,7 @@ class Compressor:
             hidden = self._compressed_hidden(i)
             with observe(reduced.module, {"x": attention.path}, stop_at="x") as seen:
                 self._stream.run(reduced.module, index, batch, hidden)
-            attention.sums.add(self._stream.cast(seen["x"].input), calls["middle"].input - hidden)
+            self._add(i, reduced, attention, seen["x"].input, calls["middle"].input, hidden)
         batch.hidden = out
 
     def _add_mlp(self, i: int, index: int, reduced: ReducedLayer, mlp: OutputSum) -> None:
@@ -183,23 +189,45 @@ class Compressor:
         batch = self._batches[i]
         with observe(reduced.module, {"middle": self._family.mlp_norm, "x": mlp.path}, stop_at="x") as seen:
             self._stream.run(reduced.module, index, batch, self._compressed_hidden(i))
-        mlp.sums.add(self._stream.cast(seen["x"].input), batch.hidden - seen["middle"].input)
+        self._add(i, reduced, mlp, seen["x"].input, batch.hidden, seen["middle"].input)
+
+    @torch.no_grad()
+    def _add(
+        self, i: int, reduced: ReducedLayer, output: OutputSum, x: Tensor, goal: Tensor, stream: Tensor
+    ) -> None:
+        """Sum a batch for a refit: what the linear reads, and where it should take the compressed stream and does."""
+        linear, x = reduced.module.get_submodule(output.path), self._stream.cast(x)
+        with self._stream.precision():
+            reached = stream + linear(x)
+        output.sums.add(x, goal, reached, self._held[i])
 
     def _refit_sum(self, reduced: ReducedLayer, path: str) -> OutputSum:
         out, width = reduced.state[f"{path}.weight"].shape
         return OutputSum(path, RefitSum(width, out, self._stream.device))
 
-    def _replace(self, reduced: ReducedLayer, output: OutputSum) -> float:
-        """Refit a linear of a reduced layer, in its tensors and in its module alike; returns the damping."""
+    def _replace(self, reduced: ReducedLayer, output: OutputSum) -> Refit:
+        """Refit a linear of a reduced layer, in its tensors and in its module alike."""
         weight, bias = f"{output.path}.weight", f"{output.path}.bias"
-        fitted, damping = output.sums.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
-        dtype = self._stream.reader.dtype
+        refit = output.sums.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
+        fitted, dtype = refit.solution, self._stream.reader.dtype
         new = {weight: fitted.weight.to(dtype)} | (
             {} if fitted.bias is None else {bias: fitted.bias.to(dtype)}
         )
         reduced.state.update(new)
         self._stream.filled(reduced.module, reduced.state)
-        return damping
+        return refit
+
+    def _scale(self) -> LogitScale | None:
+        """The logits' scale, chosen on the held-out blocks; None where the plan wants none or no block is held out."""
+        held = any(bool(chosen.any()) for chosen in self._held)
+        if not (held and self._plan.plan.scales) or self._compressed is None:
+            return None
+        pairs = zip(self._batches, self._compressed, self._held, strict=True)
+        original, compressed = zip(
+            *((batch.hidden[chosen], hidden[chosen]) for batch, hidden, chosen in pairs if chosen.any()),
+            strict=True,
+        )
+        return fit_scale(self._stream.tail(), original, compressed, self._architecture.vocab)
 
     def _compressed_hidden(self, i: int) -> Tensor:
         return self._batches[i].hidden if self._compressed is None else self._compressed[i]
@@ -232,11 +260,14 @@ class Compressor:
             self._advance_compressed(module, index)
             self._advance_original(layer, index)
 
-    def _write(self, index: int, reduced: ReducedLayer, results: list[dict[str, Any]]) -> None:
+    def _write(
+        self, index: int, reduced: ReducedLayer, results: list[dict[str, Any]], refits: list[RefitRecord]
+    ) -> None:
         with self._watch.stage("write"):
             prefix = f"{self._family.layers}.{index}."
             tensors = {prefix + name: tensor for name, tensor in reduced.state.items()}
-            self._staging.write(part_name(index), tensors, {"table": reduced.table, "results": results})
+            record = {"table": reduced.table, "results": results, "refits": [r.as_dict() for r in refits]}
+            self._staging.write(part_name(index), tensors, record)
 
 
 def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
@@ -246,6 +277,12 @@ def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
         for layer in plan.layers
         for path, entry in staging.record(part_name(layer.index))["table"].items()
     }
+
+
+def _scaled(rest: Mapping[str, Tensor], norm: str, scale: float) -> dict[str, Tensor]:
+    """The tensors of a norm, times ``scale``: the logits that a head without a bias makes of it are then, too."""
+    names = [name for name in (f"{norm}.weight", f"{norm}.bias") if name in rest]
+    return {name: (scale * rest[name].double()).to(rest[name].dtype) for name in names}
 
 
 def _output_path(reduced: ReducedLayer, role: str) -> str | None:

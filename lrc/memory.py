@@ -8,6 +8,10 @@ The count follows ``lrc.compressor`` stage by stage. Between two layers only hid
     measure   streams + weights + reduced + sums + activations + attention
     refit     streams + weights + reduced + work                    work: of the larger refit, or a batch
 
+and after the last, with the residual refit,
+
+    scale     streams + those of the held-out blocks + head + a chunk of logits, six times in float32
+
 with T tokens of calibration, t of one batch, n_i the widths of the sites observed, hidden size h, MLP width f, s and c
 bytes of a weight as stored and as run:
 
@@ -17,6 +21,7 @@ bytes of a weight as stored and as run:
     solutions    8 · kept weights: what the methods return is float64
     reduced      the reduced layer, and one layer for each target that is measured alone
     attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
+    sums         of a refit, kept twice: for the blocks fitted to and for those held out
     work         ``_solve_work`` and ``_refit_work``, float64
     G            4 Σ m_i² of the outputs whose gradients the methods read
 
@@ -41,6 +46,8 @@ from lrc.job import Job
 from lrc.methods import methods
 from lrc.moments.attention import QUERIES, SAMPLES
 from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.refit import held_out_blocks
+from lrc.scale import CHUNK_BYTES
 from lrc.solve import collectors_needed, gradients_needed, sites_needed
 
 ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
@@ -75,6 +82,8 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
     for layer in job.plan.layers:
         for stage, held in _layer(job, layer, samples, dtype, batch_size).items():
             stages[stage] = max(stages.get(stage, 0), held)
+    if job.plan.plan.scales:
+        stages["scale"] = _scale(job, samples, dtype)
     stage = max(stages, key=lambda name: stages[name])
     name = str(dtype).removeprefix("torch.")
     return Memory(stages[stage], stage, stages, gradients_host, samples, batch_size, name)
@@ -155,6 +164,15 @@ def _gradient_bytes(architecture: Architecture, layer: LayerPlan) -> int:
     return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
 
 
+def _scale(job: Job, samples: int, dtype: torch.dtype) -> int:
+    architecture, seq_len = job.reader.architecture, job.plan.seq_len
+    held = int(held_out_blocks(samples).sum())
+    streams = 2 * 4 * (samples + held) * seq_len * architecture.hidden
+    rows = min(held * seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
+    logits = rows * architecture.vocab * (2 * dtype.itemsize + 6 * 4)
+    return streams + architecture.vocab * architecture.hidden * dtype.itemsize + logits
+
+
 def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_size: int) -> dict[str, int]:
     architecture, seq_len = job.reader.architecture, job.plan.seq_len
     stored, run = job.reader.dtype.itemsize, dtype.itemsize
@@ -183,6 +201,7 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
     attention = 20 * architecture.heads * seq_len**2 if _targets(layer) & {"qk"} else 0
     widths = _refit_widths(architecture, layer) if refits else []
     base = streams + weights
+    sums = sum(12 * n * (n + architecture.hidden) for n in widths[:1])  # and what is added to one of the two
     stages = {
         "observe": base + 2 * moments + activations,
         "solve": base
@@ -190,7 +209,7 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
         + gradients
         + solutions
         + max(_solve_work(architecture, a, sampled) for a in layer.assignments),
-        "measure": base + reduced + sum(8 * n**2 for n in widths[:1]) + activations + attention,
+        "measure": base + reduced + sums + activations + attention,
     }
     if refits:
         work = max(_refit_work(architecture, n) for n in widths)
@@ -243,8 +262,11 @@ def _joint_work(n: int, kept: int, biased: bool) -> int:
 
 
 def _refit_work(architecture: Architecture, n: int) -> int:
-    """Sums in float32 and a ridge regression in float64 of a projection that reads n inputs."""
-    return 4 * n**2 + 8 * (4 * n**2 + 4 * architecture.hidden * n)
+    """Sums in float32 and ridge regressions in float64 of a projection that reads n inputs: the moments fitted to and
+    held out, the former centred, damped and factored.
+    """
+    hidden = architecture.hidden
+    return 8 * n * (n + hidden) + 8 * (5 * n**2 + 6 * hidden * n)
 
 
 def _refit_widths(architecture: Architecture, layer: LayerPlan) -> list[int]:

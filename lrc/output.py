@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lrc.checkpoint.sizes import Size, size_of
@@ -12,6 +13,8 @@ from lrc.compressor import REST, module_table, part_name
 from lrc.hub.quantizer import FORMAT_VERSION
 from lrc.job import Job
 from lrc.modules.table import Table
+from lrc.refit import RefitRecord
+from lrc.scale import LogitScale
 
 COPIED = (
     "generation_config.json",
@@ -44,7 +47,14 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     for pattern in COPIED:
         for path in sorted(job.reader.folder.glob(pattern)):
             staging.copy(path)
-    staging.write_json(MANIFEST, {**settings, "targets": target_records(job, staging)})
+    scale = logit_scale(staging)
+    manifest = {
+        **settings,
+        "targets": target_records(job, staging),
+        "refits": [record.as_dict() for record in refit_records(job, staging)],
+        "scale": scale and asdict(scale),
+    }
+    staging.write_json(MANIFEST, manifest)
     return table
 
 
@@ -52,6 +62,18 @@ def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
     """What was recorded of everything shrunk, layer by layer."""
     names = [part_name(layer.index) for layer in job.plan.layers]
     return [record for name in names for record in staging.record(name)["results"]]
+
+
+def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
+    """What was recorded of every refit, layer by layer."""
+    names = [part_name(layer.index) for layer in job.plan.layers]
+    return [RefitRecord.from_dict(record) for name in names for record in staging.record(name)["refits"]]
+
+
+def logit_scale(staging: Staging) -> LogitScale | None:
+    """The scale of the logits, where one was fitted."""
+    record = staging.record(REST)["scale"]
+    return None if record is None else LogitScale(**record)
 
 
 def sizes(job: Job, staging: Staging, table: Table) -> tuple[Size, Size]:

@@ -1,6 +1,12 @@
-"""Refit of output projections to the original residual stream: linear regression with a ridge to the solution."""
+"""Refit of output projections to the original residual stream: linear regression with a ridge to the solution.
+
+The ridge is chosen on blocks that are kept out of the fit; the fit itself is then made on all of them.
+"""
 
 from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,40 +15,189 @@ from lrc.linalg import damped_cholesky
 from lrc.methods.contract import Affine
 from lrc.moments.moment import product
 
-RIDGE = 0.1
+RIDGE = 0.1  # where there is only one block
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # of equals the first is taken: the one nearest to the start
+EIGHT = 8
+
+
+def held_out_blocks(count: int) -> Tensor:
+    """Which of ``count`` calibration blocks choose the ridge and the logits' scale: (count,) of bool.
+
+    One of every eight and at least one, but none where there is only one. It stands at another place in each eight, as
+    blocks of several texts are interleaved.
+    """
+    held = torch.zeros(count, dtype=torch.bool)
+    if count > 1:
+        held[[EIGHT * i + 3 * i % EIGHT for i in range(max(count // EIGHT, 1))]] = True
+    return held
+
+
+@dataclass(frozen=True)
+class StreamError:
+    """E‖x − x̃‖² / E‖x‖² of the compressed residual stream x̃ and the original's x, before and after a refit."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class RefitRecord:
+    """What is kept of the refit of a layer's ``role``.
+
+    ``ridge`` is a fraction of the mean diagonal; ``raised`` what the solve took instead where that was not enough.
+    ``error`` is that of all blocks and the final fit; ``held_out`` that of the blocks which chose the ridge, by the fit
+    without them, None where there was one block and the ridge is a fixed one.
+    """
+
+    layer: int
+    role: str
+    ridge: float
+    raised: float | None
+    error: StreamError
+    held_out: StreamError | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> RefitRecord:
+        """The record behind ``as_dict``."""
+        held = record["held_out"]
+        errors = {"error": StreamError(**record["error"]), "held_out": held and StreamError(**held)}
+        return cls(**{**record, **errors})
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A fitted projection; the rest is what ``RefitRecord`` keeps of it."""
+
+    solution: Affine
+    ridge: float
+    raised: float | None
+    error: StreamError
+    held_out: StreamError | None
+
+    def record(self, layer: int, role: str) -> RefitRecord:
+        """What is kept of it."""
+        return RefitRecord(layer, role, self.ridge, self.raised, self.error, self.held_out)
 
 
 class RefitSum:
-    """Sums over tokens of what a projection sees on the compressed stream and what it should have put out."""
+    """Sums over tokens of what a projection reads on the compressed stream and what it leaves that stream short of."""
 
     def __init__(self, width: int, out: int, device: torch.device) -> None:
-        self._gram = torch.zeros(width, width, device=device)
-        self._cross = torch.zeros(out, width, device=device)
-        self._input = torch.zeros(width, device=device)
-        self._target = torch.zeros(out, device=device)
-        self._tokens = 0
+        self._fitted, self._held = (_Sums.zero(width, out, device) for _ in range(2))
 
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Count inputs x (..., width) and targets (..., out)."""
-        rows, wanted = x.reshape(-1, x.shape[-1]), target.reshape(-1, target.shape[-1])
-        self._gram += product(rows, rows)
-        self._cross += product(wanted.float(), rows)
-        self._input += rows.sum(dim=0, dtype=torch.float32)
-        self._target += wanted.sum(dim=0, dtype=torch.float32)
-        self._tokens += rows.shape[0]
-
-    def solve(self, start: Affine, ridge: float = RIDGE) -> tuple[Affine, float]:
-        """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), and the damping used.
-
-        λ is ``ridge`` times the mean diagonal of E[x xᵀ], centred where there is a bias. A projection without a bias
-        gets none.
+    def add(self, x: Tensor, goal: Tensor, reached: Tensor, held: Tensor) -> None:
+        """Count inputs x (blocks, tokens, width), the original stream and the one reached by the start, float32
+        (blocks, tokens, out); ``held`` (blocks,) of bool are those kept out of the fit.
         """
-        gram, cross = self._gram.double() / self._tokens, self._cross.double() / self._tokens
-        x, t = self._input.double() / self._tokens, self._target.double() / self._tokens
-        weight = start.weight.double()
-        if start.bias is not None:
-            gram, cross = gram - torch.outer(x, x), cross - torch.outer(t, x)
+        for sums, chosen in ((self._fitted, ~held), (self._held, held)):
+            if bool(chosen.any()):
+                index = chosen.nonzero().squeeze(-1).to(x.device)
+                sums.add(*(t if bool(chosen.all()) else t[index] for t in (x, goal, reached)))
+
+    def solve(self, start: Affine) -> Refit:
+        """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), t − W₀ x − b₀ what is missing.
+
+        λ is the ridge times the mean diagonal of E[x xᵀ], centred where there is a bias. The ridge is the one of
+        ``RIDGES`` whose fit without the held-out blocks has the least error there. A projection without a bias gets
+        none.
+        """
+        biased = start.bias is not None
+        ridge, held_out = RIDGE, None
+        if self._held.tokens:
+            fitted, held = self._fitted.means(), self._held.means()
+            errors = {each: held.error(fitted.change(each, biased)[0]) for each in RIDGES}
+            ridge = min(errors, key=errors.__getitem__)
+            held_out = StreamError(held.missing / held.size, errors[ridge] / held.size)
+            del fitted, held
+        every = self._fitted.plus(self._held).means()
+        change, damping = every.change(ridge, biased)
+        bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
+        return Refit(
+            Affine(start.weight.double() + change.weight, bias),
+            ridge,
+            None if damping == ridge else damping,
+            StreamError(every.missing / every.size, every.error(change) / every.size),
+            held_out,
+        )
+
+
+@dataclass
+class _Sums:
+    """Running sums in float32 of x xᵀ, r xᵀ, x and r, in float64 of ‖r‖² and of the original stream's square."""
+
+    gram: Tensor
+    cross: Tensor
+    x: Tensor
+    r: Tensor
+    missing: Tensor
+    size: Tensor
+    tokens: int
+
+    @classmethod
+    def zero(cls, width: int, out: int, device: torch.device) -> _Sums:
+        shapes = ((width, width), (out, width), (width,), (out,))
+        gram, cross, x, r = (torch.zeros(shape, device=device) for shape in shapes)
+        missing, size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        return cls(gram, cross, x, r, missing, size, 0)
+
+    def add(self, x: Tensor, goal: Tensor, reached: Tensor) -> None:
+        rows, missing = x.flatten(0, -2), (goal - reached).flatten(0, -2)
+        self.gram += product(rows, rows)
+        self.cross += product(missing, rows)
+        self.x += rows.sum(dim=0, dtype=torch.float32)
+        self.r += missing.sum(dim=0)
+        self.missing += missing.square().sum(dim=0).double().sum()
+        self.size += goal.square().sum(dim=(0, 1)).double().sum()
+        self.tokens += rows.shape[0]
+
+    def plus(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.x + other.x,
+            self.r + other.r,
+            self.missing + other.missing,
+            self.size + other.size,
+            self.tokens + other.tokens,
+        )
+
+    def means(self) -> _Means:
+        return _Means(
+            *(sums.double() / self.tokens for sums in (self.gram, self.cross, self.x, self.r)),
+            missing=float(self.missing) / self.tokens,
+            size=float(self.size) / self.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Means over tokens in float64: E[x xᵀ], E[r xᵀ], E[x], E[r], E‖r‖² and E‖stream‖²."""
+
+    gram: Tensor
+    cross: Tensor
+    x: Tensor
+    r: Tensor
+    missing: float
+    size: float
+
+    def change(self, ridge: float, biased: bool) -> tuple[Affine, float]:
+        """The D, d minimising E‖r − D x − d‖² + λ‖D‖²_F, and the damping used."""
+        gram, cross = self.gram, self.cross
+        if biased:
+            gram, cross = gram - torch.outer(self.x, self.x), cross - torch.outer(self.r, self.x)
         root = damped_cholesky(gram, ridge)
-        fitted = weight + root.solve(cross - weight @ gram)
-        bias = None if start.bias is None else t - fitted @ x
-        return Affine(fitted, bias), root.damping
+        weight = root.solve(cross)
+        return Affine(weight, self.r - weight @ self.x if biased else None), root.damping
+
+    def error(self, change: Affine) -> float:
+        """E‖r − D x − d‖²."""
+        weight, bias = change.weight, change.bias
+        found = self.missing - ((2 * self.cross - weight @ self.gram) * weight).sum()
+        if bias is not None:
+            found += bias @ (bias - 2 * (self.r - weight @ self.x))
+        # Never below zero, though the difference of float32 sums may be by rounding.
+        return max(float(found), 0.0)

@@ -24,10 +24,12 @@ from lrc.job import Job
 from lrc.methods import methods
 from lrc.moments import COLLECTORS
 from lrc.moments.observe import observe
-from lrc.output import target_records, write_checkpoint
+from lrc.output import logit_scale, refit_records, target_records, write_checkpoint
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan
+from lrc.refit import RIDGE, RIDGES, RefitRecord
+from lrc.scale import LogitScale
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
 
@@ -47,6 +49,8 @@ class Run:
     source: Path
     out: Path
     records: list[dict[str, Any]]
+    refits: list[RefitRecord]
+    scale: LogitScale | None
 
     def record(self, layer: int, target: str) -> dict[str, Any]:
         (found,) = [r for r in self.records if (r["layer"], r["target"]) == (layer, target)]
@@ -90,9 +94,9 @@ def compress(
         stream = ModelStream(reader, CPU, dtype)
         Compressor(stream, plan, stage, Stopwatch(CPU)).run(blocks() if ids is None else ids, 2, advance)
         write_checkpoint(job, stage, {})
-        records = target_records(job, stage)
+        records, refits, scale = target_records(job, stage), refit_records(job, stage), logit_scale(stage)
         stage.publish()
-    return Run(source, out, records)
+    return Run(source, out, records, refits, scale)
 
 
 def whole_plan(source: Path, method: str, refit: str, targets: Sequence[str]) -> ResolvedPlan:
@@ -132,6 +136,24 @@ def inputs_at(folder: Path, paths: dict[str, str]) -> dict[str, Tensor]:
     with observe(model, paths) as calls, torch.no_grad():
         model(blocks())
     return {name: call.input for name, call in calls.items()}
+
+
+def ridge_on_tokens(
+    x: Tensor, goal: Tensor, start: tuple[Tensor, Tensor | None], ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """W, b from ``start``, by the normal equations on centred tokens where there is a bias."""
+    x, goal = x.flatten(0, 1), goal.flatten(0, 1)
+    mean_x, mean_goal = (t.mean(dim=0) if start[1] is not None else 0 * t[0] for t in (x, goal))
+    gram = (x - mean_x).T @ (x - mean_x) / len(x)
+    cross = (goal - mean_goal).T @ (x - mean_x) / len(x)
+    pull = ridge * gram.diagonal().mean() * torch.eye(len(gram)).double()
+    weight = torch.linalg.solve(gram + pull, (cross + start[0] @ pull).T).T
+    return weight, None if start[1] is None else mean_goal - weight @ mean_x
+
+
+def missing(x: Tensor, goal: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """Mean over tokens of the squared distance from a projection's output to what it should have been."""
+    return float((goal - torch.nn.functional.linear(x, weight, bias)).square().sum(-1).mean())
 
 
 @pytest.fixture
@@ -222,8 +244,11 @@ def test_the_saved_folder_is_the_stream(biased, out, family, method, monkeypatch
     assert streamed is not None
     reader = CheckpointReader(source)
     stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    norm = stock.get_submodule(reader.family.final_norm)
+    stored = run.tensors()
+    norm.load_state_dict({n: stored[f"{reader.family.final_norm}.{n}"] for n in norm.state_dict()})
     with torch.no_grad():
-        normed = stock.get_submodule(reader.family.final_norm)(torch.cat(streamed))
+        normed = norm(torch.cat(streamed))
         expected = stock.get_submodule(reader.family.head)(normed)
     loaded = outputs(run.out)
     torch.testing.assert_close(loaded.logits, expected, rtol=1e-4, atol=1e-4)
@@ -237,7 +262,7 @@ def test_the_refit_brings_the_residual_stream_nearer(biased, out, family, method
     exact = outputs(source)
     errors = {}
     for refit in ("none", "residual"):
-        run = compress(source, out(refit), f"keep: 0.5\nmethod: {method}\nrefit: {refit}")
+        run = compress(source, out(refit), f"keep: 0.5\nmethod: {method}\nrefit: {refit}\nscale: none")
         states = outputs(run.out).hidden_states
         errors[refit] = [
             float((a - b).square().mean()) for a, b in zip(states, exact.hidden_states, strict=True)
@@ -255,8 +280,9 @@ def test_the_refit_brings_the_residual_stream_nearer(biased, out, family, method
 def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, family, target):
     """In the last layer, behind one that was reduced: from what its projection reads in the finished model.
 
-    Targets are the original's stream minus the compressed one before the projection; the ridge, a tenth of the mean
-    diagonal, pulls to the solution without refit.
+    Targets are the original's stream minus the compressed one before the projection; the ridge, a fraction of the mean
+    diagonal, pulls to the solution without refit. The first of the five blocks chooses it. The record's errors are
+    those of the streams of the finished models.
     """
     source = biased(family)
     reader = CheckpointReader(source)
@@ -265,7 +291,7 @@ def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, fam
     role = "o" if attention else shape.mlp_output
     layer = f"{shape.layers}.1"
     plain, fitted = (
-        compress(source, out(refit), f"components: {{{target}: {{keep: 0.5}}}}\nrefit: {refit}")
+        compress(source, out(refit), f"components: {{{target}: {{keep: 0.5}}}}\nrefit: {refit}\nscale: none")
         for refit in ("none", "residual")
     )
     path = next(
@@ -281,22 +307,95 @@ def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, fam
     places = {"in": layer, "middle": f"{layer}.{shape.mlp_norm}", "end": shape.final_norm}
     old, new = inputs_at(source, places), inputs_at(fitted.out, {**places, "x": path})
     goal = old["middle"] - new["in"] if attention else old["end"] - new["middle"]
-    x, goal = new["x"].flatten(0, 1).double(), goal.flatten(0, 1).double()
-    mean_x, mean_goal = (t.mean(dim=0) if start[1] is not None else 0 * t[0] for t in (x, goal))
-    gram = (x - mean_x).T @ (x - mean_x) / len(x)
-    cross = (goal - mean_goal).T @ (x - mean_x) / len(x)
-    ridge = 0.1 * gram.diagonal().mean() * torch.eye(len(gram)).double()
-    expected = torch.linalg.solve(gram + ridge, (cross + start[0] @ ridge).T).T
-    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)
-    assert (found[0] - start[0]).norm() > 0.01 * start[0].norm()
-    if start[1] is not None:
-        assert found[1] is not None
-        torch.testing.assert_close(found[1], mean_goal - expected @ mean_x, rtol=1e-3, atol=1e-3)
+    x, goal = new["x"].double(), goal.double()
+    (record,) = [r for r in fitted.refits if (r.layer, r.role) == (1, role)]
+    without = {ridge: ridge_on_tokens(x[1:], goal[1:], start, ridge) for ridge in RIDGES}
+    errors = {ridge: missing(x[:1], goal[:1], *affine) for ridge, affine in without.items()}
+    assert record.ridge == min(errors, key=errors.__getitem__)
+    assert record.raised is None
+    weight, bias = ridge_on_tokens(x, goal, start, record.ridge)
+    torch.testing.assert_close(found[0], weight, rtol=1e-3, atol=1e-3)
+    assert (found[0] - start[0]).norm() > 0.005 * start[0].norm()
+    if bias is not None:
+        torch.testing.assert_close(found[1], bias, rtol=1e-3, atol=1e-3)
+    place = "middle" if attention else "end"
+    size, first = old[place].double().square().sum(-1).mean(), old[place][:1].double().square().sum(-1).mean()
+    apart = (new[place] - old[place]).double().square().sum(-1).mean()
+    assert record.error.after == pytest.approx(float(apart / size), rel=1e-3)
+    assert record.error.before == pytest.approx(missing(x, goal, *start) / float(size), rel=1e-3)
+    assert record.held_out is not None
+    assert record.held_out.before == pytest.approx(missing(x[:1], goal[:1], *start) / float(first), rel=1e-3)
+    assert record.held_out.after == pytest.approx(errors[record.ridge] / float(first), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stream_errors_are_those_of_every_layer(biased, out, family):
+    """Also behind layers that were refitted in both halves, and none behind a layer that stays whole."""
+    source = biased(family, num_hidden_layers=3)
+    shape = CheckpointReader(source).family
+    run = compress(source, out("o"), "keep: 0.5\nlayers:\n  - {match: 1, keep: 1.0}")
+    assert [(r.layer, r.role) for r in run.refits] == [
+        (layer, role) for layer in (0, 2) for role in ("o", shape.mlp_output)
+    ]
+    places = {"0 o": f"{shape.layers}.0.{shape.mlp_norm}", f"0 {shape.mlp_output}": f"{shape.layers}.1"}
+    places |= {"2 o": f"{shape.layers}.2.{shape.mlp_norm}", f"2 {shape.mlp_output}": shape.final_norm}
+    old, new = inputs_at(source, places), inputs_at(run.out, places)
+    for record in run.refits:
+        place = f"{record.layer} {record.role}"
+        apart = (new[place] - old[place]).double().square().sum() / old[place].double().square().sum()
+        assert record.error.after == pytest.approx(float(apart), rel=1e-3)
+        assert record.error.after < record.error.before
+    manifest = json.loads((run.out / "lrc.json").read_text())
+    assert [RefitRecord.from_dict(record) for record in manifest["refits"]] == run.refits
+    assert all("refit_damping" not in record for record in run.records)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_scale_of_the_logits_is_in_the_final_norm(biased, out, family, tied):
+    """Everything but the final norm is as without it; the first of five blocks is nearest to the original by it."""
+    source = biased(family, tie_word_embeddings=tied)
+    norm = CheckpointReader(source).family.final_norm
+    plain = compress(source, out("plain"), "keep: 0.5\nscale: none")
+    scaled = compress(source, out("scaled"), "keep: 0.5")
+    assert plain.scale is None
+    assert scaled.scale is not None
+    assert json.loads((scaled.out / "lrc.json").read_text())["scale"]["value"] == scaled.scale.value
+    assert json.loads((plain.out / "lrc.json").read_text())["scale"] is None
+    old, new = plain.tensors(), scaled.tensors()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {name for name in old if name.startswith(f"{norm}.")}
+    p, q, s = (outputs(folder).logits[:1].double() for folder in (source, plain.out, scaled.out))
+    torch.testing.assert_close(s, scaled.scale.value * q, rtol=1e-4, atol=1e-4)
+
+    def divergence(by: float) -> float:
+        logs = [t.log_softmax(-1).flatten(0, 1) for t in (by * q, p)]
+        return float(torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean"))
+
+    assert scaled.scale.tokens == 32
+    assert scaled.scale.before == pytest.approx(divergence(1.0), rel=1e-3)
+    assert scaled.scale.after == pytest.approx(divergence(scaled.scale.value), rel=1e-3)
+    near = [scaled.scale.value + step for step in (-0.02, 0.02)]
+    assert all(divergence(by) > divergence(scaled.scale.value) for by in near)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_block_chooses_nothing(tiny_checkpoint, out, family):
+    run = compress(tiny_checkpoint(family), out("o"), "keep: 0.5", ids=blocks(1))
+    assert run.scale is None
+    assert {record.ridge for record in run.refits} == {RIDGE}
+    assert all(record.held_out is None for record in run.refits)
+
+
+def test_where_nothing_was_reduced_the_final_norm_stays(tiny_checkpoint, out):
+    run = compress(tiny_checkpoint("llama"), out("o"), "keep: 1.0")
+    assert run.scale is None
+    assert run.refits == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_stay_whole_stay_bit_for_bit(tiny_checkpoint, out, family):
-    plan = "keep: 0.5\nlayers:\n  - {match: '0,2', keep: 1.0}"
+    plan = "keep: 0.5\nscale: none\nlayers:\n  - {match: '0,2', keep: 1.0}"
     run = compress(tiny_checkpoint(family, num_hidden_layers=3), out("o"), plan)
     old, new = load_file(run.source / "model.safetensors"), run.tensors()
     prefix = CheckpointReader(run.source).family.layers
@@ -428,5 +527,9 @@ def test_batch_size_changes_only_rounding(tiny_checkpoint, out, monkeypatch):
     run_layers = Compressor.run
     monkeypatch.setattr(Compressor, "run", lambda self, ids, size, advance: run_layers(self, ids, 5, advance))
     other = compress(source, out("other"), "keep: 0.5")
+    assert [r.ridge for r in one.refits] == [r.ridge for r in other.refits]
+    assert one.scale is not None
+    assert other.scale is not None
+    assert one.scale.value == pytest.approx(other.scale.value, rel=1e-4)
     a, b = outputs(one.out).logits, outputs(other.out).logits
     assert (a - b).abs().max() < 1e-3 * a.abs().max()

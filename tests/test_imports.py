@@ -28,7 +28,7 @@ LAYERS = (
     ("plan", "methods"),
     ("checkpoint", "text"),
     ("hub", "stream"),
-    ("refit", "collect", "gradients", "assemble", "job", "allocate"),
+    ("refit", "scale", "collect", "gradients", "assemble", "job", "allocate"),
     ("solve", "template"),
     ("measure", "evaluation", "memory"),
     ("estimate", "synthetic"),

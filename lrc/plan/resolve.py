@@ -59,6 +59,8 @@ def resolve(
     if not any(layer.assignments for layer in layers):
         for index in range(count):
             assigner.warn(("keep",), "every layer stays whole", index)
+    if plan.scale == "fitted" and plan.refit == "none":
+        document.mistake(("scale",), "fitted needs 'refit: residual'; with 'refit: none' the nearest is none")
     limit, seq_len = architecture.positions, plan.calibration.seq_len
     if seq_len and seq_len > limit:
         message = f"{seq_len} is longer than the model reads; the nearest is {limit}"

@@ -211,7 +211,10 @@ class Heal(Strict):
 
 
 class Plan(Strict):
-    """A plan; a pair in ``keep`` runs linearly from the model's first layer to its last."""
+    """A plan; a pair in ``keep`` runs linearly from the model's first layer to its last.
+
+    ``scale`` None means fitted with a residual refit, which carries along the stream that it is chosen on.
+    """
 
     format: Annotated[int, PlainValidator(_format)]
     keep: Keep = 1.0
@@ -221,8 +224,14 @@ class Plan(Strict):
     projections: Projections = Projections()
     layers: tuple[Rule | None, ...] = Field(default=(), strict=False)
     refit: Annotated[str, PlainValidator(_word("residual", "none"))] = "residual"
+    scale: Annotated[str, PlainValidator(_word("fitted", "none"))] | None = None
     calibration: Calibration = Calibration()
     heal: Heal = Heal()
+
+    @property
+    def scales(self) -> bool:
+        """Whether the logits' scale is fitted."""
+        return self.refit == "residual" and self.scale != "none"
 
 
 SECTIONS: dict[Path, type[Strict]] = {

@@ -28,7 +28,8 @@ def write_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Methods, header
         match = members[0] if len(members) == 1 else spans(members)
         lines.append(f"  - {_flow({'match': match, **entries})}")
     calibration = plan.calibration.model_dump(mode="json", exclude_none=True)
-    lines += [f"refit: {plan.refit}", f"calibration: {_flow(calibration)}"]
+    lines += [f"refit: {plan.refit}", *([f"scale: {plan.scale}"] if plan.scale else [])]
+    lines.append(f"calibration: {_flow(calibration)}")
     return "\n".join(lines) + "\n"
 
 

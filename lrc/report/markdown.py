@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrc.refit import RefitRecord
 from lrc.report.groups import summarise
 from lrc.report.report import Report, Size
+from lrc.scale import LogitScale
 
 
 def report_page(report: Report) -> str:
     """The whole report."""
-    return "\n".join([f"# {report.model}, {report.plan}", "", *_body(report), *_provenance(report)]) + "\n"
+    return (
+        "\n".join(
+            [
+                f"# {report.model}, {report.plan}",
+                "",
+                *_body(report),
+                *_refits(report.refits),
+                *_provenance(report),
+            ]
+        )
+        + "\n"
+    )
 
 
 def model_card(report: Report, plan_text: str) -> str:
@@ -73,7 +86,35 @@ def _body(report: Report) -> list[str]:
         "calibration block.",
         "",
     ]
-    return lines
+    return [*lines, *_scale(report.scale)]
+
+
+def _scale(scale: LogitScale | None) -> list[str]:
+    """What the logits were scaled by, in a sentence."""
+    return [] if scale is None else [f"Scale: {scale.text}.", ""]
+
+
+def _refits(refits: list[RefitRecord]) -> list[str]:
+    """The error of the residual stream, a row a refit."""
+    if not refits:
+        return []
+    lines = [
+        "## Residual stream",
+        "",
+        "Squared error of the compressed residual stream over the original's square, where a refitted output "
+        "projection has been added to it: with the method's own solution, and fitted again. Held out is the error on "
+        "the blocks that chose the ridge, by the fit without them; the method's solution has seen them.",
+        "",
+        "| layer | behind | ridge | before | after | held out, before | held out, after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for refit in refits:
+        ridge = f"{refit.ridge:g}" if refit.raised is None else f"{refit.ridge:g}, raised to {refit.raised:g}"
+        held = refit.held_out
+        errors = [f"{refit.error.before:.3g}", f"{refit.error.after:.3g}"]
+        errors += ["", ""] if held is None else [f"{held.before:.3g}", f"{held.after:.3g}"]
+        lines.append(f"| {' | '.join([str(refit.layer), refit.role, ridge, *errors])} |")
+    return [*lines, ""]
 
 
 def _calibration(record: dict[str, Any]) -> list[str]:

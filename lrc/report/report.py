@@ -8,6 +8,8 @@ from typing import Any
 
 from lrc.checkpoint.sizes import Size
 from lrc.evaluation.perplexity import Perplexity
+from lrc.refit import RefitRecord
+from lrc.scale import LogitScale
 
 REPORT_VERSION = 1
 
@@ -28,7 +30,8 @@ class PerplexityChange:
 @dataclass(frozen=True)
 class Report:
     """One compression. ``keep``: kept over original weights of the decoder's projections. ``targets``: a record for
-    each thing shrunk (see ``lrc.compressor``). ``seconds`` by stage; ``peak_bytes`` of ``host`` and ``device``.
+    each thing shrunk (see ``lrc.compressor``). ``scale``: what the logits were scaled by. ``seconds`` by stage;
+    ``peak_bytes`` of ``host`` and ``device``.
     """
 
     model: str
@@ -39,6 +42,8 @@ class Report:
     after: Size
     perplexity: list[PerplexityChange]
     targets: list[dict[str, Any]]
+    refits: list[RefitRecord]
+    scale: LogitScale | None
     calibration: dict[str, Any]
     device: str
     dtype: str

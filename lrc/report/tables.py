@@ -43,6 +43,8 @@ def summary(report: Report) -> Iterator[RenderableType]:
         cost.add_row(label, f"{before.value:.4g}", f"{after.value:.4g}", f"{change.ratio:.3f}")
     yield targets
     yield cost
+    if report.scale is not None:
+        yield f"scale: {report.scale.text}"
     yield f"calibration: {report.calibration['data']} ({report.calibration['samples']} blocks)"
     yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
     yield "peak memory: " + ", ".join(f"{place} {_bytes(size)}" for place, size in report.peak_bytes.items())

@@ -231,6 +231,11 @@ CASES = {
         ["3: projections.lm_head: factorizing it is not built yet"],
     ),
     "unknown refit": ("refit: residuals", ["3: refit: 'residuals' is not known; did you mean 'residual'?"]),
+    "unknown scale": ("scale: 0.9", ["3: scale: 0.9 is not known; known: fitted, none"]),
+    "scale without refit": (
+        "refit: none\nscale: fitted",
+        ["4: scale: fitted needs 'refit: residual'; with 'refit: none' the nearest is none"],
+    ),
     "no samples": (
         "calibration: {samples: 0}",
         ["3: calibration.samples: 0 is too small; the smallest is 1"],

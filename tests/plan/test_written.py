@@ -34,6 +34,20 @@ def test_comes_back_as_it_was(architecture):
     assert text.startswith("# a\n#\n# b c: d\nformat: 1\n")
 
 
+def test_the_scale_comes_back_where_it_was_written(architecture):
+    shapes = architecture("small-llama")
+    for line, scale, scales in (
+        ("", None, True),
+        ("scale: none", "none", False),
+        ("scale: fitted", "fitted", True),
+        ("refit: none", None, False),
+    ):
+        plan = resolve(parse_plan(f"format: 1\nkeep: 0.5\n{line}\n", "p.yaml"), shapes, methods(), COLLECTORS)
+        text = write_plan(plan.plan, plan.layers, methods(), [])
+        again = resolve(parse_plan(text, "q.yaml"), shapes, methods(), COLLECTORS).plan
+        assert (again.scale, again.scales) == (plan.plan.scale, plan.plan.scales) == (scale, scales)
+
+
 def test_a_mixture_of_texts_comes_back_too(architecture):
     shapes = architecture("small-llama")
     for data, read in (("{a:b: 2, c: 0.5}", {"a:b": 2, "c": 0.5}), ("[a, b]", ("a", "b")), ("a=1", "a=1")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 from rich.console import Console
 
 from lrc.checkpoint.sizes import Size
+from lrc.refit import RefitRecord, StreamError
 from lrc.report.groups import summarise
 from lrc.report.markdown import report_page
 from lrc.report.report import Report
 from lrc.report.tables import summary
+from lrc.scale import LogitScale
 
 
 def record(target: str, metric: str, predicted: tuple[float, float], **measured: float) -> dict[str, Any]:
@@ -65,6 +68,11 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         after=replace(size, parameters=50),
         perplexity=[],
         targets=RECORDS,
+        refits=[
+            RefitRecord(0, "o", 0.1, None, StreamError(0.125, 0.1), StreamError(0.15, 0.1234)),
+            RefitRecord(1, "down", 0.1, 0.2, StreamError(0.5, 0.25), None),
+        ],
+        scale=LogitScale(0.93, 0.4, 0.375, 2048),
         calibration={
             "data": "a=2,b=1",
             "samples": 3,
@@ -83,6 +91,17 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "| qk | a3 | 1 | 4 | 50.0% | 0.2000 | 0.5 nats KL |" in page
     assert "Calibrated on 3 blocks of 8 tokens: 2 of a, 1 of b." in page
     assert "- Calibration: data a=2,b=1, samples 3, seq_len 8; data a, weight 2, blocks 2; data b, " in page
+    assert "| 0 | o | 0.1 | 0.125 | 0.1 | 0.15 | 0.123 |" in page
+    assert "| 1 | down | 0.1, raised to 0.2 | 0.5 | 0.25 |  |  |" in page
+    scaled = "logits scaled by 0.930 in the final norm; KL divergence from the original's, on 2,048 held-out tokens, "
+    assert f"Scale: {scaled}0.4 nats without and 0.375 with it." in page
+    typed = json.loads(report.to_json())
+    assert RefitRecord.from_dict(typed["refits"][1]) == report.refits[1]
+    assert typed["scale"]["value"] == 0.93
+    assert "## Residual stream" not in report_page(replace(report, refits=[]))
+    assert "Scale" not in report_page(replace(report, scale=None))
     console = Console(file=io.StringIO(), width=200)
     console.print(*summary(report))
-    assert "0.11 nats KL" in console.file.getvalue()  # type: ignore[attr-defined]
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0.11 nats KL" in shown
+    assert f"scale: {scaled}" in shown
