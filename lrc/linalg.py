@@ -16,6 +16,7 @@ from lrc.errors import UserError
 
 DAMPING = 1e-6
 _SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-12, 1e-2
+_SHARED = 0.05  # of a column's variance given all others, with one column dropped beside it
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
     """Columns of W (m, n) left by backward elimination under E‖W x − W' x_S‖², x of moment C (n, n), with W' refitted.
 
     Optimal brain surgeon for whole columns: with P = C⁻¹ and W̃ the refit so far, dropping column i costs
-    ‖W̃_i‖² / P_ii, then W̃ −= W̃_i P_i / P_ii and P −= P_iᵀ P_i / P_ii. Columns go one at a time among the 2·``block``
-    cheapest; after ``block`` of them all of W̃ and P follow. None: a 64th of the columns still there, so that the
-    choice is exact for few columns and takes as many passes over P for many. Returns the (keep,) indices, ascending.
+    ‖W̃_i‖² / P_ii, then W̃ −= W̃_i P_i / P_ii and P −= P_iᵀ P_i / P_ii. The ``block`` cheapest go at once, but for those
+    that stand in for a cheaper one: of near copies one can go, not both. None: a 64th of the columns still there, so
+    that the choice is exact for few columns and takes as many passes over P for many. Returns the (keep,) indices,
+    ascending.
     """
     inverse = torch.cholesky_inverse(damped_cholesky(c).factor)
     fitted = weight.to(torch.float64, copy=True)
@@ -150,7 +152,7 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
         count = min(block or max(there // 64, 1), there - keep)
         score = (fitted.square().sum(dim=0) / inverse.diagonal()).masked_fill(gone, torch.inf)
         cheap = score.topk(min(2 * count, there), largest=False).indices
-        drop = cheap[_cheapest(fitted[:, cheap].mT @ fitted[:, cheap], inverse[cheap][:, cheap], count)]
+        drop = cheap[_apart(inverse[cheap][:, cheap])][:count]
         rows = inverse[drop]
         step = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, drop]))
         fitted.addmm_(fitted[:, drop], step, alpha=-1)
@@ -158,24 +160,15 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
         gone[drop] = True
         # What is gone must stay gone whatever rounding leaves of it.
         inverse.diagonal()[drop] = 1.0
-        there -= count
+        there -= len(drop)
     return gone.logical_not().nonzero().squeeze(-1)
 
 
-def _cheapest(gram: Tensor, inverse: Tensor, count: int) -> Tensor:
-    """Indices (count,) in the order in which columns go, from W̃ᵀW̃ and P of the candidates (n, n)."""
-    order = []
-    gone = torch.zeros_like(gram[0])
-    for _ in range(count):
-        index = (gram.diagonal() / inverse.diagonal() + gone).argmin().unsqueeze(0)
-        row, pull = inverse[index], gram[index]
-        share = row / row[:, index]
-        gram = gram - share.mT @ pull - pull.mT @ share + pull[:, index] * (share.mT @ share)
-        inverse = inverse - row.mT @ share
-        gone = gone.index_fill(0, index, torch.inf)
-        inverse.diagonal().index_fill_(0, index, 1.0)
-        order.append(index)
-    return torch.cat(order)
+def _apart(inverse: Tensor) -> Tensor:
+    """Which columns, from P of them (n, n), hardly hang together with any before them: (n,) of bool."""
+    diagonal = inverse.diagonal()
+    shared = inverse.square() / (diagonal * diagonal.unsqueeze(-1))
+    return shared.triu(1).amax(dim=0) < _SHARED
 
 
 def eliminate(gram: Tensor, keep: int) -> Tensor:
