@@ -192,8 +192,8 @@ def _drawn(tail: Callable[[Tensor], Tensor], hidden: Tensor, generator: torch.Ge
 
 def _scale(gradient: Tensor) -> Tensor:
     """A power of two that brings a gradient into the narrow range of float16; in wider formats it changes no bit."""
-    peak = torch.frexp(gradient.abs().amax()).exponent
-    return torch.ldexp(torch.ones_like(gradient[..., 0].flatten()[0]), _PEAK - peak)
+    peak = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.ldexp(torch.ones_like(peak), _PEAK - peak.log2().ceil())
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -59,14 +59,22 @@ def prepare(
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device a user names; by default the first GPU if there is one. UserError where it is not there."""
+    """The device a user names, made the current one; by default the first GPU if there is one.
+
+    Raises UserError where it is not there.
+    """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name is None:
-        return torch.device(gpus[0] if gpus else "cpu")
     there = ["cpu", *gpus, *(["cuda"] if gpus else [])]
-    if name not in there:
+    if name is not None and name not in there:
         raise UserError(f"there is no device {name!r} on this machine; {nearest(name, there)}")
-    return torch.device("cuda:0" if name == "cuda" else name)
+    if name is None or name == "cuda":
+        name = gpus[0] if gpus else "cpu"
+    device = torch.device(name)
+    if (
+        device.type == "cuda"
+    ):  # kernels that are compiled on the way run on the current device, whatever they are given
+        torch.cuda.set_device(device)
+    return device
 
 
 def find_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:

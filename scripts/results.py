@@ -58,7 +58,7 @@ EFFECTS: dict[str, dict[str, Any]] = {
     "a3, ov: {subspace: stacked}": _a3(ov={"subspace": "stacked"}),
     "a3, ov: {subspace: joint}": _a3(ov={"subspace": "joint"}),
     "a3, mlp: {metric: output}": _a3(mlp={"metric": "output"}),
-    "a3, mlp: {select: score}": _a3(mlp={"select": "score"}),
+    "a3, mlp: {select: obs}": _a3(mlp={"select": "obs"}),
     "two_sided_svd with residual refit": {"method": "two_sided_svd"},
 }
 
