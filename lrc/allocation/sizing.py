@@ -101,7 +101,7 @@ class Sizing:
         plans = [job.plan for job in self.jobs]
         if allocator.holds == "model":
             self._check_memory()
-        advance: Advance = lambda done: None  # noqa: E731
+        advance: Advance = _unseen
         if progress and allocator.holds != "nothing":
             architecture = job.reader.architecture
             advance = progress("measure", allocator.steps(architecture, blank_curves(self.name, self.jobs)))
@@ -173,6 +173,10 @@ def sized_by(job: Job, smallest: Job, curves: Sequence[Curve]) -> tuple[Job, flo
     assert isinstance(keep, float), "a plan that asks for an allocation has one keep"
     spent = buy(Budget(keep=keep), smallest, curves, Limits())
     return replace(job, plan=replace(spent.job.plan, plan=job.plan.plan)), spent.cost
+
+
+def _unseen(done: int) -> None:
+    """Progress that nobody watches."""
 
 
 def _ids(blocks: Tensor) -> str:
