@@ -109,6 +109,39 @@ def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Tensor, int]
     return maps.down, rounds
 
 
+def shared_table(table: Tensor, inner: Tensor, outer: Tensor, c: Tensor, start: Tensor) -> tuple[Maps, int]:
+    """Lower Σ_t p_t ‖δ_t‖² + q_t δ_t C δ_tᵀ over Δ = E − B A, and count the rounds.
+
+    Shapes: E ``table`` (V, d), p ``inner`` and q ``outer`` (V,), C (d, d), A from ``start`` (r, d), B (V, r). For
+    either factor the other has a closed form, in the basis in which both Gram matrices of that factor are diagonal.
+    """
+    table, c = table.double(), c.double()
+    p, q = inner.double().unsqueeze(-1), outer.double().unsqueeze(-1)
+    seen = table @ c
+    sizes, axes = torch.linalg.eigh(c)
+    sizes = sizes.clamp_min(0.0)  # rounding
+
+    def fitted(down: Tensor) -> Maps:
+        turn, first, second = _diagonal(down @ down.mT, down @ c @ down.mT)
+        down = turn.mT @ down
+        right = p * (table @ down.mT) + q * (seen @ down.mT)
+        return Maps(right / (p * first + q * second), down)
+
+    def advance(maps: Maps, stretch: float) -> Maps:
+        up = maps.up
+        turn, first, second = _diagonal(up.mT @ (p * up), up.mT @ (q * up))
+        turned = up @ turn
+        right = ((p * turned).mT @ table + (q * turned).mT @ seen) @ axes
+        best = turn @ (right / (first.unsqueeze(-1) + second.unsqueeze(-1) * sizes)) @ axes.mT
+        return fitted(torch.lerp(maps.down, best, stretch))
+
+    def error(maps: Maps) -> Tensor:
+        delta = table - maps.up @ maps.down
+        return (p * delta.square()).sum() + (q * (delta @ c) * delta).sum()
+
+    return _rounds(fitted(start.double()), advance, error)
+
+
 def attended_maps(q: Tensor, covariance: Tensor, start: Maps) -> tuple[Maps, int]:
     """Lower Σ q_mᵀ (I − U_h T) Cov_m (I − U_h T)ᵀ q_m over queries m of the heads h that share a key head.
 
@@ -205,6 +238,16 @@ def _kronecker_inverse(left: Tensor, right: Tensor) -> Linear:
     """X ↦ A⁻¹ X B⁻¹ for damped A and B."""
     a, b = damped_cholesky(left), damped_cholesky(right)
     return lambda x: b.solve(torch.cholesky_solve(x, a.factor))
+
+
+def _diagonal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """T with Tᵀ X T and Tᵀ Y T diagonal and of sum I, and the two diagonals, for X and Y whose sum is definite."""
+    root = damped_cholesky(one + other, damping=0.0).factor
+    inner = torch.linalg.solve_triangular(root, one, upper=False)
+    inner = torch.linalg.solve_triangular(root, inner.mT, upper=False)
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    first = values.clamp(0.0, 1.0)
+    return torch.linalg.solve_triangular(root.mT, vectors, upper=True), first, 1 - first
 
 
 def _solve_right(right: Tensor, matrix: Tensor) -> Tensor:

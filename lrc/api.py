@@ -289,6 +289,8 @@ def _thin(job: Job, blocks: Tensor) -> list[str]:
         for role in architecture.targets[a.target].matrices
     }
     width = max((architecture.matrices[role].columns for role in roles), default=0)
+    if job.plan.outer:
+        width = max(width, architecture.hidden)
     if blocks.numel() >= width:
         return []
     return [f"calibration has {blocks.numel()} tokens for moments of {width} dimensions; use more samples"]

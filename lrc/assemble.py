@@ -62,7 +62,7 @@ def assemble(
             kept[f"{family.attention}.rotary_columns"] = columns
     paths = {role: family.split_module(role) if split else family.projections[role].module for role in parts}
     for role, part in parts.items():
-        table[paths[role]], tensors = _store(part, dtype)
+        table[paths[role]], tensors = store(part, dtype)
         kept |= {f"{paths[role]}.{name}": tensor for name, tensor in tensors.items()}
     module = copy.deepcopy(skeleton)
     apply_table(module, table, family)
@@ -89,7 +89,7 @@ def _shape(part: Affine | Factors) -> tuple[int, int]:
     return entry["out"], entry["in"]
 
 
-def _store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
+def store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
     """The table entry of a part and the tensors of its module by name."""
     bias = None if part.bias is None else part.bias.to(dtype)
     if isinstance(part, Affine):

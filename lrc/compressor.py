@@ -18,18 +18,24 @@ from lrc.gradients import gradient_moments
 from lrc.measure import LayerMeasure
 from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
-from lrc.modules.table import Table, apply_table
+from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import observe
+from lrc.outer import Outer
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.refit import Refit, RefitRecord, RefitSum, held_out_blocks
-from lrc.scale import LogitScale, fit_scale
+from lrc.scale import Final, LogitScale, fit_scale
 from lrc.solve import collectors_needed, gradients_needed, sites_needed, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
 from lrc.text.blocks import gradient_blocks
 
 REST = "rest"
+
+
+def part_names(plan: ResolvedPlan) -> list[str]:
+    """Names under which everything of a finished run is staged."""
+    return [REST, *(a.target for a in plan.outer), *(part_name(layer.index) for layer in plan.layers)]
 
 
 def part_name(layer: int) -> str:
@@ -52,6 +58,7 @@ class Compressor:
         self._stream, self._plan, self._staging, self._watch = stream, plan, staging, watch
         self._architecture = stream.reader.architecture
         self._family = self._architecture.family
+        self._outer = Outer(stream, plan, staging, watch)
         self._batches: list[Batch] = []
         self._gradients: dict[int, GradientMoment] = {}  # on the host, each until its layer is solved
         self._held: list[Tensor] = []  # by batch, which of its blocks choose ridges and the logits' scale
@@ -66,16 +73,19 @@ class Compressor:
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(blocks, batch_size)
             self._held = list(held_out_blocks(len(blocks)).split(batch_size))
+        self._part_at_embedding(blocks, batch_size)
         for plan in self._plan.layers:
             self._layer(plan)
             advance()
+        head = self._outer.head(self._batches)
         with self._watch.stage("scale"):
-            scale = self._scale()
+            scale = self._scale(head)
         with self._watch.stage("write"):
-            rest = self._stream.reader.rest()
+            rest = self._outer.left(self._stream.reader.rest())
             if scale is not None:
                 rest |= _scaled(rest, self._family.final_norm, scale.value)
-            self._staging.write(REST, rest, {"scale": scale and asdict(scale)})
+            record = {"table": {}, "results": [], "scale": scale and asdict(scale)}
+            self._staging.write(REST, rest, record)
 
     def _sweep(self, blocks: Tensor, batch_size: int) -> dict[int, GradientMoment]:
         """Gradients for the solvers of the layers that no earlier run finished."""
@@ -217,20 +227,31 @@ class Compressor:
         self._stream.filled(reduced.module, reduced.state)
         return refit
 
-    def _scale(self) -> LogitScale | None:
-        """The logits' scale, chosen on the held-out blocks; None where the plan wants none or no block is held out."""
-        held = any(bool(chosen.any()) for chosen in self._held)
-        if not (held and self._plan.plan.scales) or self._compressed is None:
+    def _scale(self, head: nn.Module | None) -> LogitScale | None:
+        """The logits' scale, chosen on the held-out blocks, with ``head`` where the original's is reduced.
+
+        None where the plan wants none, no block is held out or everything stays whole.
+        """
+        chosen = [i for i, held in enumerate(self._held) if held.any()]
+        parted = self._compressed is not None or head is not None
+        if not (chosen and parted and self._plan.plan.scales):
             return None
-        pairs = zip(self._batches, self._compressed, self._held, strict=True)
-        original, compressed = zip(
-            *((batch.hidden[chosen], hidden[chosen]) for batch, hidden, chosen in pairs if chosen.any()),
-            strict=True,
-        )
-        return fit_scale(self._stream.tail(), original, compressed, self._architecture.vocab)
+        logits = self._stream.tail()
+        original = Final([self._batches[i].hidden[self._held[i]] for i in chosen], logits)
+        hidden = [self._compressed_hidden(i)[self._held[i]] for i in chosen]
+        compressed = Final(hidden, logits if head is None else self._stream.tail(head))
+        return fit_scale(original, compressed, self._architecture.vocab)
 
     def _compressed_hidden(self, i: int) -> Tensor:
         return self._batches[i].hidden if self._compressed is None else self._compressed[i]
+
+    def _part_at_embedding(self, blocks: Tensor, batch_size: int) -> None:
+        """Reduce the embedding, if the plan does, and start the compressed stream from it."""
+        embedding = self._outer.embedding(blocks, self._batches)
+        if embedding is not None and self._refits:
+            with self._watch.stage("embed"):
+                batches = self._stream.embed(blocks, batch_size, embedding)
+            self._compressed = [batch.hidden for batch in batches]
 
     def _part_streams(self) -> None:
         if self._refits and self._compressed is None:
@@ -268,15 +289,6 @@ class Compressor:
             tensors = {prefix + name: tensor for name, tensor in reduced.state.items()}
             record = {"table": reduced.table, "results": results, "refits": [r.as_dict() for r in refits]}
             self._staging.write(part_name(index), tensors, record)
-
-
-def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
-    """The whole model's module table, by full path, from the finished layers."""
-    return {
-        f"{layers}.{layer.index}.{path}": entry
-        for layer in plan.layers
-        for path, entry in staging.record(part_name(layer.index))["table"].items()
-    }
 
 
 def _scaled(rest: Mapping[str, Tensor], norm: str, scale: float) -> dict[str, Tensor]:

@@ -22,7 +22,10 @@ from lrc.text.mixture import read_mixture
 
 @dataclass(frozen=True)
 class TargetSize:
-    """One target at one size, in all ``layers`` (``0-3, 7``) that have it so; ``kept``, ``whole``: weights in each."""
+    """One target at one size, in all ``layers`` (``0-3, 7``) that have it so, outside of them in none.
+
+    ``kept``, ``whole``: weights in each.
+    """
 
     target: str
     method: str
@@ -86,8 +89,8 @@ def check(job: Job) -> Check:
 
 
 def target_sizes(job: Job) -> list[TargetSize]:
-    """Every target of the plan, layers of equal settings together, in the order of their first layers."""
-    groups: dict[str, tuple[Assignment, list[int]]] = {}
+    """Every target of the plan, layers of equal settings together, in the order of their first layers; others first."""
+    groups: dict[str, tuple[Assignment, list[int]]] = {a.target: (a, []) for a in job.plan.outer}
     for layer in job.plan.layers:
         for assignment in layer.assignments:
             groups.setdefault(repr(assignment), (assignment, []))[1].append(layer.index)
@@ -101,6 +104,10 @@ def output_size(job: Job) -> Size:
     """Size of the checkpoint that the job will write."""
     reader, family = job.reader, job.reader.family
     tensors, table = dict(reader.tensors), Table()
+    for a in job.plan.outer:
+        path = family.outer[a.target]
+        del tensors[f"{path}.weight"]
+        tensors[f"{path}.weights"] = StoredTensor((a.kept,), reader.dtype, reader.folder)
     for layer in job.plan.layers:
         prefix = f"{family.layers}.{layer.index}."
         replaced = _replaced(reader.architecture, layer)

@@ -10,7 +10,7 @@ The count follows ``lrc.compressor`` stage by stage. Between two layers only hid
 
 and after the last, with the residual refit,
 
-    scale     streams + those of the held-out blocks + head + a chunk of logits, six times in float32
+    scale     streams + those of the held-out blocks + heads + a chunk of logits, six times in float32
 
 with T tokens of calibration, t of one batch, n_i the widths of the sites observed, hidden size h, MLP width f, s and c
 bytes of a weight as stored and as run:
@@ -20,6 +20,8 @@ bytes of a weight as stored and as run:
     moments      4 Σ n_i²
     solutions    8 · kept weights: what the methods return is float64
     reduced      the reduced layer, and one layer for each target that is measured alone
+    outer        streams + tables of the embedding or head in float64, where they are factorized; where they are one,
+                 two streams + a layer as it passes before that
     attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
     sums         of a refit, kept twice: for the blocks fitted to and for those held out
     work         ``_solve_work`` and ``_refit_work``, float64
@@ -79,6 +81,8 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
     stages = {"embed": _embed(job, samples, dtype, batch_size)}
     if gradients_host := _gradients_host(job, samples):
         stages["gradients"] = _gradients(job, samples, dtype, batch_size)
+    if job.plan.outer:
+        stages["outer"] = _outer(job, samples, dtype, batch_size)
     for layer in job.plan.layers:
         for stage, held in _layer(job, layer, samples, dtype, batch_size).items():
             stages[stage] = max(stages.get(stage, 0), held)
@@ -95,8 +99,10 @@ def measuring_memory(job: Job, dtype: torch.dtype, batch_size: int, samples: int
     """
     architecture, plan, seq_len = job.reader.architecture, job.plan.plan, job.plan.seq_len
     calibration = plan.calibration.model_copy(update={"samples": samples})
-    alone = plan.model_copy(update={"refit": "none", "calibration": calibration})
-    one = estimate_memory(replace(job, plan=replace(job.plan, plan=alone)), dtype, batch_size).peak
+    alone = replace(
+        job.plan, plan=plan.model_copy(update={"refit": "none", "calibration": calibration}), outer=()
+    )
+    one = estimate_memory(replace(job, plan=alone), dtype, batch_size).peak
     stored, run = job.reader.dtype.itemsize, dtype.itemsize
     decoder = architecture.layers * architecture.layer_parameters
     weights = decoder * (stored if job.reader.dtype == dtype else stored + run)
@@ -123,7 +129,8 @@ def free_bytes(device: torch.device) -> int:
 
 def _embed(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
     architecture = job.reader.architecture
-    tokens = (samples + 4 * batch_size) * job.plan.seq_len
+    parted = job.plan.plan.refit == "residual" and any(a.target == "embed" for a in job.plan.outer)
+    tokens = (samples * (2 if parted else 1) + 4 * batch_size) * job.plan.seq_len
     tables = architecture.total_parameters - architecture.layers * architecture.layer_parameters
     return 4 * tokens * architecture.hidden + tables * dtype.itemsize
 
@@ -164,13 +171,31 @@ def _gradient_bytes(architecture: Architecture, layer: LayerPlan) -> int:
     return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
 
 
+def _outer(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
+    """Streams, and tables that a solve outside the layers holds in float64: as it was, times C, changed and squared.
+
+    A tied embedding is solved when a second stream has been through all layers, as they were.
+    """
+    architecture, stored = job.reader.architecture, job.reader.dtype.itemsize
+    stream = 4 * samples * job.plan.seq_len * architecture.hidden
+    refits, work, ahead = job.plan.plan.refit == "residual", 0, 0
+    if architecture.tied:
+        ahead = _layer(job, LayerPlan(0, ()), samples, dtype, batch_size)["pass"] + (0 if refits else stream)
+    for a in job.plan.outer:
+        table, pair = architecture.outer[a.target], a.kept
+        work = max(work, (stored + 4 * 8) * table.parameters + 4 * 8 * pair + 8 * 6 * architecture.hidden**2)
+    return max(stream * (2 if refits else 1) + work, ahead)
+
+
 def _scale(job: Job, samples: int, dtype: torch.dtype) -> int:
     architecture, seq_len = job.reader.architecture, job.plan.seq_len
     held = int(held_out_blocks(samples).sum())
     streams = 2 * 4 * (samples + held) * seq_len * architecture.hidden
     rows = min(held * seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
     logits = rows * architecture.vocab * (2 * dtype.itemsize + 6 * 4)
-    return streams + architecture.vocab * architecture.hidden * dtype.itemsize + logits
+    heads = architecture.vocab * architecture.hidden
+    heads += sum(a.kept for a in job.plan.outer if architecture.tied or a.target == "lm_head")
+    return streams + heads * dtype.itemsize + logits
 
 
 def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_size: int) -> dict[str, int]:

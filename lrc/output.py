@@ -9,10 +9,11 @@ from typing import Any
 
 from lrc.checkpoint.sizes import Size, size_of
 from lrc.checkpoint.staging import MANIFEST, Staging
-from lrc.compressor import REST, module_table, part_name
+from lrc.compressor import REST, part_name, part_names
 from lrc.hub.quantizer import FORMAT_VERSION
 from lrc.job import Job
 from lrc.modules.table import Table
+from lrc.plan.resolved import ResolvedPlan
 from lrc.refit import RefitRecord
 from lrc.scale import LogitScale
 
@@ -34,9 +35,8 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
 
     The config is the source's own text with the table added, so that what other readers know of it stays true.
     """
-    parts = [part_name(layer.index) for layer in job.plan.layers]
     table = module_table(job.plan, job.reader.family.layers, staging)
-    staging.assemble([REST, *parts])
+    staging.assemble(part_names(job.plan))
     config = json.loads(job.reader.config_text)
     config["quantization_config"] = {
         "quant_method": "lrc",
@@ -58,10 +58,19 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     return table
 
 
+def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
+    """The whole model's module table, by full path, from what is finished."""
+    outer = {p: e for a in plan.outer for p, e in staging.record(a.target)["table"].items()}
+    return outer | {
+        f"{layers}.{layer.index}.{path}": entry
+        for layer in plan.layers
+        for path, entry in staging.record(part_name(layer.index))["table"].items()
+    }
+
+
 def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
-    """What was recorded of everything shrunk, layer by layer."""
-    names = [part_name(layer.index) for layer in job.plan.layers]
-    return [record for name in names for record in staging.record(name)["results"]]
+    """What was recorded of everything shrunk, outside the layers and then layer by layer."""
+    return [record for name in part_names(job.plan) for record in staging.record(name)["results"]]
 
 
 def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
@@ -78,7 +87,7 @@ def logit_scale(staging: Staging) -> LogitScale | None:
 
 def sizes(job: Job, staging: Staging, table: Table) -> tuple[Size, Size]:
     """Size of the original and of the output."""
-    reader, parts = job.reader, [REST, *(part_name(layer.index) for layer in job.plan.layers)]
-    written = [stored for part in parts for stored in staging.headers(part).values()]
+    reader = job.reader
+    written = [stored for part in part_names(job.plan) for stored in staging.headers(part).values()]
     before = size_of(reader.tensors.values(), reader.architecture, reader.dtype, {})
     return before, size_of(written, reader.architecture, reader.dtype, table)

@@ -36,21 +36,32 @@ class LogitScale:
         )
 
 
-@torch.no_grad()
-def fit_scale(
-    logits: Callable[[Tensor], Tensor], original: Sequence[Tensor], compressed: Sequence[Tensor], vocab: int
-) -> LogitScale:
-    """The best scale from 0.1 to 10 for the final hidden states (..., hidden) of a model and its compressed form.
+@dataclass(frozen=True)
+class Final:
+    """A model's hidden states behind its last layer, (..., hidden) each, and its logits (tokens, vocab) of some of
+    them, (tokens, hidden).
+    """
 
-    Newton's method, bisecting where that leaves what is known to hold the minimum. ``logits`` gives (tokens, vocab) for
-    (tokens, hidden); they are computed anew in every step, a chunk of tokens at a time.
+    states: Sequence[Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+    def chunks(self, rows: int) -> list[Tensor]:
+        """The states of all tokens, at most ``rows`` at once."""
+        return [chunk for states in self.states for chunk in states.flatten(0, -2).split(rows)]
+
+
+@torch.no_grad()
+def fit_scale(original: Final, compressed: Final, vocab: int) -> LogitScale:
+    """The best scale from 0.1 to 10 for the logits of a compressed model, by those of the original on the same tokens.
+
+    Newton's method, bisecting where that leaves what is known to hold the minimum. Logits are computed anew in every
+    step, a chunk of tokens at a time.
     """
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
-    old, new = (
-        [c for s in states for c in s.flatten(0, -2).split(rows)] for states in (original, compressed)
-    )
-    tokens = sum(len(chunk) for chunk in new)
-    fixed = torch.stack([_fixed(logits(a).float(), logits(b).float()) for a, b in zip(old, new, strict=True)])
+    old, new = original.chunks(rows), compressed.chunks(rows)
+    tokens, logits = sum(len(chunk) for chunk in new), compressed.logits
+    pairs = zip(old, new, strict=True)
+    fixed = torch.stack([_fixed(original.logits(a).float(), logits(b).float()) for a, b in pairs])
     certainty, expected = (fixed.sum(dim=0) / tokens).tolist()
 
     def at(scale: float) -> tuple[float, float, float]:

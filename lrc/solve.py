@@ -21,6 +21,7 @@ from lrc.methods.contract import (
 )
 from lrc.moments.gradient import Wanted
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
+from lrc.plan.solver import find_solver
 
 # The moment that a component's problem is posed on; a projection's is that of its own input.
 COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
@@ -65,8 +66,9 @@ def solve_layer(
 
 def solver_of(assignment: Assignment) -> Solver:
     """The function of its method that solves an assignment."""
-    solvers = methods()[assignment.method].solvers
-    return solvers.get(assignment.target) or solvers["projection"]
+    solver = find_solver(methods()[assignment.method], assignment.target)
+    assert isinstance(solver, Solver)  # or it would not have been assigned
+    return solver
 
 
 def pose(

@@ -44,8 +44,10 @@ class ModelStream:
         layers = self._meta_model().get_submodule(reader.family.layers)
         self.skeletons: list[nn.Module] = list(layers.children())
 
-    def embed(self, blocks: Tensor, batch_size: int) -> list[Batch]:
+    def embed(self, blocks: Tensor, batch_size: int, embedding: nn.Module | None = None) -> list[Batch]:
         """Run everything before the first layer on token blocks (n, tokens), in batches of blocks.
+
+        ``embedding`` takes the place of the checkpoint's.
 
         The model's own forward does it, with a recorder in every layer's place: masks, positions and rotary tables are
         then what the model would have used. Raises UserError where a weight of the embedding is missing, and where one
@@ -58,6 +60,9 @@ class ModelStream:
         base = model.get_submodule(family.prefix)
         rest = self.reader.rest()
         _check_finite(rest, "")
+        if embedding is not None:
+            model.set_submodule(family.embedding, embedding)
+            rest = {key: tensor for key, tensor in rest.items() if key != f"{family.embedding}.weight"}
         for key, tensor in rest.items():
             if key.startswith(f"{family.prefix}."):
                 set_module_tensor_to_device(model, key, self.device, value=tensor, dtype=self.dtype)
@@ -92,29 +97,36 @@ class ModelStream:
         _check_finite(state, f"layer {index}: ")
         return self.materialize(index, state), state
 
-    def tail(self) -> Callable[[Tensor], Tensor]:
+    def tail(self, head: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
         """What follows the last layer: hidden states (..., hidden) to logits (..., vocab), by the final norm and head.
 
-        Raises UserError where a weight of either is missing.
+        ``head`` takes the place of the checkpoint's. Raises UserError where a weight of either is missing.
         """
-        model, family, rest = self._meta_model(), self.reader.family, self.reader.rest()
-        tied = f"{family.head}.weight" not in rest
-        modules = []
-        for path, stored in (
-            (family.final_norm, family.final_norm),
-            (family.head, family.embedding if tied else family.head),
-        ):
-            state = {n.removeprefix(f"{stored}."): t for n, t in rest.items() if n.startswith(f"{stored}.")}
-            if "weight" not in state:
-                raise UserError(f"the checkpoint has no tensor {stored}.weight")
-            modules.append(self.filled(model.get_submodule(path), state))
-        norm, head = modules
+        family = self.reader.family
+        stored = family.embedding if self.reader.architecture.tied else family.head
+        norm, last = self.final_norm(), head or self._outer(family.head, stored)
 
         def logits(hidden: Tensor) -> Tensor:
             with self.precision():
-                return head(norm(hidden))
+                return last(norm(hidden))
 
         return logits
+
+    def final_norm(self) -> nn.Module:
+        """What the last layer's hidden states pass before the head. UserError where its weight is missing."""
+        path = self.reader.family.final_norm
+        return self._outer(path, path)
+
+    def _outer(self, path: str, stored: str) -> nn.Module:
+        """A module outside the layers, holding the tensors stored under another path."""
+        state = {
+            name.removeprefix(f"{stored}."): tensor
+            for name, tensor in self.reader.rest().items()
+            if name.startswith(f"{stored}.")
+        }
+        if "weight" not in state:
+            raise UserError(f"the checkpoint has no tensor {stored}.weight")
+        return self.filled(self._meta_model().get_submodule(path), state)
 
     def materialize(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
         """The stock layer holding ``state``."""

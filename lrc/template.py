@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.hub.names import ResolvedModel
@@ -26,7 +27,8 @@ def templates(
 ) -> list[Job]:
     """A base plan at every kept fraction; its own top-level ``keep`` gives way.
 
-    Raises UserError with every mistake of the plan, and where it has sizes besides what it leaves whole.
+    Raises UserError with every mistake of the plan, and where it has sizes in the layers besides what it leaves whole;
+    those outside stay as they are.
     """
     draft = parse_plan(text, source)
     refuse_sizes(draft.plan, draft.document, methods(), "the allocation")
@@ -35,5 +37,9 @@ def templates(
     for keep in keeps:
         sized = Draft(draft.plan.model_copy(update={"keep": keep}), draft.document)
         resolved = resolve(sized, reader.architecture, methods(), COLLECTORS)
+        if resolved.outer:
+            names = " and ".join(assignment.target for assignment in resolved.outer)
+            unmeasured = f"{source}: what {names} costs is not measured, so predictions leave it out"
+            resolved = replace(resolved, warnings=(*resolved.warnings, unmeasured))
         found.append(Job(model, reader, text, source, resolved))
     return found

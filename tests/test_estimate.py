@@ -37,6 +37,8 @@ PLANS = {
     "mlp alone": "components: {mlp: {rank: 7}}",
     "q alone": "method: svd\nprojections: {q: {rank: 5}}",
     "o alone": "method: svd\nprojections: {o: {rank: 5}}",
+    "embed": "projections: {embed: {method: whitened_svd, rank: 9}}",
+    "embed among others": "keep: 0.5\nprojections: {embed: {method: svd, keep: 0.5}}",
     "layers apart": "keep: 0.5\nlayers:\n  - {match: '0', mlp: keep-all}\n  - {match: '1', method: svd, keep: 0.4}",
 }
 
@@ -155,6 +157,7 @@ WIDE: dict[str, dict[str, int]] = {
         ("llama", "keep: 0.5\nmethod: whitened_svd"),
         ("llama", "keep: 0.5\nmethod: two_sided_svd"),
         ("llama", "keep: 0.5\nmethod: monarch\nrefit: none"),
+        ("gpt2", "keep: 0.8\nprojections: {embed: {method: whitened_svd, keep: 0.5}}"),
     ],
     ids=[
         "a3 gpt2",
@@ -165,6 +168,7 @@ WIDE: dict[str, dict[str, int]] = {
         "whitened_svd",
         "two_sided_svd",
         "monarch",
+        "embed gpt2",
     ],
 )
 def test_memory_is_at_most_what_is_estimated(
@@ -177,7 +181,8 @@ def test_memory_is_at_most_what_is_estimated(
     batch_size: int,
     dtype: torch.dtype,
 ) -> None:
-    job = prepare(tiny_checkpoint(family, **WIDE[family]), write_plan(body, samples=samples, seq_len=128))
+    wide = WIDE[family] | ({"vocab_size": 2048} if "embed" in body else {})
+    job = prepare(tiny_checkpoint(family, **wide), write_plan(body, samples=samples, seq_len=128))
     blocks, device = torch.randint(0, 256, (samples, 128)), torch.device("cpu")
     with (
         staging(tmp_path / "out", {}, source=tmp_path / "m", fresh=False, force=False) as stage,

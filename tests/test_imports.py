@@ -32,6 +32,7 @@ LAYERS = (
     ("solve", "template"),
     ("measure", "evaluation", "memory"),
     ("estimate", "synthetic"),
+    ("outer",),
     ("compressor", "curves", "budget", "texts"),
     ("output", "allocation"),
     ("catalogue",),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrc import scale
-from lrc.scale import LEAST, MOST, LogitScale, fit_scale
+from lrc.scale import LEAST, MOST, Final, LogitScale, fit_scale
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -32,7 +32,8 @@ def divergence(original: Tensor, compressed: Tensor, by: float) -> float:
 
 
 def fit(original: Tensor, compressed: Tensor, size: int = 2) -> LogitScale:
-    return fit_scale(logits, original.split(size), compressed.split(size), len(HEAD))
+    before, after = (Final(states.split(size), logits) for states in (original, compressed))
+    return fit_scale(before, after, len(HEAD))
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5, 1.5])
@@ -54,6 +55,14 @@ def test_a_factor_alone_is_undone(by: float) -> None:
     original = normal(3, 20, 8, seed=1)
     found = fit(original, original / by)
     assert found.value == pytest.approx(by, rel=1e-3)
+    assert found.after == pytest.approx(0, abs=1e-5)
+
+
+def test_each_has_logits_of_its_own() -> None:
+    """States that are the same, with heads that differ by a factor."""
+    states = normal(3, 20, 8, seed=1).split(2)
+    found = fit_scale(Final(states, logits), Final(states, lambda hidden: logits(hidden) / 2), len(HEAD))
+    assert found.value == pytest.approx(2, rel=1e-3)
     assert found.after == pytest.approx(0, abs=1e-5)
 
 
@@ -81,7 +90,8 @@ def test_neither_batches_nor_chunks_matter(monkeypatch: pytest.MonkeyPatch) -> N
         return logits(hidden)
 
     monkeypatch.setattr(scale, "CHUNK_BYTES", 4 * len(HEAD) * 7)
-    found = fit_scale(watched, original.split(3), compressed.split(3), len(HEAD))
+    before, after = (Final(states.split(3), watched) for states in (original, compressed))
+    found = fit_scale(before, after, len(HEAD))
     assert max(seen) == 7
     assert found.value == pytest.approx(expected.value, rel=1e-5)
     assert (found.before, found.after) == pytest.approx((expected.before, expected.after), rel=1e-5)

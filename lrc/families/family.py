@@ -74,6 +74,11 @@ class Family:
         return sites.get(role, "mlp_in")
 
     @property
+    def outer(self) -> dict[str, str]:
+        """Module of each projection outside the decoder layers."""
+        return {"embed": self.embedding, "lm_head": self.head}
+
+    @property
     def sites(self) -> dict[str, str]:
         """Module whose input is observed at each site."""
         roles = {"attn_in": "q", "o_in": "o", "mlp_in": self.mlp_inputs[0], "down_in": self.mlp_output}
@@ -135,7 +140,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model's shapes, read from its config and the headers of its weights."""
+    """One model's shapes, read from its config and the headers of its weights.
+
+    ``tables``: the embedding and, unless that is its weight too, the head, with a row for each token.
+    """
 
     family: Family
     hidden: int
@@ -146,6 +154,7 @@ class Architecture:
     vocab: int
     positions: int
     matrices: Mapping[str, Matrix]
+    tables: Mapping[str, Matrix]
     total_parameters: int
 
     @cached_property
@@ -162,10 +171,17 @@ class Architecture:
             name: Target(name, {r: self.matrices[r] for r in family.component(name)}, *inner[name])
             for name in ("qk", "ov", "mlp")
         }
-        for role, matrix in self.matrices.items():
-            pair = matrix.rows + matrix.columns
-            found[role] = Target(role, {role: matrix}, min(matrix.rows, matrix.columns), 1, pair)
-        return found
+        return found | {role: _single(role, matrix) for role, matrix in self.matrices.items()}
+
+    @cached_property
+    def outer(self) -> dict[str, Target]:
+        """What a plan can shrink outside the layers, by name."""
+        return {role: _single(role, table) for role, table in self.tables.items()}
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the head's weight too."""
+        return "lm_head" not in self.tables
 
     @property
     def geometry(self) -> Heads:
@@ -184,6 +200,10 @@ class Architecture:
         return sum(matrix.parameters for matrix in self.matrices.values())
 
 
+def _single(role: str, matrix: Matrix) -> Target:
+    return Target(role, {role: matrix}, min(matrix.rows, matrix.columns), 1, matrix.rows + matrix.columns)
+
+
 def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """Read a model's architecture from its config and the shapes of its tensors, by name.
 
@@ -200,6 +220,7 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
     for i, matrices in enumerate(per_layer):
         if matrices != per_layer[0]:
             raise UserError(f"layer {i} has other shapes than layer 0; lrc needs layers that are alike")
+    tables = {role: shapes.get(f"{path}.weight", ()) for role, path in family.outer.items()}
     return Architecture(
         family=family,
         hidden=config.hidden_size,
@@ -210,6 +231,7 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
         vocab=config.vocab_size,
         positions=config.max_position_embeddings,
         matrices=per_layer[0],
+        tables={role: Matrix(*shape, bias=False) for role, shape in tables.items() if shape},
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
     )
 

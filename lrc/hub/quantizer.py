@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrc.checkpoint.headers import check_shapes, read_headers
 from lrc.errors import UserError
 from lrc.families import Family, family_of
+from lrc.modules.embedding import FACTORS
 from lrc.modules.table import Table, apply_table
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ class LrcQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         family = family_of(model.config.model_type)
-        apply_table(model, _local_table(model, self.quantization_config.modules, family), family)
+        table = self.quantization_config.modules
+        apply_table(model, _local_table(model, table, family), family)
+        if _tied_factors(model, table, family):
+            _tie_factors(model, family)
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             stored = {_full_name(n, family): held for n, held in read_headers(checkpoint_files).items()}
             expected = {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
@@ -101,9 +105,10 @@ def _full_name(name: str, family: Family) -> str:
 
 def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
     """The table by the model's own paths: a base model has no prefix, and other tasks have no such head."""
-    if family.head in table and getattr(model.config, "tie_word_embeddings", False):
+    factorized = [path for path in (family.head, family.embedding) if path in table]
+    if len(factorized) == 1 and getattr(model.config, "tie_word_embeddings", False):
         raise UserError(
-            f"config.json: {family.head!r} is factorized and tie_word_embeddings is true; one must go"
+            f"config.json: {factorized[0]!r} is factorized and tie_word_embeddings is true; one must go"
         )
     kept = {
         path: entry for path, entry in table.items() if path != family.head or hasattr(model, family.head)
@@ -111,6 +116,19 @@ def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
     if model.base_model is not model:
         return kept
     return {path.removeprefix(f"{family.prefix}."): entry for path, entry in kept.items()}
+
+
+def _tied_factors(model: PreTrainedModel, table: Table, family: Family) -> bool:
+    """Whether the model has a head that shares the factors of the embedding."""
+    tied = family.embedding in table and getattr(model.config, "tie_word_embeddings", False)
+    return tied and hasattr(model, family.head)
+
+
+def _tie_factors(model: PreTrainedModel, family: Family) -> None:
+    """Have transformers tie the factors, where it tied the weights."""
+    keys = {f"{family.head}.{name}": f"{family.embedding}.{name}" for name in FACTORS}
+    model._tied_weights_keys = keys  # type: ignore[assignment]
+    model.all_tied_weights_keys = dict(keys)
 
 
 def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]:

@@ -41,6 +41,17 @@ class ProjectionProblem:
 
 
 @dataclass(frozen=True)
+class EmbeddingProblem:
+    """The rows of the embedding (tokens, hidden), the share of the text that each token has (tokens,) and, where the
+    head has the same weight, the moment of the final hidden state that it reads.
+    """
+
+    table: Tensor
+    frequency: Tensor
+    final: Moment | None = None
+
+
+@dataclass(frozen=True)
 class QKProblem:
     """Queries and keys of one layer, the moment of the input that both read and, where asked for, that of attention.
 
@@ -81,7 +92,7 @@ class MLPProblem:
     gradient: Tensor | None = None
 
 
-Problem = ProjectionProblem | QKProblem | OVProblem | MLPProblem
+Problem = ProjectionProblem | EmbeddingProblem | QKProblem | OVProblem | MLPProblem
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ class Option:
 class Solver:
     """One function of a method with what the planner must know of it.
 
-    ``target``: ``projection``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``, and
+    ``target``: ``projection``, ``embed``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``, and
     ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
     full size it gives the map back. ``refuses``: says why it cannot do a family with these options.
     """
@@ -175,7 +186,7 @@ class Solver:
 
 
 def solves(
-    target: Literal["projection", "qk", "ov", "mlp"],
+    target: Literal["projection", "embed", "qk", "ov", "mlp"],
     *,
     size: SizeRule,
     needs: tuple[str, ...] = ("moments",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lrc.methods.contract import ProjectionProblem, Solution, solves
+from lrc.linalg import best_pair
+from lrc.methods.contract import EmbeddingProblem, ProjectionProblem, Solution, solves
+from lrc.methods.embedding import table_solution
 from lrc.methods.pair import pair_solution
 from lrc.plan.size import PairRank
 
@@ -11,3 +13,10 @@ from lrc.plan.size import PairRank
 def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:
     """W_r = U_r Σ_r V_rᵀ with squared weight error Σ_{i>r} σ_i²; the moment only predicts what that does to outputs."""
     return pair_solution(problem, rank, None)
+
+
+@solves("embed", size=PairRank(), metric="weight", paper="Eckart and Young 1936; Mirsky 1960")
+def solve_embedding(problem: EmbeddingProblem, rank: int) -> Solution:
+    """The same for the table of embeddings, all tokens alike."""
+    b, a, _ = best_pair(problem.table, rank)
+    return table_solution(problem, b, a)

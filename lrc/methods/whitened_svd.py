@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from lrc.methods.contract import ProjectionProblem, Solution, solves
+import torch
+
+from lrc.alternating import shared_table
+from lrc.linalg import best_projector
+from lrc.methods.contract import EmbeddingProblem, ProjectionProblem, Solution, solves
+from lrc.methods.embedding import references, table_solution
 from lrc.methods.pair import input_moment, pair_solution
 from lrc.plan.size import PairRank
 
@@ -15,3 +20,23 @@ from lrc.plan.size import PairRank
 def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:
     """Minimise E‖(W − W') x‖²: W' = U_r U_rᵀ W for the top eigenvectors U_r of W C Wᵀ."""
     return pair_solution(problem, rank, input_moment(problem))
+
+
+@solves(
+    "embed", size=PairRank(), paper="GroupReduce, arXiv:1806.06950, for one group; alternating where tied"
+)
+def solve_embedding(problem: EmbeddingProblem, rank: int) -> Solution:
+    """Minimise Σ_t f_t ‖e_t − e'_t‖² over tokens t; with a tied head, that over its size plus E‖(E − E') h‖² over its.
+
+    The sum has no closed form. It is lowered from the best table in the product metric ‖F^½ (E − E') C^½‖, C = E[h hᵀ].
+    """
+    table, frequency, final = problem.table.double(), problem.frequency.double(), problem.final
+    h = table.mT @ (frequency.unsqueeze(-1) * table)
+    start = best_projector(None if final is None else final.second, h, rank)
+    if final is None:
+        return table_solution(problem, table @ start.up, start.down)
+    inner, outer = references(problem)
+    maps, rounds = shared_table(
+        table, frequency / inner, torch.full_like(frequency, 1 / outer), final.second, start.down
+    )
+    return table_solution(problem, maps.up, maps.down, {"damping": start.damping, "rounds": rounds})

@@ -12,6 +12,7 @@ from lrc.errors import UserError, nearest
 from lrc.families import Family
 from lrc.modules import kinds
 from lrc.modules.attention import ReducedAttention, reduce_attention
+from lrc.modules.embedding import EMBEDDING, FactorizedEmbedding
 from lrc.modules.kind import Entry
 
 Table = dict[str, Entry]
@@ -50,10 +51,12 @@ def apply_table(root: nn.Module, table: Mapping[str, Mapping[str, Any]], family:
 
 
 def build(entry: Mapping[str, Any], like: Tensor) -> nn.Module:
-    """Make the uninitialised module of a dense or a kind's entry, with device and dtype of ``like``."""
+    """Make the uninitialised module of an embedding's, a dense or a kind's entry, with device and dtype of ``like``."""
     with torch.device("meta"):
         if entry["kind"] == DENSE:
             module = nn.Linear(entry["in"], entry["out"], bias=entry["bias"])
+        elif entry["kind"] == EMBEDDING:
+            module = FactorizedEmbedding.from_entry(entry)
         else:
             module = kinds()[entry["kind"]].from_entry(entry)
     return module.to(like.dtype).to_empty(device=like.device)
@@ -73,7 +76,7 @@ def attention_entry(qk: int, v: int, rotary_columns: bool) -> Entry:
 
 
 def _check(table: Mapping[str, Mapping[str, Any]], family: Family) -> None:
-    known = {ATTENTION, DENSE, *kinds()}
+    known = {ATTENTION, DENSE, EMBEDDING, *kinds()}
     for path, entry in table.items():
         kind = entry.get("kind")
         if kind not in known:

@@ -18,7 +18,7 @@ from lrc.families import Architecture
 from lrc.families.family import Component
 from lrc.plan.document import Document, Path, dotted
 from lrc.plan.schema import Entry, Keep, Plan, Rule
-from lrc.plan.solver import MethodData, SolverData
+from lrc.plan.solver import MethodData, SolverData, find_solver
 
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 Methods = Mapping[str, MethodData]
@@ -42,7 +42,7 @@ class Wish:
     def solver(self, methods: Methods) -> SolverData | None:
         """What solves the target, or takes it apart into single projections."""
         method = methods.get(self.method)
-        return None if method is None else method.solvers.get(self.target) or method.solvers.get("projection")
+        return None if method is None else find_solver(method, self.target)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Levels:
 
     def __init__(self, plan: Plan, document: Document, architecture: Architecture, methods: Methods) -> None:
         self.plan, self.document, self.architecture, self.methods = plan, document, architecture, methods
+        self.outside: dict[Path, Entry] = {}
         self.shared = self._sound(("components",), plan.components.entries())
         self.shared |= self._sound(("projections",), plan.projections.entries())
         self._refuse_overlaps(combinations(self.shared, 2), "")
@@ -119,6 +120,25 @@ class Levels:
                 left_whole[new.path] = f"takes the place of all of {old.target}, so {stays}"
         return LayerWishes(list(wishes.values()), left_whole)
 
+    def outer(self) -> list[Wish]:
+        """What the plan asks for outside the layers, where sizes are only those that the entries give."""
+        wishes = []
+        for path, entry in self.outside.items():
+            if isinstance(entry.keep, tuple):
+                self.document.mistake((*path, "keep"), "is outside the layers; write one fraction, not two")
+                continue
+            base = Wish("", self.plan.method, 1.0, {}, (), ("method",), path)
+            wish = self._wish(base, path, entry, 0)
+            solver = wish.solver(self.methods)
+            if solver and entry.keep is None and solver.size.word not in entry.own:
+                message = (
+                    f"has no size; write {solver.size.word} or keep, as the plan's own keep is of the layers"
+                )
+                self.document.mistake(path, message)
+                continue
+            wishes.append(wish)
+        return wishes
+
     def depth(self, keep: Keep, index: int) -> float:
         """The kept fraction at a layer: a pair runs linearly from the first layer to the last."""
         if not isinstance(keep, tuple):
@@ -136,8 +156,12 @@ class Levels:
             path = (*section, target)
             if target in self.architecture.targets:
                 found[path] = entry
-            elif target in ("embed", "lm_head"):
-                self.document.mistake(path, "factorizing it is not built yet; leave it out")
+            elif target in self.architecture.outer:
+                self.outside[path] = entry
+            elif target == "lm_head":
+                self.document.mistake(
+                    path, "the head of this model is its embedding; write embed, which stands for both"
+                )
             else:
                 model, known = (
                     self.architecture.family.model_type,

@@ -13,7 +13,7 @@ from lrc.plan.layers import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.options import read_options
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan, read_plan
-from lrc.plan.solver import SolverData
+from lrc.plan.solver import SolverData, find_solver
 from lrc.plan.unsized import refuse_no_budget, refuse_sizes
 
 MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
@@ -56,7 +56,10 @@ def resolve(
         layers.append(LayerPlan(index, tuple(a for a in assignments if a)))
         for path, message in asked.left_whole.items():
             assigner.warn(path, message, index)
-    if not any(layer.assignments for layer in layers):
+    moments = {"moments"} & set(collectors)
+    outside = _Assigner(document, architecture, methods, moments, " outside the layers")
+    outer = tuple(found for wish in levels.outer() if (found := outside.assign(wish)))
+    if not outer and not any(layer.assignments for layer in layers):
         for index in range(count):
             assigner.warn(("keep",), "every layer stays whole", index)
     if plan.scale == "fitted" and plan.refit == "none":
@@ -75,7 +78,8 @@ def resolve(
         layers=tuple(layers),
         seq_len=seq_len or min(limit, MAX_SEQ_LEN),
         whole=count * architecture.layer_parameters,
-        warnings=assigner.warnings(),
+        warnings=(*assigner.warnings(), *outside.warnings()),
+        outer=outer,
     )
 
 
@@ -83,21 +87,27 @@ class _Assigner:
     """Checks wishes against their solvers and gives them sizes."""
 
     def __init__(
-        self, document: Document, architecture: Architecture, methods: Methods, collectors: Collection[str]
+        self,
+        document: Document,
+        architecture: Architecture,
+        methods: Methods,
+        collectors: Collection[str],
+        where: str = "",
     ) -> None:
         self.document, self.architecture = document, architecture
-        self.methods, self.collectors = methods, collectors
+        self.methods, self.collectors, self.where = methods, collectors, where
         self.used: set[Path] = set()
         self.warned: dict[tuple[Path, str], list[int]] = {}
 
-    def assign(self, wish: Wish, index: int) -> Assignment | None:
-        """What is done for a wish; None where the target stays whole, or the wish is a mistake."""
+    def assign(self, wish: Wish, index: int | None = None) -> Assignment | None:
+        """What is done for a wish in a layer, or outside; None where the target stays whole or it is a mistake."""
         self.used |= {wish.path, wish.method_path, *((*wish.path, key) for key in wish.own)}
         solver = self._solver(wish)
         if solver is None:
             self.used.add(wish.keep_path)
             return None
-        target, word = self.architecture.targets[wish.target], solver.size.word
+        targets = self.architecture.targets | self.architecture.outer
+        target, word = targets[wish.target], solver.size.word
         options, wrong = read_options(wish.own, solver)
         for key, message in wrong.items():
             self.document.mistake((*wish.path, key), message)
@@ -127,9 +137,9 @@ class _Assigner:
             self.warn(path, f"{word} {size} saves nothing for {wish.target}; it stays dense", index)
         return None
 
-    def warn(self, path: Path, message: str, index: int) -> None:
-        """Note something about a layer that is legal and may surprise."""
-        self.warned.setdefault((path, message), []).append(index)
+    def warn(self, path: Path, message: str, index: int | None) -> None:
+        """Note something about a layer, or what is outside of them, that is legal and may surprise."""
+        self.warned.setdefault((path, message), []).extend([] if index is None else [index])
 
     def warnings(self) -> tuple[str, ...]:
         """Every warning with its line, in the order of the lines, and its layers unless those are all."""
@@ -137,7 +147,8 @@ class _Assigner:
         told = [
             (
                 self.document.line(path),
-                f"{dotted(path)}: {message}" + ("" if layers == every else f" (layers {spans(layers)})"),
+                f"{dotted(path)}: {message}"
+                + ("" if layers in (every, []) else f" (layers {spans(layers)})"),
             )
             for (path, message), layers in self.warned.items()
         ]
@@ -152,7 +163,7 @@ class _Assigner:
         solver = wish.solver(self.methods)
         if solver is None and (wish.own or wish.keep < 1):
             kind = wish.target if wish.target in COMPONENTS else "projection"
-            able = [name for name, m in self.methods.items() if {kind, "projection"} & set(m.solvers)]
+            able = [name for name, method in self.methods.items() if find_solver(method, wish.target)]
             has = ", ".join(self.methods[wish.method].solvers)
             named = wish.target if kind == wish.target else f"{wish.target}, a single projection"
             self.document.mistake(
@@ -167,10 +178,9 @@ class _Assigner:
             others = [
                 name
                 for name, method in self.methods.items()
-                if (other := method.solvers.get(wish.target) or method.solvers.get("projection"))
-                and set(other.needs) <= set(self.collectors)
+                if (other := find_solver(method, wish.target)) and set(other.needs) <= set(self.collectors)
             ]
-            needs = f"{wish.method!r} needs {', '.join(missing)}, which lrc does not collect yet"
+            needs = f"{wish.method!r} needs {', '.join(missing)}, which lrc does not collect yet{self.where}"
             self.document.mistake(
                 wish.method_path, f"{needs}; these do without: {', '.join(others) or 'none'}"
             )

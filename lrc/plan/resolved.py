@@ -10,7 +10,7 @@ from lrc.plan.schema import Plan
 
 @dataclass(frozen=True)
 class Assignment:
-    """One target of one layer to shrink, with all options of its solver; ``kept``, ``whole`` in weights."""
+    """One target to shrink, of a layer or outside, with all options of its solver; ``kept``, ``whole`` in weights."""
 
     target: str
     method: str
@@ -30,13 +30,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """A plan and what it comes to; ``whole`` counts weights of the decoder's projections, biases aside."""
+    """A plan and what it comes to; ``whole`` counts weights of the decoder's projections, biases aside.
+
+    ``outer``: what is done to the embedding and the head, which ``kept`` and ``whole`` leave out.
+    """
 
     plan: Plan
     layers: tuple[LayerPlan, ...]
     seq_len: int
     whole: int
     warnings: tuple[str, ...]
+    outer: tuple[Assignment, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -54,6 +58,7 @@ class ResolvedPlan:
             "plan": self.plan.model_dump(mode="json", exclude_none=True),
             "seq_len": self.seq_len,
             "layers": [asdict(layer) for layer in self.layers],
+            "outer": [asdict(assignment) for assignment in self.outer],
             "kept": self.kept,
             "whole": self.whole,
         }

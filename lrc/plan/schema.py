@@ -21,6 +21,7 @@ from lrc.plan.data import Data, Misplaced, check_data
 from lrc.plan.document import Document, Path, as_text_number
 
 WHOLE = "keep-all"
+OUTSIDE = ("embed", "lm_head")  # projections outside the decoder layers
 ALLOCATIONS = ("uniform", "energy", "fisher", "importance", "sensitivity")
 
 

@@ -38,7 +38,12 @@ class SolverData(Protocol):
 
 
 class MethodData(Protocol):
-    """A method's solvers by target: ``projection``, ``qk``, ``ov``, ``mlp``."""
+    """A method's solvers by target: ``projection``, ``embed``, ``qk``, ``ov``, ``mlp``."""
 
     @property
     def solvers(self) -> Mapping[str, SolverData]: ...
+
+
+def find_solver(method: MethodData, target: str) -> SolverData | None:
+    """What of a method solves a target; an embedding is looked up, so no solver of projections will do for it."""
+    return method.solvers.get(target) or (None if target == "embed" else method.solvers.get("projection"))

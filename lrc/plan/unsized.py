@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 from lrc.plan.document import Document, Path
 from lrc.plan.layers import Methods
-from lrc.plan.schema import WHOLE, Entry, Plan
+from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan
 
 
 def refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str) -> None:
-    """Note every size below the top level of a plan as a mistake of its document; ``finder`` is who finds them."""
+    """Note every size below the top level of a plan as a mistake of its document; ``finder`` is who finds them.
+
+    Sizes outside the layers are not: nobody finds those.
+    """
     words = {solver.size.word for method in methods.values() for solver in method.solvers.values()}
     for path in _sizes(plan, words):
         document.mistake(
@@ -41,7 +44,7 @@ def _sizes(plan: Plan, words: set[str]) -> Iterator[Path]:
 def _entries(plan: Plan) -> Iterator[tuple[Path, Entry]]:
     sections: list[tuple[Path, dict[str, Entry]]] = [
         (("components",), plan.components.entries()),
-        (("projections",), plan.projections.entries()),
+        (("projections",), {n: e for n, e in plan.projections.entries().items() if n not in OUTSIDE}),
         *((("layers", i), rule.entries()) for i, rule in enumerate(plan.layers) if rule),
     ]
     for path, entries in sections:

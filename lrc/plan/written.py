@@ -9,12 +9,14 @@ import yaml
 
 from lrc.plan.layers import Methods, spans
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.plan.schema import WHOLE, Plan
+from lrc.plan.schema import OUTSIDE, WHOLE, Plan
+from lrc.plan.solver import find_solver
 
 
 def write_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Methods, header: Iterable[str]) -> str:
     """The text of a plan below a comment of ``header`` lines; layers whose targets have the same sizes share a rule.
 
+    What the plan says of the embedding and the head is written as it is.
     An assignment at the full size of its target stands for one that stays whole.
     """
     rules: dict[str, tuple[dict[str, Any], list[int]]] = {}
@@ -23,7 +25,12 @@ def write_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Methods, header
         if entries:
             rules.setdefault(_flow(entries), (entries, []))[1].append(layer.index)
     lines = [f"# {' '.join(line.split())}".rstrip() for line in header]
-    lines += ["format: 1", f"method: {_flow(plan.method)}", "layers:"]
+    lines += ["format: 1", f"method: {_flow(plan.method)}"]
+    outside = {name: e for name, e in plan.projections.entries().items() if name in OUTSIDE}
+    if outside:
+        entries = {name: entry.model_dump(exclude_none=True) for name, entry in outside.items()}
+        lines.append(f"projections: {_flow(entries)}")
+    lines.append("layers:")
     for entries, members in rules.values():
         match = members[0] if len(members) == 1 else spans(members)
         lines.append(f"  - {_flow({'match': match, **entries})}")
@@ -36,8 +43,8 @@ def write_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Methods, header
 def _entry(assignment: Assignment, plan: Plan, methods: Methods) -> Any:
     if assignment.kept == assignment.whole:
         return WHOLE
-    solvers = methods[assignment.method].solvers
-    solver = solvers.get(assignment.target) or solvers["projection"]
+    solver = find_solver(methods[assignment.method], assignment.target)
+    assert solver is not None  # or it would not have been assigned
     defaults = {name: option.default for name, option in solver.options.items()}
     own = {name: value for name, value in assignment.options.items() if value != defaults[name]}
     named: Mapping[str, str] = {} if assignment.method == plan.method else {"method": assignment.method}

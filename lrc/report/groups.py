@@ -11,6 +11,7 @@ from typing import Any
 class Group:
     """All layers' records of one target, method and metric of the prediction (``lrc.methods.contract.Prediction``).
 
+    What is outside the layers has one record and counts as none of them.
     ``predicted`` and ``measured``: root of the mean squared relative error over the layers. Where the metric is
     ``kl``, ``predicted`` is the mean KL divergence of the attention distribution in nats per query and head; where it
     is ``loss``, the mean rise of the loss in nats. ``kl`` is the divergence as measured, where that is what was.
@@ -60,7 +61,7 @@ def _group(target: str, method: str, metric: str, records: list[dict[str, Any]])
         target=target,
         method=method,
         metric=metric,
-        layers=len(records),
+        layers=sum(record["layer"] is not None for record in records),
         smallest=min(sizes),
         largest=max(sizes),
         kept=sum(record["kept"] for record in records),

@@ -80,7 +80,8 @@ def _body(report: Report) -> list[str]:
     lines += [
         "",
         "Errors are of each target alone, before the refit; measured ones come from running the original and the "
-        "reduced module on the calibration tokens. A plain number is a relative error, root mean square over the "
+        "reduced module on the calibration tokens, those of an embedding and a head from counts and moments of these, "
+        "where they are one as a mean over both uses. A plain number is a relative error, root mean square over the "
         "layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are the divergence of "
         "the attention distribution from the original's, mean over queries, heads and layers, measured on the first "
         "calibration block.",

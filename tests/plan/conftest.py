@@ -74,6 +74,10 @@ def _no_wide_heads(heads: Heads, options: Mapping[str, Any]) -> str | None:
 def pair(problem: Any, rank: int, *, damping: Annotated[float, Ge(0)] = 1e-6) -> Solution: ...
 
 
+@solves("embed", size=PairRank(), paper="none")
+def table(problem: Any, rank: int) -> Solution: ...
+
+
 @solves("projection", size=PairRank(), needs=("moments", "gradients"), paper="none")
 def gradient_pair(problem: Any, rank: int) -> Solution: ...
 
@@ -100,7 +104,7 @@ def curious_ov(problem: Any, rank: int, *, metric: Literal["output", "loss"] = "
 
 METHODS = {
     "a3": _fake(qk, ov, mlp),
-    "pairs": _fake(pair),
+    "pairs": _fake(pair, table),
     "gradient_pairs": _fake(gradient_pair),
     "narrow": _fake(mlp),
     "picky": _fake(picky_qk),

@@ -222,14 +222,42 @@ CASES = {
         ["3: allocate: 'unifrom' is not known; did you mean 'uniform'?"],
     ),
     "healing not built": ("heal: {steps: 10}", ["3: heal.steps: healing is not built yet"]),
-    "embedding not built": (
+    "method that cannot do the embedding": (
         "projections: {embed: {rank: 4}}",
-        ["3: projections.embed: factorizing it is not built yet"],
+        [
+            "3: projections.embed: method 'a3' is for qk, ov, mlp, not for embed, a single projection; known: pairs"
+        ],
     ),
-    "head not built": (
-        "projections: {lm_head: {rank: 4}}",
-        ["3: projections.lm_head: factorizing it is not built yet"],
+    "method of projections for the embedding": (
+        "projections: {embed: {method: gradient_pairs, rank: 4}}",
+        ["3: projections.embed: method 'gradient_pairs' is for projection, not for embed"],
     ),
+    "head by gradients": (
+        "projections: {lm_head: {method: gradient_pairs, rank: 4}}",
+        [
+            "3: projections.lm_head.method: 'gradient_pairs' needs gradients, "
+            "which lrc does not collect yet outside the layers"
+        ],
+    ),
+    "embedding without a size": (
+        "projections: {embed: {method: pairs}}",
+        ["3: projections.embed: has no size; write rank or keep, as the plan's own keep is of the layers"],
+    ),
+    "embedding over depth": (
+        "projections: {embed: {method: pairs, keep: [0.9, 0.5]}}",
+        ["3: projections.embed.keep: is outside the layers; write one fraction, not two"],
+    ),
+    "embedding of two sizes": (
+        "projections: {embed: {method: pairs, keep: 0.5, rank: 4}}",
+        ["3: projections.embed.rank: contradicts keep of the same entry"],
+    ),
+    "embedding larger than it was": (
+        "projections: {embed: {method: pairs, rank: 52}}",
+        [
+            "3: projections.embed.rank: a pair of rank 52 is larger than the matrix; the largest that is not is 51"
+        ],
+    ),
+    "embedding in a layer": ("layers: [{match: 0, embed: {rank: 4}}]", ["3: layers[0].embed: unknown key"]),
     "unknown refit": ("refit: residuals", ["3: refit: 'residuals' is not known; did you mean 'residual'?"]),
     "unknown scale": ("scale: 0.9", ["3: scale: 0.9 is not known; known: fitted, none"]),
     "scale without refit": (
@@ -336,6 +364,12 @@ def test_gpt2_names_its_own_projections(mistakes: Mistakes) -> None:
     text = HEAD + "projections: {gate: {rank: 4, method: pairs}}"
     expected = "p.yaml:3: projections.gate: gpt2 has no projection 'gate'; known: fc_in, fc_out, k, o, q, v"
     assert mistakes(text, "small-gpt2") == [expected]
+
+
+def test_the_head_of_a_tied_model_is_its_embedding(mistakes: Mistakes) -> None:
+    text = HEAD + "projections: {lm_head: {rank: 4, method: pairs}}"
+    message = "the head of this model is its embedding; write embed, which stands for both"
+    assert mistakes(text, "small-gpt2") == [f"p.yaml:3: projections.lm_head: {message}"]
 
 
 def test_every_mistake_is_told_at_once_in_the_order_of_the_lines(mistakes: Mistakes) -> None:

@@ -202,3 +202,40 @@ def test_options_are_complete_and_the_json_is_equal_for_equal_work(resolved: Res
 
 def test_layer_numbers_are_written_as_spans() -> None:
     assert spans({7, 0, 1, 2}) == "0-2, 7"
+
+
+def test_what_is_outside_the_layers_has_sizes_of_its_own(resolved: Resolved) -> None:
+    plan = resolved(
+        """
+        format: 1
+        keep: 0.5
+        method: pairs
+        projections:
+          embed: {rank: 20}
+          lm_head: {keep: 0.5}
+        """
+    )
+    embed, head = plan.outer
+    assert (embed.target, embed.size, embed.kept, embed.whole) == ("embed", 20, 20 * (256 + 64), 256 * 64)
+    assert (head.target, head.size, head.options) == ("lm_head", 25, {"damping": 1e-6})
+    assert plan.keep == resolved("{format: 1, keep: 0.5, method: pairs}").keep
+    assert plan.as_dict()["outer"][0]["target"] == "embed"
+
+
+def test_the_embedding_alone_may_be_all_that_is_asked(resolved: Resolved) -> None:
+    plan = resolved("{format: 1, projections: {embed: {method: pairs, keep: 0.5}}}", "small-gpt2")
+    assert [a.target for a in plan.outer] == ["embed"]
+    assert plan.keep == 1
+    assert plan.warnings == ()
+
+
+def test_an_embedding_that_stays_whole_is_left_alone(resolved: Resolved) -> None:
+    assert resolved("{format: 1, keep: 0.5, projections: {embed: keep-all}}").outer == ()
+    plan = resolved("{format: 1, keep: 0.5, projections: {embed: {method: pairs, rank: 51}}}")
+    assert [a.size for a in plan.outer] == [51]
+
+
+def test_an_allocation_takes_sizes_outside_the_layers_as_they_are(resolved: Resolved) -> None:
+    entries = "projections: {embed: {rank: 20}, lm_head: {keep: 0.5}}"
+    plan = resolved(f"{{format: 1, keep: 0.5, method: pairs, allocate: energy, {entries}}}")
+    assert [(a.target, a.size) for a in plan.outer] == [("embed", 20), ("lm_head", 25)]

@@ -78,3 +78,11 @@ def test_layers_alike_share_a_rule_and_whole_targets_say_so(architecture):
         "  - {match: '0, 3', qk: {rank: 8}, ov: {rank: 8}, mlp: {rank: 88}}",
         "  - {match: 1-2, qk: {rank: 8}, ov: {rank: 8}, mlp: keep-all}",
     ]
+
+
+def test_what_is_outside_the_layers_comes_back_too(architecture):
+    shapes = architecture("small-llama")
+    base = "format: 1\nkeep: 0.5\nprojections: {embed: {method: svd, rank: 9}, lm_head: {method: monarch, keep: 0.5}}\n"
+    plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), COLLECTORS)
+    again = parse_plan(write_plan(plan.plan, plan.layers, methods(), []), "q.yaml")
+    assert resolve(again, shapes, methods(), COLLECTORS).outer == plan.outer != ()

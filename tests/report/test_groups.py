@@ -22,6 +22,7 @@ from lrc.scale import LogitScale
 def record(target: str, metric: str, predicted: tuple[float, float], **measured: float) -> dict[str, Any]:
     return {
         "target": target,
+        "layer": 0,
         "method": "a3",
         "size": 4,
         "kept": 10,
