@@ -15,10 +15,7 @@ from torch import Tensor
 from lrc.linalg import damped, damped_cholesky
 
 ROUNDS, STEPS, GROWTH = 30, 8, 1.5
-FALL, PATIENCE = (
-    1e-3,
-    3,
-)  # where the error falls by no more than this part of it, for so many rounds, they end
+FALL, PATIENCE = 1e-3, 3  # rounds end where the error falls by no more than this part of it, so many times
 
 Linear = Callable[[Tensor], Tensor]
 

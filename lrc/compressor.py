@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
-from lrc.collect import Statistics, collect
+from lrc.collect import Statistics
 from lrc.families.family import ATTENTION_ROLES
-from lrc.gradients import gradient_moments
 from lrc.measure import LayerMeasure
 from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
@@ -25,10 +24,9 @@ from lrc.outer import Outer
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.refit import Refit, RefitRecord, RefitSum, held_out_blocks
 from lrc.scale import Final, LogitScale, fit_scale
-from lrc.solve import collectors_needed, gradients_needed, sites_needed, solve_layer
+from lrc.solve import read_gradients, read_statistics, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
-from lrc.text.blocks import gradient_blocks
 
 REST = "rest"
 
@@ -89,15 +87,9 @@ class Compressor:
 
     def _sweep(self, blocks: Tensor, batch_size: int) -> dict[int, GradientMoment]:
         """Gradients for the solvers of the layers that no earlier run finished."""
-        unsolved = (plan for plan in self._plan.layers if not self._staging.has(part_name(plan.index)))
-        wanted = {plan.index: gradients_needed(self._architecture, plan) for plan in unsolved}
-        wanted = {index: want for index, want in wanted.items() if want}
-        if not wanted:
-            return {}
-        settings = self._plan.plan.calibration
+        unsolved = [plan for plan in self._plan.layers if not self._staging.has(part_name(plan.index))]
         with self._watch.stage("gradients"):
-            chosen = gradient_blocks(blocks, settings.gradient_samples, settings.seed)
-            return gradient_moments(self._stream, chosen, wanted, batch_size, settings.seed)
+            return read_gradients(self._stream, unsolved, self._plan.plan.calibration, blocks, batch_size)
 
     @property
     def _refits(self) -> bool:
@@ -135,10 +127,8 @@ class Compressor:
 
     def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
         """What the layer's solvers need to know of the original stream."""
-        sites, collectors = sites_needed(self._architecture, plan), collectors_needed(plan)
-        statistics = collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
         gradients = self._gradients.pop(plan.index, None)
-        return replace(statistics, gradients=gradients and gradients.to(self._stream.device))
+        return read_statistics(self._stream, plan, layer, state, self._batches, gradients)
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""

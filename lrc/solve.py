@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lrc.collect import Statistics
+from lrc.collect import Statistics, collect
 from lrc.families import Architecture, canonical
+from lrc.gradients import gradient_moments
 from lrc.methods import methods
 from lrc.methods.contract import (
     Affine,
@@ -19,9 +21,12 @@ from lrc.methods.contract import (
     Solution,
     Solver,
 )
-from lrc.moments.gradient import Wanted
+from lrc.moments.gradient import GradientMoment, Wanted
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
+from lrc.plan.schema import Calibration
 from lrc.plan.solver import find_solver
+from lrc.stream import Batch, ModelStream
+from lrc.text.blocks import gradient_blocks
 
 # The moment that a component's problem is posed on; a projection's is that of its own input.
 COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
@@ -50,6 +55,47 @@ def gradients_needed(architecture: Architecture, plan: LayerPlan, *, losses: boo
 def reads_gradients(architecture: Architecture, plan: ResolvedPlan) -> bool:
     """Whether any layer's solvers read gradients."""
     return any(gradients_needed(architecture, layer) for layer in plan.layers)
+
+
+def read_gradients(
+    stream: ModelStream,
+    plans: Iterable[LayerPlan],
+    calibration: Calibration,
+    blocks: Tensor,
+    batch_size: int,
+    *,
+    losses: bool = False,
+    held: Callable[[int], nn.Module] | None = None,
+) -> dict[int, GradientMoment]:
+    """The gradient moments that layers' solvers read, on the host, by layer; none where no solver reads any.
+
+    They are of the calibration blocks (n, tokens) that its settings choose. ``losses`` and ``held`` are those of
+    ``gradients_needed`` and of the sweep, which runs the layers that ``held`` gives.
+    """
+    architecture = stream.reader.architecture
+    wanted = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
+    wanted = {index: want for index, want in wanted.items() if want}
+    if not wanted:
+        return {}
+    chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
+    return gradient_moments(stream, chosen, wanted, batch_size, calibration.seed, layer=held)
+
+
+def read_statistics(
+    stream: ModelStream,
+    plan: LayerPlan,
+    layer: nn.Module,
+    state: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    gradients: GradientMoment | None,
+) -> Statistics:
+    """What a layer's solvers read, from a run of the original on all batches and what a sweep found.
+
+    Raises UserError where activations are NaN or inf.
+    """
+    sites, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
+    found = collect(stream, plan.index, layer, state, batches, sites, collectors)
+    return replace(found, gradients=gradients and gradients.to(stream.device))
 
 
 def solve_layer(

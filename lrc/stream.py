@@ -47,11 +47,9 @@ class ModelStream:
     def embed(self, blocks: Tensor, batch_size: int, embedding: nn.Module | None = None) -> list[Batch]:
         """Run everything before the first layer on token blocks (n, tokens), in batches of blocks.
 
-        ``embedding`` takes the place of the checkpoint's.
-
         The model's own forward does it, with a recorder in every layer's place: masks, positions and rotary tables are
-        then what the model would have used. Raises UserError where a weight of the embedding is missing, and where one
-        outside the layers is NaN or inf.
+        then what the model would have used. ``embedding`` takes the place of the checkpoint's. Raises UserError where a
+        weight of the embedding is missing, and where one outside the layers is NaN or inf.
         """
         model, family = self._meta_model(), self.reader.family
         recorders = [_Recorder(layer) for layer in self.skeletons]

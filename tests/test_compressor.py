@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import lrc.compressor  # also, so that compressed checkpoints load
+import lrc.solve  # also, so that compressed checkpoints load
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import staging
 from lrc.compressor import Compressor
@@ -486,12 +486,12 @@ def test_gradients_are_taken_once_of_their_samples_for_the_layers_that_are_left(
 ):
     source, swept = tiny_checkpoint(family, num_hidden_layers=3), []
 
-    def sweep(stream: Any, ids: Tensor, wanted: Any, *rest: Any) -> Any:
-        found = gradient_moments(stream, ids, wanted, *rest)
+    def sweep(stream: Any, ids: Tensor, wanted: Any, *rest: Any, **named: Any) -> Any:
+        found = gradient_moments(stream, ids, wanted, *rest, **named)
         swept.append((len(ids), sorted(wanted), found))
         return found
 
-    monkeypatch.setattr(lrc.compressor, "gradient_moments", sweep)
+    monkeypatch.setattr(lrc.solve, "gradient_moments", sweep)
     plan = (
         "method: two_sided_svd\nkeep: 0.5\ncalibration: {gradient_samples: 2}\nlayers: [{match: 0, keep: 1}]"
     )

@@ -13,12 +13,10 @@ from lrc.allocate import Curve
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.families import Architecture
-from lrc.gradients import gradient_moments
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.solve import gradients_needed
+from lrc.solve import read_gradients
 from lrc.stream import ModelStream
-from lrc.text.blocks import gradient_blocks
 from lrc.texts import Texts
 
 Advance = Callable[[int], object]
@@ -61,15 +59,15 @@ class Setting:
         """Gradient moments by layer, on the host, as a compression by the plans would have them, and with ``losses``
         those of every target; none where no layer reads any. ``held`` gives layers that are on the device already.
         """
-        architecture = self.reader.architecture
-        layers = map(self.at_all_sizes, range(architecture.layers))
-        wanted = {la.index: gradients_needed(architecture, la, losses=self.losses) for la in layers}
-        wanted = {index: want for index, want in wanted.items() if want}
-        if not wanted:
-            return {}
-        settings = self.plans[0].plan.calibration
-        chosen = gradient_blocks(self.texts.calibration.blocks, settings.gradient_samples, settings.seed)
-        return gradient_moments(stream, chosen, wanted, self.batch_size, settings.seed, layer=held)
+        return read_gradients(
+            stream,
+            map(self.at_all_sizes, range(self.reader.architecture.layers)),
+            self.plans[0].plan.calibration,
+            self.texts.calibration.blocks,
+            self.batch_size,
+            losses=self.losses,
+            held=held,
+        )
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lrc.allocate import Curve
 from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
 from lrc.assemble import assemble
-from lrc.collect import Statistics, collect
+from lrc.collect import Statistics
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import token_nll
 from lrc.families import Architecture
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.solve import collectors_needed, sites_needed, solve_layer
+from lrc.solve import read_statistics, solve_layer
 from lrc.stream import Batch, ModelStream
 
 
@@ -81,9 +81,7 @@ class Sensitivity:
 
     def _observe(self, plan: LayerPlan, gradients: GradientMoment | None) -> Statistics:
         layer, state = self._layers[plan.index], self._states[plan.index]
-        sites, collectors = sites_needed(self._architecture, plan), collectors_needed(plan)
-        found = collect(self._stream, plan.index, layer, state, self._batches, sites, collectors)
-        return replace(found, gradients=gradients and gradients.to(self._stream.device))
+        return read_statistics(self._stream, plan, layer, state, self._batches, gradients)
 
     def _alone(self, index: int, assignment: Assignment, statistics: Statistics) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from lrc.allocation.contract import Setting
-from lrc.collect import Statistics, collect
+from lrc.collect import Statistics
 from lrc.plan.resolved import Assignment
-from lrc.solve import collectors_needed, sites_needed
+from lrc.solve import read_statistics
 from lrc.stream import ModelStream
 
 
@@ -34,8 +34,6 @@ def walk(setting: Setting) -> Iterator[Stop]:
         layer, state = stream.layer(index)
         if asked := setting.asked(index):
             plan, found = setting.at_all_sizes(index), gradients.pop(index, None)
-            sites, collectors = sites_needed(architecture, plan), collectors_needed(plan)
-            statistics = collect(stream, index, layer, state, batches, sites, collectors)
-            yield Stop(index, state, asked, replace(statistics, gradients=found and found.to(stream.device)))
+            yield Stop(index, state, asked, read_statistics(stream, plan, layer, state, batches, found))
         for batch in batches:
             batch.hidden = stream.run(layer, index, batch, batch.hidden)

@@ -171,6 +171,22 @@ class TestQK:
         predicted = solve_qk(problem, rank, metric="loss").predicted
         assert predicted.loss == predicted.error == pytest.approx(expected, rel=1e-4)
 
+    @pytest.mark.parametrize("metric", ["attention", "score"])
+    def test_other_metrics_predict_the_loss_of_the_pairs_that_go(self, make_case, metric):
+        problem = make_case("qk", kv_heads=2, rotary="half").problem
+        solution = solve_qk(problem, 2, metric=metric)
+        expected = 0.0
+        for gram, kept in zip(problem.gradient.double(), solution.rotary_columns, strict=True):
+            gone = [pair for pair in range(len(gram)) if pair not in kept.tolist()]
+            expected += sum(float(gram[i, j]) for i in gone for j in gone) / 2
+        assert solution.predicted.loss == pytest.approx(expected, rel=1e-9)
+
+    def test_without_positions_the_loss_of_a_shared_key_counts_each_of_its_queries(self, make_case):
+        problem = make_case("qk", kv_heads=2, bias=True).problem
+        predicted = solve_qk(problem, 3, metric="loss").predicted
+        assert predicted.loss == pytest.approx(predicted.error, rel=1e-9)
+        assert predicted.error > 0
+
     def test_the_loss_counts_what_changes_of_the_loss_do(self):
         """A loss linear in the scores: its change is that of the scores times their gradients."""
         generator = torch.Generator().manual_seed(1)
