@@ -175,6 +175,7 @@ class TestQK:
     def test_other_metrics_predict_the_loss_of_the_pairs_that_go(self, make_case, metric):
         problem = make_case("qk", kv_heads=2, rotary="half").problem
         solution = solve_qk(problem, 2, metric=metric)
+        assert solution.rotary_columns is not None
         expected = 0.0
         for gram, kept in zip(problem.gradient.double(), solution.rotary_columns, strict=True):
             gone = [pair for pair in range(len(gram)) if pair not in kept.tolist()]
