@@ -21,10 +21,14 @@ Linear = Callable[[Tensor], Tensor]
 
 
 class Maps(NamedTuple):
-    """``up`` for each reader and ``down`` for what they share."""
+    """``up`` for each reader and ``down`` for what they share.
+
+    ``damping``: the most that a solve behind them took where its matrix was singular, relative to its mean diagonal.
+    """
 
     up: Tensor
     down: Tensor
+    damping: float = 0.0
 
 
 def shared_rows(moments: Tensor, grams: Tensor, start: Tensor) -> tuple[Maps, int]:
@@ -39,7 +43,8 @@ def shared_rows(moments: Tensor, grams: Tensor, start: Tensor) -> tuple[Maps, in
     def fitted(down: Tensor) -> Maps:
         down = _orthonormal(down, mean)
         through = moments @ down.mT.unsqueeze(1)
-        return Maps(_solve_right(through, down.unsqueeze(1) @ through), down)
+        up, damping = _solve_right(through, down.unsqueeze(1) @ through)
+        return Maps(up, down, damping)
 
     def advance(maps: Maps, stretch: float) -> Maps:
         up = maps.up
@@ -56,11 +61,11 @@ def shared_rows(moments: Tensor, grams: Tensor, start: Tensor) -> tuple[Maps, in
     return _rounds(fitted(start.double()), advance, error)
 
 
-def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Tensor, int]:
-    """Lower min_W' tr((W − W' T̄) C (W − W' T̄)ᵀ) over T (groups, r, D), from the best of ``starts``; count the rounds.
+def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Maps, int]:
+    """Lower tr((W − W' T̄) C (W − W' T̄)ᵀ) over W' and T (groups, r, D), from the best of ``starts``; count the rounds.
 
     T̄ is block-diagonal, T once for every head of its group: W (m, heads·D), C (heads·D, heads·D), W' (m, heads·r). To
-    minimise under a metric G, W comes as R W with RᵀR = G.
+    minimise under a metric G, W comes as R W with RᵀR = G, and the W' of the maps as R W'.
     """
     groups, rank, dim = starts[0].shape
     weight, c = weight.double(), damped(c)
@@ -82,7 +87,8 @@ def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Tensor, int]
         every = spread(down)
         through = (blocks @ every.mT).transpose(0, 1).flatten(1)  # C T̄ᵀ
         inner = (every @ through.unflatten(0, (heads, dim))).flatten(0, 1)
-        return Maps(_solve_right((read @ every.mT).transpose(0, 1).flatten(1), inner), down)
+        output, damping = _solve_right((read @ every.mT).transpose(0, 1).flatten(1), inner)
+        return Maps(output, down, damping)
 
     def advance(maps: Maps, stretch: float) -> Maps:
         output = maps.up.unflatten(1, (heads, rank)).transpose(0, 1)  # (heads, m, r)
@@ -102,8 +108,7 @@ def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Tensor, int]
         return size - (maps.up * explained).sum()
 
     start = min((fitted(start.double()) for start in starts), key=lambda maps: float(error(maps)))
-    maps, rounds = _rounds(start, advance, error)
-    return maps.down, rounds
+    return _rounds(start, advance, error)
 
 
 def shared_table(table: Tensor, inner: Tensor, outer: Tensor, c: Tensor, start: Tensor) -> tuple[Maps, int]:
@@ -118,19 +123,19 @@ def shared_table(table: Tensor, inner: Tensor, outer: Tensor, c: Tensor, start: 
     sizes, axes = torch.linalg.eigh(c)
     sizes = sizes.clamp_min(0.0)  # rounding
 
-    def fitted(down: Tensor) -> Maps:
-        turn, first, second = _diagonal(down @ down.mT, down @ c @ down.mT)
+    def fitted(down: Tensor, damping: float = 0.0) -> Maps:
+        turn, first, second, own = _diagonal(down @ down.mT, down @ c @ down.mT)
         down = turn.mT @ down
         right = p * (table @ down.mT) + q * (seen @ down.mT)
-        return Maps(right / (p * first + q * second), down)
+        return Maps(right / (p * first + q * second), down, max(damping, own))
 
     def advance(maps: Maps, stretch: float) -> Maps:
         up = maps.up
-        turn, first, second = _diagonal(up.mT @ (p * up), up.mT @ (q * up))
+        turn, first, second, damping = _diagonal(up.mT @ (p * up), up.mT @ (q * up))
         turned = up @ turn
         right = ((p * turned).mT @ table + (q * turned).mT @ seen) @ axes
         best = turn @ (right / (first.unsqueeze(-1) + second.unsqueeze(-1) * sizes)) @ axes.mT
-        return fitted(torch.lerp(maps.down, best, stretch))
+        return fitted(torch.lerp(maps.down, best, stretch), damping)
 
     def error(maps: Maps) -> Tensor:
         delta = table - maps.up @ maps.down
@@ -237,22 +242,26 @@ def _kronecker_inverse(left: Tensor, right: Tensor) -> Linear:
     return lambda x: b.solve(torch.cholesky_solve(x, a.factor))
 
 
-def _diagonal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """T with Tᵀ X T and Tᵀ Y T diagonal and of sum I, and the two diagonals, for X and Y whose sum is definite."""
-    root = damped_cholesky(one + other, damping=0.0).factor
+def _diagonal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """T with Tᵀ X T and Tᵀ Y T diagonal and of sum I, the two diagonals, and the damping that a singular sum took."""
+    sum_root = damped_cholesky(one + other, damping=0.0)
+    root = sum_root.factor
     inner = torch.linalg.solve_triangular(root, one, upper=False)
     inner = torch.linalg.solve_triangular(root, inner.mT, upper=False)
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     first = values.clamp(0.0, 1.0)
-    return torch.linalg.solve_triangular(root.mT, vectors, upper=True), first, 1 - first
+    turn = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+    return turn, first, 1 - first, sum_root.damping
 
 
-def _solve_right(right: Tensor, matrix: Tensor) -> Tensor:
-    """``right`` (..., m, r) times the inverse of a positive definite matrix (..., r, r)."""
-    return damped_cholesky(matrix, damping=0.0).solve(right)
+def _solve_right(right: Tensor, matrix: Tensor) -> tuple[Tensor, float]:
+    """``right`` (..., m, r) times the inverse of a definite (..., r, r), and the damping that a singular one took."""
+    root = damped_cholesky(matrix, damping=0.0)
+    return root.solve(right), root.damping
 
 
 def _gram_root(down: Tensor, moment: Tensor) -> Tensor:
+    """The factor of T S Tᵀ; it only changes the basis of T, which a damped one does as well."""
     return damped_cholesky(down @ moment @ down.mT, damping=0.0).factor
 
 

@@ -25,6 +25,7 @@ from lrc.text.blocks import seed_for
 _KEEP_ALL = 2**33
 _LOGITS = 2**24  # elements at once
 _PEAK = 4  # backward passes start from gradients whose largest is below 2**_PEAK
+_LARGEST_SCALE = 60  # 2**_LARGEST_SCALE has a square in float32
 
 
 def stride(layers: int, state_bytes: int) -> int:
@@ -74,7 +75,7 @@ class _Sweep:
         every: int | None,
     ) -> None:
         self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
-        self._batches = stream.embed(blocks, batch_size)
+        self._batches = stream.embed(blocks.split(batch_size))
         self._inputs = {0: [self._keep(batch) for batch in self._batches]}
         self._every = every or stride(
             self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
@@ -192,8 +193,9 @@ def _drawn(tail: Callable[[Tensor], Tensor], hidden: Tensor, generator: torch.Ge
 
 def _scale(gradient: Tensor) -> Tensor:
     """A power of two that brings a gradient into the narrow range of float16; in wider formats it changes no bit."""
-    peak = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.ldexp(torch.ones_like(peak), _PEAK - peak.log2().ceil())
+    peak = gradient.abs().amax()
+    # A gradient of nothing, or of nearly nothing, has no scale of its own.
+    return torch.ldexp(torch.ones_like(peak), (_PEAK - peak.log2().ceil()).clamp_max(_LARGEST_SCALE))
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -135,16 +135,17 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
     return root.solve(weight.double() @ through), DAMPING + root.damping
 
 
-def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = None) -> Tensor:
+def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = None) -> tuple[Tensor, float]:
     """Columns of W (m, n) left by backward elimination under E‖W x − W' x_S‖², x of moment C (n, n), with W' refitted.
 
     Optimal brain surgeon for whole columns: with P = C⁻¹ and W̃ the refit so far, dropping column i costs
     ‖W̃_i‖² / P_ii, then W̃ −= W̃_i P_i / P_ii and P −= P_iᵀ P_i / P_ii. The ``block`` cheapest go at once, but for those
     that stand in for a cheaper one: of near copies one can go, not both. None: a 64th of the columns still there, so
     that the choice is exact for few columns and takes as many passes over P for many. Returns the (keep,) indices,
-    ascending.
+    ascending, and the damping used.
     """
-    inverse = torch.cholesky_inverse(damped_cholesky(c).factor)
+    root = damped_cholesky(c)
+    inverse = torch.cholesky_inverse(root.factor)
     fitted = weight.to(torch.float64, copy=True)
     gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     there = weight.shape[1]
@@ -161,7 +162,7 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
         # What is gone must stay gone whatever rounding leaves of it.
         inverse.diagonal()[drop] = 1.0
         there -= len(drop)
-    return gone.logical_not().nonzero().squeeze(-1)
+    return gone.logical_not().nonzero().squeeze(-1), root.damping
 
 
 def _apart(inverse: Tensor) -> Tensor:

@@ -20,7 +20,11 @@ _STEPS, _PRECISION = 50, 1e-6
 
 @dataclass(frozen=True)
 class LogitScale:
-    """The factor, and KL(p‖q) in nats per token with logits as they were and scaled, over the held-out ``tokens``."""
+    """The factor, and KL(p‖q) in nats per token with logits as they were and scaled.
+
+    Both are over ``tokens`` of the calibration text that the fits have seen, so that on other text the scale may be
+    another and gain less.
+    """
 
     value: float
     before: float
@@ -32,7 +36,8 @@ class LogitScale:
         """The same in words."""
         return (
             f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original's, on "
-            f"{self.tokens:,} held-out tokens, {self.before:.4g} nats without and {self.after:.4g} with it"
+            f"{self.tokens:,} calibration tokens, which the fits have seen, {self.before:.4g} nats without and "
+            f"{self.after:.4g} with it"
         )
 
 

@@ -95,7 +95,7 @@ def test_shared_rows_get_where_a_general_minimiser_gets(patient, seed):
 def test_joint_rows_get_where_a_general_minimiser_gets(patient, seed):
     weight, c = correlated(10 * seed)
     start = stacked(*heads_of(weight, c))
-    down, _ = joint_rows(weight, c, start)
+    down = joint_rows(weight, c, start)[0].down
     reached = float(joint_error(weight, c, down))
     assert reached < 0.99 * float(joint_error(weight, c, start))
     assert reached <= 1.02 * descended(lambda down: joint_error(weight, c, down), start)
@@ -106,14 +106,14 @@ def test_no_round_raises_the_error_and_few_are_nearly_enough(monkeypatch, seed):
     weight, c = correlated(10 * seed)
     moments, grams = heads_of(weight, c)
     start = stacked(moments, grams)
-    usual = shared_rows(moments, grams, start)[0].down, joint_rows(weight, c, start)[0]
+    usual = shared_rows(moments, grams, start)[0].down, joint_rows(weight, c, start)[0].down
     monkeypatch.setattr(alternating, "FALL", 0.0)
     errors = []
     for rounds in (*range(12), 60):
         monkeypatch.setattr(alternating, "ROUNDS", rounds)
         maps, count = shared_rows(moments, grams, start)
         assert count <= rounds
-        down, _ = joint_rows(weight, c, start)
+        down = joint_rows(weight, c, start)[0].down
         errors.append((float(shared_error(moments, grams, maps.down)), float(joint_error(weight, c, down))))
     for before, after in pairwise(errors):
         assert all(new <= old * (1 + 1e-5) for old, new in zip(before, after, strict=True))
@@ -126,9 +126,9 @@ def test_joint_rows_start_from_the_best():
     weight, c = correlated(1)
     start = stacked(*heads_of(weight, c))
     good, rounds = joint_rows(weight, c, start)
-    again, more = joint_rows(weight, c, start, good)
+    again, more = joint_rows(weight, c, start, good.down)
     assert more < rounds
-    assert float(joint_error(weight, c, again)) <= float(joint_error(weight, c, good)) * (1 + 1e-9)
+    assert float(joint_error(weight, c, again.down)) <= float(joint_error(weight, c, good.down)) * (1 + 1e-9)
 
 
 def test_one_reader_a_value_head_has_its_optimum_already():
@@ -163,13 +163,15 @@ def test_attended_maps_beat_what_takes_queries_as_independent(monkeypatch, seed)
     q, covariance = attention_toy(100 * seed)
     p = best_projector(covariance.mean(dim=(0, 1)), (q.mT @ q).sum(dim=0), RANK)
     start = Maps(p.up.expand(2, -1, -1), p.down)
-    assert float(attended_error(q, covariance, start)) == pytest.approx(changed(q, covariance, *start))
+    assert float(attended_error(q, covariance, start)) == pytest.approx(
+        changed(q, covariance, start.up, start.down)
+    )
     monkeypatch.setattr(alternating, "FALL", 0.0)
     errors = []
     for rounds in (0, 1, 2, 3, 5, 8, 100):
         monkeypatch.setattr(alternating, "ROUNDS", rounds)
-        errors.append(changed(q, covariance, *attended_maps(q, covariance, start)[0]))
-    assert errors[0] == pytest.approx(changed(q, covariance, *start))
+        errors.append(changed(q, covariance, *attended_maps(q, covariance, start)[0][:2]))
+    assert errors[0] == pytest.approx(changed(q, covariance, start.up, start.down))
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))
     assert errors[-1] < 0.95 * errors[0]
     # A general minimiser over both maps finds nothing much better nearby.
@@ -203,9 +205,25 @@ def test_a_shared_table_is_lowered_in_every_round_from_the_product_metric(monkey
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.99 * costs[0]
     # Of a given factor the other is the best there is: no small change of either lowers the cost to first order.
-    up, down = (factor.clone().requires_grad_() for factor in maps)
+    up, down = (factor.clone().requires_grad_() for factor in (maps.up, maps.down))
     delta = table - up @ down
     lost = (p * delta.square().sum(-1)).sum() + (q * (delta @ c * delta).sum(-1)).sum()
     slopes = torch.autograd.grad(lost, (up, down))
     assert float(slopes[0].norm()) < 1e-9 * float(table.norm())
     assert float(slopes[1].norm()) < 1e-1 * float(table.norm())
+
+
+def test_a_singular_solve_tells_its_damping():
+    """A row that is nothing leaves the matrix of every solve singular."""
+    weight, c = correlated(4)
+    moments, grams = heads_of(weight, c)
+    start = stacked(moments, grams)
+    assert shared_rows(moments, grams, start)[0].damping == 0.0
+    assert joint_rows(weight, c, start)[0].damping == 0.0
+    start[:, 1] = 0
+    assert 0 < shared_rows(moments, grams, start)[0].damping <= 1e-2
+    assert 0 < joint_rows(weight, c, start)[0].damping <= 1e-2
+    table, even = normal(40, DIM, seed=1), torch.ones(40, dtype=torch.float64)
+    assert alternating.shared_table(table, even, even, EYE, EYE[:3])[0].damping == 0.0
+    down = EYE[:3] * torch.tensor([[1.0], [0.0], [1.0]])
+    assert 0 < alternating.shared_table(table, even, even, EYE, down)[0].damping <= 1e-2

@@ -220,3 +220,15 @@ def test_gradient_blocks_are_the_first_of_a_draw():
     assert more == [n for n in ids[:, 0].tolist() if n in more]  # text order
     assert few != gradient_blocks(ids, 5, 1)[:, 0].tolist()
     assert torch.equal(gradient_blocks(ids, 50, 0), ids)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25])
+def test_a_loss_that_nothing_changes_has_gradients_of_nothing(tiny_checkpoint: Any, size: float) -> None:
+    """The final norm leaves (nearly) nothing of the hidden states, so that no gradient goes back behind it."""
+    folder: Path = tiny_checkpoint("llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(size)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    found = tensors(sweep(folder))
+    assert found
+    assert all(bool(each.isfinite().all()) and float(each.abs().max()) <= size for each in found.values())

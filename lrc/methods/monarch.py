@@ -9,7 +9,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from lrc.families import Target
-from lrc.linalg import best_pair, damped, damped_cholesky
+from lrc.linalg import DAMPING, best_pair, damped, damped_cholesky
 from lrc.methods.contract import Factors, ProjectionProblem, Solution, solves
 from lrc.methods.pair import corrected_bias, input_moment, predicted
 from lrc.plan.size import Options
@@ -60,8 +60,9 @@ def solve_projection(
     """Minimise E‖(W − W') x‖² over grids of rank-r blocks by block coordinate descent.
 
     Column group k has the moment C_kk. It starts from the whitened SVD of every block, which is the optimum where C is
-    block-diagonal; then each of ``rounds`` sweeps solves one column group exactly, given the others: the best blocks
-    for T_k = W_k + (Σ_{l≠k} (W − W')_l C_lk) C_kk⁻¹, so that the error never rises.
+    block-diagonal; then each of ``rounds`` sweeps solves one column group, given the others: the best blocks for
+    T_k = W_k + (Σ_{l≠k} (W − W')_l C_lk) C_kk⁻¹. C is damped for all of that, and C_kk, where its blocks are cut, once
+    more by ``block_damping``: but for the latter, each step is exact and the error in the damped moment never rises.
     """
     weight = problem.matrix.weight.double()
     c = damped(input_moment(problem))
@@ -82,7 +83,10 @@ def solve_projection(
     return Solution(
         parts={problem.role: Factors("monarch", _factors(pairs), corrected_bias(problem, delta))},
         predicted=predicted(problem, delta, input_moment(problem)),
-        numerics={"damping": max(damping for *_, damping in pairs)},
+        numerics={
+            "damping": DAMPING,
+            "block_damping": max(*(each.damping for each in roots), *(damping for *_, damping in pairs)),
+        },
     )
 
 

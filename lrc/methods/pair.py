@@ -30,14 +30,12 @@ def predicted(problem: ProjectionProblem, delta: Tensor, c: Tensor) -> Predictio
 def pair_solution(
     problem: ProjectionProblem, rank: int, c: Tensor | None, g: Tensor | None = None
 ) -> Solution:
-    """The best pair in the metric of C and G, with the bias corrected where C is of the data."""
-    weight, bias = problem.matrix.weight.double(), problem.matrix.bias
+    """The best pair in the metric of C and G, None being the identity, with the bias corrected."""
+    weight = problem.matrix.weight.double()
     b, a, damping = best_pair(weight, rank, c, g)
     delta = weight - b @ a
-    if c is not None:
-        bias = corrected_bias(problem, delta)
     return Solution(
-        parts={problem.role: Factors("low_rank", {"A": a, "B": b}, bias)},
-        predicted=predicted(problem, delta, problem.input.second if c is None else c),
+        parts={problem.role: Factors("low_rank", {"A": a, "B": b}, corrected_bias(problem, delta))},
+        predicted=predicted(problem, delta, input_moment(problem)),
         numerics={"damping": damping},
     )

@@ -1,4 +1,4 @@
-"""Truncated SVD: the best pair in the Frobenius norm, blind to the data."""
+"""Truncated SVD: the best pair in the Frobenius norm, blind to the data but for the bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from lrc.plan.size import PairRank
 
 @solves("projection", size=PairRank(), metric="weight", paper="Eckart and Young 1936; Mirsky 1960")
 def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:
-    """W_r = U_r Σ_r V_rᵀ with squared weight error Σ_{i>r} σ_i²; the moment only predicts what that does to outputs."""
+    """W_r = U_r Σ_r V_rᵀ with squared weight error Σ_{i>r} σ_i².
+
+    The moment only predicts what that does to outputs, and corrects a bias by the mean of what is lost.
+    """
     return pair_solution(problem, rank, None)
 
 

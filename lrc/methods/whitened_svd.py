@@ -39,4 +39,5 @@ def solve_embedding(problem: EmbeddingProblem, rank: int) -> Solution:
     maps, rounds = shared_table(
         table, frequency / inner, torch.full_like(frequency, 1 / outer), final.second, start.down
     )
-    return table_solution(problem, maps.up, maps.down, {"damping": start.damping, "rounds": rounds})
+    numerics = {"damping": start.damping, "rounds": rounds, "rounds_damping": maps.damping}
+    return table_solution(problem, maps.up, maps.down, numerics)

@@ -125,8 +125,9 @@ class AttentionSum:
             (q1, q2), (k1, k2) = q[part].unsqueeze(-2).chunk(2, dim=-1), k[part, None, None].chunk(2, dim=-1)
             shares = (q1 * k1).addcmul_(q2, k2)
             mean = (p[part].unsqueeze(-2) @ shares).flatten(1, 3)
-            weighted = shares.mul_(p[part].sqrt().unsqueeze(-1)).flatten(1, 3)
-            self._pairs[part] += weighted.mT @ weighted - mean.mT @ mean
+            weighted = shares.mul_(p[part].sqrt().unsqueeze(-1))
+            # a product for each query, as one over all of them is too long and thin to fill a GPU
+            self._pairs[part] += (weighted.mT @ weighted).sum(dim=(1, 2)) - mean.mT @ mean
 
 
 def _masked(scores: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:

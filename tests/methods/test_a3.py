@@ -432,6 +432,7 @@ class TestMLP:
         solution = solve_mlp(problem, 5, metric=metric, select="obs")
         assert solution.neurons is not None
         assert solution.neurons.tolist() == kept
+        assert solution.numerics["elimination_damping"] == 1e-6
         if metric == "loss":
             assert solution.predicted.loss == pytest.approx(loss(kept), rel=1e-3)
 

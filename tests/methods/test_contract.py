@@ -210,3 +210,5 @@ def test_names_a_paper_and_known_collectors(posed, method):
     assert methods()[method].summary.endswith(".")
     brought = set(posed.solver.option_needs.values())
     assert {*posed.solver.needs, *brought} <= COLLECTORS
+    if other := posed.solver.rotary:
+        assert "projection" in methods()[other].solvers

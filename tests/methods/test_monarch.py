@@ -50,6 +50,26 @@ def test_beats_blocks_cut_by_plain_or_diagonally_scaled_svd(make_case, facts):
     assert found < 0.9 * min(plain, diagonal)
 
 
+def test_blocks_are_cut_in_the_moment_with_the_damping_that_is_told(make_case):
+    """Tokens of widely spread sizes, fewer than dimensions, so that the damping decides."""
+    problem = make_case("projection", rows=8, columns=24, hard=True).problem
+    solution = solve_projection(problem, 1, blocks=2, rounds=0)
+    part, weight, c = solution.parts["o"], problem.matrix.weight, problem.input.second
+    assert isinstance(part, Factors)
+    c = c + solution.numerics["damping"] * c.diagonal().mean() * torch.eye(24).double()
+    found = MonarchLinear.dense(part.tensors)
+    for k in (0, 1):
+        cut = slice(12 * k, 12 * k + 12)
+        own = c[cut, cut]
+        own = own + solution.numerics["block_damping"] * own.diagonal().mean() * torch.eye(12).double()
+        root = torch.linalg.cholesky(own)
+        for j in (0, 1):
+            rows = slice(4 * j, 4 * j + 4)
+            u, s, vt = torch.linalg.svd(weight[rows, cut] @ root, full_matrices=False)
+            best = s[0] * torch.outer(u[:, 0], vt[0]) @ torch.linalg.inv(root)
+            torch.testing.assert_close(found[rows, cut], best, rtol=1e-6, atol=1e-6)
+
+
 def test_one_block_is_a_whitened_svd(make_case):
     from lrc.methods.whitened_svd import solve_projection as whitened
 

@@ -85,7 +85,7 @@ def grams_of_the_built_in_model() -> Tensor:
         (ASSETS / "calibration.txt").read_text(encoding="utf-8")[:20_000],
     )
     stream = ModelStream(reader, torch.device("cpu"), torch.float32)
-    (batch,) = stream.embed(ids[: 4 * 256].view(4, 256), 4)
+    (batch,) = stream.embed([ids[: 4 * 256].view(4, 256)])
     found = []
     for index in range(reader.architecture.layers):
         layer, state = stream.layer(index)
