@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from lrc.modules.attention import turn
 from lrc.moments.attention import AttentionMoment, AttentionSum
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.moment import Moment, MomentSum
-from lrc.moments.observe import Call, observe
-from lrc.stream import Batch, ModelStream
+from lrc.moments.observe import Call
+from lrc.stream import ModelStream
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ class LayerSums:
         if self._attention:
             self._add_attention(self._attention, calls["attention"])
 
-    def results(self) -> Statistics:
-        """The means so far. Raises UserError where activations are NaN or inf."""
+    def results(self, gradients: GradientMoment | None = None) -> Statistics:
+        """The means so far, with what a sweep found. Raises UserError where activations are NaN or inf."""
         moments = {site: total.moment() for site, total in self._moments.items()}
         for site, moment in moments.items():
             if not bool(moment.second.diagonal().isfinite().all()):
                 raise UserError(f"layer {self._index}: activations at {site} are NaN or inf")
-        return Statistics(moments, self._attention.moment() if self._attention else None)
+        attention = self._attention.moment() if self._attention else None
+        return Statistics(moments, attention, gradients and gradients.to(self._stream.device))
 
     def _add_attention(self, total: AttentionSum, call: Call) -> None:
         heads, x = self._architecture.geometry, self._stream.cast(call.input)
@@ -98,25 +99,3 @@ class LayerSums:
         bias = None if bias is None else bias.to(x.dtype)
         y = functional.linear(x, weight.to(x.dtype), bias)
         return y.unflatten(-1, (-1, self._architecture.head_dim)).transpose(1, 2)
-
-
-def collect(
-    stream: ModelStream,
-    index: int,
-    layer: nn.Module,
-    state: Mapping[str, Tensor],
-    batches: Iterable[Batch],
-    sites: set[str],
-    collectors: set[str],
-) -> Statistics:
-    """Run an original layer on all batches, which stay where they are, and return what was asked for of it.
-
-    ``sites`` are those whose moments are wanted, ``collectors`` what ``lrc.moments`` calls the rest.
-    Raises UserError where activations are NaN or inf.
-    """
-    sums = LayerSums(stream, index, layer, state, sites, collectors)
-    for batch in batches:
-        with observe(layer, sums.watched) as calls:
-            stream.run(layer, index, batch, batch.hidden)
-        sums.add(calls)
-    return sums.results()

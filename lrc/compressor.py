@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lrc.assemble import ReducedLayer, assemble
 from lrc.checkpoint.staging import Staging
 from lrc.collect import Statistics
 from lrc.families.family import ATTENTION_ROLES
-from lrc.measure import LayerMeasure
+from lrc.measure import LayerMeasure, Measured
 from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
 from lrc.modules.table import apply_table
@@ -24,7 +24,7 @@ from lrc.outer import Outer
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.refit import Refit, RefitRecord, RefitSum, held_out_blocks
 from lrc.scale import Final, LogitScale, fit_scale
-from lrc.solve import read_gradients, read_statistics, solve_layer
+from lrc.solve import layer_sums, read_gradients, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
 
@@ -42,11 +42,16 @@ def part_name(layer: int) -> str:
 
 
 @dataclass(frozen=True)
-class OutputSum:
-    """What is summed to refit the linear at ``path`` of a reduced layer."""
+class Passed:
+    """What is kept when the original stream has gone past a layer.
 
-    path: str
-    sums: RefitSum
+    ``statistics``: what the solvers read. ``middles``, by batch: the stream between the layer's halves, where the
+    attention's half is refitted to it. ``measured``: the batches on which reductions are measured, before the layer.
+    """
+
+    statistics: Statistics
+    middles: list[Tensor]
+    measured: list[Batch]
 
 
 class Compressor:
@@ -58,8 +63,10 @@ class Compressor:
         self._family = self._architecture.family
         self._outer = Outer(stream, plan, staging, watch)
         self._batches: list[Batch] = []
+        self._held: list[
+            bool
+        ] = []  # by batch, whether it chooses ridges and the logits' scale; those are the last
         self._gradients: dict[int, GradientMoment] = {}  # on the host, each until its layer is solved
-        self._held: list[Tensor] = []  # by batch, which of its blocks choose ridges and the logits' scale
         # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
         self._compressed: list[Tensor] | None = None
 
@@ -68,10 +75,14 @@ class Compressor:
         if self._staging.has(REST):  # written last: an earlier run got this far
             return
         self._gradients = self._sweep(blocks, batch_size)
+        held = held_out_blocks(len(blocks))
+        fitted, chosen = (
+            [*part.split(batch_size)] if len(part) else [] for part in (blocks[~held], blocks[held])
+        )
+        ids, self._held = [*fitted, *chosen], [False] * len(fitted) + [True] * len(chosen)
         with self._watch.stage("embed"):
-            self._batches = self._stream.embed(blocks, batch_size)
-            self._held = list(held_out_blocks(len(blocks)).split(batch_size))
-        self._part_at_embedding(blocks, batch_size)
+            self._batches = self._stream.embed(ids)
+        self._part_at_embedding(ids)
         for plan in self._plan.layers:
             self._layer(plan)
             advance()
@@ -107,28 +118,56 @@ class Compressor:
                 self._advance_compressed(layer, plan.index)
             self._write(plan.index, ReducedLayer(layer, {}, state, {}), [], [])
             return
+        self._part_streams()
         with self._watch.stage("observe"):
-            statistics = self._observe(layer, state, plan)
+            passed = self._pass_original(layer, state, plan)
         with self._watch.stage("solve"):
-            solutions = solve_layer(self._architecture, plan, state, statistics)
-            del statistics
+            solutions = solve_layer(self._architecture, plan, state, passed.statistics)
         with self._watch.stage("assemble"):
-            plain = self._refit_roles(plan) if self._refits else []
+            roles = self._refit_roles(plan) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
-            reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, plain)
+            reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, roles)
             self._stream.filled(reduced.module, reduced.state)
-            measure = LayerMeasure(self._stream, plan.index, state, solutions)
-            records = _records(plan, solutions)
-            del solutions  # in float64; their tensors are in the reduced layer now
-        refits = self._fit(layer, plan, reduced, measure)
-        for record, measured in zip(records, measure.results().values(), strict=True):
-            record["measured"] = asdict(measured)
+        with self._watch.stage("measure"):
+            measured = self._measure(layer, state, plan.index, solutions, passed.measured)
+            records = _records(plan, solutions, measured)
+            middles = passed.middles
+            del solutions, passed  # in float64, and moments; their tensors are in the reduced layer now
+        with self._watch.stage("refit"):
+            refits = self._refit(plan.index, reduced, roles, middles)
         self._write(plan.index, reduced, records, refits)
 
-    def _observe(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Statistics:
-        """What the layer's solvers need to know of the original stream."""
+    def _pass_original(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Passed:
+        """Take the original stream past a layer and see what its solvers and its refit need of it."""
         gradients = self._gradients.pop(plan.index, None)
-        return read_statistics(self._stream, plan, layer, state, self._batches, gradients)
+        sums = layer_sums(self._stream, plan, layer, state)
+        middles, measured = [], []
+        for batch, held in zip(self._batches, self._held, strict=True):
+            with observe(layer, {"middle": self._family.mlp_norm, **sums.watched}) as calls:
+                out = self._stream.run(layer, plan.index, batch, batch.hidden)
+            sums.add(calls)
+            if self._refits:
+                middles.append(calls["middle"].input)
+            if held or not any(self._held):
+                measured.append(replace(batch))
+            batch.hidden = out
+        return Passed(sums.results(gradients), middles, measured)
+
+    def _measure(
+        self,
+        layer: nn.Module,
+        state: Mapping[str, Tensor],
+        index: int,
+        solutions: Mapping[str, Solution],
+        batches: Sequence[Batch],
+    ) -> dict[str, Measured]:
+        """What the solutions really do to the outputs of the original layer."""
+        measure = LayerMeasure(self._stream, index, state, solutions)
+        for batch in batches:
+            with observe(layer, measure.watched) as calls:
+                self._stream.run(layer, index, batch, batch.hidden)
+            measure.add(calls)
+        return measure.results()
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""
@@ -136,79 +175,75 @@ class Compressor:
         attention, mlp = {"qk", "ov", *ATTENTION_ROLES}, {"mlp", *self._family.component("mlp")}
         return [role for role, half in (("o", attention), (self._family.mlp_output, mlp)) if targets & half]
 
-    def _fit(
-        self, layer: nn.Module, plan: LayerPlan, reduced: ReducedLayer, measure: LayerMeasure
+    def _refit(
+        self, index: int, reduced: ReducedLayer, roles: Sequence[str], middles: Sequence[Tensor]
     ) -> list[RefitRecord]:
-        """Measure the reductions, refit the output projections and take both streams past the layer."""
-        refits: list[RefitRecord] = []
-        roles = self._refit_roles(plan) if self._refits else []
+        """Refit the output projections to the original's stream and take the compressed one past the layer.
+
+        The attention half must bring it to where the original is between the two halves, ``middles``; the MLP half to
+        where the original is behind the layer.
+        """
+        if (compressed := self._compressed) is None:
+            return []
+        module, refits = reduced.module, list[RefitRecord]()
         outputs = {role: path for role in roles if (path := _output_path(reduced, role)) is not None}
-        self._part_streams()
-        with self._watch.stage("measure"):
-            attention = self._refit_sum(reduced, outputs["o"]) if "o" in outputs else None
-            for i in range(len(self._batches)):
-                self._pass_original(i, layer, plan.index, reduced, measure, attention)
-        with self._watch.stage("refit"):
-            if attention is not None:
-                refits.append(self._replace(reduced, attention).record(plan.index, "o"))
-            role = self._family.mlp_output
-            if role in outputs:
-                mlp = self._refit_sum(reduced, outputs[role])
-                for i in range(len(self._batches)):
-                    self._add_mlp(i, plan.index, reduced, mlp)
-                refits.append(self._replace(reduced, mlp).record(plan.index, role))
-            self._advance_compressed(reduced.module, plan.index)
+        # What the attention's output projection reads does not change with it, so that attention runs once.
+        read: list[Tensor] = []
+
+        def run(i: int) -> Tensor:
+            attended = self._apply(module.get_submodule(outputs["o"]), read[i]) if read else None
+            return self._stream.run(module, index, self._batches[i], compressed[i], attended=attended)
+
+        if path := outputs.get("o"):
+            sums, inputs = self._refit_sum(reduced, path), list[Tensor]()
+            for i, (batch, middle) in enumerate(zip(self._batches, middles, strict=True)):
+                with observe(module, {"x": path}, stop_at="x") as seen:
+                    self._stream.run(module, index, batch, compressed[i])
+                inputs.append(self._stream.cast(seen["x"].input))
+                self._add(i, reduced, path, sums, inputs[i], middle, compressed[i])
+            refits.append(self._replace(reduced, path, sums).record(index, "o"))
+            read = inputs
+        if path := outputs.get(role := self._family.mlp_output):
+            sums = self._refit_sum(reduced, path)
+            for i, batch in enumerate(self._batches):
+                with observe(module, {"middle": self._family.mlp_norm, "x": path}, stop_at="x") as seen:
+                    run(i)
+                x, middle = self._stream.cast(seen["x"].input), seen["middle"].input
+                self._add(i, reduced, path, sums, x, batch.hidden, middle)
+            refits.append(self._replace(reduced, path, sums).record(index, role))
+        for i in range(len(compressed)):
+            compressed[i] = run(i)
         return refits
 
-    def _pass_original(
+    @torch.no_grad()
+    def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
+        with self._stream.precision():
+            return linear(x)
+
+    def _add(
         self,
         i: int,
-        layer: nn.Module,
-        index: int,
         reduced: ReducedLayer,
-        measure: LayerMeasure,
-        attention: OutputSum | None,
+        path: str,
+        sums: RefitSum,
+        x: Tensor,
+        goal: Tensor,
+        stream: Tensor,
     ) -> None:
-        """Take a batch's original stream past the layer; on the way measure, and sum for the o-projection's refit.
-
-        The attention half must bring the compressed stream to where the original is between the two halves.
+        """Sum a batch for the refit of the linear at ``path``: what it reads, and where it should take the compressed
+        stream and does.
         """
-        batch, middle = self._batches[i], self._family.mlp_norm
-        with observe(layer, {"middle": middle, **measure.watched}) as calls:
-            out = self._stream.run(layer, index, batch, batch.hidden)
-        measure.add(calls)
-        if attention is not None:
-            hidden = self._compressed_hidden(i)
-            with observe(reduced.module, {"x": attention.path}, stop_at="x") as seen:
-                self._stream.run(reduced.module, index, batch, hidden)
-            self._add(i, reduced, attention, seen["x"].input, calls["middle"].input, hidden)
-        batch.hidden = out
+        reached = stream + self._apply(reduced.module.get_submodule(path), x)
+        sums.add(x, goal, reached, self._held[i])
 
-    def _add_mlp(self, i: int, index: int, reduced: ReducedLayer, mlp: OutputSum) -> None:
-        """Sum a batch for the MLP output's refit, which must bring the compressed stream to where the original is."""
-        batch = self._batches[i]
-        with observe(reduced.module, {"middle": self._family.mlp_norm, "x": mlp.path}, stop_at="x") as seen:
-            self._stream.run(reduced.module, index, batch, self._compressed_hidden(i))
-        self._add(i, reduced, mlp, seen["x"].input, batch.hidden, seen["middle"].input)
-
-    @torch.no_grad()
-    def _add(
-        self, i: int, reduced: ReducedLayer, output: OutputSum, x: Tensor, goal: Tensor, stream: Tensor
-    ) -> None:
-        """Sum a batch for a refit: what the linear reads, and where it should take the compressed stream and does."""
-        linear, x = reduced.module.get_submodule(output.path), self._stream.cast(x)
-        with self._stream.precision():
-            reached = stream + linear(x)
-        output.sums.add(x, goal, reached, self._held[i])
-
-    def _refit_sum(self, reduced: ReducedLayer, path: str) -> OutputSum:
+    def _refit_sum(self, reduced: ReducedLayer, path: str) -> RefitSum:
         out, width = reduced.state[f"{path}.weight"].shape
-        return OutputSum(path, RefitSum(width, out, self._stream.device))
+        return RefitSum(width, out, self._stream.device)
 
-    def _replace(self, reduced: ReducedLayer, output: OutputSum) -> Refit:
+    def _replace(self, reduced: ReducedLayer, path: str, sums: RefitSum) -> Refit:
         """Refit a linear of a reduced layer, in its tensors and in its module alike."""
-        weight, bias = f"{output.path}.weight", f"{output.path}.bias"
-        refit = output.sums.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        refit = sums.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
         fitted, dtype = refit.solution, self._stream.reader.dtype
         new = {weight: fitted.weight.to(dtype)} | (
             {} if fitted.bias is None else {bias: fitted.bias.to(dtype)}
@@ -218,29 +253,29 @@ class Compressor:
         return refit
 
     def _scale(self, head: nn.Module | None) -> LogitScale | None:
-        """The logits' scale, chosen on the held-out blocks, with ``head`` where the original's is reduced.
+        """The logits' scale, chosen on the blocks that choose ridges, with ``head`` where the original's is reduced.
 
         None where the plan wants none, no block is held out or everything stays whole.
         """
-        chosen = [i for i, held in enumerate(self._held) if held.any()]
+        chosen = [i for i, held in enumerate(self._held) if held]
         parted = self._compressed is not None or head is not None
         if not (chosen and parted and self._plan.plan.scales):
             return None
         logits = self._stream.tail()
-        original = Final([self._batches[i].hidden[self._held[i]] for i in chosen], logits)
-        hidden = [self._compressed_hidden(i)[self._held[i]] for i in chosen]
+        original = Final([self._batches[i].hidden for i in chosen], logits)
+        hidden = [self._compressed_hidden(i) for i in chosen]
         compressed = Final(hidden, logits if head is None else self._stream.tail(head))
         return fit_scale(original, compressed, self._architecture.vocab)
 
     def _compressed_hidden(self, i: int) -> Tensor:
         return self._batches[i].hidden if self._compressed is None else self._compressed[i]
 
-    def _part_at_embedding(self, blocks: Tensor, batch_size: int) -> None:
+    def _part_at_embedding(self, ids: Sequence[Tensor]) -> None:
         """Reduce the embedding, if the plan does, and start the compressed stream from it."""
-        embedding = self._outer.embedding(blocks, self._batches)
+        embedding = self._outer.embedding(torch.cat([*ids]), self._batches)
         if embedding is not None and self._refits:
             with self._watch.stage("embed"):
-                batches = self._stream.embed(blocks, batch_size, embedding)
+                batches = self._stream.embed(ids, embedding)
             self._compressed = [batch.hidden for batch in batches]
 
     def _part_streams(self) -> None:
@@ -297,14 +332,17 @@ def _output_path(reduced: ReducedLayer, role: str) -> str | None:
     return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
 
 
-def _records(plan: LayerPlan, solutions: Mapping[str, Solution]) -> list[dict[str, Any]]:
-    """What the manifest and the report keep of a layer's targets, but for what is measured later."""
+def _records(
+    plan: LayerPlan, solutions: Mapping[str, Solution], measured: Mapping[str, Measured]
+) -> list[dict[str, Any]]:
+    """What the manifest and the report keep of a layer's targets."""
     return [
         {
             **asdict(assignment),
             "layer": plan.index,
             "predicted": asdict(solutions[assignment.target].predicted),
             "numerics": dict(solutions[assignment.target].numerics),
+            "measured": asdict(measured[assignment.target]),
         }
         for assignment in plan.assignments
     ]

@@ -1,4 +1,4 @@
-"""Measures what reductions really do: the original and the reduced module run on the same calibration tokens."""
+"""Measures what reductions really do: the original and the reduced module run on the same tokens."""
 
 from __future__ import annotations
 

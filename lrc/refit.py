@@ -1,6 +1,7 @@
 """Refit of output projections to the original residual stream: linear regression with a ridge to the solution.
 
-The ridge is chosen on blocks that are kept out of the fit; the fit itself is then made on all of them.
+The ridge is chosen on blocks that are kept out of that fit; the fit itself is then made on all of them. They are blocks
+of calibration: the methods' moments and the refits of the layers before have seen them.
 """
 
 from __future__ import annotations
@@ -89,14 +90,11 @@ class RefitSum:
     def __init__(self, width: int, out: int, device: torch.device) -> None:
         self._fitted, self._held = (_Sums.zero(width, out, device) for _ in range(2))
 
-    def add(self, x: Tensor, goal: Tensor, reached: Tensor, held: Tensor) -> None:
+    def add(self, x: Tensor, goal: Tensor, reached: Tensor, held: bool) -> None:
         """Count inputs x (blocks, tokens, width), the original stream and the one reached by the start, float32
-        (blocks, tokens, out); ``held`` (blocks,) of bool are those kept out of the fit.
+        (blocks, tokens, out); those ``held`` are kept out of the fit that chooses the ridge.
         """
-        for sums, chosen in ((self._fitted, ~held), (self._held, held)):
-            if bool(chosen.any()):
-                index = chosen.nonzero().squeeze(-1).to(x.device)
-                sums.add(*(t if bool(chosen.all()) else t[index] for t in (x, goal, reached)))
+        (self._held if held else self._fitted).add(x, goal, reached)
 
     def solve(self, start: Affine) -> Refit:
         """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), t − W₀ x − b₀ what is missing.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lrc.collect import Statistics, collect
+from lrc.collect import LayerSums, Statistics
 from lrc.families import Architecture, canonical
 from lrc.gradients import gradient_moments
 from lrc.methods import methods
@@ -22,6 +21,7 @@ from lrc.methods.contract import (
     Solver,
 )
 from lrc.moments.gradient import GradientMoment, Wanted
+from lrc.moments.observe import observe
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Calibration
 from lrc.plan.solver import find_solver
@@ -81,6 +81,14 @@ def read_gradients(
     return gradient_moments(stream, chosen, wanted, batch_size, calibration.seed, layer=held)
 
 
+def layer_sums(
+    stream: ModelStream, plan: LayerPlan, layer: nn.Module, state: Mapping[str, Tensor]
+) -> LayerSums:
+    """What a layer's solvers read of its activations, nothing counted yet."""
+    sites, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
+    return LayerSums(stream, plan.index, layer, state, sites, collectors)
+
+
 def read_statistics(
     stream: ModelStream,
     plan: LayerPlan,
@@ -91,23 +99,29 @@ def read_statistics(
 ) -> Statistics:
     """What a layer's solvers read, from a run of the original on all batches and what a sweep found.
 
-    Raises UserError where activations are NaN or inf.
+    The batches stay where they are. Raises UserError where activations are NaN or inf.
     """
-    sites, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
-    found = collect(stream, plan.index, layer, state, batches, sites, collectors)
-    return replace(found, gradients=gradients and gradients.to(stream.device))
+    sums = layer_sums(stream, plan, layer, state)
+    for batch in batches:
+        with observe(layer, sums.watched) as calls:
+            stream.run(layer, plan.index, batch, batch.hidden)
+        sums.add(calls)
+    return sums.results(gradients)
 
 
 def solve_layer(
     architecture: Architecture, plan: LayerPlan, state: Mapping[str, Tensor], statistics: Statistics
 ) -> dict[str, Solution]:
     """Solve everything a plan asks of one layer, by target, from its tensors and statistics."""
-    found = {}
-    for assignment in plan.assignments:
-        problem = pose(architecture, assignment.target, state, statistics)
-        solve = solver_of(assignment).solve
-        found[assignment.target] = solve(problem, assignment.size, **assignment.options)
-    return found
+    return {
+        assignment.target: solve(pose(architecture, assignment.target, state, statistics), assignment)
+        for assignment in plan.assignments
+    }
+
+
+def solve(problem: Problem, assignment: Assignment) -> Solution:
+    """Solve one problem as an assignment asks."""
+    return solver_of(assignment).solve(problem, assignment.size, **assignment.options)
 
 
 def solver_of(assignment: Assignment) -> Solver:

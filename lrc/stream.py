@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class ModelStream:
         layers = self._meta_model().get_submodule(reader.family.layers)
         self.skeletons: list[nn.Module] = list(layers.children())
 
-    def embed(self, blocks: Tensor, batch_size: int, embedding: nn.Module | None = None) -> list[Batch]:
-        """Run everything before the first layer on token blocks (n, tokens), in batches of blocks.
+    def embed(self, ids: Iterable[Tensor], embedding: nn.Module | None = None) -> list[Batch]:
+        """Run everything before the first layer on batches of token ids (blocks, tokens).
 
         The model's own forward does it, with a recorder in every layer's place: masks, positions and rotary tables are
         then what the model would have used. ``embedding`` takes the place of the checkpoint's. Raises UserError where a
@@ -68,7 +68,7 @@ class ModelStream:
         if missing:
             raise UserError(f"the checkpoint has no tensor {', '.join(missing)}")
         base.to(self.device)
-        return [self._embed_batch(base, recorders, ids) for ids in blocks.split(batch_size)]
+        return [self._embed_batch(base, recorders, batch) for batch in ids]
 
     @torch.no_grad()
     def _embed_batch(self, base: nn.Module, recorders: list[_Recorder], ids: Tensor) -> Batch:
@@ -136,14 +136,23 @@ class ModelStream:
         return module.requires_grad_(False)
 
     def run(
-        self, layer: nn.Module, index: int, batch: Batch, hidden: Tensor, *, grad: bool = False
+        self,
+        layer: nn.Module,
+        index: int,
+        batch: Batch,
+        hidden: Tensor,
+        *,
+        attended: Tensor | None = None,
+        grad: bool = False,
     ) -> Tensor:
         """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) in float32.
 
-        With ``grad`` the result can be differentiated by hidden states that ask for it.
+        ``attended``: what its attention puts out, where that is known and need not run. With ``grad`` the result can be
+        differentiated by hidden states that ask for it.
         """
-        call = batch.calls[index]
-        with torch.set_grad_enabled(grad), self.precision():
+        call, attention = batch.calls[index], self.reader.family.attention
+        known = nullcontext() if attended is None else _given(layer, attention, attended)
+        with torch.set_grad_enabled(grad), self.precision(), known:
             out = layer(hidden, *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).float()
 
@@ -168,6 +177,28 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{where}{name} has NaN or inf")
+
+
+@contextmanager
+def _given(layer: nn.Module, path: str, output: Tensor) -> Iterator[None]:
+    """Put what an attention module puts out in the place of the module."""
+    module = layer.get_submodule(path)
+    layer.set_submodule(path, _Given(output))
+    try:
+        yield
+    finally:
+        layer.set_submodule(path, module)
+
+
+class _Given(nn.Module):
+    """Stands in an attention module's place and returns what it would."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return self._output, None
 
 
 class _Recorder(nn.Module):

@@ -34,8 +34,11 @@ def solved(x: Tensor, t: Tensor, start: Affine, held: Tensor | None = None, size
     """The refit of a stream that is at zero before the projection, in batches of ``size`` blocks."""
     chosen = torch.zeros(len(x), dtype=torch.bool) if held is None else held
     total = RefitSum(x.shape[-1], t.shape[-1], CPU)
-    for rows, goal, mask in zip(x.split(size), t.split(size), chosen.split(size), strict=True):
-        total.add(rows, goal, applied(rows, start).float(), mask)
+    for kept_out in (False, True):
+        mask = chosen if kept_out else ~chosen
+        for rows, goal in zip(x[mask].split(size), t[mask].split(size), strict=True):
+            if len(rows):
+                total.add(rows, goal, applied(rows, start).float(), kept_out)
     return total.solve(start)
 
 

@@ -54,7 +54,7 @@ def test_hidden_states_are_those_of_transformers(tiny_checkpoint, family, batch_
     """Batches of two leave a last one of a single block."""
     folder, ids = tiny_checkpoint(family, num_hidden_layers=3), blocks()
     stream = open_stream(folder)
-    states, expected = walk(stream, stream.embed(ids, batch_size)), stock_states(folder, ids)
+    states, expected = walk(stream, stream.embed(ids.split(batch_size))), stock_states(folder, ids)
     assert len(states) == len(expected) == 4
     for ours, theirs in zip(states[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -67,7 +67,7 @@ def test_no_token_sees_a_later_one(tiny_checkpoint, family):
     changed = ids.clone()
     changed[:, 15:] = 7
     stream = open_stream(folder)
-    one, other = (walk(stream, stream.embed(x, 2))[-1] for x in (ids, changed))
+    one, other = (walk(stream, stream.embed(x.split(2)))[-1] for x in (ids, changed))
     torch.testing.assert_close(one[:, :15], other[:, :15], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(one[:, 15:], other[:, 15:], atol=0.1)
 
@@ -76,7 +76,7 @@ def test_no_token_sees_a_later_one(tiny_checkpoint, family):
 def test_bfloat16_layers_stay_close_on_a_float32_stream(tiny_checkpoint, family):
     folder, ids = tiny_checkpoint(family), blocks()
     stream = open_stream(folder, torch.bfloat16)
-    batches = stream.embed(ids, 2)
+    batches = stream.embed(ids.split(2))
     assert all(batch.hidden.dtype == torch.float32 for batch in batches)
     states, exact = walk(stream, batches), stock_states(folder, ids)
     stock = stock_states(folder, ids, torch.bfloat16)
@@ -120,4 +120,4 @@ def test_a_missing_embedding_is_named(tiny_checkpoint):
     del tensors["model.embed_tokens.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"no tensor model.embed_tokens.weight"):
-        open_stream(folder).embed(blocks(), 2)
+        open_stream(folder).embed([blocks()])
