@@ -1,4 +1,4 @@
-"""What a run will give, known from headers alone: sizes of the output, and the memory that making it takes."""
+"""What a run will give, known from headers alone: every target's size, and that of the output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from lrc.checkpoint.headers import StoredTensor
 from lrc.checkpoint.sizes import Size, size_of
 from lrc.families import Architecture
 from lrc.families.family import ATTENTION_ROLES
-from lrc.job import Job, default_batch, find_dtype, generating_batch
-from lrc.memory import ASSUMED_SAMPLES, Memory, estimate_memory, generating_memory
+from lrc.job import Job
 from lrc.modules.table import Table, attention_entry
 from lrc.plan.layers import spans
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.text.datasets import SYNTHETIC
-from lrc.text.mixture import read_mixture
 
 
 @dataclass(frozen=True)
@@ -34,58 +31,6 @@ class TargetSize:
     options: dict[str, Any]
     kept: int
     whole: int
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a plan comes to for a model. ``memory`` is an estimate, all else is exact."""
-
-    model: str
-    plan: str
-    keep: float
-    before: Size
-    after: Size
-    targets: list[TargetSize]
-    memory: Memory
-    warnings: list[str]
-
-
-def check(job: Job) -> Check:
-    """Work out what a job will give, on a GPU and with the settings that ``lrc compress`` takes by default.
-
-    Raises UserError where the plan's calibration asks for what its sources cannot give.
-    """
-    reader = job.reader
-    gpu = torch.device("cuda")
-    dtype = find_dtype(None, gpu, reader.dtype)
-    memory = estimate_memory(job, dtype, default_batch(gpu.type, job.plan.seq_len))
-    warnings = list(job.plan.warnings)
-    calibration = job.plan.plan.calibration
-    if calibration.samples == "all":
-        warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")
-    if (name := job.plan.plan.allocate) != "uniform":
-        warnings.append(
-            f"allocate {name}: lrc compress finds the sizes when it has measured what they cost; until then all is "
-            "worked out at equal fractions"
-        )
-    if calibration.data is not None:
-        mixture = read_mixture(calibration.data)
-        mixture.check(calibration.samples)
-        if SYNTHETIC in mixture.names:
-            needed = generating_memory(job, dtype, min(generating_batch(job.plan.seq_len), memory.samples))
-            warnings.append(
-                f"synthetic text is written by the whole model beforehand: about {needed:,} bytes"
-            )
-    return Check(
-        model=job.model.source,
-        plan=job.plan_source,
-        keep=job.plan.keep,
-        before=size_of(reader.tensors.values(), reader.architecture, reader.dtype, {}),
-        after=output_size(job),
-        targets=target_sizes(job),
-        memory=memory,
-        warnings=warnings,
-    )
 
 
 def target_sizes(job: Job) -> list[TargetSize]:

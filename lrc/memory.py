@@ -3,19 +3,22 @@
 The count follows ``lrc.compressor`` stage by stage. Between two layers only hidden states are held; within a layer
 
     gradients weights + 2 · G + activations, or head + logits       before the streams are there; ``lrc.gradients``
-    observe   streams + weights + 2 · moments + activations         sums, and the means made of them
-    solve     streams + weights + moments + G + solutions + work    work: of the largest solve
-    measure   streams + weights + reduced + sums + activations + attention
-    refit     streams + weights + reduced + work                    work: of the larger refit, or a batch
+    observe   states + weights + 2 · moments + activations          sums, and the means made of them
+    solve     states + weights + moments + G + solutions + work     work: of the largest solve
+    measure   states + weights + moments + reduced + activations + attention
+    refit     states + read + weights + reduced + work              work: of the larger refit, or its sums and a batch
 
 and after the last, with the residual refit,
 
-    scale     streams + those of the held-out blocks + heads + a chunk of logits, six times in float32
+    scale     streams + those of the blocks that choose + heads + a chunk of logits, six times in float32
 
 with T tokens of calibration, t of one batch, n_i the widths of the sites observed, hidden size h, MLP width f, s and c
 bytes of a weight as stored and as run:
 
     streams      4 T h, twice with the residual refit: original and compressed
+    states       streams, once more 4 T h with the refit, for the stream between the halves, and the blocks on which
+                 reductions are measured as they were before the layer
+    read         what the attention's output projection reads of all blocks, c for each, where it is refitted
     weights      (s + c) · weights of a layer; s alone where s = c, as tensors are then shared
     moments      4 Σ n_i²
     solutions    8 · kept weights: what the methods return is float64
@@ -23,7 +26,7 @@ bytes of a weight as stored and as run:
     outer        streams + tables of the embedding or head in float64, where they are factorized; where they are one,
                  two streams + a layer as it passes before that
     attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
-    sums         of a refit, kept twice: for the blocks fitted to and for those held out
+    sums         of a refit, in float32, kept twice: for the blocks fitted to and for those held out
     work         ``_solve_work`` and ``_refit_work``, float64
     G            4 Σ m_i² of the outputs whose gradients the methods read
 
@@ -95,18 +98,22 @@ def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
 
 def measuring_memory(job: Job, dtype: torch.dtype, batch_size: int, samples: int, held_out: int) -> int:
     """Bytes that ``lrc.allocation.sensitivity`` takes on ``samples`` blocks of calibration and ``held_out`` others:
-    those of a compression without refit, the whole model, the held-out states and the logits of a batch.
+    those of a compression without refit, the whole model, a reduced table, the held-out states twice and the logits of
+    a batch.
     """
     architecture, plan, seq_len = job.reader.architecture, job.plan.plan, job.plan.seq_len
     calibration = plan.calibration.model_copy(update={"samples": samples})
     alone = replace(
-        job.plan, plan=plan.model_copy(update={"refit": "none", "calibration": calibration}), outer=()
+        job.plan,
+        plan=plan.model_copy(update={"refit": "none", "calibration": calibration}),
+        outer=job.plan.unsized(None),
     )
     one = estimate_memory(replace(job, plan=alone), dtype, batch_size).peak
     stored, run = job.reader.dtype.itemsize, dtype.itemsize
     decoder = architecture.layers * architecture.layer_parameters
     weights = decoder * (stored if job.reader.dtype == dtype else stored + run)
-    tables = (architecture.total_parameters - decoder) * run
+    largest = max((a.kept for a in alone.outer), default=0)
+    tables = (architecture.total_parameters - decoder + largest) * run
     states = 2 * 4 * held_out * seq_len * architecture.hidden
     logits = seq_len * architecture.vocab * (batch_size * run + 2 * 4)
     return one + weights + tables + states + logits
@@ -225,8 +232,9 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
     reduced = 2 * kept * stored + (0 if shared else (rest + kept) * run) + alone
     attention = 20 * architecture.heads * seq_len**2 if _targets(layer) & {"qk"} else 0
     widths = _refit_widths(architecture, layer) if refits else []
-    base = streams + weights
-    sums = sum(12 * n * (n + architecture.hidden) for n in widths[:1])  # and what is added to one of the two
+    measured = int(held_out_blocks(samples).sum()) or samples
+    states = streams + (stream if refits else 0) + stream * measured // samples
+    base = states + weights
     stages = {
         "observe": base + 2 * moments + activations,
         "solve": base
@@ -234,11 +242,16 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
         + gradients
         + solutions
         + max(_solve_work(architecture, a, sampled) for a in layer.assignments),
-        "measure": base + reduced + sums + activations + attention,
+        "measure": base + moments + gradients + reduced + activations + attention,
     }
     if refits:
-        work = max(_refit_work(architecture, n) for n in widths)
-        stages["refit"] = base + reduced + max(work, activations)
+        # Sums, and what is added to one of the two, while a batch runs; then those and the solve's.
+        work = max(
+            max(_refit_work(architecture, n), 12 * n * (n + architecture.hidden) + activations)
+            for n in widths
+        )
+        read = widths[0] * samples * seq_len * run if _targets(layer) & _ATTENTION else 0
+        stages["refit"] = base + read + reduced + work
     return stages
 
 

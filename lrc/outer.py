@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from lrc.checkpoint.staging import Staging
 from lrc.errors import UserError
 from lrc.linalg import data_error
 from lrc.measure import Measured
-from lrc.methods import methods
 from lrc.methods.contract import Affine, EmbeddingProblem, Factors, ProjectionProblem, Solution
 from lrc.methods.embedding import table_error
 from lrc.modules import kinds
@@ -22,19 +21,32 @@ from lrc.modules.embedding import embedding_entry
 from lrc.modules.low_rank import LowRankLinear
 from lrc.modules.table import Table, build
 from lrc.moments.moment import Moment, MomentSum
-from lrc.plan.resolved import Assignment, ResolvedPlan
-from lrc.plan.solver import find_solver
+from lrc.plan.resolved import ResolvedPlan
+from lrc.solve import solve
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
+
+OuterProblem = EmbeddingProblem | ProjectionProblem
 
 
 @dataclass(frozen=True)
 class ReducedOuter:
-    """Table entries and tensors by full path, and what the manifest and the report keep of it."""
+    """A target as it is saved: table entries and tensors by full path, those of a tied head with the embedding's."""
 
+    target: str
     table: Table
-    tensors: dict[str, Tensor]
-    record: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def module(self, stream: ModelStream, target: str) -> nn.Module | None:
+        """What takes the place of the embedding or the head, to be run; None where this leaves it as it is."""
+        paths = stream.reader.family.outer
+        if paths[target] not in self.table:
+            return None
+        with torch.device("meta"):
+            module = build(self.table[paths[target]], torch.empty(0))
+        start = f"{paths[self.target]}."  # a tied head has the embedding's tensors
+        state = {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
+        return stream.filled(module, state)
 
 
 class Outer:
@@ -57,9 +69,11 @@ class Outer:
             with self._watch.stage("observe"):
                 final = self._final_ahead(batches) if self._architecture.tied else None
             with self._watch.stage("solve"):
-                reduced = reduce_embedding(self._stream, self._assigned["embed"], blocks, final)
-            self._write("embed", reduced)
-        return self._module("embed", "embed")
+                problem = pose_embedding(self._stream, blocks, final)
+                met = replace(problem, frequency=_shares(blocks, problem.table))
+                reduced, record = self._reduce("embed", problem, met)
+            self._write(reduced, record)
+        return self._staged("embed").module(self._stream, "embed")
 
     def head(self, batches: Sequence[Batch]) -> nn.Module | None:
         """What takes the head's place, by the original's ``batches`` behind the last layer; None where it stays whole.
@@ -67,14 +81,16 @@ class Outer:
         A head that is the embedding was reduced with it.
         """
         if "lm_head" not in self._assigned:
-            return self._module("embed", "lm_head") if self._architecture.tied and self._assigned else None
+            tied = self._architecture.tied and "embed" in self._assigned
+            return self._staged("embed").module(self._stream, "lm_head") if tied else None
         if not self._staging.has("lm_head"):
             with self._watch.stage("observe"):
                 final = final_moment(self._stream, (batch.hidden for batch in batches))
             with self._watch.stage("solve"):
-                reduced = reduce_head(self._stream, self._assigned["lm_head"], final)
-            self._write("lm_head", reduced)
-        return self._module("lm_head", "lm_head")
+                problem = pose_head(self._stream, final)
+                reduced, record = self._reduce("lm_head", problem, problem)
+            self._write(reduced, record)
+        return self._staged("lm_head").module(self._stream, "lm_head")
 
     def left(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the tensors outside the layers that nothing replaces."""
@@ -90,61 +106,74 @@ class Outer:
                 states[i] = stream.run(layer, index, batch, states[i])
         return final_moment(stream, states)
 
-    def _write(self, part: str, reduced: ReducedOuter) -> None:
+    def _reduce(
+        self, target: str, problem: OuterProblem, met: OuterProblem
+    ) -> tuple[ReducedOuter, dict[str, Any]]:
+        """Solve a problem, and measure what is stored by the one that the text itself poses."""
+        assignment, dtype = self._assigned[target], self._stream.reader.dtype
+        solution = solve(problem, assignment)
+        record = {
+            **asdict(assignment),
+            "layer": None,
+            "predicted": asdict(solution.predicted),
+            "numerics": dict(solution.numerics),
+            "measured": asdict(_measured(met, _factors(solution), dtype)),
+        }
+        return store_outer(self._stream, solution), record
+
+    def _write(self, reduced: ReducedOuter, record: dict[str, Any]) -> None:
         with self._watch.stage("write"):
-            self._staging.write(part, reduced.tensors, {"table": reduced.table, "results": [reduced.record]})
+            self._staging.write(
+                reduced.target, reduced.tensors, {"table": reduced.table, "results": [record]}
+            )
 
-    def _module(self, part: str, target: str) -> nn.Module:
-        """The module of a staged part that stands for a target, as saved; a tied head has the embedding's tensors."""
-        with torch.device("meta"):
-            module = build(self._staging.record(part)["table"][self._paths[target]], torch.empty(0))
-        start = f"{self._paths[part]}."
-        tensors = self._staging.tensors(part).items()
-        state = {name.removeprefix(start): tensor for name, tensor in tensors if name.startswith(start)}
-        return self._stream.filled(module, state)
+    def _staged(self, target: str) -> ReducedOuter:
+        return ReducedOuter(target, self._staging.record(target)["table"], self._staging.tensors(target))
 
 
-def reduce_embedding(
-    stream: ModelStream, assignment: Assignment, blocks: Tensor, final: Moment | None
-) -> ReducedOuter:
-    """Factorize the embedding by how often tokens are in ``blocks`` (n, length).
+def pose_outer(
+    stream: ModelStream, targets: Iterable[str], blocks: Tensor, batches: Iterable[Batch]
+) -> dict[str, OuterProblem]:
+    """The problems of targets outside the layers, by blocks (n, length) and their ``batches`` behind the last layer."""
+    final = final_moment(stream, (batch.hidden for batch in batches))
+    shared = final if stream.reader.architecture.tied else None
+    return {
+        target: pose_head(stream, final) if target == "lm_head" else pose_embedding(stream, blocks, shared)
+        for target in targets
+    }
+
+
+def pose_embedding(stream: ModelStream, blocks: Tensor, final: Moment | None) -> EmbeddingProblem:
+    """The problem of the embedding, by how often tokens are in ``blocks`` (n, length).
 
     ``final``: the moment of what the head reads, where it has the same weight; the head then shares the factors.
     """
-    family, dtype = stream.reader.family, stream.reader.dtype
-    path, head = family.embedding, family.head
-    weight = stream.reader.rest()[f"{path}.weight"].to(stream.device)
-    counts = torch.bincount(blocks.flatten(), minlength=len(weight)).to(stream.device, torch.float64)
-    seen = (counts + 1) / (counts.sum() + len(counts))  # one more of each, as others come in other texts
-    solution = _solve(EmbeddingProblem(weight, seen, final), assignment)
-    part = solution.parts["embed"]
-    assert isinstance(part, Factors)
+    weight = _weight(stream, "embed")
+    extra = torch.arange(len(weight))  # one more of each, as others come in other texts
+    return EmbeddingProblem(weight, _shares(torch.cat([blocks.flatten(), extra]), weight), final)
+
+
+def pose_head(stream: ModelStream, final: Moment) -> ProjectionProblem:
+    """The problem of a head of its own, by the moment of what it reads."""
+    return ProjectionProblem("lm_head", Affine(_weight(stream, "lm_head")), final)
+
+
+def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
+    """A solution as it is saved, in the checkpoint's precision."""
+    ((target, _),) = solution.parts.items()
+    family, part, dtype = stream.reader.family, _factors(solution), stream.reader.dtype
+    path, head = family.outer[target], family.head
+    if target == "lm_head":
+        entry, stored = store(part, dtype)
+        return ReducedOuter(target, {path: entry}, {f"{path}.{name}": t for name, t in stored.items()})
     a, b = (part.tensors[name].to(dtype) for name in ("A", "B"))
     rank, width = a.shape
     table: Table = {path: embedding_entry(len(b), width, rank)}
     tensors = {f"{path}.weight": a.new_empty(0), f"{path}.A.weight": a, f"{path}.B.weight": b}
-    if final is not None:
+    if stream.reader.architecture.tied:
         table[head] = LowRankLinear.entry({"A": a, "B": b}, bias=False)
         tensors[f"{head}.weight"] = a.new_empty(0)
-    met = EmbeddingProblem(weight, counts / counts.sum(), final)
-    error = table_error(met, weight.double() - b.double() @ a.double())
-    record = _record(assignment, solution, Measured(error.error, error.reference))
-    return ReducedOuter(table, tensors, record)
-
-
-def reduce_head(stream: ModelStream, assignment: Assignment, final: Moment) -> ReducedOuter:
-    """Factorize a head of its own, by the moment of what it reads."""
-    head, dtype = stream.reader.family.head, stream.reader.dtype
-    weight = stream.reader.rest()[f"{head}.weight"].to(stream.device)
-    solution = _solve(ProjectionProblem("lm_head", Affine(weight), final), assignment)
-    part = solution.parts["lm_head"]
-    assert isinstance(part, Factors)
-    entry, tensors = store(part, dtype)
-    factors = {name: tensor.to(dtype).double() for name, tensor in part.tensors.items()}
-    delta = weight.double() - kinds()[part.kind].dense(factors)
-    measured = Measured(data_error(delta, final.second), data_error(weight, final.second))
-    named = {f"{head}.{name}": tensor for name, tensor in tensors.items()}
-    return ReducedOuter({head: entry}, named, _record(assignment, solution, measured))
+    return ReducedOuter(target, table, tensors)
 
 
 @torch.no_grad()
@@ -160,16 +189,28 @@ def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
     return moment
 
 
-def _solve(problem: EmbeddingProblem | ProjectionProblem, assignment: Assignment) -> Solution:
-    solver: Any = find_solver(methods()[assignment.method], assignment.target)
-    return solver.solve(problem, assignment.size, **assignment.options)
+def _weight(stream: ModelStream, target: str) -> Tensor:
+    return stream.reader.rest()[f"{stream.reader.family.outer[target]}.weight"].to(stream.device)
 
 
-def _record(assignment: Assignment, solution: Solution, measured: Measured) -> dict[str, Any]:
-    return {
-        **asdict(assignment),
-        "layer": None,
-        "predicted": asdict(solution.predicted),
-        "numerics": dict(solution.numerics),
-        "measured": asdict(measured),
-    }
+def _shares(ids: Tensor, table: Tensor) -> Tensor:
+    """The share of ids that each row of a table has (rows,), in float64 on the table's device."""
+    counts = torch.bincount(ids.flatten(), minlength=len(table)).to(table.device, torch.float64)
+    return counts / counts.sum()
+
+
+def _factors(solution: Solution) -> Factors:
+    (part,) = solution.parts.values()
+    assert isinstance(part, Factors)
+    return part
+
+
+def _measured(problem: OuterProblem, part: Factors, dtype: torch.dtype) -> Measured:
+    """The error of factors as they are stored."""
+    factors = {name: tensor.to(dtype).double() for name, tensor in part.tensors.items()}
+    if isinstance(problem, EmbeddingProblem):
+        error = table_error(problem, problem.table.double() - factors["B"] @ factors["A"])
+        return Measured(error.error, error.reference)
+    weight, second = problem.matrix.weight, problem.input.second
+    delta = weight.double() - kinds()[part.kind].dense(factors)
+    return Measured(data_error(delta, second), data_error(weight, second))

@@ -57,7 +57,7 @@ class Layer:
 
     def run(self, module: torch.nn.Module) -> Tensor:
         ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
-        (batch,) = self.stream.embed(ids, 2)
+        (batch,) = self.stream.embed([ids])
         return self.stream.run(module, 1, batch, batch.hidden)
 
     def with_weights(self, **weights: Tensor) -> torch.nn.Module:

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lrc.api import compress
+from lrc.check import check
 from lrc.checkpoint.staging import staging
 from lrc.compressor import Compressor
-from lrc.estimate import check, target_sizes
+from lrc.estimate import target_sizes
 from lrc.gradients import gradient_moments
 from lrc.job import prepare
 from lrc.memory import estimate_memory
@@ -98,7 +99,7 @@ def test_sizes_where_precisions_are_mixed(
 def test_layers_of_equal_settings_share_a_row(
     tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path]
 ) -> None:
-    body = "keep: 0.5\nlayers:\n  - {match: '2', mlp: keep-all}"
+    body = "keep: 0.5\ncomponents: {qk: {metric: loss}}\nlayers:\n  - {match: '2', mlp: keep-all}"
     rows = target_sizes(prepare(tiny_checkpoint("llama", num_hidden_layers=4), write_plan(body)))
     assert [(row.target, row.layers, row.size) for row in rows] == [
         ("qk", "0-3", 4),

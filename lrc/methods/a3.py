@@ -52,13 +52,15 @@ def _refuses_ov(_: Heads, options: Mapping[str, Any]) -> str | None:
     },
     paper=f"{PAPER}; attention and loss metrics: lrc",
     refuses=_refuses_qk,
+    rotary="two_sided_svd",
 )
 def solve_qk(problem: QKProblem, rank: int, *, metric: ScoreMetric = "attention") -> Solution:
     """Keep the ``rank`` dimensions of every head that carry the attention scores.
 
     Without rotary positions: the map P minimising E(qᵀk − qᵀPk)² for independent q and k, summed over the heads that
-    share the key; with them only whole pairs (i, i + D/2) can go. ``score`` is the published rule: E[k kᵀ] for the
-    keys, pairs by (E‖q_i‖² E‖k_i‖²)^½. ``attention`` counts what softmax notices: the covariance of the keys that a
+    share the key; with them only whole pairs (i, i + D/2) can go. That costs far more than q and k of low rank, which
+    are the default there, though they leave the cache of keys as it is. ``score`` is the published rule: E[k kᵀ] for
+    the keys, pairs by (E‖q_i‖² E‖k_i‖²)^½. ``attention`` counts what softmax notices: the covariance of the keys that a
     query attends to, and elimination of pairs in the Gram matrix of their shares of the score. ``loss`` counts what the
     loss notices: γ = ∂L/∂q in the place of k, as changing the map by Δ changes the loss by qᵀΔγ to first order and half
     the mean square of that is its rise; elimination in the Gram matrix of q_j·∂L/∂q_j. ``attention_als``, not for
@@ -148,10 +150,12 @@ def _value_rows(
     if subspace == "stacked" or best or rank == heads.head_dim:
         return stacked, numerics
     maps, numerics["rounds"] = shared_rows(own, grams, p.down)
+    numerics["rounds_damping"] = maps.damping
     if subspace == "als":
         return Maps(maps.up.flatten(0, 1), maps.down), numerics
-    down, numerics["joint_rounds"] = joint_rows(weight, c, p.down, maps.down)
-    return Maps(stacked.up, down), numerics
+    joint, numerics["joint_rounds"] = joint_rows(weight, c, p.down, maps.down)
+    numerics["joint_rounds_damping"] = joint.damping
+    return Maps(stacked.up, joint.down), numerics
 
 
 @solves(
@@ -182,7 +186,7 @@ def solve_mlp(
         root, numerics["gradient_damping"] = gram_root(_gradient(problem.gradient))
         read = root @ weight
     if select == "obs":
-        kept = eliminate_columns(read, c, width)
+        kept, numerics["elimination_damping"] = eliminate_columns(read, c, width)
     else:
         kept = (c.diagonal().clamp_min(0).sqrt() * read.norm(dim=0)).topk(width).indices.sort().values
     delta = weight.clone()

@@ -159,7 +159,8 @@ class Solver:
 
     ``target``: ``projection``, ``embed``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``, and
     ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
-    full size it gives the map back. ``refuses``: says why it cannot do a family with these options.
+    full size it gives the map back. ``refuses``: says why it cannot do a family with these options. ``rotary``: the
+    method that takes a component's projections one by one where positions are rotary and no entry names the component.
     """
 
     solve: SolveFunction
@@ -171,6 +172,7 @@ class Solver:
     exact: bool
     paper: str
     refuses: Refusal
+    rotary: str | None
 
     @property
     def options(self) -> dict[str, Option]:
@@ -195,11 +197,12 @@ def solves(
     exact: bool = True,
     paper: str,
     refuses: Refusal = lambda heads, options: None,
+    rotary: str | None = None,
 ) -> Callable[[SolveFunction], SolveFunction]:
     """Mark a function as a method's solver of one target; the folder scan finds it."""
 
     def mark(function: SolveFunction) -> SolveFunction:
-        solver = Solver(function, target, size, needs, option_needs, metric, exact, paper, refuses)
+        solver = Solver(function, target, size, needs, option_needs, metric, exact, paper, refuses, rotary)
         function.solver = solver  # type: ignore[attr-defined]
         return function
 

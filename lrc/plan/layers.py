@@ -44,6 +44,12 @@ class Wish:
         method = methods.get(self.method)
         return None if method is None else find_solver(method, self.target)
 
+    def sized(self, methods: Methods) -> bool:
+        """Whether its entry says a size of its own."""
+        solver = self.solver(methods)
+        own = solver is not None and solver.size.word in self.own
+        return own or self.keep_path == (*self.path, "keep")
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -100,7 +106,7 @@ class Levels:
         for component in COMPONENTS:
             whole_component = replace(base, target=component)
             if whole_component.solver(self.methods) or base.method not in self.methods:
-                self._overlay(wishes, self._expand(whole_component))
+                self._overlay(wishes, self._expand(self._unnamed(whole_component)))
         lost: list[tuple[Wish, Wish]] = []
         if base.method_path == start.method_path:
             for path, entry in self.shared.items():
@@ -120,19 +126,23 @@ class Levels:
                 left_whole[new.path] = f"takes the place of all of {old.target}, so {stays}"
         return LayerWishes(list(wishes.values()), left_whole)
 
-    def outer(self) -> list[Wish]:
-        """What the plan asks for outside the layers, where sizes are only those that the entries give."""
+    def outer(self, *, unsized: bool) -> list[Wish]:
+        """What the plan asks for outside the layers; ``unsized`` entries may be, else they are mistakes.
+
+        Such an entry has the plan's own keep until its size is found.
+        """
         wishes = []
         for path, entry in self.outside.items():
             if isinstance(entry.keep, tuple):
                 self.document.mistake((*path, "keep"), "is outside the layers; write one fraction, not two")
                 continue
-            base = Wish("", self.plan.method, 1.0, {}, (), ("method",), path)
+            base = Wish("", self.plan.method, self.depth(self.plan.keep, 0), {}, (), ("method",), path)
             wish = self._wish(base, path, entry, 0)
             solver = wish.solver(self.methods)
-            if solver and entry.keep is None and solver.size.word not in entry.own:
+            if solver and not unsized and not wish.sized(self.methods):
                 message = (
-                    f"has no size; write {solver.size.word} or keep, as the plan's own keep is of the layers"
+                    f"has no size; write {solver.size.word} or keep, as the plan's own keep is of the layers, "
+                    "or an allocation that finds it, such as 'allocate: sensitivity'"
                 )
                 self.document.mistake(path, message)
                 continue
@@ -218,6 +228,13 @@ class Levels:
         solver = wish.solver(self.methods)
         own = {key: value for key, value in wish.own.items() if not solver or key != solver.size.word}
         return replace(wish, keep=base.keep, keep_path=base.keep_path, own=own)
+
+    def _unnamed(self, wish: Wish) -> Wish:
+        """A wish for a component that no entry names, with the method that has it then."""
+        solver = wish.solver(self.methods)
+        if solver is None or solver.rotary is None or self.architecture.family.rotary == "none":
+            return wish
+        return replace(wish, method=solver.rotary)
 
     def _expand(self, wish: Wish) -> list[Wish]:
         """A wish, or one for each projection of a component that its method takes apart."""

@@ -34,20 +34,28 @@ def parse_plan(text: str, source: str) -> Draft:
 
 
 def resolve(
-    draft: Draft, architecture: Architecture, methods: Methods, collectors: Collection[str]
+    draft: Draft,
+    architecture: Architecture,
+    methods: Methods,
+    collectors: Collection[str],
+    *,
+    finder: str | None = None,
 ) -> ResolvedPlan:
     """Work a plan out for a model, from shapes alone; ``collectors`` are the statistics that can be gathered.
 
-    A plan that asks for an allocation has uniform sizes here, until it is known what sizes cost.
-    Raises UserError with every mistake of the plan, each with its line.
+    ``finder`` is who finds the sizes, by default the allocation that the plan asks for: the plan then says none in the
+    layers, and has uniform ones here, until it is known what sizes cost. Raises UserError with every mistake of the
+    plan, each with its line.
     """
     plan, document, count = draft.plan, draft.document, architecture.layers
     levels = Levels(plan, document, architecture, methods)
     order = list(architecture.targets)
     assigner = _Assigner(document, architecture, methods, collectors)
     if plan.allocate != "uniform":
-        refuse_sizes(plan, document, methods, f"allocate {plan.allocate}")
+        finder = finder or f"allocate {plan.allocate}"
         refuse_no_budget(plan, document)
+    if finder:
+        refuse_sizes(plan, document, methods, finder)
     layers = []
     for index in range(count):
         asked = levels.layer(index)
@@ -58,7 +66,8 @@ def resolve(
             assigner.warn(path, message, index)
     moments = {"moments"} & set(collectors)
     outside = _Assigner(document, architecture, methods, moments, " outside the layers")
-    outer = tuple(found for wish in levels.outer() if (found := outside.assign(wish)))
+    wishes = levels.outer(unsized=bool(finder))
+    outer = tuple(found for wish in wishes if (found := outside.assign(wish)))
     if not outer and not any(layer.assignments for layer in layers):
         for index in range(count):
             assigner.warn(("keep",), "every layer stays whole", index)
@@ -80,6 +89,8 @@ def resolve(
         whole=count * architecture.layer_parameters,
         warnings=(*assigner.warnings(), *outside.warnings()),
         outer=outer,
+        tables={wish.target: architecture.outer[wish.target].parameters for wish in wishes},
+        shared=tuple(wish.target for wish in wishes if not wish.sized(methods)),
     )
 
 

@@ -20,7 +20,11 @@ class SizeRule(Protocol):
         ...
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        """The legal size whose parameter count is nearest to ``keep`` times the target's."""
+        """A legal size whose parameter count is about ``keep`` times the target's.
+
+        Of a component it is the nearest, which may keep more; of factors the largest that keeps no more. It is the
+        smallest legal one where that is above.
+        """
         ...
 
     def parameters(self, target: Target, size: int, options: Options) -> int:

@@ -36,6 +36,9 @@ class SolverData(Protocol):
     @property
     def refuses(self) -> Callable[[Heads, Mapping[str, Any]], str | None]: ...
 
+    @property
+    def rotary(self) -> str | None: ...
+
 
 class MethodData(Protocol):
     """A method's solvers by target: ``projection``, ``embed``, ``qk``, ``ov``, ``mlp``."""

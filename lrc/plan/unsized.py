@@ -12,7 +12,7 @@ from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan
 def refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str) -> None:
     """Note every size below the top level of a plan as a mistake of its document; ``finder`` is who finds them.
 
-    Sizes outside the layers are not: nobody finds those.
+    Sizes outside the layers are none: an entry there may leave its size to the finder, or fix it.
     """
     words = {solver.size.word for method in methods.values() for solver in method.solvers.values()}
     for path in _sizes(plan, words):

@@ -8,19 +8,20 @@ from typing import Any
 import yaml
 
 from lrc.plan.layers import Methods, spans
-from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.plan.schema import OUTSIDE, WHOLE, Plan
 from lrc.plan.solver import find_solver
 
 
-def write_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Methods, header: Iterable[str]) -> str:
+def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) -> str:
     """The text of a plan below a comment of ``header`` lines; layers whose targets have the same sizes share a rule.
 
-    What the plan says of the embedding and the head is written as it is.
-    An assignment at the full size of its target stands for one that stays whole.
+    The embedding and the head have the sizes that were found for them; else what the plan says of them is written as it
+    is. An assignment at the full size of its target stands for one that stays whole.
     """
+    plan = resolved.plan
     rules: dict[str, tuple[dict[str, Any], list[int]]] = {}
-    for layer in layers:
+    for layer in resolved.layers:
         entries = {a.target: _entry(a, plan, methods) for a in layer.assignments}
         if entries:
             rules.setdefault(_flow(entries), (entries, []))[1].append(layer.index)
@@ -28,9 +29,13 @@ def write_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Methods, header
     lines += ["format: 1", f"method: {_flow(plan.method)}"]
     outside = {name: e for name, e in plan.projections.entries().items() if name in OUTSIDE}
     if outside:
-        entries = {name: entry.model_dump(exclude_none=True) for name, entry in outside.items()}
+        found = {a.target: _entry(a, plan, methods) for a in resolved.unsized(None)}
+        entries = {
+            name: found.get(name, WHOLE) if name in resolved.shared else entry.model_dump(exclude_none=True)
+            for name, entry in outside.items()
+        }
         lines.append(f"projections: {_flow(entries)}")
-    lines.append("layers:")
+    lines += ["layers:"] if rules else []
     for entries, members in rules.values():
         match = members[0] if len(members) == 1 else spans(members)
         lines.append(f"  - {_flow({'match': match, **entries})}")

@@ -102,7 +102,12 @@ def picky_qk(problem: Any, rank: int, *, shared: bool = False) -> Solution: ...
 def curious_ov(problem: Any, rank: int, *, metric: Literal["output", "loss"] = "output") -> Solution: ...
 
 
+@solves("qk", size=ComponentRank(), paper="none", rotary="pairs")
+def unturned_qk(problem: Any, rank: int, *, metric: Literal["score", "loss"] = "score") -> Solution: ...
+
+
 METHODS = {
+    "unturned": _fake(unturned_qk, ov, mlp),
     "a3": _fake(qk, ov, mlp),
     "pairs": _fake(pair, table),
     "gradient_pairs": _fake(gradient_pair),

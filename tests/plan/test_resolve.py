@@ -34,6 +34,22 @@ def test_a_method_of_projections_takes_the_same_dial(resolved: Resolved) -> None
     assert plan.keep == kept / plan.whole
 
 
+def test_a_component_that_no_entry_names_may_come_apart_where_positions_turn(resolved: Resolved) -> None:
+    apart, whole = {"q": 16, "k": 10, "ov": 8, "mlp": 88}, {"qk": 8, "ov": 8, "mlp": 88}
+    text = "{format: 1, keep: 0.5, method: unturned}"
+    assert sizes(resolved(text)) == apart
+    assert {a.target: a.method for a in resolved(text).layers[0].assignments} == {
+        **dict.fromkeys(("q", "k"), "pairs"),
+        **dict.fromkeys(("ov", "mlp"), "unturned"),
+    }
+    assert set(sizes(resolved(text, "gpt2"))) == {"qk", "ov", "mlp"}
+    for named in ("metric: loss", "rank: 8", "keep: 0.5"):
+        assert sizes(resolved(f"{text[:-1]}, components: {{qk: {{{named}}}}}}}")) == whole
+    assert sizes(resolved(f"{text[:-1]}, components: {{qk: keep-all}}}}")) == {"ov": 8, "mlp": 88}
+    rules = resolved(f"{text[:-1]}, layers: [{{match: 0, qk: {{metric: loss}}}}, {{match: 1, keep: 0.25}}]}}")
+    assert [sizes(rules, i) for i in range(3)] == [whole, {"q": 8, "k": 5, "ov": 4, "mlp": 44}, apart]
+
+
 def test_a_method_of_one_component_leaves_the_others_whole(resolved: Resolved) -> None:
     assert sizes(resolved("{format: 1, keep: 0.5, method: narrow}")) == {"mlp": 88}
 
@@ -239,3 +255,33 @@ def test_an_allocation_takes_sizes_outside_the_layers_as_they_are(resolved: Reso
     entries = "projections: {embed: {rank: 20}, lm_head: {keep: 0.5}}"
     plan = resolved(f"{{format: 1, keep: 0.5, method: pairs, allocate: energy, {entries}}}")
     assert [(a.target, a.size) for a in plan.outer] == [("embed", 20), ("lm_head", 25)]
+
+
+def test_an_allocation_finds_the_sizes_outside_the_layers_that_are_not_said(resolved: Resolved) -> None:
+    text = "{{format: 1, keep: 0.5, method: pairs, {}, projections: {{embed: {{}}, lm_head: {{rank: 20}}}}}}"
+    plan = resolved(text.format("allocate: energy"))
+    assert [(a.target, a.size) for a in plan.outer] == [("embed", 25), ("lm_head", 20)]
+    assert [a.target for a in plan.unsized(None)] == ["embed"]
+    assert plan.shared == ("embed",)
+    alone = resolved("{format: 1, keep: 0.5, method: pairs}")
+    assert (plan.kept, plan.whole) == (alone.kept, alone.whole)
+    table, embed, head = 256 * 64, 25 * (256 + 64), 20 * (256 + 64)
+    share, tables = plan.budget, plan.with_tables
+    assert (share.of, share.kept, share.whole) == (
+        "decoder and embedding",
+        plan.kept + embed,
+        plan.whole + table,
+    )
+    assert tables is not None
+    assert tables.of == "decoder, embedding and head"
+    assert tables.keep == (plan.kept + embed + head) / (plan.whole + 2 * table)
+    assert (alone.with_tables, alone.budget.of) == (None, "decoder")
+    assert alone.budget.keep == alone.keep
+
+
+def test_a_table_that_stays_whole_counts_where_the_plan_names_it(resolved: Resolved) -> None:
+    plan = resolved("{format: 1, keep: 0.5, projections: {lm_head: keep-all}}")
+    assert plan.shared == ()
+    assert plan.with_tables is not None
+    assert plan.with_tables.of == "decoder and head"
+    assert plan.with_tables.kept == plan.kept + 256 * 64

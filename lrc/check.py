@@ -1,0 +1,80 @@
+"""What a plan comes to for a model, from headers alone: behind ``lrc check``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lrc.allocation import ALLOCATORS
+from lrc.allocation.sizing import unsized
+from lrc.checkpoint.sizes import Size, size_of
+from lrc.estimate import TargetSize, output_size, target_sizes
+from lrc.job import Job, default_batch, find_dtype, generating_batch
+from lrc.memory import ASSUMED_SAMPLES, Memory, estimate_memory, generating_memory
+from lrc.plan.resolved import Share
+from lrc.text.datasets import SYNTHETIC
+from lrc.text.mixture import read_mixture
+from lrc.tokens import too_few
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a plan comes to for a model. ``memory`` is an estimate, all else is exact.
+
+    ``keep``: of the decoder's weights; ``with_tables``: of these and of the tables that the plan names, None where it
+    names none.
+    """
+
+    model: str
+    plan: str
+    keep: float
+    with_tables: Share | None
+    before: Size
+    after: Size
+    targets: list[TargetSize]
+    memory: Memory
+    warnings: list[str]
+
+
+def check(job: Job) -> Check:
+    """Work out what a job will give, on a GPU and with the settings that ``lrc compress`` takes by default.
+
+    Raises UserError where the plan asks for what its allocation cannot do, and where its calibration names texts that
+    are not known or asks of them what they cannot give; the texts are not read.
+    """
+    reader, calibration, name = job.reader, job.plan.plan.calibration, job.plan.plan.allocate
+    jobs = unsized(job)
+    gpu = torch.device("cuda")
+    dtype = find_dtype(None, gpu, reader.dtype)
+    memory = estimate_memory(job, dtype, default_batch(gpu.type, job.plan.seq_len))
+    warnings = list(job.plan.warnings)
+    if calibration.samples == "all":
+        warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")
+    else:
+        losses = ALLOCATORS[name].losses
+        warnings += too_few(reader.architecture, job.plan, calibration.samples, losses=losses)
+    if jobs:
+        warnings.append(
+            f"allocate {name}: lrc compress finds the sizes when it has measured what they cost; until then all is "
+            "worked out at equal fractions"
+        )
+    if calibration.data is not None:
+        mixture = read_mixture(calibration.data)
+        mixture.check(calibration.samples)
+        if SYNTHETIC in mixture.names:
+            needed = generating_memory(job, dtype, min(generating_batch(job.plan.seq_len), memory.samples))
+            warnings.append(
+                f"synthetic text is written by the whole model beforehand: about {needed:,} bytes"
+            )
+    return Check(
+        model=job.model.source,
+        plan=job.plan_source,
+        keep=job.plan.keep,
+        with_tables=job.plan.with_tables,
+        before=size_of(reader.tensors.values(), reader.architecture, reader.dtype, {}),
+        after=output_size(job),
+        targets=target_sizes(job),
+        memory=memory,
+        warnings=warnings,
+    )
