@@ -12,14 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Curve:
-    """What shrinking one target of one layer costs, all else whole, in a unit that all curves of an allocation share.
+    """What shrinking one target costs, all else whole, in a unit that all curves of an allocation share.
+
+    ``layer`` is None for the embedding and the head, which are outside the layers.
 
     ``costs`` are at ``sizes``, which ascend and leave out the ``full`` one, where the cost is 0. A size keeps ``unit``
-    weights for each of it, the full one ``whole``. Legal sizes are the multiples of ``step`` from ``floor`` and the
-    smallest of ``sizes`` to ``cap``, and the full one where ``cap`` is None.
+    weights for each of it; the full one is the target left as it is, ``whole`` weights, of which factors would take
+    more. Legal sizes are the multiples of ``step`` from ``floor`` and the smallest of ``sizes`` to ``cap``, and the
+    full one where ``cap`` is None.
     """
 
-    layer: int
+    layer: int | None
     target: str
     sizes: tuple[int, ...]
     costs: tuple[float, ...]
@@ -29,6 +32,11 @@ class Curve:
     step: int = 1
     floor: int = 0
     cap: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The target and where it is."""
+        return self.target if self.layer is None else f"{self.target} of layer {self.layer}"
 
     @property
     def legal(self) -> list[int]:
@@ -111,10 +119,10 @@ class _Choices:
         self.weights = torch.tensor([curve.kept(size) for size in self.sizes])
         # Costs grow with the square of what is lost, so that it is their root that is straight between two sizes.
         roots = torch.tensor([*not_rising(curve.costs), 0.0], dtype=torch.float64).sqrt()
-        points = torch.tensor(
-            [*(size * curve.unit for size in curve.sizes), curve.whole], dtype=torch.float64
-        )
-        self.costs = _interpolate(self.weights.double(), points, roots).square()
+        # Factors that keep nearly as many weights as their matrix still cost something: they are exact at full size.
+        points = torch.tensor([*curve.sizes, curve.full], dtype=torch.float64)
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        self.costs = _interpolate(sizes, points, roots).square()
 
     def best(self, price: float) -> int:
         """Position of the size that is cheapest at a price per weight."""

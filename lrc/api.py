@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrc import __version__
+from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
 from lrc.checkpoint.staging import MANIFEST, Staging, check_output, staging
 from lrc.compressor import Compressor
@@ -36,8 +36,10 @@ from lrc.text.blocks import tokenize
 from lrc.text.mixture import Calibration
 from lrc.text.source import read_text
 from lrc.texts import draw_texts
+from lrc.tokens import too_few
 
 Progress = Callable[[str, int], Callable[[int], object]]
+Warn = Callable[[str], object]
 
 _ALLOCATION = "allocation"
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
@@ -61,6 +63,7 @@ def compress(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    warn: Warn | None = None,
 ) -> Report:
     """Compress a checkpoint by a plan into the folder ``out`` (default ./MODEL-PLAN) and report what it cost.
 
@@ -70,7 +73,8 @@ def compress(
     (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. A plan that asks for an
     allocation has its sizes found first, as ``lrc.make_plan`` finds them by default. An unfinished run of the same
     settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name and length, and gives the
-    function to call with steps done. Raises UserError for what the user can mend; nothing is then named ``out``.
+    function to call with steps done; ``warn`` with every warning of the report before the work begins. Raises UserError
+    for what the user can mend; nothing is then named ``out``.
     """
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
@@ -111,12 +115,18 @@ def compress(
     )
     if sizing:
         settings["allocation"] = sizing.key
+    warnings = [*job.plan.warnings, *calibration.notes, *_too_few(job, calibration)]
+    if warn:
+        for warning in warnings:
+            warn(warning)
     source_folder = job.model.path
     with staging(target, settings, source=source_folder, fresh=fresh, force=force) as stage:
         if sizing:
             with watch.stage("measure sizes"):
                 job, settings["allocation"] = _allocate(job, sizing, stage, progress)
             settings["plan"] = {"source": job.plan_source, **job.plan.as_dict()}
+            warnings = [*dict.fromkeys([*job.plan.warnings, *warnings])]  # with what the sizes came to
+        settings["warnings"] = warnings
         advance = progress("compress", len(job.plan.layers))
         with watch.stage("load"):
             stream = ModelStream(job.reader, place, precision)
@@ -152,6 +162,7 @@ def compress(
             plan=job.plan_source,
             out=str(target),
             keep=job.plan.keep,
+            with_tables=job.plan.with_tables,
             before=before,
             after=after,
             perplexity=perplexity,
@@ -163,7 +174,7 @@ def compress(
             dtype=_name(precision),
             seconds=watch.seconds,
             peak_bytes=watch.peak_bytes,
-            warnings=[*job.plan.warnings, *calibration.notes, *_thin(job, calibration.blocks)],
+            warnings=warnings,
             versions=settings["versions"],
         )
         stage.write_file("report.json", report.to_json())
@@ -279,21 +290,10 @@ def _allocate(job: Job, sizing: Sizing, stage: Staging, progress: Progress) -> t
     return sized, {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
 
 
-def _thin(job: Job, blocks: Tensor) -> list[str]:
-    """A warning where a moment has fewer tokens than rows, so that part of it is nothing but damping."""
-    architecture = job.reader.architecture
-    roles = {
-        role
-        for layer in job.plan.layers
-        for a in layer.assignments
-        for role in architecture.targets[a.target].matrices
-    }
-    width = max((architecture.matrices[role].columns for role in roles), default=0)
-    if job.plan.outer:
-        width = max(width, architecture.hidden)
-    if blocks.numel() >= width:
-        return []
-    return [f"calibration has {blocks.numel()} tokens for moments of {width} dimensions; use more samples"]
+def _too_few(job: Job, calibration: Calibration) -> list[str]:
+    """Warnings of what is read of the calibration, by the allocation and by the compression."""
+    losses = ALLOCATORS[job.plan.plan.allocate].losses
+    return too_few(job.reader.architecture, job.plan, len(calibration.blocks), losses=losses)
 
 
 def _specs(ppl: str | Sequence[str]) -> list[str]:

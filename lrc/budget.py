@@ -10,7 +10,7 @@ from lrc.allocate import Allocation, Curve, allocate
 from lrc.errors import UserError
 from lrc.estimate import output_size
 from lrc.job import Job
-from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.plan.resolved import Assignment, ResolvedPlan
 
 _SMALLER = "allow smaller sizes (lrc plan's --keeps, --floor, --round), or shrink more of the model"
 _SHORT = 0.002  # of what was asked may stay unspent
@@ -18,8 +18,8 @@ _SHORT = 0.002  # of what was asked may stay unspent
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be kept: ``keep`` of the decoder's weights, or ``size`` bytes of the checkpoint; alone or beside a keep,
-    ``kv_cache`` of the cache.
+    """What may be kept: ``keep`` of the weights of the decoder and of tables without sizes of their own, or ``size``
+    bytes of the checkpoint; alone or beside a keep, ``kv_cache`` of the cache.
     """
 
     keep: float | None = None
@@ -35,11 +35,11 @@ class Budget:
 class Spent:
     """A job with the sizes that a budget bought, and what they add up to in the unit of the curves.
 
-    ``layers`` has what stays whole as well, at its full size.
+    ``plan`` is the job's with what stays whole as well, at its full size.
     """
 
     job: Job
-    layers: tuple[LayerPlan, ...]
+    plan: ResolvedPlan
     cost: float
 
 
@@ -76,12 +76,37 @@ def spend(budget: Budget, job: Job, curves: Sequence[Curve]) -> Spent:
     spent = (
         _spend_cache(budget.kv_cache, job, kept) if budget.kv_cache is not None else Allocation((), 0, 0.0)
     )
-    fixed = job.plan.whole - sum(curve.whole for curve in curves) + spent.weights
+    whole = job.plan.budget.whole
+    fixed = whole - sum(curve.whole for curve in curves) + spent.weights
     if budget.keep is None:
         bought = Allocation(tuple(c.full for c in rest), sum(c.whole for c in rest), 0.0)
     else:
-        bought = _spend_weights(budget.keep, job.plan.whole, fixed, rest)
+        bought = _spend_weights(budget.keep, whole, fixed, rest)
     return _sized(job, [*kept, *rest], (*spent.sizes, *bought.sizes), spent.cost + bought.cost)
+
+
+def shortfalls(budget: Budget, spent: Spent) -> list[str]:
+    """What of a budget is left unspent, in words, each part of which more than 0.2 % is; nothing where all is whole."""
+    plan = spent.job.plan
+    if plan.budget.kept == plan.budget.whole:
+        return []
+    parts = (
+        ("keep", budget.keep, plan.budget.keep),
+        ("KV cache", budget.kv_cache, _cache_share(spent)),
+        ("bytes", budget.size, output_size(spent.job).bytes),
+    )
+    return [
+        f"{name} {asked:,} comes to {round(kept, 4):,}"
+        for name, asked, kept in parts
+        if asked is not None and kept < asked * (1 - _SHORT)
+    ]
+
+
+def _cache_share(spent: Spent) -> float:
+    """Width of the KV cache over the original's."""
+    heads = spent.job.reader.architecture
+    narrowed = [a for layer in spent.job.plan.layers for a in layer.assignments if a.target in ("qk", "ov")]
+    return 1 - sum(1 - a.size / heads.head_dim for a in narrowed) / (2 * heads.layers)
 
 
 def _spend_weights(keep: float, whole: int, fixed: int, curves: Sequence[Curve]) -> Allocation:
@@ -94,13 +119,17 @@ def _spend_cache(fraction: float, job: Job, curves: Sequence[Curve]) -> Allocati
     """Spend the cache's width on qk and ov; the weights returned are still weights."""
     heads = job.reader.architecture
     if not curves:
-        raise UserError("the KV cache shrinks with the components qk and ov; the base plan keeps both whole")
+        raise UserError(
+            "the KV cache shrinks with the components qk and ov; the base plan has neither to shrink"
+        )
     whole = 2 * heads.head_dim * heads.layers
     widths = [replace(curve, unit=1, whole=curve.full) for curve in curves]
     fixed = whole - sum(curve.full for curve in curves)
     least = fixed + sum(curve.smallest for curve in widths)
     most = fixed + sum(curve.largest for curve in widths)
-    found = allocate(widths, _limit(f"a KV cache of {fraction:g}", fraction, whole, least, most) - fixed)
+    wide = "" if any(curve.target == "qk" for curve in curves) else " without narrower keys (components: qk)"
+    limit = _limit(f"a KV cache of {fraction:g}{wide}", fraction, whole, least, most)
+    found = allocate(widths, limit - fixed)
     return replace(found, weights=sum(c.kept(size) for c, size in zip(curves, found.sizes, strict=True)))
 
 
@@ -136,13 +165,25 @@ def _sized(job: Job, curves: Sequence[Curve], sizes: Sequence[int], cost: float)
     """The job with new sizes; what is at its full one stays whole."""
     bought = {(c.layer, c.target): (size, c.kept(size)) for c, size in zip(curves, sizes, strict=True)}
 
-    def resized(layer: LayerPlan) -> LayerPlan:
-        found = [(a, *bought[layer.index, a.target]) for a in layer.assignments]
-        return replace(layer, assignments=tuple(replace(a, size=size, kept=kept) for a, size, kept in found))
+    def resized(layer: int | None, assignments: Sequence[Assignment]) -> tuple[Assignment, ...]:
+        found = [(a, *bought[layer, a.target]) for a in assignments]
+        return tuple(replace(a, size=size, kept=kept) for a, size, kept in found)
 
-    layers = tuple(resized(layer) for layer in job.plan.layers)
-    shrunk = tuple(replace(layer, assignments=tuple(filter(_saves, layer.assignments))) for layer in layers)
-    return Spent(replace(job, plan=replace(job.plan, layers=shrunk)), layers, cost)
+    shared = {a.target: a for a in resized(None, job.plan.unsized(None))}
+    plan = replace(
+        job.plan,
+        layers=tuple(
+            replace(layer, assignments=resized(layer.index, layer.assignments)) for layer in job.plan.layers
+        ),
+        outer=tuple(shared.get(a.target, a) for a in job.plan.outer),
+    )
+    return Spent(replace(job, plan=_shrunk(plan)), plan, cost)
+
+
+def _shrunk(plan: ResolvedPlan) -> ResolvedPlan:
+    """The plan without what stays whole."""
+    layers = (replace(layer, assignments=tuple(filter(_saves, layer.assignments))) for layer in plan.layers)
+    return replace(plan, layers=tuple(layers), outer=tuple(filter(_saves, plan.outer)))
 
 
 def _saves(assignment: Assignment) -> bool:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from lrc.allocate import Curve
 from lrc.errors import UserError
+from lrc.plan.document import dotted
 from lrc.plan.resolved import ResolvedPlan
 
-FORMAT = 2
+FORMAT = 4
 
 
 @dataclass(frozen=True)
 class Curves:
-    """``curves`` found under ``key``, their costs in ``unit``.
+    """``curves`` of what people call ``model``, found under ``key``, their costs in ``unit``.
 
     ``loss``: nats per held-out token of the model as it is, where costs were measured.
     """
 
+    model: str
     key: dict[str, Any]
     unit: str
     loss: float | None
@@ -40,38 +45,63 @@ class Curves:
         beside.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
 
-    def differences(self, key: dict[str, Any]) -> list[str]:
-        """Fields in which another key differs, each with both values."""
+    def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
+        """Fields in which a key of a ``model`` differs, each with both values."""
+        there, here = (
+            {**k, "model": f"{m} {k.get('model')}"} for m, k in ((self.model, self.key), (model, key))
+        )
         names = [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]
-        return [
-            f"{name} (there {_short(self.key.get(name))}, here {_short(key.get(name))})" for name in names
-        ]
+        return [f"{name} (there {_short(there.get(name))}, here {_short(here.get(name))})" for name in names]
+
+    def fits(self, blank: Sequence[Curve]) -> bool:
+        """Whether these are the ``blank`` curves, each with a cost at its every size."""
+        bare, expected = ([replace(curve, costs=()) for curve in curves] for curves in (self.curves, blank))
+        return bare == expected and all(
+            len(curve.costs) == len(curve.sizes) and all(map(math.isfinite, curve.costs))
+            for curve in self.curves
+        )
+
+
+_CURVES = TypeAdapter(Curves)
+
+
+def file_name(model: str, key: Mapping[str, Any]) -> str:
+    """What curves are called: the model, the allocation, and a hash of the key, so that each key has its file."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return f"{model}.{key['allocation']}.{digest[:8]}.curves.json"
 
 
 def load_curves(path: Path) -> Curves:
     """Read what ``Curves.save`` wrote. Raises UserError where the file is something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "format" not in found:
+            raise ValueError("no mapping with a format")
         if found["format"] != FORMAT:
             raise UserError(f"{path} has format {found['format']!r}; this version of lrc reads {FORMAT}")
         return as_curves(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no curves of lrc plan ({type(error).__name__}: {error})") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{dotted(first['loc'])}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise UserError(
+        f"{path} holds no curves of lrc plan ({reason}); remove it, or name another with --curves"
+    )
 
 
-def as_curves(values: dict[str, Any]) -> Curves:
-    """What ``Curves.as_dict`` gave, from JSON."""
-    curves = [Curve(**c | {k: tuple(c[k]) for k in ("sizes", "costs")}) for c in values["curves"]]
-    return Curves(values["key"], values["unit"], values["loss"], curves)
+def as_curves(values: Mapping[str, Any]) -> Curves:
+    """What ``Curves.as_dict`` gave, from JSON. Raises pydantic's ValidationError where it is something else."""
+    return _CURVES.validate_json(json.dumps(values), strict=True)
 
 
 def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
-    """Hash of what is measured how: target, method and options in every layer, whatever the sizes."""
+    """Hash of what is measured how: target, method and options in every layer and outside, whatever the sizes."""
     found = {
-        (layer.index, a.target, a.method, json.dumps(a.options, sort_keys=True))
+        (-1 if index is None else index, a.target, a.method, json.dumps(a.options, sort_keys=True))
         for plan in plans
-        for layer in plan.layers
-        for a in layer.assignments
+        for index in (None, *range(len(plan.layers)))
+        for a in plan.unsized(index)
     }
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
 

@@ -34,7 +34,7 @@ class Job:
     @property
     def name(self) -> str:
         """``MODEL-PLAN``, the output folder's name unless the user gives one."""
-        return f"{Path(self.model.source).resolve().name}-{Path(self.plan_source).stem}"
+        return f"{self.model.name}-{Path(self.plan_source).stem}"
 
 
 def prepare(

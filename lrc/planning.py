@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from lrc.allocate import Curve
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Limits, Progress, Sizing, blank_curves, buy, default_samples
 from lrc.budget import Budget, Spent, read_budgets
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.curves import Curves, load_curves
+from lrc.curves import Curves, file_name, load_curves
 from lrc.errors import UserError, nearest
 from lrc.estimate import output_size
+from lrc.families import Target
 from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import default_batch, find_device, find_dtype
 from lrc.methods import methods
 from lrc.plan.data import DataLike
-from lrc.plan.resolve import parse_plan
+from lrc.plan.resolve import Draft, parse_plan
+from lrc.plan.resolved import Assignment
+from lrc.plan.schema import Plan
 from lrc.plan.written import write_plan
-from lrc.report.planning import Planned, Planning, Strip, cost_text, factor
+from lrc.report.planning import Planned, Planning, Strip, TableSize, cost_text, factor
+from lrc.solve import solver_of
 from lrc.stopwatch import Stopwatch
 from lrc.synthetic import synthesize
 from lrc.template import base_plan, templates
 from lrc.texts import Texts, draw_texts
+from lrc.tokens import too_few
 
 _MADE = "Made by lrc plan"
 
@@ -55,32 +62,33 @@ def make_plan(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> Planning:
     """Write plans with the sizes of least cost that ``keep``, ``size`` or ``kv_cache`` allows.
 
-    ``keep``: of the decoder's weights; of several, each gets a plan, NAME-KEEP.yaml. ``size``: bytes of the checkpoint.
-    ``kv_cache``: of the cache; alone it leaves the MLP whole, beside a keep it fixes what qk and ov take of that.
-    ``base``: a plan without sizes, for methods, options and calibration (default: a3). ``allocate``: what is spent
-    where it saves most, one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's if it names one but uniform,
-    else sensitivity). ``keeps``: fractions of each target at which costs are found, by the allocations that cannot find
-    all. ``held_out``: the text whose first ``held_out_samples`` blocks sensitivity is measured on (default:
-    wikitext2:validation; for built-in models what calibration does not draw of builtin:train). Curves are kept in
-    ``curves`` (default: NAME.ALLOCATION.curves.json beside ``out``), to be used again where all that they hang on is
-    the same, unless ``fresh``. Sizes are multiples of ``round_to``, and keep ``floor`` to ``cap`` of a target's weights
-    (default: from the smallest whose cost is known, to all). The rest is as for ``lrc.compress``. Raises UserError for
-    what the user can mend; no plan is written then.
+    ``keep``: of the weights of the decoder and of what ``base`` names outside the layers without a size; of several,
+    each gets a plan, NAME-KEEP.yaml. ``size``: bytes of the checkpoint. ``kv_cache``: of the cache; alone it leaves all
+    but qk and ov whole, beside a keep it fixes what these take of that. ``base``: a plan without sizes in the layers,
+    for methods, options and calibration (default: a3). ``allocate``: what is spent where it saves most, one of
+    ``lrc.allocation.ALLOCATORS`` (default: the base plan's if it names one, else sensitivity). ``keeps``:
+    fractions of each target at which costs are found, by the allocations that cannot find all. ``held_out``: the text
+    whose first ``held_out_samples`` blocks sensitivity is measured on (default: wikitext2:validation; for built-in
+    models what calibration does not draw of builtin:train). Curves are kept in the file ``curves`` (default: beside
+    ``out``, under the name that ``lrc.curves.file_name`` gives to all that they hang on), to be used again unless
+    ``fresh``. Sizes are multiples of ``round_to``, and keep ``floor`` to ``cap`` of a target's weights (default: from
+    the smallest whose cost is known, to all). The rest is as for ``lrc.compress``. Raises UserError for what the user
+    can mend; no plan is written then.
     """
     out = Path(out)
     budgets, limits = read_budgets(keep, size, kv_cache), Limits(round_to, floor, cap)
-    text, source = base_plan(None if base is None else str(base))
-    name = allocate or _allocation_of(text, source)
+    text, source = base_plan(None if base is None else str(base), for_cache=kv_cache is not None)
+    draft = parse_plan(text, source)
+    name = allocate or _allocation_of(draft.plan)
     _check_options(name, keeps, held_out, held_out_samples, curves)
     keeps = sorted(KEEPS if keeps is None else keeps)
     _check_limits(name, limits, keeps)
-    beside = out.with_name(f"{out.stem}.{name}.curves.json") if curves is None else Path(curves)
-    store = None if ALLOCATORS[name].holds == "nothing" else beside
     paths = [out.with_name(f"{out.stem}-{b.keep:g}{out.suffix}") if budgets[1:] else out for b in budgets]
-    _check_files([*paths, *([store] if store else [])], paths)
+    _check_files([*paths, *([] if curves is None else [Path(curves)])], paths)
     found = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle)
     reader = CheckpointReader(found.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     jobs = templates(found, reader, text, source, keeps)
@@ -107,18 +115,27 @@ def make_plan(
     texts = draw_texts(jobs[0], tokenizer, calib, held_out, samples, folder, generate)
     batch = batch_size or default_batch(place.type, jobs[0].plan.seq_len)
     sizing = Sizing(name, jobs, keeps, texts, place, precision, batch)
-    known = None if fresh or store is None else _known(store, sizing, named=curves is not None)
-    measured = known is None
-    if known is None:
+    few = too_few(
+        reader.architecture, jobs[0].plan, len(texts.calibration.blocks), losses=ALLOCATORS[name].losses
+    )
+    of_texts, overruled = [*texts.warnings, *few], _gives_way(draft, budgets)
+    if warn:
+        for warning in (*overruled, *jobs[0].plan.warnings, *of_texts):
+            warn(warning)
+    store = None
+    if ALLOCATORS[name].holds != "nothing":
+        store = out.with_name(file_name(found.name, sizing.key)) if curves is None else Path(curves)
+    known = store and _known(store, sizing, blank)
+    measured = fresh or known is None
+    if known is None or measured:
         with watch.stage("measure"):
             known = sizing.curves(progress)
         if store:
             known.save(store)
     with watch.stage("allocate"):
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
-    warnings = [*jobs[0].plan.warnings, *texts.warnings]
     for path, budget, each in zip(paths, budgets, spent, strict=True):
-        path.write_text(_text(path, budget, name, known, each, texts, warnings), encoding="utf-8")
+        path.write_text(_text(path, budget, name, known, each, texts, of_texts), encoding="utf-8")
     return Planning(
         model=found.source,
         allocation=name,
@@ -132,14 +149,22 @@ def make_plan(
         dtype=str(precision).removeprefix("torch."),
         seconds=watch.seconds,
         peak_bytes=watch.peak_bytes,
-        warnings=warnings,
+        warnings=[*overruled, *dict.fromkeys(w for each in spent for w in each.job.plan.warnings), *of_texts],
     )
 
 
-def _allocation_of(text: str, source: str) -> str:
-    """The allocation that a base plan names; sensitivity where it names none, or uniform, which needs no plan."""
-    named = parse_plan(text, source).plan.allocate
-    return "sensitivity" if named == "uniform" else named
+def _allocation_of(plan: Plan) -> str:
+    """The allocation that a base plan names; sensitivity where it names none."""
+    return plan.allocate if "allocate" in plan.model_fields_set else "sensitivity"
+
+
+def _gives_way(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
+    """What to say of a keep that the base plan writes, where another is asked for."""
+    plan, asked = draft.plan, " and ".join(str(budget) for budget in budgets)
+    if "keep" not in plan.model_fields_set or [budget.keep for budget in budgets] == [plan.keep]:
+        return []
+    place = f"{draft.document.source}:{draft.document.line(('keep',))}"
+    return [f"{place}: keep: the base plan's own gives way to what is asked for, {asked}"]
 
 
 def _check_options(
@@ -198,18 +223,21 @@ def _check_files(files: Sequence[Path], plans: Sequence[Path]) -> None:
             raise UserError(f"{plan} is there and was not made by lrc plan; name another file with -o")
 
 
-def _known(store: Path, sizing: Sizing, *, named: bool) -> Curves | None:
-    """The curves of an earlier run, if they are of the same; a file that the user names must be."""
+def _known(store: Path, sizing: Sizing, blank: Sequence[Curve]) -> Curves | None:
+    """The curves of an earlier run; UserError where the file holds anything else, which nothing may overwrite."""
     if not store.exists():
         return None
     known = load_curves(store)
-    if not (differences := known.differences(sizing.key)):
-        return known
-    if named:
+    if differences := known.differences(sizing.jobs[0].model.source, sizing.key):
         raise UserError(
-            f"{store} was measured with other settings: {'; '.join(differences)}. --fresh measures anew"
+            f"{store} was measured with other settings: {'; '.join(differences)}. Name another file with --curves, or "
+            "leave it out"
         )
-    return None
+    if not known.fits(blank):
+        raise UserError(
+            f"{store} is damaged: its targets, sizes or costs are not those of its key; remove it"
+        )
+    return known
 
 
 def _text(
@@ -222,7 +250,7 @@ def _text(
     warnings: Sequence[str],
 ) -> str:
     """The plan as YAML, with what it is and rests on at its head."""
-    job, basis = spent.job, [f"Allocation: {name}."]
+    job, basis, share = spent.job, [f"Allocation: {name}."], spent.job.plan.budget
     if known.loss is not None:
         basis = [f"{basis[0]} Measured on {texts.measured_on}, each target alone,"]
     if ALLOCATORS[name].holds != "nothing":
@@ -230,38 +258,44 @@ def _text(
     header = [
         f"lrc compress {job.model.source} --plan {path}",
         "",
-        f"{_MADE} for {budget} of {job.model.source}: keeps {job.plan.keep:.4f} of the decoder's weights.",
+        f"{_MADE} for {budget} of {job.model.source}: keeps {share.keep:.4f} of {share.weights}.",
         *([f"Predicted: {cost}."] if (cost := cost_text(spent.cost, known.unit)) else []),
         *basis,
-        *(f"Warning: {warning}" for warning in warnings),
+        *(f"Warning: {warning}" for warning in (*job.plan.warnings, *warnings)),
     ]
-    plan = job.plan.plan
+    plan = spent.plan.plan
     settings = plan.calibration.model_copy(update={"data": texts.calibration.data})
-    return write_plan(plan.model_copy(update={"calibration": settings}), spent.layers, methods(), header)
+    told = replace(spent.plan, plan=plan.model_copy(update={"calibration": settings}))
+    return write_plan(told, methods(), header)
 
 
 def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
-    job, after = spent.job, output_size(spent.job)
-    targets, sizes = (
-        job.reader.architecture.targets,
-        [{a.target: a.size for a in la.assignments} for la in spent.layers],
-    )
+    job, share, after = spent.job, spent.job.plan.budget, output_size(spent.job)
+    layers = [{a.target: a for a in layer.assignments} for layer in spent.plan.layers]
     return Planned(
         path=str(path),
         asked=str(budget),
-        keep=job.plan.keep,
-        kept=job.plan.kept,
-        whole=job.plan.whole,
+        of=share.of,
+        keep=share.keep,
+        kept=share.kept,
+        whole=share.whole,
         bytes=after.bytes,
         kv_bytes_per_token=after.kv_bytes_per_token,
         cost=spent.cost,
         factor=factor(spent.cost, unit),
         strips=[
-            Strip(name, target.full, [layer.get(name) for layer in sizes])
-            for name, target in targets.items()
-            if any(name in layer for layer in sizes)
+            _strip(target, [layer.get(name) for layer in layers])
+            for name, target in job.reader.architecture.targets.items()
+            if any(name in layer for layer in layers)
         ],
+        tables=[TableSize(a.target, a.size, a.kept, a.whole) for a in spent.plan.outer],
     )
+
+
+def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
+    """A target's sizes out of the largest that its methods have."""
+    full = max(solver_of(a).size.full(target, a.options) for a in layers if a)
+    return Strip(target.name, full, [a and (a.size if a.kept < a.whole else full) for a in layers])
 
 
 def _listed(fractions: Sequence[float]) -> str:

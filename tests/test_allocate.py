@@ -19,7 +19,7 @@ def options(curve: Curve) -> list[tuple[int, int, float]]:
         for n in range(max(curve.sizes[0], curve.floor), curve.full)
         if n % curve.step == 0 and n * curve.unit < curve.whole and (curve.cap is None or n <= curve.cap)
     ]
-    points = [*(n * curve.unit for n in curve.sizes), curve.whole]
+    points = [*(n * curve.unit for n in curve.sizes), curve.full * curve.unit]
     roots = [value**0.5 for value in (*falling(curve.costs), 0.0)]
     found = []
     for size in sizes:

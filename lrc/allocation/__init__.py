@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lrc.allocation import importance, predicted, sensitivity, uniform
-from lrc.allocation.contract import Allocator, blank_curves, layer_steps
+from lrc.allocation.contract import Allocator, blank_curves, walk_steps
 
 ALLOCATORS: Mapping[str, Allocator] = {
     "uniform": Allocator(
@@ -22,7 +22,7 @@ ALLOCATORS: Mapping[str, Allocator] = {
         "equal marginal predicted error per weight, relative to each target's own output",
         blank_curves,
         predicted.energy_costs,
-        layer_steps,
+        walk_steps,
         holds="layer",
         keeps=True,
     ),
@@ -30,7 +30,7 @@ ALLOCATORS: Mapping[str, Allocator] = {
         "equal marginal predicted loss per weight, from gradients of the loss",
         blank_curves,
         predicted.fisher_costs,
-        layer_steps,
+        walk_steps,
         holds="layer",
         keeps=True,
         losses=True,
@@ -39,7 +39,7 @@ ALLOCATORS: Mapping[str, Allocator] = {
         "singular directions of all matrices sorted by the loss that each is worth, from gradients",
         importance.blank,
         importance.costs,
-        layer_steps,
+        walk_steps,
         holds="layer",
         losses=True,
     ),

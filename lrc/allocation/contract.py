@@ -15,7 +15,7 @@ from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.solve import read_gradients
+from lrc.solve import read_gradients, solver_of
 from lrc.stream import ModelStream
 from lrc.texts import Texts
 
@@ -25,7 +25,7 @@ Advance = Callable[[int], object]
 Unit = Literal[
     "nats",  # rise of the loss per token, measured on held-out text
     "predicted nats",  # the same to second order, from gradients on the calibration text
-    "relative squared error",  # E‖Δy‖² / E‖y‖², mean over the decoder's weights
+    "relative squared error",  # E‖Δy‖² / E‖y‖², mean over the weights that the budget is of
     "squared shortfall",  # (weights lost / weights)², of every weight alike: nothing is known of the model
 ]
 
@@ -45,9 +45,9 @@ class Setting:
     batch_size: int
     losses: bool = False
 
-    def asked(self, layer: int) -> dict[tuple[str, int], Assignment]:
-        """Everything that the plans ask of one layer, by target and size."""
-        return {(a.target, a.size): a for plan in self.plans for a in plan.layers[layer].assignments}
+    def asked(self, layer: int | None) -> dict[tuple[str, int], Assignment]:
+        """Everything that the plans ask of one layer, or None for outside the layers, by target and size."""
+        return {(a.target, a.size): a for plan in self.plans for a in plan.unsized(layer)}
 
     def at_all_sizes(self, layer: int) -> LayerPlan:
         """One layer's assignments in all plans together."""
@@ -87,7 +87,8 @@ class Allocator:
     allocation cannot do. ``costs``: the curves; its second argument is called with the steps done, ``steps`` of the
     blank curves in all. ``holds``: what of the model is on the device at once. ``keeps``: sizes are those of the plans,
     so that it matters at which fractions these are; else every size has its cost. ``held_out``: needs held-out text.
-    ``losses``: reads gradients of every target, whatever its method.
+    ``losses``: reads gradients of every target, whatever its method; none are taken outside the layers, so that it
+    knows no costs there.
     """
 
     summary: str
@@ -101,26 +102,27 @@ class Allocator:
 
 
 def blank_curves(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
-    """Curves of no cost at the sizes that the plans have, the layers in their order.
+    """Curves of no cost at the sizes that the plans have, the layers in their order, then what is outside of them.
 
-    What stays whole at all of the sizes has none. Raises UserError where weights do not grow evenly with a method's
-    sizes, which is what curves are made of.
+    They end where the method gives the target back. What stays whole at all of the sizes has none. Raises UserError
+    where weights do not grow evenly with a method's sizes, which is what curves are made of.
     """
     found = []
-    for index in range(architecture.layers):
+    targets = architecture.targets | architecture.outer
+    for index in (*range(architecture.layers), None):
         asked: dict[str, dict[int, Assignment]] = {}
         for plan in plans:
-            for one in plan.layers[index].assignments:
+            for one in plan.unsized(index):
                 asked.setdefault(one.target, {})[one.size] = one
         for name, by_size in asked.items():
-            first, target = next(iter(by_size.values())), architecture.targets[name]
+            first, target = next(iter(by_size.values())), targets[name]
             unit, sizes = first.kept // first.size, tuple(sorted(by_size))
             if any(one.kept != size * unit for size, one in by_size.items()):
                 raise UserError(
                     f"method {first.method!r} has no sizes of even weight for {name}, so there is no curve"
                 )
-            costs = (0.0,) * len(sizes)
-            found.append(Curve(index, name, sizes, costs, target.full, unit, first.whole, target.step))
+            costs, full = (0.0,) * len(sizes), solver_of(first).size.full(target, first.options)
+            found.append(Curve(index, name, sizes, costs, full, unit, first.whole, target.step))
     return found
 
 
@@ -132,6 +134,6 @@ def every_size(curve: Curve) -> Curve:
     )
 
 
-def layer_steps(architecture: Architecture, curves: Sequence[Curve]) -> int:
-    """Steps of an allocation that goes through the model once: a layer each."""
-    return architecture.layers
+def walk_steps(architecture: Architecture, curves: Sequence[Curve]) -> int:
+    """Steps of an allocation that goes through the model once: a layer each, and one for what is outside of them."""
+    return architecture.layers + any(curve.layer is None for curve in curves)

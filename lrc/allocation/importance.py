@@ -17,7 +17,7 @@ from lrc.methods.contract import ProjectionProblem
 from lrc.methods.pair import input_moment
 from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.size import PairRank
-from lrc.solve import pose, solver_of
+from lrc.solve import solver_of
 
 
 def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
@@ -39,17 +39,16 @@ def costs(setting: Setting, advance: Advance) -> Costs:
     output; half of such a score is what dropping the direction alone adds to the loss in nats. Directions are sorted by
     score per weight, as those of a larger matrix take more of the budget.
     """
-    architecture, found, done = setting.reader.architecture, {}, 0
+    found, done = {}, 0
     for stop in walk(setting):
-        for target in {target: None for target, _ in stop.asked}:
-            problem = pose(architecture, target, stop.state, stop.statistics)
+        for target, problem in stop.problems.items():
             assert isinstance(problem, ProjectionProblem)
-            found[stop.index, target] = _dropped(problem)
-        advance(stop.index + 1 - done)
-        done = stop.index + 1
+            found[stop.layer, target] = _dropped(problem)
+        advance(stop.done - done)
+        done = stop.done
     curves = [
         replace(curve, costs=tuple(found[curve.layer, curve.target][size] for size in curve.sizes))
-        for curve in blank(architecture, setting.plans)
+        for curve in blank(setting.reader.architecture, setting.plans)
     ]
     return Costs(curves, "predicted nats")
 

@@ -9,8 +9,8 @@ from lrc.allocation.contract import Advance, Costs, Setting, Unit, blank_curves
 from lrc.allocation.walk import walk
 from lrc.errors import UserError
 from lrc.methods.contract import Prediction
-from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.solve import solve_layer
+from lrc.plan.resolved import Assignment
+from lrc.solve import solve
 
 
 def energy_costs(setting: Setting, advance: Advance) -> Costs:
@@ -21,7 +21,7 @@ def energy_costs(setting: Setting, advance: Advance) -> Costs:
     target is whole and 1 where it is gone; it counts for as much as the target has weights, so that a small target is
     not kept whole for being small. How much a layer matters to the loss is not in it: ``fisher`` knows that.
     """
-    whole = setting.plans[0].whole
+    whole = setting.plans[0].budget.whole
 
     def share(assignment: Assignment, predicted: Prediction) -> float:
         lost = predicted.error / predicted.reference if predicted.reference > 0 else 0.0
@@ -42,15 +42,14 @@ def _costs(
     setting: Setting, advance: Advance, unit: Unit, cost: Callable[[Assignment, Prediction], float]
 ) -> Costs:
     architecture = setting.reader.architecture
-    found: dict[tuple[int, str, int], float] = {}
+    found: dict[tuple[int | None, str, int], float] = {}
     done = 0
     for stop in walk(setting):
         for (target, size), assignment in stop.asked.items():
-            alone = LayerPlan(stop.index, (assignment,))
-            solution = solve_layer(architecture, alone, stop.state, stop.statistics)[target]
-            found[stop.index, target, size] = cost(assignment, solution.predicted)
-        advance(stop.index + 1 - done)
-        done = stop.index + 1
+            solution = solve(stop.problems[target], assignment)
+            found[stop.layer, target, size] = cost(assignment, solution.predicted)
+        advance(stop.done - done)
+        done = stop.done
     curves = [
         replace(curve, costs=tuple(found[curve.layer, curve.target, size] for size in curve.sizes))
         for curve in blank_curves(architecture, setting.plans)

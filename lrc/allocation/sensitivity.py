@@ -1,10 +1,11 @@
-"""Measures what shrinking each component or projection of each layer alone does to the loss on held-out text."""
+"""Measures what shrinking each component or projection alone does to the loss on held-out text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from lrc.errors import UserError
 from lrc.evaluation.perplexity import token_nll
 from lrc.families import Architecture
 from lrc.moments.gradient import GradientMoment
+from lrc.outer import OuterProblem, pose_outer, store_outer
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.solve import read_statistics, solve_layer
+from lrc.solve import read_statistics, solve, solve_layer
 from lrc.stream import Batch, ModelStream
 
 
@@ -32,8 +34,16 @@ def costs(setting: Setting, advance: Advance) -> Costs:
 
 
 def passes(architecture: Architecture, curves: Sequence[Curve]) -> int:
-    """Layers that measuring curves runs over the held-out text: for each size those from its own to the last."""
-    return sum((architecture.layers - curve.layer) * len(curve.sizes) for curve in curves)
+    """Layers that measuring curves runs over the held-out text: for each size those from its own to the last, for the
+    embedding's all of them, for a head's none.
+    """
+    return sum(_layers_run(architecture, curve) * len(curve.sizes) for curve in curves)
+
+
+def _layers_run(architecture: Architecture, curve: Curve) -> int:
+    if curve.layer is None:
+        return architecture.layers if curve.target == "embed" else 0
+    return architecture.layers - curve.layer
 
 
 class Sensitivity:
@@ -49,41 +59,53 @@ class Sensitivity:
         self._setting, self._stream, self._architecture = setting, stream, setting.reader.architecture
         self._held_ids = held_out.split(batch_size)
         self._tokens = held_out.numel() - len(held_out)
-        self._batches = stream.embed(setting.texts.calibration.blocks, batch_size)
-        self._held = stream.embed(held_out, batch_size)
+        self._batches = stream.embed(setting.texts.calibration.blocks.split(batch_size))
+        self._held = stream.embed(self._held_ids)
         loaded = [stream.layer(index) for index in range(self._architecture.layers)]
         self._layers = [module for module, _ in loaded]
         self._states = [state for _, state in loaded]
         self._tail = stream.tail()
-        self.loss = self._loss(self._layers[0], 0)
+        self.loss = self._loss((self._through(0, batch) for batch in self._held), "of the model as it is")
 
     def curves(self, advance: Advance) -> list[Curve]:
         """The ``blank_curves`` of the plans, measured.
 
         ``advance`` is called with the layers run, ``passes`` in all. Raises UserError where a loss is not finite.
         """
-        setting = self._setting
-        blank, found = blank_curves(self._architecture, setting.plans), []
+        setting, found = self._setting, []
+        blank = blank_curves(self._architecture, setting.plans)
         gradients = setting.gradients(self._stream, self._layers.__getitem__)
         for index, layer in enumerate(self._layers):
-            asked = setting.asked(index)
-            if asked:
+            if setting.asked(index):
                 statistics = self._observe(setting.at_all_sizes(index), gradients.pop(index, None))
-            for curve in (curve for curve in blank if curve.layer == index):
-                nats = []
-                for size in curve.sizes:
-                    nats.append(self._alone(index, asked[curve.target, size], statistics) - self.loss)
-                    advance(len(self._layers) - index)
-                found.append(replace(curve, costs=tuple(nats)))
+                alone = partial(self._alone, index, statistics)
+                found += self._measured((c for c in blank if c.layer == index), alone, advance)
             for batch in (*self._batches, *self._held):
                 batch.hidden = self._stream.run(layer, index, batch, batch.hidden)
+        if tables := [curve for curve in blank if curve.layer is None]:
+            targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
+            problems = pose_outer(self._stream, targets, blocks, self._batches)
+            found += self._measured(tables, partial(self._table_alone, problems), advance)
+        return found
+
+    def _measured(
+        self, curves: Iterable[Curve], alone: Callable[[Assignment], float], advance: Advance
+    ) -> list[Curve]:
+        """Curves with what each of their sizes costs, by the loss with an assignment ``alone``."""
+        found = []
+        for curve in curves:
+            asked, nats = self._setting.asked(curve.layer), []
+            for size in curve.sizes:
+                nats.append(alone(asked[curve.target, size]) - self.loss)
+                advance(_layers_run(self._architecture, curve))
+            found.append(replace(curve, costs=tuple(nats)))
         return found
 
     def _observe(self, plan: LayerPlan, gradients: GradientMoment | None) -> Statistics:
         layer, state = self._layers[plan.index], self._states[plan.index]
         return read_statistics(self._stream, plan, layer, state, self._batches, gradients)
 
-    def _alone(self, index: int, assignment: Assignment, statistics: Statistics) -> float:
+    def _alone(self, index: int, statistics: Statistics, assignment: Assignment) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""
         state = self._states[index]
         solutions = solve_layer(
@@ -91,20 +113,41 @@ class Sensitivity:
         ).values()
         skeleton, dtype = self._stream.skeletons[index], self._stream.reader.dtype
         reduced = assemble(self._architecture, skeleton, state, solutions, dtype)
-        return self._loss(self._stream.filled(reduced.module, reduced.state), index)
+        layer = self._stream.filled(reduced.module, reduced.state)
+        hidden = (self._through(index, batch, layer) for batch in self._held)
+        return self._loss(hidden, f"at layer {index}")
+
+    def _table_alone(self, problems: Mapping[str, OuterProblem], assignment: Assignment) -> float:
+        """Nats per held-out token with nothing but the embedding, the head or the one that is both shrunk.
+
+        The held-out text is behind the last layer by now; from a reduced embedding it starts anew.
+        """
+        stream = self._stream
+        reduced = store_outer(stream, solve(problems[assignment.target], assignment))
+        embedding, head = (reduced.module(stream, target) for target in ("embed", "lm_head"))
+        hidden = (batch.hidden for batch in self._held)
+        if embedding is not None:
+            again = stream.embed(self._held_ids, embedding)
+            hidden = (self._through(0, batch) for batch in again)
+        tail = None if head is None else stream.tail(head)
+        return self._loss(hidden, f"with {assignment.target} reduced", tail)
 
     @torch.no_grad()
-    def _loss(self, layer: nn.Module, index: int) -> float:
-        """Nats per held-out token with ``layer`` in the place of the one at ``index``, from the states before it."""
+    def _loss(
+        self, hidden: Iterable[Tensor], where: str, tail: Callable[[Tensor], Tensor] | None = None
+    ) -> float:
+        """Nats per held-out token from the states behind the last layer, by batch; ``tail`` in place of the model's."""
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
-        for batch, ids in zip(self._held, self._held_ids, strict=True):
-            total += token_nll(self._logits(layer, index, batch), ids).sum()
+        for states, ids in zip(hidden, self._held_ids, strict=True):
+            total += token_nll((tail or self._tail)(states), ids).sum()
         if not math.isfinite(loss := float(total) / self._tokens):
-            raise UserError(f"the loss measured at layer {index} is NaN or inf; try --dtype float32")
+            raise UserError(f"the loss measured {where} is NaN or inf; try --dtype float32")
         return loss
 
-    def _logits(self, layer: nn.Module, index: int, batch: Batch) -> Tensor:
-        hidden = self._stream.run(layer, index, batch, batch.hidden)
-        for later in range(index + 1, len(self._layers)):
-            hidden = self._stream.run(self._layers[later], later, batch, hidden)
-        return self._tail(hidden)
+    def _through(self, first: int, batch: Batch, layer: nn.Module | None = None) -> Tensor:
+        """A batch from before the layer ``first`` to behind the last, with ``layer`` in the place of that one."""
+        hidden = batch.hidden
+        for index, whole in enumerate(self._layers[first:], first):
+            module = layer if layer is not None and index == first else whole
+            hidden = self._stream.run(module, index, batch, hidden)
+        return hidden

@@ -15,7 +15,7 @@ from lrc import __version__
 from lrc.allocate import Curve
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.contract import Advance, Setting
-from lrc.budget import Budget, Spent, spend
+from lrc.budget import Budget, Spent, shortfalls, spend
 from lrc.curves import Curves, plan_sha256
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job
@@ -43,6 +43,12 @@ class Limits:
     floor: float | None = None
     cap: float = 1.0
 
+    @property
+    def barring(self) -> list[str]:
+        """Those that bar larger sizes, as options of ``lrc plan``."""
+        steps = [f"--round {self.round_to}"] if self.round_to > 1 else []
+        return [*steps, *([f"--cap {self.cap:g}"] if self.cap < 1 else [])]
+
     def on(self, curve: Curve) -> Curve:
         """The curve within the limits; UserError where they leave none of its sizes."""
         found = replace(
@@ -53,10 +59,7 @@ class Limits:
         )
         if not found.legal:
             least = min(replace(found, cap=None).smallest / curve.whole, 1)
-            raise UserError(
-                f"--cap {self.cap:g} leaves {curve.target} of layer {curve.layer} no size; "
-                f"its smallest keeps {least:.4g}"
-            )
+            raise UserError(f"--cap {self.cap:g} leaves {curve.name} no size; its smallest keeps {least:.4g}")
         return found
 
 
@@ -113,7 +116,7 @@ class Sizing:
         except torch.cuda.OutOfMemoryError as error:
             advice = f"--batch-size below {self.batch_size}, or fewer calibration samples"
             raise OutOfResources(f"the GPU is out of memory; try {advice}") from error
-        return Curves(self.key, costs.unit, costs.loss, costs.curves)
+        return Curves(job.model.source, self.key, costs.unit, costs.loss, costs.curves)
 
     def _check_memory(self) -> None:
         """Raise UserError where the whole model, with what measuring takes, does not fit on the device."""
@@ -126,24 +129,41 @@ class Sizing:
             0 if held is None else len(held),
         )
         if needed > (free := free_bytes(self.device)):
+            others = "energy, which holds" if self.jobs[0].plan.shared else "fisher, or by energy, which hold"
             raise UserError(
                 f"measuring {self.name} holds the whole model on {self.device}: it needs about {needed:,} bytes, and "
-                f"{free:,} are free. Allocate by fisher, or by energy, which hold one layer at a time; or try a "
-                "smaller --batch-size, --dtype bfloat16 or fewer calibration samples"
+                f"{free:,} are free. Allocate by {others} one layer at a time; or try a smaller --batch-size, "
+                "--dtype bfloat16 or fewer calibration samples"
             )
 
 
 def blank_curves(name: str, jobs: Sequence[Job]) -> list[Curve]:
     """The curves of an allocation without their costs; UserError where it cannot do the plan."""
-    return ALLOCATORS[name].blank(jobs[0].reader.architecture, [job.plan for job in jobs])
+    allocator, tables = ALLOCATORS[name], jobs[0].plan.shared
+    if allocator.losses and tables:
+        able = ", ".join(other for other in ALLOCATORS if not ALLOCATORS[other].losses)
+        raise UserError(
+            f"allocation {name!r} is of gradients, which are taken in the layers alone: it finds no size for "
+            f"{' and '.join(tables)}. These do: {able}; or write a size there"
+        )
+    return allocator.blank(jobs[0].reader.architecture, [job.plan for job in jobs])
 
 
 def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Spent:
     """Sizes of least cost within a budget and the limits; ``job`` has the plan at its smallest sizes.
 
-    Raises UserError with the smallest or largest budget that can be met where this one cannot.
+    Where they leave more than 0.2 % of it unspent the plan warns of it. Raises UserError with the smallest or largest
+    budget that can be met where this one cannot.
     """
-    return spend(budget, job, [limits.on(curve) for curve in curves])
+    spent = spend(budget, job, [limits.on(curve) for curve in curves])
+    short = shortfalls(budget, spent)
+    if not short:
+        return spent
+    barring = [*limits.barring, *([f"--kv-cache {budget.kv_cache:g}"] if budget.kv_cache is not None else [])]
+    within = f" within {' '.join(barring)}" if barring else ""
+    warning = f"{', '.join(short)}: the rest does not pay for the next larger size of any target{within}"
+    plan = replace(spent.job.plan, warnings=(*spent.job.plan.warnings, warning))
+    return replace(spent, job=replace(spent.job, plan=plan))
 
 
 def default_samples(name: str) -> int | None:

@@ -1,39 +1,47 @@
-"""Goes through a model once, a layer at a time, and stops at each with the statistics that its solvers read."""
+"""Goes through a model once, a layer at a time, and stops at each with the problems that its solvers are given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lrc.allocation.contract import Setting
-from lrc.collect import Statistics
+from lrc.methods.contract import Problem
+from lrc.outer import pose_outer
 from lrc.plan.resolved import Assignment
-from lrc.solve import read_statistics
+from lrc.solve import pose, read_statistics
 from lrc.stream import ModelStream
 
 
 @dataclass(frozen=True)
 class Stop:
-    """One layer: its tensors by path, what the plans ask of it by target and size, and what solving that takes."""
+    """One layer, or None for what is outside of them: what the plans ask of it by target and size, and the problems by
+    target. ``done``: steps of the way up to here and with it.
+    """
 
-    index: int
-    state: Mapping[str, Tensor]
+    layer: int | None
     asked: Mapping[tuple[str, int], Assignment]
-    statistics: Statistics
+    problems: Mapping[str, Problem]
+    done: int
 
 
 def walk(setting: Setting) -> Iterator[Stop]:
     """Every layer of which something is asked, on the calibration blocks, after a sweep for the gradients where any
-    are read; only one is on the device at a time."""
+    are read, and then what is outside of them; only one layer is on the device at a time."""
     stream = ModelStream(setting.reader, setting.device, setting.dtype)
     architecture, gradients = setting.reader.architecture, setting.gradients(stream)
-    batches = stream.embed(setting.texts.calibration.blocks, setting.batch_size)
+    batches = stream.embed(setting.texts.calibration.blocks.split(setting.batch_size))
     for index in range(architecture.layers):
         layer, state = stream.layer(index)
         if asked := setting.asked(index):
             plan, found = setting.at_all_sizes(index), gradients.pop(index, None)
-            yield Stop(index, state, asked, read_statistics(stream, plan, layer, state, batches, found))
+            statistics = read_statistics(stream, plan, layer, state, batches, found)
+            problems = {target: pose(architecture, target, state, statistics) for target, _ in asked}
+            yield Stop(index, asked, problems, index + 1)
         for batch in batches:
             batch.hidden = stream.run(layer, index, batch, batch.hidden)
+    if asked := setting.asked(None):
+        problems = pose_outer(
+            stream, {target for target, _ in asked}, setting.texts.calibration.blocks, batches
+        )
+        yield Stop(None, asked, problems, architecture.layers + 1)

@@ -47,6 +47,11 @@ class ResolvedModel:
     revision: str | None = None
     builtin: bool = False
 
+    @property
+    def name(self) -> str:
+        """The last part of its source, for names of files."""
+        return Path(self.source).resolve().name
+
 
 def resolve_model(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> ResolvedModel:
     """Find a model's folder, downloading it from the hub if it is not there yet.

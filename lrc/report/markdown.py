@@ -43,6 +43,7 @@ def model_card(report: Report, plan_text: str) -> str:
         "```",
         "",
         *_body(report),
+        *([*_warnings(report), ""] if report.warnings else []),
         "## Plan",
         "",
         "```yaml",
@@ -53,8 +54,10 @@ def model_card(report: Report, plan_text: str) -> str:
 
 
 def _body(report: Report) -> list[str]:
+    tables = report.with_tables
+    with_tables = f", {tables.keep:.1%} of {tables.weights}" if tables else ""
     lines = [
-        f"Kept {report.keep:.1%} of the decoder's weights.",
+        f"Kept {report.keep:.1%} of the decoder's weights{with_tables}.",
         "",
         "| | before | after | ratio |",
         "|---|---|---|---|",
@@ -80,11 +83,11 @@ def _body(report: Report) -> list[str]:
     lines += [
         "",
         "Errors are of each target alone, before the refit; measured ones come from running the original and the "
-        "reduced module on the calibration tokens, those of an embedding and a head from counts and moments of these, "
-        "where they are one as a mean over both uses. A plain number is a relative error, root mean square over the "
-        "layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are the divergence of "
-        "the attention distribution from the original's, mean over queries, heads and layers, measured on the first "
-        "calibration block.",
+        "reduced module on one calibration block of every eight, those of an embedding and a head from counts and "
+        "moments of all, where they are one as a mean over both uses. A plain number is a relative error, root mean"
+        " square over the layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are"
+        " the divergence of the attention distribution from the original's, mean over queries, heads and layers, "
+        "measured on the first of those blocks.",
         "",
     ]
     return [*lines, *_scale(report.scale)]
@@ -103,10 +106,11 @@ def _refits(refits: list[RefitRecord]) -> list[str]:
         "## Residual stream",
         "",
         "Squared error of the compressed residual stream over the original's square, where a refitted output "
-        "projection has been added to it: with the method's own solution, and fitted again. Held out is the error on "
-        "the blocks that chose the ridge, by the fit without them; the method's solution has seen them.",
+        "projection has been added to it: with the method's own solution, and fitted again. Left out is the error on "
+        "the calibration blocks that chose the ridge, by the fit without them. They are left out of that fit alone, "
+        "as the method's solution and the refits before it have seen them.",
         "",
-        "| layer | behind | ridge | before | after | held out, before | held out, after |",
+        "| layer | behind | ridge | before | after | left out, before | left out, after |",
         "|---|---|---|---|---|---|---|",
     ]
     for refit in refits:
@@ -139,7 +143,11 @@ def _provenance(report: Report) -> list[str]:
         f"- Peak memory: {peaks}",
         f"- Versions: {versions}",
     ]
-    return lines + [f"- Warning: {warning}" for warning in report.warnings]
+    return [*lines, *_warnings(report)]
+
+
+def _warnings(report: Report) -> list[str]:
+    return [f"- Warning: {warning}" for warning in report.warnings]
 
 
 def _listed(record: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from lrc.plan.resolved import weights_of
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -27,13 +29,32 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class TableSize:
+    """Size of the embedding or the head, ``kept`` of whose ``whole`` weights stay."""
+
+    target: str
+    size: int
+    kept: int
+    whole: int
+
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        if self.kept == self.whole:
+            return f"{self.target} stays whole"
+        return f"{self.target}: size {self.size}, {self.kept / self.whole:.1%} of its weights"
+
+
+@dataclass(frozen=True)
 class Planned:
-    """One plan that was written. ``cost``: what its sizes are predicted to cost, in the unit of the planning; where
-    that is nats, it multiplies perplexity by ``factor``.
+    """One plan that was written. It keeps ``kept`` weights, ``keep`` of the ``whole`` of what ``of`` names: the decoder
+    and the tables whose sizes were found. ``cost``: what its sizes are predicted to cost, in the unit of the planning;
+    where that is nats, it multiplies perplexity by ``factor``. ``tables``: what is outside the layers.
     """
 
     path: str
     asked: str
+    of: str
     keep: float
     kept: int
     whole: int
@@ -42,6 +63,7 @@ class Planned:
     cost: float
     factor: float | None
     strips: list[Strip]
+    tables: list[TableSize]
 
 
 @dataclass(frozen=True)
@@ -85,7 +107,7 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
     for plan in planning.plans:
         cost = cost_text(plan.cost, planning.unit)
         yield (
-            f"{plan.path}: keeps {plan.keep:.2%} of the decoder's weights, {plan.bytes:,} bytes"
+            f"{plan.path}: keeps {plan.keep:.2%} of {weights_of(plan.of)}, {plan.bytes:,} bytes"
             + (f"; predicted {cost}" if cost else "")
         )
         table = Table("target", "rank by layer, first to last", "least", "mean", "of")
@@ -95,7 +117,9 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
             sizes = [strip.full if size is None else size for size in strip.sizes]
             mean = sum(sizes) / len(sizes)
             table.add_row(strip.target, _bars(strip, sizes), str(min(sizes)), f"{mean:.1f}", str(strip.full))
-        yield table
+        if plan.strips:
+            yield table
+        yield from (outside.text for outside in plan.tables)
     if planning.loss is not None:
         yield f"loss on {planning.held_out}: {planning.loss:.4f} nats per token"
     if planning.curves is not None:

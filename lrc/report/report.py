@@ -8,6 +8,7 @@ from typing import Any
 
 from lrc.checkpoint.sizes import Size
 from lrc.evaluation.perplexity import Perplexity
+from lrc.plan.resolved import Share
 from lrc.refit import RefitRecord
 from lrc.scale import LogitScale
 
@@ -29,8 +30,9 @@ class PerplexityChange:
 
 @dataclass(frozen=True)
 class Report:
-    """One compression. ``keep``: kept over original weights of the decoder's projections. ``targets``: a record for
-    each thing shrunk (see ``lrc.compressor``). ``scale``: what the logits were scaled by. ``seconds`` by stage;
+    """One compression. ``keep``: kept over original weights of the decoder's projections; ``with_tables``: the same of
+    these and of the tables that the plan names, None where it names none. ``targets``: a record for each thing shrunk
+    (see ``lrc.compressor``). ``scale``: what the logits were scaled by. ``seconds`` by stage;
     ``peak_bytes`` of ``host`` and ``device``.
     """
 
@@ -38,6 +40,7 @@ class Report:
     plan: str
     out: str
     keep: float
+    with_tables: Share | None
     before: Size
     after: Size
     perplexity: list[PerplexityChange]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from lrc.check import Check
 from lrc.checkpoint.sizes import Size
-from lrc.estimate import Check
 from lrc.evaluation.perplexity import Perplexity
 from lrc.report.comparison import Comparison
 from lrc.report.groups import summarise
@@ -95,7 +95,9 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     memory = check.memory
     yield targets
     yield _cost(check.before, check.after)
-    yield f"kept: {check.keep:.2%} of the decoder's weights"
+    tables = check.with_tables
+    with_tables = f", {tables.keep:.2%} of {tables.weights}" if tables else ""
+    yield f"kept: {check.keep:.2%} of the decoder's weights{with_tables}"
     yield (
         f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
         f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "

@@ -29,7 +29,7 @@ def held_out_blocks(ids: Tensor, count: int, fitted: Tensor) -> Tensor:
             f"asked for; {remedy}another text"
         )
     chosen, run = left[:count], min(_RUN, seq_len // 2)
-    shared = torch.isin(_hashes(chosen, run, run), _hashes(fitted, run, 1)).any(dim=1)
+    shared = torch.isin(_hashes(chosen, run, 1), _hashes(fitted, run, 1)).any(dim=1)
     if shared.any():
         numbers = ", ".join(str(int(n)) for n in shared.nonzero()[:5])
         raise UserError(

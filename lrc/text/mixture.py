@@ -16,7 +16,7 @@ from lrc.errors import UserError
 from lrc.plan.data import Data, DataLike, check_data
 from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize, windows
 from lrc.text.datasets import SYNTHETIC
-from lrc.text.source import read_text
+from lrc.text.source import check_text, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,9 @@ class Mixture:
     weights: tuple[float, ...] | None
 
     def check(self, samples: int | Literal["all"]) -> None:
-        """Raise UserError where so many blocks cannot be drawn of such sources, whatever their texts."""
+        """Raise UserError where so many blocks cannot be drawn of such sources, whatever their texts, and where there
+        is no source of a name.
+        """
         if samples == "all" and SYNTHETIC in self.names:
             raise UserError("samples: all of synthetic text has no end; give a number, such as samples: 128")
         if samples != "all" and samples < len(self.names):
@@ -95,6 +97,9 @@ class Mixture:
                 f"samples: {samples} cannot draw a block of each of {len(self.names)} sources "
                 f"({', '.join(self.names)}); use {len(self.names)} or more"
             )
+        for name in self.names:
+            if name != SYNTHETIC:
+                check_text(name, "calibration")
 
     def draw(
         self,

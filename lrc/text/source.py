@@ -16,6 +16,8 @@ from lrc.text.files import holds_documents, read_documents, read_plain
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DATA_DIR_VARIABLE = "LRC_DATA_DIR"
+Use = Literal["calibration", "evaluation"]
+
 _FILE_SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".parquet", ".xz", ".gz")
 
 
@@ -39,7 +41,7 @@ class Text:
         return f"{self.name}:{self.split}" if self.split else self.name
 
 
-def read_text(spec: str, use: Literal["calibration", "evaluation"], data_dir: Path | None = None) -> Text:
+def read_text(spec: str, use: Use, data_dir: Path | None = None) -> Text:
     """The text a user means by ``NAME``, ``NAME:SPLIT`` or the path of a file.
 
     Files are plain text, JSON lines with a field ``text``, or parquet with such a column; ``.xz`` and ``.gz``
@@ -50,21 +52,43 @@ def read_text(spec: str, use: Literal["calibration", "evaluation"], data_dir: Pa
     name, _, split = spec.partition(":")
     if name in DATASETS:
         return _read_dataset(DATASETS[name], split, use, _data_dir(data_dir))
+    path = _path(spec, use)
+    text = "\n\n".join(read_documents(path, "text")) if holds_documents(path) else read_plain(path)
+    return _text(spec, None, text, str(path), ())
+
+
+def check_text(spec: str, use: Use) -> None:
+    """Raise UserError where there is no text of a name, no such split or no such file; nothing is read."""
+    name, _, split = spec.partition(":")
+    if name in DATASETS:
+        _split(DATASETS[name], split, use)
+    elif not (path := _path(spec, use)).exists():
+        raise UserError(f"{path}: no such file")
+
+
+def _path(spec: str, use: Use) -> Path:
+    """The path that a text is named by; UserError where it looks like none."""
+    name = spec.partition(":")[0]
     if name == SYNTHETIC:
         raise UserError(f"no text {spec!r}: {SYNTHETIC}, which has no splits, is for calibration alone")
     path = Path(spec).expanduser()
     if not (path.exists() or os.sep in spec or path.suffix in _FILE_SUFFIXES):
         known = [*DATASETS, SYNTHETIC] if use == "calibration" else DATASETS
         raise UserError(f"unknown text {spec!r}: {nearest(name, known)}; or a path to a text file")
-    text = "\n\n".join(read_documents(path, "text")) if holds_documents(path) else read_plain(path)
-    return _text(spec, None, text, str(path), ())
+    return path
 
 
-def _read_dataset(data_set: DataSet, asked: str, use: str, data_dir: Path | None) -> Text:
+def _split(data_set: DataSet, asked: str, use: Use) -> str:
+    """The split that is asked for by any of its names, else the data set's own for the use."""
     name = {"valid": "validation", "val": "validation"}.get(asked, asked)
     name = name or (data_set.calibration if use == "calibration" else data_set.evaluation)
     if name not in data_set.splits:
         raise UserError(f"{data_set.name} has no split {asked!r}: {nearest(name, data_set.splits)}")
+    return name
+
+
+def _read_dataset(data_set: DataSet, asked: str, use: Use, data_dir: Path | None) -> Text:
+    name = _split(data_set, asked, use)
     split = data_set.splits[name]
     held_out = use == "calibration" and name == data_set.evaluation
     notes = (f"{data_set.name}: {name} split used for calibration",) if held_out else ()

@@ -62,17 +62,18 @@ def gradients(blocks: Tensor) -> Callable[[Path], dict[int, GradientMoment]]:
 
 @pytest.fixture
 def linear_inputs(blocks: Tensor) -> Callable[[Path], dict[str, Tensor]]:
-    """Gives the inputs (tokens, width) of every linear of a model by its path, from the model's own forward."""
+    """Gives the inputs (tokens, width) of every projection of a model by its path, from the model's own forward."""
     return lambda folder: _linear_inputs(folder, blocks)
 
 
 def _linear_inputs(folder: Path, blocks: Tensor) -> dict[str, Tensor]:
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | Conv1D):
             module.register_forward_hook(
                 lambda module, args, out, name=name: seen.setdefault(name, []).append(args[0].flatten(0, 1))
             )

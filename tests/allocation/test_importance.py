@@ -17,7 +17,7 @@ from lrc.allocation.sizing import Limits
 from lrc.errors import UserError
 from lrc.moments.gradient import GradientMoment
 
-PATHS = {
+LLAMA = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -26,30 +26,53 @@ PATHS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-Directions = dict[tuple[int, str], Tensor]
+GPT2 = {
+    "q": "attn.c_attn",
+    "k": "attn.c_attn",
+    "v": "attn.c_attn",
+    "o": "attn.c_proj",
+    "fc_in": "mlp.c_fc",
+    "fc_out": "mlp.c_proj",
+}
+Key = tuple[int | None, str]
+Directions = dict[Key, Tensor]
 
 
-def directions(
-    folder: Path, inputs: dict[str, Tensor], gradients: Mapping[int, GradientMoment]
-) -> Directions:
-    """What dropping each direction of every matrix costs in nats, largest first, by a full SVD."""
-    weights = load_file(folder / "model.safetensors")
-    found = {}
+def matrices(folder: Path, family: str) -> dict[tuple[int, str], tuple[str, Tensor]]:
+    """Path and (out, in) weight of every projection, by layer and role."""
+    weights, found = load_file(folder / "model.safetensors"), {}
     for layer in range(2):
-        for role, path in PATHS.items():
-            name = f"model.layers.{layer}.{path}"
-            u, s, vh = torch.linalg.svd(weights[f"{name}.weight"].double(), full_matrices=False)
-            x = inputs[name]
-            taken = (x @ vh.T).square().mean(dim=0)  # vᵀ C v
-            heard = torch.einsum("or,op,pr->r", u, gradients[layer].outputs[role].double(), u)  # uᵀ G u
-            scores = s.square() * taken * heard / 2
-            found[layer, role] = scores.sort(descending=True).values
+        if family == "llama":
+            for role, path in LLAMA.items():
+                name = f"model.layers.{layer}.{path}"
+                found[layer, role] = name, weights[f"{name}.weight"]
+            continue
+        for role, path in GPT2.items():
+            name = f"transformer.h.{layer}.{path}"
+            weight = weights[f"{name}.weight"].T
+            found[layer, role] = name, weight.chunk(3)["qkv".index(role)] if role in "qkv" else weight
     return found
 
 
-def cut(
-    scores: Directions, units: dict[tuple[int, str], int], largest: dict[tuple[int, str], int], budget: int
-) -> dict[tuple[int, str], int]:
+def directions(
+    folder: Path, family: str, inputs: dict[str, Tensor], gradients: Mapping[int, GradientMoment]
+) -> Directions:
+    """What dropping each direction of every matrix costs in nats, largest first, by a full SVD.
+
+    All projections of gpt2 have a bias, which makes up for the mean of what is lost.
+    """
+    found = {}
+    for (layer, role), (name, weight) in matrices(folder, family).items():
+        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        x = inputs[name] - (inputs[name].mean(dim=0) if family == "gpt2" else 0)
+        taken = (x @ vh.T).square().mean(dim=0)  # vᵀ C v
+        heard = torch.einsum("or,op,pr->r", u, gradients[layer].outputs[role].double(), u)  # uᵀ G u
+        scores = s.square() * taken * heard / 2
+        found[layer, role] = scores.sort(descending=True).values
+    return found
+
+
+def cut(scores: Directions, units: dict[Key, int], largest: dict[Key, int], budget: int) -> dict[Key, int]:
     """Ranks after taking directions in the order of score per weight until the first that does not fit."""
     order = sorted(
         ((float(score) / units[key], key) for key, all_of_it in scores.items() for score in all_of_it),
@@ -69,15 +92,16 @@ def cut(
     return ranks
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("keep", [0.3, 0.5])
 def test_allocate_cuts_the_globally_sorted_directions_at_the_budget(
-    tiny_checkpoint: Any, setting: Any, linear_inputs: Any, gradients: Any, keep: float
+    tiny_checkpoint: Any, setting: Any, linear_inputs: Any, gradients: Any, keep: float, family: str
 ) -> None:
-    folder = tiny_checkpoint("llama")
+    folder = tiny_checkpoint(family)
     found = importance.costs(setting(folder, "method: svd", losses=True), lambda done: None)
     assert found.unit == "predicted nats"
     assert found.loss is None
-    expected = directions(folder, linear_inputs(folder), gradients(folder))
+    expected = directions(folder, family, linear_inputs(folder), gradients(folder))
     for curve in found.curves:
         scores = expected[curve.layer, curve.target]
         assert curve.sizes == tuple(range(1, len(curve.sizes) + 1))

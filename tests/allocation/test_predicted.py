@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lrc.allocate import allocate
 from lrc.allocation import predicted
 from lrc.errors import UserError
 from lrc.methods import Method, methods
@@ -59,7 +61,9 @@ def test_fisher_is_the_loss_that_methods_predict_whatever_they_minimise(
 ) -> None:
     folder = tiny_checkpoint("llama")
     methods = "match: 1, method: svd, o: {method: two_sided_svd}, up: {method: whitened_svd}"
-    plan = setting(folder, f"layers: [{{match: 0, {BY_SCORE}}}, {{{methods}}}]", losses=True)
+    plan = setting(
+        folder, f"layers: [{{match: 0, qk: {{metric: attention}}, {BY_SCORE}}}, {{{methods}}}]", losses=True
+    )
     found = predicted.fisher_costs(plan, lambda done: None)
     assert found.unit == "predicted nats"
     curves = {(curve.layer, curve.target): curve for curve in found.curves}
@@ -107,6 +111,25 @@ def test_fisher_is_the_loss_that_methods_predict_whatever_they_minimise(
         kept = (x.square().mean(dim=0).sqrt() * w.norm(dim=0)).topk(size).indices
         left = x @ w.T - x[:, kept] @ torch.linalg.lstsq(x[:, kept], x @ w.T).solution
         assert cost == pytest.approx(nats(left, g), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["svd", "whitened_svd", "two_sided_svd", "monarch"])
+def test_factors_near_the_weights_of_their_matrix_cost_about_what_the_method_predicts_there(
+    tiny_checkpoint: Any, setting: Any, family: str, method: str
+) -> None:
+    folder, text = tiny_checkpoint(family), f"method: {method}"
+    found = predicted.fisher_costs(setting(folder, text, (0.3, 0.6, 0.8), losses=True), lambda done: None)
+    own = predicted.fisher_costs(setting(folder, text, (0.95,), losses=True), lambda done: None)
+    compared = 0
+    for curve, exact in zip(found.curves, own.curves, strict=True):
+        (size,), (cost,) = exact.sizes, exact.costs
+        if size > curve.sizes[-1]:
+            alone = replace(curve, floor=size, cap=size)
+            assert alone.legal == [size]
+            assert cost / 2 < allocate([alone], alone.smallest).cost < 2 * cost
+            compared += 1
+    assert compared >= 4
 
 
 @pytest.mark.parametrize("method", ["a3", "monarch", "two_sided_svd"])

@@ -27,6 +27,9 @@ CALIBRATION = "calibration: {samples: 4, seq_len: 32}"
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(80))
 
 
+QK = "components: {qk: {metric: attention}}"
+
+
 def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
     draft = parse_plan(f"format: 1\n{CALIBRATION}\n{text}", "p.yaml")
     return resolve(draft, reader.architecture, methods(), COLLECTORS)
@@ -85,7 +88,7 @@ def test_a_point_is_the_loss_of_the_saved_model(
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
     source = tiny_checkpoint(family)
-    plan = resolved(CheckpointReader(source), "keep: 0.5")
+    plan = resolved(CheckpointReader(source), "keep: 0.5\ncomponents: {qk: {metric: attention}}")
     targets = CheckpointReader(source).architecture.targets
     full = tuple(
         replace(
@@ -107,7 +110,8 @@ def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out)
     source = tiny_checkpoint("llama")
     reader = CheckpointReader(source)
     plans = [
-        resolved(reader, f"keep: {keep}\nlayers: [{{match: 0, mlp: keep-all}}]") for keep in (0.3, 0.6, 0.99)
+        resolved(reader, f"keep: {keep}\n{QK}\nlayers: [{{match: 0, mlp: keep-all}}]")
+        for keep in (0.3, 0.6, 0.99)
     ]
     blank, done = blank_curves(reader.architecture, plans), []
     assert [(c.layer, c.target) for c in blank] == [(0, "qk"), (0, "ov"), (1, "qk"), (1, "ov"), (1, "mlp")]

@@ -65,6 +65,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         plan="p",
         out="o",
         keep=0.5,
+        with_tables=None,
         before=size,
         after=replace(size, parameters=50),
         perplexity=[],
@@ -94,7 +95,11 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "- Calibration: data a=2,b=1, samples 3, seq_len 8; data a, weight 2, blocks 2; data b, " in page
     assert "| 0 | o | 0.1 | 0.125 | 0.1 | 0.15 | 0.123 |" in page
     assert "| 1 | down | 0.1, raised to 0.2 | 0.5 | 0.25 |  |  |" in page
-    scaled = "logits scaled by 0.930 in the final norm; KL divergence from the original's, on 2,048 held-out tokens, "
+    scaled = (
+        "logits scaled by 0.930 in the final norm; KL divergence from the original's, on 2,048 calibration tokens, "
+        "which the fits have seen, "
+    )
+    assert "as the method's solution and the refits before it have seen them" in page
     assert f"Scale: {scaled}0.4 nats without and 0.375 with it." in page
     typed = json.loads(report.to_json())
     assert RefitRecord.from_dict(typed["refits"][1]) == report.refits[1]

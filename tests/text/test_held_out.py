@@ -53,3 +53,14 @@ def test_a_shifted_copy_is_found_in_short_blocks_too(shift):
     text = ids(480)
     with pytest.raises(UserError, match="overlaps"):
         held_out_blocks(text[shift:], 1, text.view(10, 48))
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, 40, 63, 64, 100, 136])
+def test_a_passage_in_common_is_found_off_any_grid(place):
+    fitted, other = ids(1000).view(5, 200), ids(600, 1)
+    other[200 + place : 264 + place] = fitted[2, 33:97]
+    assert len(held_out_blocks(other, 1, fitted)) == 1
+    with pytest.raises(UserError, match=r"held-out block 1 holds 64 tokens in a row"):
+        held_out_blocks(other, 3, fitted)
+    other[200 + place + 40] += 1  # 40 tokens in a row are no passage
+    assert len(held_out_blocks(other, 3, fitted)) == 3
