@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -14,23 +16,65 @@ from lrc.cli.eval import evaluate
 from lrc.cli.list import list_known
 from lrc.cli.plan import plan_model
 from lrc.cli.screen import complain
-from lrc.errors import UserError
+from lrc.errors import UserError, nearest
 
 _MISTAKE, _INTERRUPTED = 2, 130
+# What does not parse; typer gives it no name of its own, and which click it is of depends on typer's version.
+_Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 
 class _Verbs(TyperGroup):
     """Tells a user's mistake in one message; what is no mistake of the user's keeps its traceback."""
 
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        if not args:  # asks for help
+            return super().make_context(info_name, args, *rest, **extra)
+        with _mistakes_told():
+            return super().make_context(info_name, args, *rest, **extra)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None:
+            raise UserError(f"there is no verb {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except UserError as error:
-            complain(str(error))
-            raise typer.Exit(_MISTAKE) from None
+            with _mistakes_told():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            complain("interrupted; run the same command again to go on")
+            resumes = ctx.invoked_subcommand == "compress"
+            then = "run the same command again to go on" if resumes else "the same command starts over"
+            complain(f"interrupted; {then}")
             raise typer.Exit(_INTERRUPTED) from None
+
+
+@contextmanager
+def _mistakes_told() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        complain(str(error))
+        raise typer.Exit(_MISTAKE) from None
+    except _Unparsed as error:
+        complain(_in_our_words(error))
+        raise typer.Exit(_MISTAKE) from None
+
+
+def _in_our_words(error: Any) -> str:
+    """What does not parse: the option, its value, and the nearest choice or where the choices are."""
+    if hasattr(error, "possibilities"):  # an option that is not there
+        options = (option for option in error.ctx.command.params if option.param_type_name == "option")
+        known = [name for option in options for name in (*option.opts, *option.secondary_opts)]
+        return (
+            f"{error.ctx.command_path} has no option {error.option_name}; {nearest(error.option_name, known)}"
+        )
+    told, option = error.format_message().rstrip("."), getattr(error, "param", None)
+    if option is not None and error.message:
+        reasons = getattr(error.__cause__, "errors", list)()  # of pydantic, by which newer typers parse
+        value = f" {reasons[0]['input']!r}" if reasons else ""
+        told = f"{option.opts[0]}{value}: {error.message.removeprefix('Input ').rstrip('.')}"
+    where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+    return f"{told[0].lower()}{told[1:]}{where}"
 
 
 app = typer.Typer(

@@ -16,7 +16,7 @@ def check_plan(
 ) -> None:
     """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
     quiet()
-    from lrc.estimate import check
+    from lrc.check import check
     from lrc.job import prepare
     from lrc.report.tables import resolution
 

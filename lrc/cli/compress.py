@@ -23,14 +23,14 @@ from lrc.cli.options import (
     Texts,
     names,
 )
-from lrc.cli.screen import progress, quiet, show
+from lrc.cli.screen import progress, quiet, show, warn
 from lrc.errors import UserError
 
 
 def compress_model(
     model: Model,
     plan: PlanName,
-    out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-PLAN]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="./MODEL-PLAN")] = None,
     calib: Calibration = None,
     ppl: Texts = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
@@ -38,7 +38,7 @@ def compress_model(
     device: Device = None,
     dtype: Dtype = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Calibration blocks at once. [default: by their length]")
+        int | None, typer.Option(min=1, help="Calibration blocks at once.", show_default="by their length")
     ] = None,
     max_windows: MaxWindows = None,
     resume: Annotated[
@@ -77,6 +77,7 @@ def compress_model(
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             progress=track,
+            warn=None if as_json else warn,
         )
     if as_json:
         sys.stdout.write(report.to_json())

@@ -24,12 +24,13 @@ from lrc.cli.screen import note, progress, quiet, show, show_json
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="As for compress. [default: the newest lrc output under this folder]")
+        str | None,
+        typer.Argument(help="As for compress.", show_default="the newest lrc output under this folder"),
     ] = None,
     ppl: Texts = None,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window. [default: 2048, or the limit of the shorter model]"),
+        typer.Option(help="Tokens of a window.", show_default="2048, or the limit of the shorter model"),
     ] = None,
     max_windows: MaxWindows = None,
     against: Annotated[

@@ -14,7 +14,7 @@ def list_known(
     group: Annotated[
         str | None,
         typer.Argument(
-            help="methods, allocations, families, kinds, plans, data or models. [default: all of them]"
+            help="methods, allocations, families, kinds, plans, data or models.", show_default="all of them"
         ),
     ] = None,
     as_json: AsJson = False,

@@ -17,8 +17,8 @@ Texts = Annotated[
     typer.Option(
         "--ppl",
         metavar="NAME[,NAME]",
-        help="Perplexity texts: wikitext2, c4, ptb, pile, builtin or a file. [default: wikitext2; builtin for the "
-        "built-in models]",
+        help="Perplexity texts: wikitext2, c4, ptb, pile, builtin or a file.",
+        show_default="wikitext2; builtin for the built-in models",
     ),
 ]
 Calibration = Annotated[
@@ -27,21 +27,26 @@ Calibration = Annotated[
         metavar="DATA[=W],...",
         help="Calibration texts instead of the plan's, with weights or without: as for --ppl, or synthetic, which the "
         "model itself writes.",
+        show_default="the plan's, else as for --ppl",
     ),
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Folder with the data sets, instead of the hub. [default: the variable LRC_DATA_DIR]"),
+    typer.Option(
+        help="Folder with the data sets, instead of the hub.", show_default="the variable LRC_DATA_DIR"
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the first GPU if there is one]")
+    str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the first GPU if there is one")
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's on a GPU, float32 on a CPU]"),
+    typer.Option(
+        help="float32, bfloat16 or float16.", show_default="the checkpoint's on a GPU, float32 on a CPU"
+    ),
 ]
 MaxWindows = Annotated[
-    int | None, typer.Option(min=1, help="Windows of each perplexity text. [default: all]")
+    int | None, typer.Option(min=1, help="Windows of each perplexity text.", show_default="all")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 AllowPickle = Annotated[

@@ -20,7 +20,7 @@ from lrc.cli.options import (
     Revision,
     names,
 )
-from lrc.cli.screen import progress, quiet, show, show_json
+from lrc.cli.screen import progress, quiet, show, show_json, warn
 from lrc.errors import UserError
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kMGT])(i?)B?|B)?", re.IGNORECASE)
@@ -31,7 +31,11 @@ def plan_model(
     model: Model,
     keep: Annotated[
         str | None,
-        typer.Option(metavar="F[,F...]", help="Fraction of the decoder's weights; a plan for each."),
+        typer.Option(
+            metavar="F[,F...]",
+            help="Fraction of the weights of the decoder, and of an embedding or head that the base plan names "
+            "without a size; a plan for each.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -39,38 +43,42 @@ def plan_model(
     ] = None,
     kv_cache: Annotated[
         float | None,
-        typer.Option(metavar="F", help="Fraction of the KV cache; alone it leaves the MLP whole."),
+        typer.Option(metavar="F", help="Fraction of the KV cache; alone it leaves all else whole."),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            metavar="PLAN", help="Methods, options and calibration, in a plan without sizes. [default: a3]"
+            metavar="PLAN",
+            help="Methods, options and calibration, in a plan without sizes in the layers.",
+            show_default="a3",
         ),
     ] = None,
     allocate: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How to share out the budget: uniform, energy, fisher, importance or sensitivity. [default: the base "
-            "plan's, else sensitivity]",
+            help="How to share out the budget: uniform, energy, fisher, importance or sensitivity.",
+            show_default="the base plan's, else sensitivity",
         ),
     ] = None,
     held_out: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Text that sensitivity is measured on. [default: wikitext2:validation; builtin:train for the built-in "
-            "models, but for what calibration draws of it]",
+            help="Text that sensitivity is measured on.",
+            show_default="wikitext2:validation; builtin:train for the built-in models, but for what calibration draws "
+            "of it",
         ),
     ] = None,
     held_out_samples: Annotated[
-        int | None, typer.Option(help="Blocks of it, from the start. [default: 8]")
+        int | None, typer.Option(help="Blocks of it, from the start.", show_default="8")
     ] = None,
     keeps: Annotated[
         str | None,
         typer.Option(
             metavar="F[,F...]",
-            help="Fractions of each target at which to find its cost. [default: 0.9,0.75,0.6,0.45,0.3]",
+            help="Fractions of each target at which to find its cost.",
+            show_default="0.9,0.75,0.6,0.45,0.3",
         ),
     ] = None,
     calib: Calibration = None,
@@ -78,20 +86,23 @@ def plan_model(
     device: Device = None,
     dtype: Dtype = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Blocks at once. [default: by their length]")
+        int | None, typer.Option(min=1, help="Blocks at once.", show_default="by their length")
     ] = None,
     curves: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Curves of costs, to use again. [default: NAME.ALLOCATION.curves.json beside the plan]",
+            help="Curves of what sizes cost: used again where FILE is there, else written to it.",
+            show_default="MODEL.ALLOCATION.KEY.curves.json beside the plan, KEY for all that they hang on",
         ),
     ] = None,
     round_to: Annotated[int, typer.Option("--round", metavar="N", help="Sizes are multiples of N.")] = 1,
     floor: Annotated[
         float | None,
         typer.Option(
-            metavar="F", help="Of each target keep at least this. [default: the smallest fraction measured]"
+            metavar="F",
+            help="Of each target keep at least this.",
+            show_default="the smallest fraction measured",
         ),
     ] = None,
     cap: Annotated[
@@ -142,6 +153,7 @@ def plan_model(
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             progress=track,
+            warn=None if as_json else warn,
         )
     if as_json:
         show_json(planning)

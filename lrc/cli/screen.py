@@ -30,6 +30,11 @@ def note(message: str) -> None:
     Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
 
 
+def warn(message: str) -> None:
+    """Something that may surprise in the result, told on stderr while there is time to stop."""
+    note(f"warning: {message}")
+
+
 def show(*parts: RenderableType) -> None:
     """Print tables and lines of a result on stdout."""
     console = Console(highlight=False)

@@ -129,3 +129,23 @@ def test_an_allocation_needs_one_keep_below_1(work: Path, fails: Any) -> None:
         text = (work / "p.yaml").read_text(encoding="utf-8").replace("keep: 0.7", f"keep: {keep}")
         (work / "p.yaml").write_text(text, encoding="utf-8")
         assert message in fails("compress", "tiny-gpt2", "--plan", "p.yaml", *RUN)
+
+
+def test_a_keep_that_coarse_sizes_leave_unspent_is_told(
+    work: Path, succeeds: Any, tiny_checkpoint: Any
+) -> None:
+    """Factors of layers 32 wide come in steps of 1 % of the model."""
+    write(work, "energy", "monarch")
+    arguments = (
+        "compress",
+        tiny_checkpoint("gpt2"),
+        "--plan",
+        "p.yaml",
+        "--calib",
+        "builtin:train",
+        "--out",
+        "out",
+    )
+    report = json.loads(succeeds(*arguments, "--json", *RUN).stdout)
+    assert report["keep"] < 0.998 * 0.7
+    assert f"keep 0.7 comes to {round(report['keep'], 4)}: the rest" in " ".join(report["warnings"])

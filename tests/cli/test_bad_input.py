@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
+from lrc.cli import main
 from lrc.compressor import Compressor
 
 Run = Callable[..., Result]
@@ -307,6 +309,26 @@ def test_all_mistakes_of_a_plan_at_once(refuses: Fails, tiny_checkpoint: TinyChe
     assert [part in message for part in ("yaml:2:", "yaml:3:", "yaml:4:")] == [True] * 3
 
 
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("keep: 0.8\nallocate: importance", "ov under 'a3' has none"),
+        ("keep: 0.1\nallocate: energy", "a keep of 0.1 cannot be met; the smallest that can is"),
+        ("keep: 0.5\ncalibration: {data: nosuch}", "unknown text 'nosuch'"),
+        ("keep: 0.5\ncalibration: {data: [wikitext2, nosuch]}", "unknown text 'nosuch'"),
+        ("keep: 0.5\ncalibration: {data: 'c4:test'}", "c4 has no split 'test'"),
+        ("keep: 0.5\ncalibration: {data: not/there.txt}", "not/there.txt: no such file"),
+    ],
+)
+def test_check_refuses_what_compress_refuses_before_a_weight_is_read(
+    fails: Fails, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, plan: str, says: str
+) -> None:
+    (tmp_path / "plan.yaml").write_text(f"format: 1\n{plan}\n", encoding="utf-8")
+    argv = [tiny_checkpoint("llama"), "--plan", tmp_path / "plan.yaml"]
+    assert says in fails("check", *argv)
+    assert says in fails("compress", *argv, "--no-eval", "--device", "cpu")
+
+
 # Texts
 
 
@@ -396,7 +418,7 @@ def test_gpu_out_of_memory(
     def observe(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\ndetails")
 
-    monkeypatch.setattr(Compressor, "_observe", observe)
+    monkeypatch.setattr(Compressor, "_pass_original", observe)
     message = refuses(tiny_checkpoint("gpt2"), "--batch-size", 3)
     assert "the GPU is out of memory; try --batch-size below 3" in message
     assert "details" not in message
@@ -466,9 +488,33 @@ def test_unknown_list(fails: Fails) -> None:
     assert "did you mean 'methods'?" in fails("list", "method")
 
 
-@pytest.mark.parametrize("option", [["--batch-size", "0"], ["--max-windows", "0"], ["--plann", "x"]])
-def test_options_that_do_not_parse(run: Run, option: list[str]) -> None:
-    result = run("compress", "tiny-gpt2", "--plan", "a3-2x", *option)
-    assert result.exit_code == 2
-    assert option[0] in result.stderr
-    assert result.stdout == ""
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ("chek",),
+            "there is no verb 'chek'; did you mean 'check'? known: check, compress, eval, list, plan",
+        ),
+        (("plan", "m", "--kepp", "0.8"), "lrc plan has no option --kepp; did you mean '--keep'? known: "),
+        (("--jsn",), "lrc has no option --jsn; known: --version"),
+        (("plan", "m", "--round", "x"), "--round 'x': should be a valid integer"),
+        (("plan", "m", "--kv-cache", "abc"), "--kv-cache 'abc': should be a valid number"),
+        (("compress", "m", "--plan", "p", "--batch-size", "0"), "--batch-size '0': should be greater than"),
+        (("compress", "m", "--plan"), "option '--plan' requires an argument"),
+        (("compress", "m"), "missing option '--plan'; see lrc compress --help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_does_not_parse_is_told_as_every_mistake(
+    argv: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lrc", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    told = capsys.readouterr()
+    assert (exit_.value.code, told.out) == (2, "")
+    assert told.err.startswith(f"error: {message}")
+    assert told.err.count("\n") == 1

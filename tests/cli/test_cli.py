@@ -254,6 +254,20 @@ def test_an_interrupted_run_says_how_to_go_on(killed: Callable[..., Result], wor
     assert not (work / "out").exists()
 
 
+@pytest.mark.parametrize("verb", [["plan", "tiny-gpt2", "--keep", "0.8"], ["eval", "tiny-gpt2"]])
+def test_what_cannot_be_taken_up_says_that_it_starts_over(
+    run: Run, verb: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrc.hub.names.resolve_model", interrupt)
+    monkeypatch.setattr("lrc.planning.resolve_model", interrupt)
+    result = run(*verb)
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted; the same command starts over\n"
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(
     killed: Callable[..., Result], succeeds: Run, argv: list[str], work: Path, solved: list[int]
 ) -> None:
@@ -425,6 +439,20 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     )
     assert result.stderr.strip() == "light"
     assert result.stdout
+
+
+@pytest.mark.parametrize(
+    ("verb", "default"),
+    [
+        ("compress", "./MODEL-PLAN"),
+        ("eval", "the newest lrc output under this folder"),
+        ("plan", "0.9,0.75,0.6,0.45,0.3"),
+        ("list", "all of them"),
+    ],
+)
+def test_help_says_the_defaults_that_are_worked_out(succeeds: Run, verb: str, default: str) -> None:
+    printed = succeeds(verb, "--help").stdout
+    assert f"[default: ({default})]" in " ".join(printed.replace("│", " ").split())
 
 
 def test_messages_are_left_whole(tmp_path: Path, run: Run) -> None:

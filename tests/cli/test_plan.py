@@ -16,6 +16,7 @@ from lrc.allocation import ALLOCATORS
 from lrc.allocation.sensitivity import Sensitivity
 
 BASE = "format: 1\nmethod: a3\ncalibration: {samples: 3, seq_len: 48}\n"
+NARROW = f"{BASE}components: {{qk: {{metric: attention}}}}\n"
 QUICK = ("--base", "base.yaml", "--held-out-samples", "2", "--keeps", "0.7,0.4", "--device", "cpu")
 
 
@@ -47,37 +48,95 @@ def test_several_keeps_cost_one_measurement_and_each_is_kept(
     result: Result = succeeds("plan", "tiny-llama", "--keep", "0.8,0.6", *QUICK)
     for keep in (0.8, 0.6):
         assert keep * 0.998 <= check(succeeds, f"plan-{keep}.yaml")["keep"] <= keep
+    assert "comes to" not in result.stdout
     assert f"plan-{0.8}.yaml: keeps" in result.stdout
-    before = (work / "plan.sensitivity.curves.json").stat().st_mtime_ns
+    (curves,) = work.glob("tiny-llama.sensitivity.????????.curves.json")
+    before = curves.stat().st_mtime_ns
     found = json.loads(succeeds("plan", "tiny-llama", "--keep", "0.7", *QUICK, "--json").stdout)
     assert len(measured) == 1
-    assert (work / "plan.sensitivity.curves.json").stat().st_mtime_ns == before
+    assert curves.stat().st_mtime_ns == before
     assert not found["measured"]
     (plan,) = found["plans"]
     assert (plan["path"], plan["keep"]) == ("plan.yaml", check(succeeds, "plan.yaml")["keep"])
-    stored = json.loads((work / "plan.sensitivity.curves.json").read_text(encoding="utf-8"))
-    assert len(stored["curves"]) == 15
+    stored = json.loads(curves.read_text(encoding="utf-8"))
+    assert len(stored["curves"]) == 5 * len({"q", "k", "ov", "mlp"})
     assert stored["loss"] == found["loss"]
 
 
-def test_what_the_curves_hang_on_is_measured_anew_when_it_changes(
-    work: Path, succeeds: Any, fails: Any, measured: list[int]
+def test_curves_are_found_again_for_any_plan_beside_them_and_never_overwritten(
+    work: Path, succeeds: Any, measured: list[int]
 ) -> None:
-    model = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK)
+    (work / "other").mkdir()
+    for options, times in (
+        (("tiny-gpt2", "--keep", "0.8"), 1),
+        (("tiny-gpt2", "--keep", "0.7", "-o", "a.yaml"), 1),
+        (("tiny-gpt2", "--bytes", "4.3MB", "-o", "b.yaml"), 1),
+        (("tiny-llama", "--keep", "0.8"), 2),
+        (("tiny-gpt2", "--keep", "0.8", "--calib", "builtin:test"), 3),
+        (("tiny-gpt2", "--keep", "0.9"), 3),
+        (("tiny-llama", "--kv-cache", "0.8", "-o", "c.yaml"), 3),
+        (("tiny-gpt2", "--keep", "0.8", "--fresh"), 4),
+        (("tiny-gpt2", "--keep", "0.8", "-o", "other/plan.yaml"), 5),
+    ):
+        succeeds("plan", *options, *QUICK)
+        assert len(measured) == times, options
+    found = sorted(path.name.split(".")[0] for path in work.glob("*.curves.json"))
+    assert found == ["tiny-gpt2", "tiny-gpt2", "tiny-llama"]
+
+
+def test_a_file_of_curves_is_for_one_key(work: Path, succeeds: Any, fails: Any, measured: list[int]) -> None:
+    model = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK, "--curves", "mine.json")
     succeeds(*model)
-    succeeds(*model, "--calib", "builtin:test")
-    assert len(measured) == 2  # the file beside the plan gives way
-    message = fails(*model, "--curves", "plan.sensitivity.curves.json")
-    assert (
-        "plan.sensitivity.curves.json was measured with other settings: calibration (there 3 x 48 " in message
-    )
-    assert "--fresh measures anew" in message
-    assert "dtype (there float32, here bfloat16)" in fails(
-        *model, "--calib", "builtin:test", "--curves", "plan.sensitivity.curves.json", "--dtype", "bfloat16"
-    )
+    succeeds(*model, "-o", "other.yaml")
+    assert len(measured) == 1
+    assert [path.name for path in work.glob("*.json")] == ["mine.json"]
+    before = (work / "mine.json").read_bytes()
+    for more in ((), ("--fresh",)):
+        message = fails(*model, "--calib", "builtin:test", *more)
+        assert "mine.json was measured with other settings: calibration (there 3 x 48 " in message
+        assert "Name another file with --curves, or leave it out" in message
+    assert "dtype (there float32, here bfloat16)" in fails(*model, "--dtype", "bfloat16")
+    message = fails("plan", "tiny-llama", *model[2:])
+    assert "model (there tiny-gpt2 " in message
+    assert ", here tiny-llama " in message
+    assert len(measured) == 1
+    assert (work / "mine.json").read_bytes() == before
+    succeeds(*model, "--fresh")
     assert len(measured) == 2
-    succeeds(*model, "--curves", "plan.sensitivity.curves.json", "--fresh")
-    assert len(measured) == 3
+
+
+DAMAGES = [
+    (lambda found: [found], "no mapping with a format"),
+    (lambda found: {}, "no mapping with a format"),
+    (lambda found: found | {"format": 1}, "has format 1; this version"),
+    (lambda found: found | {"key": 3}, "holds no curves of lrc plan (key: "),
+    (lambda found: found | {"curves": 3}, "holds no curves of lrc plan (curves: "),
+    (
+        lambda found: {k: v for k, v in found.items() if k != "unit"},
+        "holds no curves of lrc plan (unit: ",
+    ),
+    (lambda found: edited(found, sizes=["3", "5"]), "holds no curves of lrc plan (curves[0].sizes[0]: "),
+    (lambda found: edited(found, costs=None), "holds no curves of lrc plan (curves[0].costs: "),
+    (lambda found: edited(found, costs=[0.1]), "is damaged: its targets, sizes or costs"),
+    (lambda found: edited(found, costs=[0.1, math.nan]), "is damaged: its targets, sizes or costs"),
+    (lambda found: edited(found, full=7), "is damaged: its targets, sizes or costs"),
+    (lambda found: found | {"curves": found["curves"][1:]}, "is damaged: its targets, sizes or costs"),
+]
+
+
+def test_damaged_curves_are_refused(work: Path, succeeds: Any, fails: Any, measured: list[int]) -> None:
+    model = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK, "--curves", "mine.json")
+    succeeds(*model)
+    whole = json.loads((work / "mine.json").read_text(encoding="utf-8"))
+    for damage, message in DAMAGES:
+        (work / "mine.json").write_text(json.dumps(damage(whole)), encoding="utf-8")
+        assert message in fails(*model)
+    assert len(measured) == 1
+
+
+def edited(found: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Stored curves with changes to the first."""
+    return found | {"curves": [found["curves"][0] | changes, *found["curves"][1:]]}
 
 
 def test_curves_hang_on_the_blocks_of_the_gradients_where_those_are_read(
@@ -128,6 +187,7 @@ def test_bytes_count_the_whole_checkpoint(work: Path, succeeds: Any) -> None:
 
 
 def test_the_cache_is_shared_between_qk_and_ov(work: Path, succeeds: Any) -> None:
+    (work / "base.yaml").write_text(NARROW, encoding="utf-8")
     succeeds("plan", "tiny-llama", "--kv-cache", "0.6", *QUICK)
     alone = check(succeeds, "plan.yaml")
     ratio = alone["after"]["kv_bytes_per_token"] / alone["before"]["kv_bytes_per_token"]
@@ -144,6 +204,42 @@ def test_sizes_are_rounded_inside_the_budget(work: Path, succeeds: Any) -> None:
     found = check(succeeds, "plan.yaml")
     assert all(row["size"] % 8 == 0 for row in found["targets"])
     assert 0.7 * 0.995 <= found["keep"] <= 0.7  # one step of 8 neurons is 0.2 % of this small a model
+
+
+@pytest.mark.parametrize("name", ["keep", "kv-cache", "bytes"])
+def test_a_budget_that_coarse_sizes_leave_unspent_is_told(work: Path, succeeds: Any, name: str) -> None:
+    """In the head of the plan and the report, where and only where more than 0.2 % is left."""
+    (work / "base.yaml").write_text(NARROW, encoding="utf-8")
+    uniform = ("plan", "tiny-llama", "--allocate", "uniform", *QUIET)
+    asked, told = {"keep": 0.7, "kv-cache": 0.7, "bytes": 4_700_000}[name], []
+    for rounded in (1, 6, 12) if name == "kv-cache" else (1, 8, 40):
+        coarse = ("--round", rounded, f"--{name}", asked)
+        report = json.loads(succeeds(*uniform, *coarse, "--json").stdout)
+        warnings = [warning for warning in report["warnings"] if "comes to" in warning]
+        found = check(succeeds, "plan.yaml")
+        before, after = (found[when]["kv_bytes_per_token"] for when in ("before", "after"))
+        kept = {"keep": found["keep"], "kv-cache": after / before, "bytes": found["after"]["bytes"]}[name]
+        assert kept <= asked
+        assert bool(warnings) == (kept < asked * 0.998)
+        told += [warnings]
+        if warnings:
+            (warning,) = warnings
+            assert warning.startswith(
+                f"{name.replace('kv-c', 'KV c')} {asked:,} comes to {round(kept, 4):,}: the rest"
+            )
+            assert f"--round {rounded}" in warning or rounded == 1
+            assert f"# Warning: {warning}\n" in (work / "plan.yaml").read_text(encoding="utf-8")
+    assert any(told)
+
+
+def test_each_of_several_keeps_is_warned_of_by_itself(work: Path, succeeds: Any) -> None:
+    (work / "base.yaml").write_text(NARROW, encoding="utf-8")
+    uniform = ("plan", "tiny-llama", "--allocate", "uniform", *QUIET, "--round", "40", "--keep", "0.7,1")
+    report = json.loads(succeeds(*uniform, "--json").stdout)
+    (warning,) = [warning for warning in report["warnings"] if "comes to" in warning]
+    assert warning.startswith("keep 0.7 comes to 0.6")
+    heads = [(work / f"plan-{keep}.yaml").read_text(encoding="utf-8") for keep in ("0.7", "1")]
+    assert [f"# Warning: {warning}" in head for head in heads] == [True, False]
 
 
 def test_other_methods_and_layers_left_whole_are_the_base_plans(work: Path, succeeds: Any) -> None:
@@ -225,9 +321,18 @@ def test_every_allocation_spends_the_budget_on_legal_sizes(
     assert ("perplexity times" in text) == in_nats
     assert f"# Allocation: {name}." in text
     assert ("Measured on" in text) == (name == "sensitivity")
-    assert sorted(path.name for path in work.glob("*.json")) == (
-        [] if name == "uniform" else [f"plan.{name}.curves.json"]
-    )
+    stored = [path.name.split(".")[:2] for path in work.glob("*.json")]
+    assert stored == ([] if name == "uniform" else [[model.name, name]])
+
+
+def test_sizes_are_told_out_of_the_methods_own_full_one(work: Path, succeeds: Any) -> None:
+    (work / "base.yaml").write_text(BASE.replace("a3", "monarch"), encoding="utf-8")
+    arguments = ("plan", "tiny-gpt2", "--keep", "0.95", "--allocate", "uniform", *QUIET)
+    (plan,) = json.loads(succeeds(*arguments, "--json").stdout)["plans"]
+    ranks = {row["size"] for row in check(succeeds, "plan.yaml", "tiny-gpt2")["targets"]}
+    for strip in plan["strips"]:
+        assert strip["full"] == 192 // 4
+        assert set(strip["sizes"]) <= ranks | {192 // 4}
 
 
 def test_curves_of_another_allocation_are_refused(work: Path, succeeds: Any, fails: Any) -> None:
@@ -238,7 +343,7 @@ def test_curves_of_another_allocation_are_refused(work: Path, succeeds: Any, fai
         for keep in (0.8, 0.6)
     )
     assert (first["measured"], again["measured"]) == (True, False)
-    used_again = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK, "--curves", "plan.energy.curves.json")
+    used_again = ("plan", "tiny-gpt2", "--keep", "0.8", *QUICK, "--curves", first["curves"])
     message = fails(*used_again, "--allocate", "sensitivity")
     assert "with other settings: allocation (there energy, here sensitivity)" in message
 
@@ -260,9 +365,35 @@ def test_curves_hang_on_the_gradients_where_they_are_read(
 def test_the_base_plan_may_name_the_allocation(work: Path, succeeds: Any) -> None:
     (work / "base.yaml").write_text(f"{BASE}allocate: energy\n", encoding="utf-8")
     result = succeeds("plan", "tiny-gpt2", "--keep", "0.8", *QUIET)
-    assert "curves by energy, found in this run: plan.energy.curves.json" in result.stdout
+    assert "curves by energy, found in this run: tiny-gpt2.energy." in result.stdout
     assert "relative squared error" in result.stdout
     assert "perplexity" not in result.stdout
+
+
+def test_a_uniform_of_the_base_plan_is_taken_at_its_word(work: Path, succeeds: Any) -> None:
+    (work / "base.yaml").write_text(f"{BASE}allocate: uniform\n", encoding="utf-8")
+    found = json.loads(succeeds("plan", "tiny-gpt2", "--keep", "0.8", *QUIET, "--json").stdout)
+    assert (found["allocation"], found["curves"]) == ("uniform", None)
+
+
+@pytest.mark.parametrize(
+    ("written", "asked", "told"),
+    [
+        ("keep: 0.5\n", ("--keep", "0.8"), "keep 0.8"),
+        ("keep: 0.5\n", ("--keep", "0.8,0.5"), "keep 0.8 and keep 0.5"),
+        ("keep: [0.9, 0.5]\n", ("--kv-cache", "0.6"), "KV cache 0.6"),
+        ("keep: 0.8\n", ("--keep", "0.8"), None),
+        ("", ("--keep", "0.8"), None),
+    ],
+)
+def test_a_keep_of_the_base_plan_is_said_to_give_way(
+    work: Path, succeeds: Any, written: str, asked: tuple[str, ...], told: str | None
+) -> None:
+    (work / "base.yaml").write_text(BASE + written, encoding="utf-8")
+    result = succeeds("plan", "tiny-gpt2", *asked, "--allocate", "uniform", *QUIET)
+    said = f"base.yaml:4: keep: the base plan's own gives way to what is asked for, {told}\n"
+    assert ("gives way" in result.stdout) == ("gives way" in result.stderr) == bool(told)
+    assert told is None or (said in result.stderr and said in result.stdout)
 
 
 # Mistakes
@@ -292,8 +423,11 @@ def test_an_allocation_asked_of_a_method_that_has_no_curve_is_refused(
         (("--keep", "0.8,0.8"), "names a fraction twice"),
         (("--kv-cache", "0"), "--kv-cache 0 is outside (0, 1]"),
         (("--bytes", "4 pounds"), "is not a size; write such as 4G"),
-        (("--keep", "0.3"), "a keep of 0.3 cannot be met; the smallest that can is 0.398"),
-        (("--kv-cache", "0.3"), "a KV cache of 0.3 cannot be met; the smallest that can is 0.3907"),
+        (("--keep", "0.3"), "a keep of 0.3 cannot be met; the smallest that can is 0.4006"),
+        (
+            ("--kv-cache", "0.3"),
+            "a KV cache of 0.3 without narrower keys (components: qk) cannot be met; the",
+        ),
         (("--bytes", "1M"), "1,000,000 bytes cannot be met; the fewest that can are 3,"),
         (("--keep", "0.8", "--keeps", "0.5,1.0"), "fractions to measure are distinct, above 0 and below 1"),
         (("--keep", "0.8", "--round", "0"), "--round 0 is too small"),
