@@ -4,16 +4,19 @@
     python scripts/results.py effects smollm2-135m-instruct --data-dir data   # what every option is worth
 
 Every figure is that of a whole ``lrc compress``: the perplexity of the saved folder, loaded back, on WikiText-2's test
-split and the first 96 windows of C4's validation split. Devices named with ``--devices`` work beside one another.
+split and the first 96 windows of C4's validation split. Devices named with ``--devices`` work beside one another; one
+named twice does two things at a time. With ``--work`` figures are kept as they come, and a later run makes the rest.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Queue
 from statistics import mean, stdev
@@ -25,6 +28,8 @@ from rich.console import Console
 
 TEXTS = {"wikitext2:test": None, "c4:validation": 96}  # windows; None is all
 MEASURED = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
+
+_LEGEND = f"Perplexity on {' / '.join(TEXTS)}, mean ± standard deviation over seeds where there are several."
 
 PUBLISHED = {
     "qk": {"metric": "score"},
@@ -52,6 +57,7 @@ EFFECTS: dict[str, dict[str, Any]] = {
     },
     "a3": {"method": "a3"},
     "a3, refit: none": {"method": "a3", "refit": "none"},
+    "a3, qk: {metric: attention}": _a3(qk={"metric": "attention"}),
     "a3, qk: {metric: score}": _a3(qk={"metric": "score"}),
     "a3, qk: {metric: loss}": _a3(qk={"metric": "loss"}),
     "a3, ov: {metric: output}": _a3(ov={"metric": "output"}),
@@ -76,6 +82,47 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What all tasks of a run share. ``work``: where figures and curves are kept, with what they hang on."""
+
+    model: str
+    calibration: dict[str, Any]
+    dtype: str | None
+    data_dir: Path | None
+    max_windows: int | None
+    work: Path
+
+    def known(self, task: Task, step: int, keep: float) -> Figure | None:
+        """The figure that an earlier run made."""
+        if not (file := self._file).exists():
+            return None
+        made = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        wanted = self._key(task, step, keep)
+        return next((Figure(**each["figure"]) for each in made if each["key"] == wanted), None)
+
+    def note(self, task: Task, step: int, keep: float, figure: Figure) -> None:
+        """Keep a figure; a line is written at once, so that processes beside one another do not mix theirs."""
+        line = json.dumps({"key": self._key(task, step, keep), "figure": asdict(figure)})
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    @property
+    def _file(self) -> Path:
+        return self.work / "figures.jsonl"
+
+    def _key(self, task: Task, step: int, keep: float) -> dict[str, Any]:
+        shared = {key: value for key, value in asdict(self).items() if key not in ("data_dir", "work")}
+        return {
+            **shared,
+            "plan": task.plan,
+            "allocate": task.allocate,
+            "seed": task.seed,
+            "step": step,
+            "keep": keep,
+        }
+
+
+@dataclass(frozen=True)
 class Figure:
     """What came of a task at one keep: perplexity by text, seconds by stage, the peak in bytes."""
 
@@ -96,6 +143,10 @@ Samples = Annotated[str, typer.Option(help="Calibration blocks, or all.")]
 GradientSamples = Annotated[int, typer.Option(help="Blocks that gradients are taken on.")]
 MaxWindows = Annotated[int | None, typer.Option(help="Evaluation windows of each text.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the tables here.")]
+Dtype = Annotated[str | None, typer.Option(help="Precision of calibration; evaluation is in the model's.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Keep figures and curves in this folder; make what it lacks.")
+]
 
 app = typer.Typer(add_completion=False)
 
@@ -106,6 +157,7 @@ def table(
     data_dir: DataDir = None,
     keeps: Annotated[str, typer.Option(help="Kept decoder weights.")] = "0.9,0.8,0.6,0.4",
     allocate: Annotated[str, typer.Option(help="Allocations, separated by commas.")] = "sensitivity",
+    steps: Annotated[str, typer.Option(help="What sizes are multiples of, a column each.")] = "1,8",
     seeds: Annotated[int, typer.Option(help="Draws of gradient blocks and labels.")] = 3,
     calib: Calib = "wikitext2:train",
     samples: Samples = "all",
@@ -113,20 +165,24 @@ def table(
     seq_len: SeqLen = 2048,
     max_windows: MaxWindows = None,
     devices: Devices = None,
+    dtype: Dtype = None,
+    work: Work = None,
     baselines: Annotated[bool, typer.Option(help="The field beside us.")] = True,
     out: Out = None,
 ) -> None:
     """Perplexity by kept weights: allocated sizes, rounded to 2 and 1 and to 8, beside the field at uniform sizes."""
     kept = tuple(float(keep) for keep in keeps.split(","))
+    rounded = tuple(int(step) for step in steps.split(","))
     calibration = _calibration(calib, samples, gradient_samples, seq_len)
     tasks = [
-        Task(f"a3, {name}", {"method": "a3"}, kept, name, (1, 8), seed)
+        Task(f"a3, {name}", {"method": "a3"}, kept, name, rounded, seed)
         for name in allocate.split(",")
         for seed in range(seeds)
     ]
     if baselines:
         tasks += [Task(row, plan, (keep,)) for row, plan in BASELINES.items() for keep in kept]
-    figures = _run(tasks, model, calibration, data_dir, max_windows, devices)
+    with _folder(work) as kept_in:
+        figures = _run(tasks, Setting(model, calibration, dtype, data_dir, max_windows, kept_in), devices)
     rows = dict.fromkeys(figure.row for figure in figures if figure.row != "dense")
     lines = [
         f"| keep | {' | '.join(rows)} |",
@@ -136,11 +192,7 @@ def table(
     for keep in kept:
         cells = [[f for f in figures if f.row == row and f.asked == keep] for row in rows]
         lines.append(f"| {keep:g} | {' | '.join(_perplexities(cell) for cell in cells)} |")
-    lines += [
-        "",
-        f"Perplexity on {' / '.join(TEXTS)}, mean ± standard deviation over seeds where there are several.",
-    ]
-    lines += ["", *_stages([f for f in figures if f.row in rows])]
+    lines += ["", _LEGEND, "", *_stages([f for f in figures if f.row in rows])]
     _print(lines, out)
 
 
@@ -150,27 +202,32 @@ def effects(
     data_dir: DataDir = None,
     keep: Annotated[float, typer.Option(help="Kept decoder weights.")] = 0.8,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only these rows.")] = None,
+    seeds: Annotated[int, typer.Option(help="Draws of gradient blocks and labels.")] = 1,
     calib: Calib = "wikitext2:train",
     samples: Samples = "all",
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
     max_windows: MaxWindows = None,
     devices: Devices = None,
+    dtype: Dtype = None,
+    work: Work = None,
     out: Out = None,
 ) -> None:
     """What each method and each option of a3 is worth at one size, uniform over the layers."""
     calibration = _calibration(calib, samples, gradient_samples, seq_len)
-    tasks = [Task(row, EFFECTS[row], (keep,)) for row in rows or EFFECTS]
-    figures = _run(tasks, model, calibration, data_dir, max_windows, devices)
-    lines = [
-        f"| method | keep | {' | '.join(TEXTS)} | seconds | peak GiB |",
-        f"|---|---|{'---|' * len(TEXTS)}---|---|",
-    ]
-    for figure in figures:
-        values = " | ".join(f"{figure.perplexity[text]:.4g}" for text in TEXTS)
-        cost = f"{sum(figure.seconds.values()):.1f} | {figure.peak / 2**30:.2f}" if figure.seconds else " | "
-        lines.append(f"| {figure.row} | {figure.keep:.4f} | {values} | {cost} |")
-    _print(lines, out)
+    tasks = [Task(row, EFFECTS[row], (keep,), seed=seed) for row in rows or EFFECTS for seed in range(seeds)]
+    with _folder(work) as kept_in:
+        figures = _run(tasks, Setting(model, calibration, dtype, data_dir, max_windows, kept_in), devices)
+    lines = ["| method | keep | perplexity | seconds | peak GiB |", "|---|---|---|---|---|"]
+    for row in dict.fromkeys(figure.row for figure in figures):
+        mine = [figure for figure in figures if figure.row == row]
+        seconds, peak = (
+            mean(sum(each.seconds.values()) for each in mine),
+            max(each.peak for each in mine) / 2**30,
+        )
+        cost = f"{seconds:.1f} | {peak:.2f}" if seconds else " | "
+        lines.append(f"| {row} | {mine[0].keep:.4f} | {_perplexities(mine)} | {cost} |")
+    _print([*lines, "", _LEGEND], out)
 
 
 def _calibration(calib: str, samples: str, gradient_samples: int, seq_len: int) -> dict[str, Any]:
@@ -183,84 +240,96 @@ def _calibration(calib: str, samples: str, gradient_samples: int, seq_len: int) 
     }
 
 
-def _run(
-    tasks: Sequence[Task],
-    model: str,
-    calibration: dict[str, Any],
-    data_dir: Path | None,
-    max_windows: int | None,
-    devices: str | None,
-) -> list[Figure]:
+@contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+
+
+def _run(tasks: Sequence[Task], setting: Setting, devices: str | None) -> list[Figure]:
     """Figures of the model as it is and of all tasks, each device taking the next task when it is free."""
     names = devices.split(",") if devices else [None]
     context = multiprocessing.get_context("spawn")
     free = context.Manager().Queue()
     for name in names:
         free.put(name)
-    whole = Task("dense", {}, ())
     with ProcessPoolExecutor(len(names), mp_context=context) as pool:
-        futures = [
-            pool.submit(_make, task, model, calibration, data_dir, max_windows, free)
-            for task in [*tasks, whole]
-        ]
+        futures = [pool.submit(_make, task, setting, free) for task in [*tasks, Task("dense", {}, (1.0,))]]
         *made, dense = [future.result() for future in futures]
     return [*dense, *(figure for figures in made for figure in figures)]
 
 
-def _make(
-    task: Task,
-    model: str,
-    calibration: dict[str, Any],
-    data_dir: Path | None,
-    max_windows: int | None,
-    free: Queue[str | None],
-) -> list[Figure]:
-    import lrc
-
+def _make(task: Task, setting: Setting, free: Queue[str | None]) -> list[Figure]:
+    """Every figure of a task, by step and keep."""
     device, console = free.get(), Console(stderr=True)
-    common: dict[str, Any] = {"data_dir": data_dir, "device": device}
-
-    def perplexity(path: str | Path) -> dict[str, float]:
-        return {
-            text: lrc.evaluate(path, text, max_windows=max_windows or windows, **common)[0].value
-            for text, windows in TEXTS.items()
-        }
-
     try:
-        if not task.plan:
-            return [Figure(task.row, 1.0, 1.0, perplexity(model))]
         found = []
-        with tempfile.TemporaryDirectory() as scratch:
-            base, folder = Path(scratch) / "base.yaml", Path(scratch) / "out"
-            written = {"format": 1, **task.plan, "calibration": {**calibration, "seed": task.seed}}
-            for step in task.steps:
-                row = f"{task.row}, sizes in {step}s" if step > 1 else task.row
-                plans, before = [base] * len(task.keeps), {}
-                if task.allocate:
-                    base.write_text(yaml.safe_dump(written), encoding="utf-8")
-                    planning = lrc.make_plan(
-                        model,
-                        keep=task.keeps,
-                        base=base,
-                        allocate=task.allocate,
-                        keeps=MEASURED,
-                        round_to=step,
-                        out=Path(scratch) / "sized.yaml",  # where curves of another step lie already
-                        **common,
-                    )
-                    before = {f"plan: {stage}": seconds for stage, seconds in planning.seconds.items()}
-                    plans = [Path(each.path) for each in planning.plans]
-                for keep, plan in zip(task.keeps, plans, strict=True):
-                    if not task.allocate:
-                        base.write_text(yaml.safe_dump({**written, "keep": keep}), encoding="utf-8")
-                    report = lrc.compress(model, plan, out=folder, ppl=[], **common)
-                    peak = report.peak_bytes.get("device", report.peak_bytes["host"])
-                    seconds = {**before, **report.seconds}
-                    found.append(Figure(row, keep, report.keep, perplexity(folder), seconds, peak))
-                    console.print(found[-1])
+        for step in task.steps:
+            missing = [keep for keep in task.keeps if setting.known(task, step, keep) is None]
+            for keep, figure in _figures(task, setting, step, missing, device):
+                setting.note(task, step, keep, figure)
+                console.print(figure)
+            found += [setting.known(task, step, keep) for keep in task.keeps]
         return found
     finally:
         free.put(device)
+
+
+def _figures(
+    task: Task, setting: Setting, step: int, keeps: Sequence[float], device: str | None
+) -> Iterator[tuple[float, Figure]]:
+    """Compress and evaluate at each of the keeps; their sizes are found first where the task asks for it."""
+    import lrc
+
+    if not keeps:
+        return
+    common: dict[str, Any] = {"data_dir": setting.data_dir, "device": device}
+    if not task.plan:
+        yield 1.0, Figure(task.row, 1.0, 1.0, _perplexity(setting.model, setting, common))
+        return
+    row = f"{task.row}, sizes in {step}s" if step > 1 else task.row
+    written = {"format": 1, **task.plan, "calibration": {**setting.calibration, "seed": task.seed}}
+    with tempfile.TemporaryDirectory() as scratch:
+        base, folder = Path(scratch) / "base.yaml", Path(scratch) / "out"
+        plans, before = [base] * len(keeps), {}
+        if task.allocate:
+            base.write_text(yaml.safe_dump(written), encoding="utf-8")
+            planning = lrc.make_plan(
+                setting.model,
+                keep=keeps,
+                base=base,
+                allocate=task.allocate,
+                keeps=MEASURED,
+                dtype=setting.dtype,
+                round_to=step,
+                # beside it lie the curves, which another step, keep or run of the same key takes from there
+                out=setting.work / f"{task.allocate}-{task.seed}.yaml",
+                **common,
+            )
+            before = {f"plan: {stage}": seconds for stage, seconds in planning.seconds.items()}
+            plans = [Path(each.path) for each in planning.plans]
+        for keep, plan in zip(keeps, plans, strict=True):
+            if not task.allocate:
+                base.write_text(yaml.safe_dump({**written, "keep": keep}), encoding="utf-8")
+            report = lrc.compress(
+                setting.model, plan, out=folder, ppl=[], dtype=setting.dtype, force=True, **common
+            )
+            peak = report.peak_bytes.get("device", report.peak_bytes["host"])
+            perplexity = _perplexity(folder, setting, common)
+            yield keep, Figure(row, keep, report.keep, perplexity, {**before, **report.seconds}, peak)
+
+
+def _perplexity(path: str | Path, setting: Setting, common: dict[str, Any]) -> dict[str, float]:
+    import lrc
+
+    return {
+        text: lrc.evaluate(path, text, max_windows=setting.max_windows or windows, **common)[0].value
+        for text, windows in TEXTS.items()
+    }
 
 
 def _perplexities(figures: Sequence[Figure]) -> str:
