@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +25,13 @@ from lrc.hub.loader import load
 from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
+from lrc.memory import choose_place
 from lrc.output import logit_scale, refit_records, sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
 from lrc.solve import reads_gradients
+from lrc.states import States
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
 from lrc.synthetic import synthesize
@@ -56,6 +59,7 @@ def compress(
     device: str | None = None,
     dtype: str | None = None,
     batch_size: int | None = None,
+    states: str | None = None,
     max_windows: int | None = None,
     fresh: bool = False,
     force: bool = False,
@@ -70,7 +74,8 @@ def compress(
     ``calib`` names texts for calibration (else the plan's, else the model's default) as
     ``lrc.text.mixture.read_mixture`` does, and ``ppl`` as ``lrc.text.source.read_text`` does those for the perplexity
     before and after, which is that of the saved folder loaded back (none if it is empty). Layers run in ``dtype``
-    (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. A plan that asks for an
+    (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. ``states``: where hidden
+    states wait between two layers, one of ``lrc.states.PLACES`` (default: the first with room). A plan that asks for an
     allocation has its sizes found first, as ``lrc.make_plan`` finds them by default. An unfinished run of the same
     settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name and length, and gives the
     function to call with steps done; ``warn`` with every warning of the report before the work begins. Raises UserError
@@ -109,6 +114,7 @@ def compress(
     texts = draw_texts(job, tokenizer, calib, None, samples, folder, generate)
     calibration = texts.calibration
     batch = batch_size or default_batch(place.type, job.plan.seq_len)
+    waits = choose_place(states, job, place, precision, batch, len(calibration.blocks))
     settings = _settings(job, calibration, place, precision, batch)
     sizing = (
         Sizing(job.plan.plan.allocate, jobs, sorted(KEEPS), texts, place, precision, batch) if jobs else None
@@ -121,15 +127,17 @@ def compress(
             warn(warning)
     source_folder = job.model.path
     with staging(target, settings, source=source_folder, fresh=fresh, force=force) as stage:
+        kept_in = States(waits, stage.scratch)
         if sizing:
             with watch.stage("measure sizes"):
+                sizing = replace(sizing, states=kept_in)
                 job, settings["allocation"] = _allocate(job, sizing, stage, progress)
             settings["plan"] = {"source": job.plan_source, **job.plan.as_dict()}
             warnings = [*dict.fromkeys([*job.plan.warnings, *warnings])]  # with what the sizes came to
         settings["warnings"] = warnings
         advance = progress("compress", len(job.plan.layers))
         with watch.stage("load"):
-            stream = ModelStream(job.reader, place, precision)
+            stream = ModelStream(job.reader, place, precision, kept_in)
         with _memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
             Compressor(stream, job.plan, stage, watch).run(calibration.blocks, batch, lambda: advance(1))
         del stream
@@ -172,6 +180,7 @@ def compress(
             calibration=settings["calibration"],
             device=_device_name(place),
             dtype=_name(precision),
+            states=waits,
             seconds=watch.seconds,
             peak_bytes=watch.peak_bytes,
             warnings=warnings,

@@ -20,7 +20,8 @@ from lrc.tokens import too_few
 
 @dataclass(frozen=True)
 class Check:
-    """What a plan comes to for a model. ``memory`` is an estimate, all else is exact.
+    """What a plan comes to for a model. ``memory`` and ``least_memory``, with hidden states on the GPU and off it, are
+    estimates, all else is exact.
 
     ``keep``: of the decoder's weights; ``with_tables``: of these and of the tables that the plan names, None where it
     names none.
@@ -34,6 +35,7 @@ class Check:
     after: Size
     targets: list[TargetSize]
     memory: Memory
+    least_memory: Memory
     warnings: list[str]
 
 
@@ -47,7 +49,8 @@ def check(job: Job) -> Check:
     jobs = unsized(job)
     gpu = torch.device("cuda")
     dtype = find_dtype(None, gpu, reader.dtype)
-    memory = estimate_memory(job, dtype, default_batch(gpu.type, job.plan.seq_len))
+    batch = default_batch(gpu.type, job.plan.seq_len)
+    memory, least = (estimate_memory(job, dtype, batch, place) for place in ("device", "host"))
     warnings = list(job.plan.warnings)
     if calibration.samples == "all":
         warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")
@@ -76,5 +79,6 @@ def check(job: Job) -> Check:
         after=output_size(job),
         targets=target_sizes(job),
         memory=memory,
+        least_memory=least,
         warnings=warnings,
     )

@@ -147,10 +147,10 @@ class Compressor:
                 out = self._stream.run(layer, plan.index, batch, batch.hidden)
             sums.add(calls)
             if self._refits:
-                middles.append(calls["middle"].input)
+                middles.append(self._stream.states.keep(calls["middle"].input))
             if held or not any(self._held):
                 measured.append(replace(batch))
-            batch.hidden = out
+            batch.hidden = self._stream.states.keep(out)
         return Passed(sums.results(gradients), middles, measured)
 
     def _measure(
@@ -199,8 +199,9 @@ class Compressor:
             for i, (batch, middle) in enumerate(zip(self._batches, middles, strict=True)):
                 with observe(module, {"x": path}, stop_at="x") as seen:
                     self._stream.run(module, index, batch, compressed[i])
-                inputs.append(self._stream.cast(seen["x"].input))
-                self._add(i, reduced, path, sums, inputs[i], middle, compressed[i])
+                x = self._stream.cast(seen["x"].input)
+                self._add(i, reduced, path, sums, x, middle, compressed[i])
+                inputs.append(self._stream.states.keep(x))
             refits.append(self._replace(reduced, path, sums).record(index, "o"))
             read = inputs
         if path := outputs.get(role := self._family.mlp_output):
@@ -212,13 +213,13 @@ class Compressor:
                 self._add(i, reduced, path, sums, x, batch.hidden, middle)
             refits.append(self._replace(reduced, path, sums).record(index, role))
         for i in range(len(compressed)):
-            compressed[i] = run(i)
+            compressed[i] = self._stream.states.keep(run(i))
         return refits
 
     @torch.no_grad()
     def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
         with self._stream.precision():
-            return linear(x)
+            return linear(self._stream.fetch(x))
 
     def _add(
         self,
@@ -233,6 +234,7 @@ class Compressor:
         """Sum a batch for the refit of the linear at ``path``: what it reads, and where it should take the compressed
         stream and does.
         """
+        goal, stream = (self._stream.fetch(state) for state in (goal, stream))
         reached = stream + self._apply(reduced.module.get_submodule(path), x)
         sums.add(x, goal, reached, self._held[i])
 
@@ -284,12 +286,12 @@ class Compressor:
 
     def _advance_original(self, layer: nn.Module, index: int) -> None:
         for batch in self._batches:
-            batch.hidden = self._stream.run(layer, index, batch, batch.hidden)
+            batch.hidden = self._stream.advance(layer, index, batch, batch.hidden)
 
     def _advance_compressed(self, layer: nn.Module, index: int) -> None:
         if self._compressed is not None:
             for i, batch in enumerate(self._batches):
-                self._compressed[i] = self._stream.run(layer, index, batch, self._compressed[i])
+                self._compressed[i] = self._stream.advance(layer, index, batch, self._compressed[i])
 
     def _resume(self, index: int, layer: nn.Module) -> None:
         """Take both streams past a layer that an earlier run finished."""

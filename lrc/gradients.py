@@ -2,8 +2,9 @@
 
 The labels are drawn from the model's own distribution at every position (the true Fisher information; text is needed
 as input alone), and only activations are differentiated. The device holds one layer, its sums and one batch. Inputs of
-layers wait on the host: all of them where they fit in ``_KEEP_ALL`` bytes, else every ⌈√layers⌉-th, and those between
-two are computed again when the way back gets there, which costs one more forward pass.
+layers wait on the host, or on disk where states wait there: all of them where they fit in ``_KEEP_ALL`` bytes, else
+every ⌈√layers⌉-th, and those between two are computed again when the way back gets there, which costs one more forward
+pass.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class _Sweep:
         every: int | None,
     ) -> None:
         self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
+        self._away = stream.states.off_device
         self._batches = stream.embed(blocks.split(batch_size))
         self._inputs = {0: [self._keep(batch) for batch in self._batches]}
         self._every = every or stride(
@@ -99,7 +101,7 @@ class _Sweep:
     def _keep(self, batch: Batch) -> Tensor:
         """A batch's hidden states on the host; the batch itself keeps none on the device."""
         hidden, batch.hidden = batch.hidden, batch.hidden.new_empty(0)
-        return _to_host(hidden)
+        return self._away.keep(hidden)
 
     def _forward(self, first: int, end: int, keep: Callable[[int], bool]) -> list[Tensor]:
         """From the input of layer ``first`` to that of ``end``, keeping those of the layers that ``keep`` names."""
@@ -109,9 +111,9 @@ class _Sweep:
                 self._inputs[index] = hidden
             module, finite, passed = self._layer(index), [], []
             for batch, x in zip(self._batches, hidden, strict=True):
-                out = self._stream.run(module, index, batch, x.to(self._stream.device))
+                out = self._stream.run(module, index, batch, x)
                 finite.append(out.isfinite().all())
-                passed.append(_to_host(out))
+                passed.append(self._away.keep(out))
             if not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
             hidden = passed
@@ -125,9 +127,9 @@ class _Sweep:
             parts = []
             for block in batch:
                 generator = torch.Generator(device).manual_seed(seed_for(seed, f"gradients/{number}"))
-                parts += [_drawn(tail, part.to(device), generator) for part in block.split(rows)]
+                parts += [_drawn(tail, self._stream.fetch(part), generator) for part in block.split(rows)]
                 number += 1
-            found.append(_to_host(torch.cat(parts).view_as(batch)))
+            found.append(self._away.keep(torch.cat(parts).view_as(batch)))
         return found
 
     def _back(self, index: int, gradients: list[Tensor], wanted: Wanted) -> GradientMoment | None:
@@ -153,7 +155,7 @@ class _Sweep:
         wanted: Wanted,
         sums: GradientSum,
     ) -> Tensor:
-        x, gradient = (t.to(self._stream.device) for t in (hidden, gradient))
+        x, gradient = (self._stream.fetch(t) for t in (hidden, gradient))
         x = x.detach().requires_grad_()
         roles = [*wanted.roles, *(["q"] if wanted.queries else [])]
         paths = {self._architecture.family.projections[role].module for role in roles}
@@ -167,7 +169,7 @@ class _Sweep:
             at = dict(zip(outputs, found[1:], strict=True))
             queries = (self._rows(outputs, "q").detach(), self._rows(at, "q")) if wanted.queries else None
             sums.add({role: self._rows(at, role) for role in wanted.roles}, queries, scale)
-        return _to_host(found[0] / scale)
+        return self._away.keep(found[0] / scale)
 
     def _rows(self, outputs: Mapping[str, Tensor], role: str) -> Tensor:
         """A role's part of what its module puts out."""
@@ -196,11 +198,6 @@ def _scale(gradient: Tensor) -> Tensor:
     peak = gradient.abs().amax()
     # A gradient of nothing, or of nearly nothing, has no scale of its own.
     return torch.ldexp(torch.ones_like(peak), (_PEAK - peak.log2().ceil()).clamp_max(_LARGEST_SCALE))
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy on the host; from a GPU in pinned memory, and not waited for: what reads it next is on the same queue."""
-    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
 
 
 @contextmanager

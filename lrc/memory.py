@@ -15,10 +15,10 @@ and after the last, with the residual refit,
 with T tokens of calibration, t of one batch, n_i the widths of the sites observed, hidden size h, MLP width f, s and c
 bytes of a weight as stored and as run:
 
-    streams      4 T h, twice with the residual refit: original and compressed
+    streams      4 T h, twice with the residual refit: original and compressed; 0 where states wait elsewhere
     states       streams, once more 4 T h with the refit, for the stream between the halves, and the blocks on which
                  reductions are measured as they were before the layer
-    read         what the attention's output projection reads of all blocks, c for each, where it is refitted
+    read         what the attention's output projection reads of all, c for each, where it is refitted; 0 as above
     weights      (s + c) · weights of a layer; s alone where s = c, as tensors are then shared
     moments      4 Σ n_i²
     solutions    8 · kept weights: what the methods return is float64
@@ -27,94 +27,174 @@ bytes of a weight as stored and as run:
                  two streams + a layer as it passes before that
     attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
     sums         of a refit, in float32, kept twice: for the blocks fitted to and for those held out
-    work         ``_solve_work`` and ``_refit_work``, float64
+    work         ``lrc.workspace``, float64
     G            4 Σ m_i² of the outputs whose gradients the methods read
 
-On the host, where gradients are read, lie inputs of layers, 4 h for each token of ``gradient_samples`` blocks, and the
-G of all layers.
+Hidden states that wait elsewhere come back a batch at a time, a few of 4 t h. On the host, where gradients are read,
+lie inputs of layers, 4 h for each token of ``gradient_samples`` blocks, and the G of all layers.
 
 It is an estimate: workspaces of the linear algebra library and fragments of the allocator are not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import psutil
 import torch
 
+from lrc.errors import UserError, nearest
 from lrc.families import Architecture
 from lrc.gradients import logit_rows, states_held, stride
 from lrc.job import Job
-from lrc.methods import methods
 from lrc.moments.attention import QUERIES, SAMPLES
-from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.plan.resolved import LayerPlan
 from lrc.refit import held_out_blocks
 from lrc.scale import CHUNK_BYTES
 from lrc.solve import collectors_needed, gradients_needed, sites_needed
+from lrc.states import PLACES, Place
+from lrc.workspace import ATTENTION_TARGETS, refit_widths, refit_work, solve_work
 
+_HOST = torch.device("cpu")
+_SHARE = 0.8  # of what is free: workspaces and fragments are not in the estimate
 ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
-_ATTENTION = {"q", "k", "v", "o", "qk", "ov"}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on the GPU: the peak, the stage it falls in, and what every stage holds.
+    """Estimated bytes on the GPU: the peak, the stage it falls in, and what every stage holds, of which ``states`` are
+    hidden states at most, or would be elsewhere.
 
     ``gradients_host``: bytes on the host that gradients take, 0 where no method reads them. ``samples`` blocks of
-    calibration and ``batch_size`` blocks at once are what was assumed.
+    calibration, ``batch_size`` blocks at once and hidden states that wait on ``place`` are what was assumed.
     """
 
     peak: int
     stage: str
     stages: dict[str, int]
+    states: int
     gradients_host: int
     samples: int
     batch_size: int
     dtype: str
+    place: Place
 
 
-def estimate_memory(job: Job, dtype: torch.dtype, batch_size: int) -> Memory:
-    """Memory that ``lrc compress`` takes on a GPU with layers run in ``dtype``, ``batch_size`` blocks at once."""
+@dataclass(frozen=True)
+class _Run:
+    """A compression whose bytes are counted."""
+
+    job: Job
+    samples: int
+    dtype: torch.dtype
+    batch_size: int
+    place: Place
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.job.reader.architecture
+
+    @property
+    def seq_len(self) -> int:
+        return self.job.plan.seq_len
+
+    @property
+    def refits(self) -> bool:
+        return self.job.plan.plan.refit == "residual"
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a weight as stored."""
+        return self.job.reader.dtype.itemsize
+
+    @property
+    def run(self) -> int:
+        """Bytes of a weight as run."""
+        return self.dtype.itemsize
+
+    @property
+    def weights(self) -> int:
+        """Bytes of a layer: as stored and as run, once where these are the same tensors."""
+        each = self.stored if self.job.reader.dtype == self.dtype else self.stored + self.run
+        return self.architecture.layer_parameters * each
+
+    @property
+    def tables(self) -> int:
+        """Weights outside the layers."""
+        return (
+            self.architecture.total_parameters - self.architecture.layers * self.architecture.layer_parameters
+        )
+
+    def stream(self, samples: int) -> int:
+        """Bytes of the hidden states of so many blocks, wherever they are."""
+        return 4 * samples * self.seq_len * self.architecture.hidden
+
+    def waiting(self, held: int) -> int:
+        """What states that take ``held`` bytes take of the device."""
+        return held if self.place == "device" else min(held, 4 * self.stream(self.batch_size))
+
+
+def estimate_memory(
+    job: Job, dtype: torch.dtype, batch_size: int, place: Place = "device", samples: int | None = None
+) -> Memory:
+    """Memory that ``lrc compress`` takes on a GPU: layers run in ``dtype``, ``batch_size`` blocks at once, and hidden
+    states wait on ``place``. ``samples``: calibration blocks (default: the plan's, where it says how many).
+    """
     asked = job.plan.plan.calibration.samples
-    samples = ASSUMED_SAMPLES if asked == "all" else asked
-    batch_size = min(batch_size, samples)
-    stages = {"embed": _embed(job, samples, dtype, batch_size)}
-    if gradients_host := _gradients_host(job, samples):
-        stages["gradients"] = _gradients(job, samples, dtype, batch_size)
+    samples = samples or (ASSUMED_SAMPLES if asked == "all" else asked)
+    run = _Run(job, samples, dtype, min(batch_size, samples), place)
+    stages = {"embed": _embed(run)}
+    if gradients_host := _gradients_host(run):
+        stages["gradients"] = _gradients(run)
     if job.plan.outer:
-        stages["outer"] = _outer(job, samples, dtype, batch_size)
+        stages["outer"] = _outer(run)
     for layer in job.plan.layers:
-        for stage, held in _layer(job, layer, samples, dtype, batch_size).items():
+        for stage, held in _layer(run, layer).items():
             stages[stage] = max(stages.get(stage, 0), held)
     if job.plan.plan.scales:
-        stages["scale"] = _scale(job, samples, dtype)
+        stages["scale"] = _scale(run)
+    states = max((_states(run, layer) + _read(run, layer) for layer in job.plan.layers), default=0)
     stage = max(stages, key=lambda name: stages[name])
     name = str(dtype).removeprefix("torch.")
-    return Memory(stages[stage], stage, stages, gradients_host, samples, batch_size, name)
+    return Memory(stages[stage], stage, stages, states, gradients_host, samples, run.batch_size, name, place)
 
 
-def measuring_memory(job: Job, dtype: torch.dtype, batch_size: int, samples: int, held_out: int) -> int:
+def choose_place(
+    asked: str | None, job: Job, device: torch.device, dtype: torch.dtype, batch_size: int, samples: int
+) -> Place:
+    """Where hidden states wait: where it is ``asked``, else on the first of device, host and disk that has the room.
+
+    Raises UserError for a place that is not known.
+    """
+    if asked is not None:
+        if asked not in PLACES:
+            raise UserError(f"no place for hidden states is called {asked!r}; {nearest(asked, PLACES)}")
+        return asked
+    memory, host = estimate_memory(job, dtype, batch_size, samples=samples), _SHARE * free_bytes(_HOST)
+    if device.type == _HOST.type:  # the same memory
+        return "device" if memory.peak + memory.gradients_host <= host else "disk"
+    if memory.peak <= _SHARE * free_bytes(device):
+        return "device"
+    return "host" if memory.states + memory.gradients_host <= host else "disk"
+
+
+def measuring_memory(
+    job: Job, dtype: torch.dtype, batch_size: int, samples: int, held_out: int, place: Place = "device"
+) -> int:
     """Bytes that ``lrc.allocation.sensitivity`` takes on ``samples`` blocks of calibration and ``held_out`` others:
     those of a compression without refit, the whole model, a reduced table, the held-out states twice and the logits of
-    a batch.
+    a batch. Hidden states wait on ``place``.
     """
     architecture, plan, seq_len = job.reader.architecture, job.plan.plan, job.plan.seq_len
-    calibration = plan.calibration.model_copy(update={"samples": samples})
-    alone = replace(
-        job.plan,
-        plan=plan.model_copy(update={"refit": "none", "calibration": calibration}),
-        outer=job.plan.unsized(None),
-    )
-    one = estimate_memory(replace(job, plan=alone), dtype, batch_size).peak
+    alone = replace(job.plan, plan=plan.model_copy(update={"refit": "none"}), outer=job.plan.unsized(None))
+    one = estimate_memory(replace(job, plan=alone), dtype, batch_size, place, samples).peak
     stored, run = job.reader.dtype.itemsize, dtype.itemsize
     decoder = architecture.layers * architecture.layer_parameters
     weights = decoder * (stored if job.reader.dtype == dtype else stored + run)
     largest = max((a.kept for a in alone.outer), default=0)
     tables = (architecture.total_parameters - decoder + largest) * run
-    states = 2 * 4 * held_out * seq_len * architecture.hidden
+    states = (2 * 4 * held_out * seq_len * architecture.hidden) if place == "device" else 0
     logits = seq_len * architecture.vocab * (batch_size * run + 2 * 4)
     return one + weights + tables + states + logits
 
@@ -134,39 +214,32 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _embed(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
-    architecture = job.reader.architecture
-    parted = job.plan.plan.refit == "residual" and any(a.target == "embed" for a in job.plan.outer)
-    tokens = (samples * (2 if parted else 1) + 4 * batch_size) * job.plan.seq_len
-    tables = architecture.total_parameters - architecture.layers * architecture.layer_parameters
-    return 4 * tokens * architecture.hidden + tables * dtype.itemsize
+def _embed(run: _Run) -> int:
+    parted = run.refits and any(a.target == "embed" for a in run.job.plan.outer)
+    streams = run.waiting(run.stream(run.samples) * (2 if parted else 1))
+    return streams + run.stream(4 * run.batch_size) + run.tables * run.run
 
 
-def _gradient_samples(job: Job, samples: int) -> int:
-    return min(job.plan.plan.calibration.gradient_samples, samples)
+def _gradient_samples(run: _Run) -> int:
+    return min(run.job.plan.plan.calibration.gradient_samples, run.samples)
 
 
-def _gradients(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
-    architecture, run, stored = job.reader.architecture, dtype.itemsize, job.reader.dtype.itemsize
-    samples = _gradient_samples(job, samples)
-    tokens = min(batch_size, samples) * job.plan.seq_len
-    rows, hidden = min(logit_rows(architecture.vocab), job.plan.seq_len), architecture.hidden
-    tables = (architecture.total_parameters - architecture.layers * architecture.layer_parameters) * run
-    head = tables + rows * architecture.vocab * (12 + 3 * run) + 2 * 4 * tokens * hidden
-    weights = architecture.layer_parameters * (stored if job.reader.dtype == dtype else stored + run)
-    sums = 2 * max(_gradient_bytes(architecture, layer) for layer in job.plan.layers)
+def _gradients(run: _Run) -> int:
+    architecture, samples = run.architecture, _gradient_samples(run)
+    tokens = min(run.batch_size, samples) * run.seq_len
+    rows, hidden = min(logit_rows(architecture.vocab), run.seq_len), architecture.hidden
+    head = run.tables * run.run + rows * architecture.vocab * (12 + 3 * run.run) + 2 * 4 * tokens * hidden
+    sums = 2 * max(_gradient_bytes(architecture, layer) for layer in run.job.plan.layers)
     width = architecture.matrices[architecture.family.mlp_output].columns
     # What differentiating keeps of a token, and what comes back.
-    activations = tokens * (hidden * (14 * 4 + 10 * run) + width * 8 * run)
-    return max(_embed(job, samples, dtype, batch_size), head, weights + sums + activations)
+    activations = tokens * (hidden * (14 * 4 + 10 * run.run) + width * 8 * run.run)
+    return max(_embed(replace(run, samples=samples)), head, run.weights + sums + activations)
 
 
-def _gradients_host(job: Job, samples: int) -> int:
+def _gradients_host(run: _Run) -> int:
     """Inputs of layers, and the gradient moments of all; 0 where none are needed."""
-    architecture = job.reader.architecture
-    moments = sum(_gradient_bytes(architecture, layer) for layer in job.plan.layers)
-    state = 4 * _gradient_samples(job, samples) * job.plan.seq_len * architecture.hidden
-    layers = architecture.layers
+    moments = sum(_gradient_bytes(run.architecture, layer) for layer in run.job.plan.layers)
+    layers, state = run.architecture.layers, run.stream(_gradient_samples(run))
     return moments + states_held(layers, stride(layers, state)) * state if moments else 0
 
 
@@ -178,152 +251,99 @@ def _gradient_bytes(architecture: Architecture, layer: LayerPlan) -> int:
     return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
 
 
-def _outer(job: Job, samples: int, dtype: torch.dtype, batch_size: int) -> int:
+def _outer(run: _Run) -> int:
     """Streams, and tables that a solve outside the layers holds in float64: as it was, times C, changed and squared.
 
     A tied embedding is solved when a second stream has been through all layers, as they were.
     """
-    architecture, stored = job.reader.architecture, job.reader.dtype.itemsize
-    stream = 4 * samples * job.plan.seq_len * architecture.hidden
-    refits, work, ahead = job.plan.plan.refit == "residual", 0, 0
+    architecture, stream = run.architecture, run.stream(run.samples)
+    work, ahead = 0, 0
     if architecture.tied:
-        ahead = _layer(job, LayerPlan(0, ()), samples, dtype, batch_size)["pass"] + (0 if refits else stream)
-    for a in job.plan.outer:
+        layer = _layer(run, LayerPlan(0, ()))["pass"]
+        ahead = layer - run.waiting(_streams(run)) + run.waiting(2 * stream)
+    for a in run.job.plan.outer:
         table, pair = architecture.outer[a.target], a.kept
-        work = max(work, (stored + 4 * 8) * table.parameters + 4 * 8 * pair + 8 * 6 * architecture.hidden**2)
-    return max(stream * (2 if refits else 1) + work, ahead)
+        work = max(
+            work, (run.stored + 4 * 8) * table.parameters + 4 * 8 * pair + 8 * 6 * architecture.hidden**2
+        )
+    return max(run.waiting(_streams(run)) + work, ahead)
 
 
-def _scale(job: Job, samples: int, dtype: torch.dtype) -> int:
-    architecture, seq_len = job.reader.architecture, job.plan.seq_len
-    held = int(held_out_blocks(samples).sum())
-    streams = 2 * 4 * (samples + held) * seq_len * architecture.hidden
-    rows = min(held * seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
-    logits = rows * architecture.vocab * (2 * dtype.itemsize + 6 * 4)
+def _scale(run: _Run) -> int:
+    architecture = run.architecture
+    held = int(held_out_blocks(run.samples).sum())
+    streams = run.waiting(2 * run.stream(run.samples + held))
+    rows = min(held * run.seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
+    logits = rows * architecture.vocab * (2 * run.run + 6 * 4)
     heads = architecture.vocab * architecture.hidden
-    heads += sum(a.kept for a in job.plan.outer if architecture.tied or a.target == "lm_head")
-    return streams + heads * dtype.itemsize + logits
+    heads += sum(a.kept for a in run.job.plan.outer if architecture.tied or a.target == "lm_head")
+    return streams + heads * run.run + logits
 
 
-def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_size: int) -> dict[str, int]:
-    architecture, seq_len = job.reader.architecture, job.plan.seq_len
-    stored, run = job.reader.dtype.itemsize, dtype.itemsize
-    shared = job.reader.dtype == dtype
-    refits = job.plan.plan.refit == "residual"
-    stream = 4 * samples * seq_len * architecture.hidden
-    streams, weights = (
-        stream * (2 if refits else 1),
-        architecture.layer_parameters * (stored if shared else stored + run),
-    )
-    tokens = batch_size * seq_len
-    activations = tokens * _token_bytes(architecture, layer, run)
+def _streams(run: _Run) -> int:
+    """Bytes of the streams between two layers, wherever they are."""
+    return run.stream(run.samples) * (2 if run.refits else 1)
+
+
+def _states(run: _Run, layer: LayerPlan) -> int:
+    """Bytes of hidden states while a layer is done, wherever they are."""
     if not layer.assignments:
-        return {"pass": streams + weights + activations}
+        return _streams(run)
+    measured = int(held_out_blocks(run.samples).sum()) or run.samples
+    between = run.stream(run.samples) if run.refits else 0
+    return _streams(run) + between + run.stream(measured)
+
+
+def _read(run: _Run, layer: LayerPlan) -> int:
+    """Bytes of what the attention's output projection reads of all blocks, where it is refitted."""
+    if not (run.refits and layer.targets & ATTENTION_TARGETS):
+        return 0
+    return refit_widths(run.architecture, layer)[0] * run.samples * run.seq_len * run.run
+
+
+def _layer(run: _Run, layer: LayerPlan) -> dict[str, int]:
+    architecture = run.architecture
+    shared = run.job.reader.dtype == run.dtype
+    activations = run.batch_size * run.seq_len * _token_bytes(architecture, layer, run.run)
+    base = run.waiting(_states(run, layer)) + run.weights
+    if not layer.assignments:
+        return {"pass": base + activations}
     kept = sum(a.kept for a in layer.assignments)
     moments = sum(4 * _width(architecture, site) ** 2 for site in sites_needed(architecture, layer))
     sampled = 0
     if "attention_samples" in collectors_needed(layer):
-        queries = min(SAMPLES, samples * QUERIES * architecture.geometry.group)
+        queries = min(SAMPLES, run.samples * QUERIES * architecture.geometry.group)
         sampled = queries * architecture.head_dim**2  # of a key head
         moments += 4 * sampled * architecture.kv_heads
     gradients, solutions = _gradient_bytes(architecture, layer), 8 * kept
-    alone = len(layer.assignments) * (0 if shared else architecture.layer_parameters * run)
+    alone = len(layer.assignments) * (0 if shared else architecture.layer_parameters * run.run)
     rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
-    reduced = 2 * kept * stored + (0 if shared else (rest + kept) * run) + alone
-    attention = 20 * architecture.heads * seq_len**2 if _targets(layer) & {"qk"} else 0
-    widths = _refit_widths(architecture, layer) if refits else []
-    measured = int(held_out_blocks(samples).sum()) or samples
-    states = streams + (stream if refits else 0) + stream * measured // samples
-    base = states + weights
+    reduced = 2 * kept * run.stored + (0 if shared else (rest + kept) * run.run) + alone
+    attention = 20 * architecture.heads * run.seq_len**2 if layer.targets & {"qk"} else 0
     stages = {
         "observe": base + 2 * moments + activations,
         "solve": base
         + moments
         + gradients
         + solutions
-        + max(_solve_work(architecture, a, sampled) for a in layer.assignments),
+        + max(solve_work(architecture, a, sampled) for a in layer.assignments),
         "measure": base + moments + gradients + reduced + activations + attention,
     }
-    if refits:
+    if run.refits:
         # Sums, and what is added to one of the two, while a batch runs; then those and the solve's.
         work = max(
-            max(_refit_work(architecture, n), 12 * n * (n + architecture.hidden) + activations)
-            for n in widths
+            max(refit_work(architecture, n), 12 * n * (n + architecture.hidden) + activations)
+            for n in refit_widths(architecture, layer)
         )
-        read = widths[0] * samples * seq_len * run if _targets(layer) & _ATTENTION else 0
-        stages["refit"] = base + read + reduced + work
+        held = run.waiting(_states(run, layer) + _read(run, layer))
+        stages["refit"] = held + run.weights + reduced + work
     return stages
-
-
-def _solve_work(architecture: Architecture, assignment: Assignment, sampled: int) -> int:
-    """Float64 working set of one solve: the moment, its damped copy, what is multiplied and factored of it.
-
-    ``sampled``: elements of the covariances that go with the sampled queries of one key head.
-    """
-    target, hidden, options = assignment.target, architecture.hidden, assignment.options
-    if target == "mlp":
-        output = architecture.matrices[architecture.family.mlp_output]
-        n, kept = output.columns, assignment.size
-        elimination = n**2 if options.get("select") == "obs" else 0
-        return 8 * (
-            _joint_work(n, kept, output.bias)
-            + 2 * hidden * n
-            + elimination
-            + _metric_work(hidden, n, options)
-        )
-    if target == "ov":
-        biased = architecture.matrices["v"].bias or architecture.matrices["o"].bias
-        n, kept = architecture.heads * architecture.head_dim, architecture.heads * assignment.size
-        alternating = 2 * hidden * (n + kept) + 3 * n * kept if options.get("subspace") == "joint" else 0
-        work = _joint_work(n, kept, biased) + n**2 + 2 * n * kept + 3 * hidden * n
-        return 8 * (work + alternating + _metric_work(hidden, n, options))
-    if target == "qk":
-        return 8 * (2 * hidden**2 + 3 * architecture.heads * architecture.head_dim * hidden + 3 * sampled)
-    matrix = architecture.matrices[target]
-    solvers = methods()[assignment.method].solvers
-    # Blind to the data, a method still needs the moment to predict what it does; others damp and factor it.
-    metric = solvers["projection"].metric
-    outer = 3 * matrix.rows**2 if metric == "loss" else 0
-    copies = 1 if metric == "weight" else 4
-    small = min(matrix.rows, matrix.columns)
-    return 8 * (copies * matrix.columns**2 + outer + 4 * matrix.parameters + 5 * small**2)
-
-
-def _metric_work(hidden: int, n: int, options: Mapping[str, Any]) -> int:
-    """Elements of G, its root and the weight that it multiplies."""
-    return 4 * hidden**2 + hidden * n if options.get("metric") == "loss" else 0
-
-
-def _joint_work(n: int, kept: int, biased: bool) -> int:
-    """Elements of a least-squares fit from ``kept`` of n inputs: C and its damped copy, C Tᵀ, T C Tᵀ and its factor."""
-    return (3 if biased else 2) * n**2 + max(n**2, n * kept + 4 * kept**2)
-
-
-def _refit_work(architecture: Architecture, n: int) -> int:
-    """Sums in float32 and ridge regressions in float64 of a projection that reads n inputs: the moments fitted to and
-    held out, the former centred, damped and factored.
-    """
-    hidden = architecture.hidden
-    return 8 * n * (n + hidden) + 8 * (5 * n**2 + 6 * hidden * n)
-
-
-def _refit_widths(architecture: Architecture, layer: LayerPlan) -> list[int]:
-    """Inputs of the linears that are refitted: of the attention's half first, then of the MLP's."""
-    found = []
-    sizes = {a.target: a.size for a in layer.assignments}
-    output = architecture.family.mlp_output
-    if _targets(layer) & _ATTENTION:
-        full = architecture.heads * architecture.head_dim
-        found.append(sizes.get("o", architecture.heads * sizes["ov"] if "ov" in sizes else full))
-    if _targets(layer) - _ATTENTION:
-        found.append(sizes.get("mlp", sizes.get(output, architecture.matrices[output].columns)))
-    return found
 
 
 def _token_bytes(architecture: Architecture, layer: LayerPlan, run: int) -> int:
     """Activations held for one token while a layer runs and is compared with its reductions."""
     hidden, width = architecture.hidden, architecture.matrices[architecture.family.mlp_output].columns
-    projections = _targets(layer) - {"qk", "ov", "mlp"}
+    projections = layer.targets - {"qk", "ov", "mlp"}
     return hidden * (6 * 4 + 6 * run) + width * (3 * run + 16 if projections else 7 * run)
 
 
@@ -333,7 +353,3 @@ def _width(architecture: Architecture, site: str) -> int:
     return next(
         architecture.matrices[role].columns for role in roles if architecture.family.site(role) == site
     )
-
-
-def _targets(layer: LayerPlan) -> set[str]:
-    return {assignment.target for assignment in layer.assignments}

@@ -103,7 +103,7 @@ class Outer:
         for index in range(self._architecture.layers):
             layer, _ = stream.layer(index)
             for i, batch in enumerate(batches):
-                states[i] = stream.run(layer, index, batch, states[i])
+                states[i] = stream.advance(layer, index, batch, states[i])
         return final_moment(stream, states)
 
     def _reduce(
@@ -182,7 +182,7 @@ def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
     norm, total = stream.final_norm(), MomentSum(stream.reader.architecture.hidden, stream.device)
     for hidden in states:
         with stream.precision():
-            total.add(stream.cast(norm(hidden)))
+            total.add(stream.cast(norm(stream.fetch(hidden))))
     moment = total.moment()
     if not bool(moment.second.diagonal().isfinite().all()):
         raise UserError("the hidden states behind the last layer are NaN or inf")

@@ -19,6 +19,7 @@ from lrc.families import Target
 from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import default_batch, find_device, find_dtype
+from lrc.memory import choose_place
 from lrc.methods import methods
 from lrc.plan.data import DataLike
 from lrc.plan.resolve import Draft, parse_plan
@@ -27,6 +28,7 @@ from lrc.plan.schema import Plan
 from lrc.plan.written import write_plan
 from lrc.report.planning import Planned, Planning, Strip, TableSize, cost_text, factor
 from lrc.solve import solver_of
+from lrc.states import States
 from lrc.stopwatch import Stopwatch
 from lrc.synthetic import synthesize
 from lrc.template import base_plan, templates
@@ -52,6 +54,7 @@ def make_plan(
     device: str | None = None,
     dtype: str | None = None,
     batch_size: int | None = None,
+    states: str | None = None,
     curves: str | Path | None = None,
     round_to: int = 1,
     floor: float | None = None,
@@ -114,7 +117,8 @@ def make_plan(
     )
     texts = draw_texts(jobs[0], tokenizer, calib, held_out, samples, folder, generate)
     batch = batch_size or default_batch(place.type, jobs[0].plan.seq_len)
-    sizing = Sizing(name, jobs, keeps, texts, place, precision, batch)
+    waits = choose_place(states, jobs[-1], place, precision, batch, len(texts.calibration.blocks))
+    sizing = Sizing(name, jobs, keeps, texts, place, precision, batch, States(waits, out.parent))
     few = too_few(
         reader.architecture, jobs[0].plan, len(texts.calibration.blocks), losses=ALLOCATORS[name].losses
     )

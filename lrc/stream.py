@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.states import ON_DEVICE, States
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class LayerCall:
 
 @dataclass
 class Batch:
-    """Hidden states (blocks, tokens, hidden) in float32 between two layers, and every layer's call."""
+    """Hidden states (blocks, tokens, hidden) in float32 between two layers, where they wait, and every layer's call."""
 
     hidden: Tensor
     calls: list[LayerCall]
@@ -36,11 +38,13 @@ class Batch:
 class ModelStream:
     """A checkpoint's model on the meta device, and its layers made real one by one.
 
-    Layers run in ``dtype``; the residual stream between them is float32 whatever that is.
+    Layers run in ``dtype``; the residual stream between them is float32 whatever that is, and waits in ``states``.
     """
 
-    def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype) -> None:
-        self.reader, self.device, self.dtype = reader, device, dtype
+    def __init__(
+        self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, states: States = ON_DEVICE
+    ) -> None:
+        self.reader, self.device, self.dtype, self.states = reader, device, dtype, states
         layers = self._meta_model().get_submodule(reader.family.layers)
         self.skeletons: list[nn.Module] = list(layers.children())
 
@@ -68,13 +72,21 @@ class ModelStream:
         if missing:
             raise UserError(f"the checkpoint has no tensor {', '.join(missing)}")
         base.to(self.device)
-        return [self._embed_batch(base, recorders, batch) for batch in ids]
+        batches: list[Batch] = []
+        for each in ids:
+            hidden, calls = self._embed_batch(base, recorders, each)
+            # Masks and rotary tables are on the device, and mostly the same for every batch.
+            shared = batches[0].calls if batches and _same(calls, batches[0].calls) else calls
+            batches.append(Batch(self.states.keep(hidden), shared))
+        return batches
 
     @torch.no_grad()
-    def _embed_batch(self, base: nn.Module, recorders: list[_Recorder], ids: Tensor) -> Batch:
+    def _embed_batch(
+        self, base: nn.Module, recorders: list[_Recorder], ids: Tensor
+    ) -> tuple[Tensor, list[LayerCall]]:
         base(input_ids=ids.to(self.device), use_cache=False)
         hidden = recorders[0].call.args[0]
-        return Batch(hidden.float(), [LayerCall(r.call.args[1:], r.call.kwargs) for r in recorders])
+        return hidden.float(), [LayerCall(r.call.args[1:], r.call.kwargs) for r in recorders]
 
     def _meta_model(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -106,7 +118,7 @@ class ModelStream:
 
         def logits(hidden: Tensor) -> Tensor:
             with self.precision():
-                return last(norm(hidden))
+                return last(norm(self.fetch(hidden)))
 
         return logits
 
@@ -145,7 +157,7 @@ class ModelStream:
         attended: Tensor | None = None,
         grad: bool = False,
     ) -> Tensor:
-        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) in float32.
+        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) in float32 from anywhere.
 
         ``attended``: what its attention puts out, where that is known and need not run. With ``grad`` the result can be
         differentiated by hidden states that ask for it.
@@ -153,8 +165,16 @@ class ModelStream:
         call, attention = batch.calls[index], self.reader.family.attention
         known = nullcontext() if attended is None else _given(layer, attention, attended)
         with torch.set_grad_enabled(grad), self.precision(), known:
-            out = layer(hidden, *call.args, **call.kwargs)
+            out = layer(self.fetch(hidden), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).float()
+
+    def advance(self, layer: nn.Module, index: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """Hidden states of a batch past a decoder layer, where states wait."""
+        return self.states.keep(self.run(layer, index, batch, hidden))
+
+    def fetch(self, x: Tensor) -> Tensor:
+        """What waits anywhere, on the device."""
+        return x.to(self.device, non_blocking=True)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast to the layers' precision, so that a float32 stream can enter bfloat16 layers."""
@@ -177,6 +197,22 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{where}{name} has NaN or inf")
+
+
+def _same(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
+    """Whether two batches hand every layer the same."""
+    (one, shape), (other, its) = (
+        tree_flatten([(c.args, dict(c.kwargs)) for c in each]) for each in (calls, others)
+    )
+    # Layers are handed the same objects, each of which is compared once.
+    pairs = {(id(a), id(b)): (a, b) for a, b in zip(one, other, strict=False)}.values()
+    return shape == its and all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    return one is other or (type(one) is type(other) and bool(one == other))
 
 
 @contextmanager

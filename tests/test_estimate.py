@@ -23,6 +23,7 @@ from lrc.gradients import gradient_moments
 from lrc.job import prepare
 from lrc.memory import estimate_memory
 from lrc.solve import gradients_needed
+from lrc.states import States
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
 
@@ -120,7 +121,9 @@ class HeldBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for value in tree_iter((args, kwargs, out)):
             if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                self._count(value.untyped_storage())
+                storage = value.untyped_storage()
+                if storage.filename is None:  # else it is on disk
+                    self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -193,6 +196,28 @@ def test_memory_is_at_most_what_is_estimated(
         Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, batch_size, lambda: None)
     estimate = estimate_memory(job, dtype, batch_size)
     assert held.peak <= estimate.peak + estimate.gradients_host <= 2 * held.peak
+
+
+@pytest.mark.parametrize("body", ["keep: 0.8", "keep: 0.5\nmethod: svd\nrefit: none"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_states_on_disk_take_what_is_estimated_and_no_memory(
+    tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path], tmp_path: Path, family: str, body: str
+) -> None:
+    plan = write_plan(body, samples=64, seq_len=128, gradient_samples=1)
+    job = prepare(tiny_checkpoint(family, **WIDE[family]), plan)
+    blocks, device = torch.randint(0, 256, (64, 128)), torch.device("cpu")
+    peaks = {}
+    for place in ("device", "disk"):
+        with (
+            staging(tmp_path / place, {}, source=tmp_path / "m", fresh=False, force=False) as stage,
+            HeldBytes() as held,
+        ):
+            stream = ModelStream(job.reader, device, torch.float32, States(place, stage.scratch))
+            Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, 2, lambda: None)
+        memory = estimate_memory(job, torch.float32, 2, place)
+        assert held.peak <= memory.peak + memory.gradients_host <= 2 * held.peak
+        peaks[place] = held.peak
+    assert peaks["device"] - peaks["disk"] > memory.states / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,7 @@ from lrc.moments.gradient import GradientMoment
 from lrc.outer import OuterProblem, pose_outer, store_outer
 from lrc.plan.resolved import Assignment, LayerPlan
 from lrc.solve import read_statistics, solve, solve_layer
-from lrc.stream import Batch, ModelStream
+from lrc.stream import Batch
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
@@ -53,7 +53,7 @@ class Sensitivity:
     """
 
     def __init__(self, setting: Setting) -> None:
-        stream = ModelStream(setting.reader, setting.device, setting.dtype)
+        stream = setting.stream()
         held_out, batch_size = setting.texts.held_blocks, setting.batch_size
         assert held_out is not None, "sensitivity is measured on held-out text"
         self._setting, self._stream, self._architecture = setting, stream, setting.reader.architecture
@@ -81,7 +81,7 @@ class Sensitivity:
                 alone = partial(self._alone, index, statistics)
                 found += self._measured((c for c in blank if c.layer == index), alone, advance)
             for batch in (*self._batches, *self._held):
-                batch.hidden = self._stream.run(layer, index, batch, batch.hidden)
+                batch.hidden = self._stream.advance(layer, index, batch, batch.hidden)
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
             problems = pose_outer(self._stream, targets, blocks, self._batches)

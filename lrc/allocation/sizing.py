@@ -21,6 +21,7 @@ from lrc.errors import OutOfResources, UserError
 from lrc.job import Job
 from lrc.memory import free_bytes, measuring_memory
 from lrc.solve import reads_gradients
+from lrc.states import ON_DEVICE, States
 from lrc.template import templates
 from lrc.text.blocks import gradient_blocks, ids_sha256
 from lrc.texts import Texts
@@ -65,7 +66,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sizing:
-    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, a device."""
+    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, a device and
+    where hidden states wait.
+    """
 
     name: str
     jobs: Sequence[Job]
@@ -74,6 +77,7 @@ class Sizing:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+    states: States = ON_DEVICE
 
     @property
     def key(self) -> dict[str, Any]:
@@ -109,7 +113,14 @@ class Sizing:
             architecture = job.reader.architecture
             advance = progress("measure", allocator.steps(architecture, blank_curves(self.name, self.jobs)))
         setting = Setting(
-            job.reader, plans, self.texts, self.device, self.dtype, self.batch_size, allocator.losses
+            job.reader,
+            plans,
+            self.texts,
+            self.device,
+            self.dtype,
+            self.batch_size,
+            allocator.losses,
+            self.states,
         )
         try:
             costs = allocator.costs(setting, advance)
@@ -127,13 +138,14 @@ class Sizing:
             self.batch_size,
             len(self.texts.calibration.blocks),
             0 if held is None else len(held),
+            self.states.place,
         )
         if needed > (free := free_bytes(self.device)):
             others = "energy, which holds" if self.jobs[0].plan.shared else "fisher, or by energy, which hold"
             raise UserError(
                 f"measuring {self.name} holds the whole model on {self.device}: it needs about {needed:,} bytes, and "
                 f"{free:,} are free. Allocate by {others} one layer at a time; or try a smaller --batch-size, "
-                "--dtype bfloat16 or fewer calibration samples"
+                "--dtype bfloat16, --states host or fewer calibration samples"
             )
 
 

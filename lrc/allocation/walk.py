@@ -10,7 +10,6 @@ from lrc.methods.contract import Problem
 from lrc.outer import pose_outer
 from lrc.plan.resolved import Assignment
 from lrc.solve import pose, read_statistics
-from lrc.stream import ModelStream
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Stop:
 def walk(setting: Setting) -> Iterator[Stop]:
     """Every layer of which something is asked, on the calibration blocks, after a sweep for the gradients where any
     are read, and then what is outside of them; only one layer is on the device at a time."""
-    stream = ModelStream(setting.reader, setting.device, setting.dtype)
-    architecture, gradients = setting.reader.architecture, setting.gradients(stream)
+    stream, architecture = setting.stream(), setting.reader.architecture
+    gradients = setting.gradients(stream)
     batches = stream.embed(setting.texts.calibration.blocks.split(setting.batch_size))
     for index in range(architecture.layers):
         layer, state = stream.layer(index)
@@ -39,7 +38,7 @@ def walk(setting: Setting) -> Iterator[Stop]:
             problems = {target: pose(architecture, target, state, statistics) for target, _ in asked}
             yield Stop(index, asked, problems, index + 1)
         for batch in batches:
-            batch.hidden = stream.run(layer, index, batch, batch.hidden)
+            batch.hidden = stream.advance(layer, index, batch, batch.hidden)
     if asked := setting.asked(None):
         problems = pose_outer(
             stream, {target for target, _ in asked}, setting.texts.calibration.blocks, batches

@@ -35,6 +35,11 @@ class Staging:
         self.folder = folder
         self._work = folder / ".lrc"
 
+    @property
+    def scratch(self) -> Path:
+        """A folder beside the parts, gone with them."""
+        return self._work
+
     def has(self, part: str) -> bool:
         """Whether a part was finished by this run or the one it resumes."""
         return (self._work / f"{part}.json").exists()

@@ -20,6 +20,7 @@ from lrc.cli.options import (
     PlanName,
     RemoteCode,
     Revision,
+    States,
     Texts,
     names,
 )
@@ -40,6 +41,7 @@ def compress_model(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Calibration blocks at once.", show_default="by their length")
     ] = None,
+    states: States = None,
     max_windows: MaxWindows = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on with an unfinished run, or start it over.")
@@ -70,6 +72,7 @@ def compress_model(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            states=states,
             max_windows=max_windows,
             fresh=not resume,
             force=force,

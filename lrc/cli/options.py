@@ -45,6 +45,14 @@ Dtype = Annotated[
         help="float32, bfloat16 or float16.", show_default="the checkpoint's on a GPU, float32 on a CPU"
     ),
 ]
+States = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACE",
+        help="Where hidden states wait between two layers: device, host or disk.",
+        show_default="the first that has room",
+    ),
+]
 MaxWindows = Annotated[
     int | None, typer.Option(min=1, help="Windows of each perplexity text.", show_default="all")
 ]

@@ -18,6 +18,7 @@ from lrc.cli.options import (
     Model,
     RemoteCode,
     Revision,
+    States,
     names,
 )
 from lrc.cli.screen import progress, quiet, show, show_json, warn
@@ -88,6 +89,7 @@ def plan_model(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Blocks at once.", show_default="by their length")
     ] = None,
+    states: States = None,
     curves: Annotated[
         Path | None,
         typer.Option(
@@ -143,6 +145,7 @@ def plan_model(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            states=states,
             curves=curves,
             round_to=round_to,
             floor=floor,

@@ -30,6 +30,11 @@ class LayerPlan:
     index: int
     assignments: tuple[Assignment, ...]
 
+    @property
+    def targets(self) -> set[str]:
+        """What is shrunk."""
+        return {assignment.target for assignment in self.assignments}
+
 
 @dataclass(frozen=True)
 class Share:

@@ -138,7 +138,7 @@ def _provenance(report: Report) -> list[str]:
         "## How it was made",
         "",
         f"- Calibration: {'; '.join(calibration)}",
-        f"- Device: {report.device}, layers run in {report.dtype}",
+        f"- Device: {report.device}, layers run in {report.dtype}, hidden states waiting on: {report.states}",
         f"- Seconds: {stages}",
         f"- Peak memory: {peaks}",
         f"- Versions: {versions}",

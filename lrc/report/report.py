@@ -32,8 +32,8 @@ class PerplexityChange:
 class Report:
     """One compression. ``keep``: kept over original weights of the decoder's projections; ``with_tables``: the same of
     these and of the tables that the plan names, None where it names none. ``targets``: a record for each thing shrunk
-    (see ``lrc.compressor``). ``scale``: what the logits were scaled by. ``seconds`` by stage;
-    ``peak_bytes`` of ``host`` and ``device``.
+    (see ``lrc.compressor``). ``scale``: what the logits were scaled by. ``states``: where hidden states waited between
+    two layers. ``seconds`` by stage; ``peak_bytes`` of ``host`` and ``device``.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Report:
     calibration: dict[str, Any]
     device: str
     dtype: str
+    states: str
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
     warnings: list[str]

@@ -92,7 +92,7 @@ def resolution(check: Check) -> Iterator[RenderableType]:
             f"{row.whole:,}",
             f"{row.kept / row.whole:.1%}",
         )
-    memory = check.memory
+    memory, least = check.memory, check.least_memory
     yield targets
     yield _cost(check.before, check.after)
     tables = check.with_tables
@@ -101,6 +101,7 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     yield (
         f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
         f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
+        f"{_bytes(least.peak)} with --states host or disk, where hidden states then take {_bytes(memory.states)}; "
         "measuring perplexity loads the model whole, unless with --no-eval"
     )
     if memory.gradients_host:

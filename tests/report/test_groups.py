@@ -83,6 +83,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         },
         device="cpu",
         dtype="float32",
+        states="device",
         seconds={},
         peak_bytes={},
         warnings=[],

@@ -1,0 +1,69 @@
+"""Where hidden states wait between two layers: on the device, in the host's memory or on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lrc.errors import OutOfResources
+
+Place = Literal["device", "host", "disk"]
+PLACES: tuple[Place, ...] = get_args(Place)
+
+
+@dataclass(frozen=True)
+class States:
+    """A place for hidden states; ``folder`` is where files of those on disk are made, which never have a name for long.
+
+    The values are the same wherever they wait, so that the place decides no bit of a result.
+    """
+
+    place: Place = "device"
+    folder: Path | None = None
+
+    @property
+    def off_device(self) -> States:
+        """The nearest place that is not the device."""
+        return States("host") if self.place == "device" else self
+
+    def keep(self, x: Tensor) -> Tensor:
+        """The values of x where states wait; where that is where x is, x itself.
+
+        Copies off a GPU to the host are not waited for: what takes them back is behind them in the same queue. Raises
+        OutOfResources where the disk has no room.
+        """
+        if self.place == "disk":
+            return self._on_disk(x)
+        if self.place == "host" and x.is_cuda:
+            return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+        return x
+
+    def _on_disk(self, x: Tensor) -> Tensor:
+        """A copy in a file without a name: the file goes when the tensor does, or the process however it ends."""
+        assert self.folder is not None, "states on disk have a folder"
+        descriptor, path = tempfile.mkstemp(prefix="states-", dir=self.folder)
+        try:
+            # A page that finds no room when it is written would end the process.
+            os.posix_fallocate(descriptor, 0, max(x.nbytes, 1))
+            held = torch.from_file(path, shared=True, size=x.numel(), dtype=x.dtype)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OutOfResources(
+                f"the disk is full: {self.folder}; hidden states wait there, {x.nbytes:,} bytes more are needed. Free "
+                "some space and run the same command again"
+            ) from error
+        finally:
+            os.close(descriptor)
+            os.unlink(path)
+        return held.view(x.shape).copy_(x)
+
+
+ON_DEVICE = States()
