@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,16 +17,18 @@ import torch
 from lrc import __version__
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
+from lrc.checkpoint.headers import read_headers
 from lrc.checkpoint.staging import MANIFEST, Staging, check_output, staging
 from lrc.compressor import Compressor
 from lrc.curves import as_curves
 from lrc.errors import OutOfResources, UserError
 from lrc.evaluation.perplexity import DEFAULT_SEQ_LEN, Perplexity, count_windows, evaluate_perplexity
+from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load
 from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
-from lrc.memory import choose_place
+from lrc.memory import choose_place, fits_whole
 from lrc.output import logit_scale, refit_records, sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
 from lrc.report.markdown import model_card, report_page
@@ -145,9 +148,7 @@ def compress(
             table = write_checkpoint(job, stage, settings)
         perplexity = []
         if held_out:
-            advice = (
-                "the same command with --no-eval, then lrc eval with --device cpu: the layers are finished"
-            )
+            advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
             with watch.stage("evaluate"), _memory_advice(advice):
                 pair = [
                     _evaluate(
@@ -156,6 +157,8 @@ def compress(
                         place,
                         precision,
                         data_dir=folder,
+                        streamed=None,
+                        scratch=stage.scratch,
                         max_windows=max_windows,
                         allow_pickle=allow_pickle,
                         trust_remote_code=trust_remote_code,
@@ -202,6 +205,7 @@ def evaluate(
     data_dir: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    streamed: bool | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -210,7 +214,9 @@ def evaluate(
     """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
 
     The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
-    ``lrc.evaluation.perplexity``. Raises UserError for a model or text that cannot be had.
+    ``lrc.evaluation.perplexity``. ``streamed``: the model runs a layer at a time, which gives the same figure and needs
+    the memory of a layer (default: where it would not fit whole). Raises UserError for a model or text that cannot be
+    had.
     """
     if model is None:
         path = newest_output(Path.cwd())
@@ -220,13 +226,15 @@ def evaluate(
     # On a CPU half precision is slow, and rounds unlike a GPU.
     as_stored = dtype is None and place.type != "cpu"
     precision = None if as_stored else find_dtype(dtype, place, torch.float32)
-    with _memory_advice("a shorter --seq-len, or --device cpu"):
+    with _memory_advice("--streamed, a shorter --seq-len, or --device cpu"):
         return _evaluate(
             path,
             [default_text(str(model or path))] if ppl is None else _specs(ppl),
             place,
             precision,
             data_dir=None if data_dir is None else Path(data_dir),
+            streamed=streamed,
+            scratch=Path(tempfile.gettempdir()),
             seq_len=seq_len,
             max_windows=max_windows,
             allow_pickle=allow_pickle,
@@ -242,6 +250,8 @@ def _evaluate(
     dtype: torch.dtype | None,
     *,
     data_dir: Path | None,
+    streamed: bool | None,
+    scratch: Path,
     seq_len: int | None = None,
     max_windows: int | None,
     allow_pickle: bool,
@@ -250,13 +260,14 @@ def _evaluate(
 ) -> list[Perplexity]:
     """Perplexities of a folder's model, run in the precision it is stored in where ``dtype`` is None."""
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    model = load(
-        path,
-        device=device,
-        dtype=dtype or "auto",
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    if streamed is None:
+        stored = read_headers(path.glob("*.safetensors")).values()
+        streamed = bool(stored) and not fits_whole(stored, len(tokenizer), dtype, device)
+    if streamed:
+        model = StreamedModel(path, device, dtype, scratch, **trusted)
+    else:
+        model = load(path, device=device, dtype=dtype or "auto", **trusted)
     try:
         return evaluate_perplexity(
             model,

@@ -44,6 +44,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
+from lrc.checkpoint.headers import StoredTensor
 from lrc.errors import UserError, nearest
 from lrc.families import Architecture
 from lrc.gradients import logit_rows, states_held, stride
@@ -58,6 +59,7 @@ from lrc.workspace import ATTENTION_TARGETS, refit_widths, refit_work, solve_wor
 
 _HOST = torch.device("cpu")
 _SHARE = 0.8  # of what is free: workspaces and fragments are not in the estimate
+_EVALUATED = 2**14  # tokens at once when perplexity is measured
 ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
 
 
@@ -177,6 +179,28 @@ def choose_place(
     if memory.peak <= _SHARE * free_bytes(device):
         return "device"
     return "host" if memory.states + memory.gradients_host <= host else "disk"
+
+
+def place_for(held: int, device: torch.device) -> Place:
+    """The first place with room for hidden states of ``held`` bytes beside all else."""
+    if held <= _SHARE / 2 * free_bytes(device):
+        return "device"
+    return "host" if device.type != _HOST.type and held <= _SHARE * free_bytes(_HOST) else "disk"
+
+
+def fits_whole(
+    tensors: Iterable[StoredTensor], vocab: int, dtype: torch.dtype | None, device: torch.device
+) -> bool:
+    """Whether a model of these tensors, run in ``dtype`` (None: as stored), fits on a device with a batch's logits.
+
+    Where all else is small beside the weights, twice the logits allow for it.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    each = [(t.bytes // t.dtype.itemsize, (dtype or t.dtype).itemsize) for t in tensors]
+    weights = sum(count * size for count, size in each)
+    logits = _EVALUATED * vocab * max(size for _, size in each)
+    return weights + 2 * logits <= _SHARE * free_bytes(device)
 
 
 def measuring_memory(

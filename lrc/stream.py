@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.modules.table import Table, apply_table
 from lrc.states import ON_DEVICE, States
 
 
@@ -29,24 +30,40 @@ class LayerCall:
 
 @dataclass
 class Batch:
-    """Hidden states (blocks, tokens, hidden) in float32 between two layers, where they wait, and every layer's call."""
+    """Hidden states (blocks, tokens, hidden) between two layers, where they wait, and every layer's call."""
 
     hidden: Tensor
     calls: list[LayerCall]
 
 
 class ModelStream:
-    """A checkpoint's model on the meta device, and its layers made real one by one.
+    """A checkpoint's model on the meta device, with the modules of its ``table``, and its layers made real one by one.
 
-    Layers run in ``dtype``; the residual stream between them is float32 whatever that is, and waits in ``states``.
+    Layers run in ``dtype``; the residual stream between them is ``residual`` whatever that is, and waits in ``states``.
     """
 
     def __init__(
-        self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, states: States = ON_DEVICE
+        self,
+        reader: CheckpointReader,
+        device: torch.device,
+        dtype: torch.dtype,
+        states: States = ON_DEVICE,
+        *,
+        residual: torch.dtype = torch.float32,
+        table: Table | None = None,
     ) -> None:
         self.reader, self.device, self.dtype, self.states = reader, device, dtype, states
+        self._residual, self._table = residual, table or {}
         layers = self._meta_model().get_submodule(reader.family.layers)
         self.skeletons: list[nn.Module] = list(layers.children())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that the checkpoint must hold, by full name; a head that is the embedding has none."""
+        head = f"{self.reader.family.head}."
+        tied = self.reader.config.tie_word_embeddings
+        state = self._meta_model().state_dict()
+        return {name: tuple(t.shape) for name, t in state.items() if not (tied and name.startswith(head))}
 
     def embed(self, ids: Iterable[Tensor], embedding: nn.Module | None = None) -> list[Batch]:
         """Run everything before the first layer on batches of token ids (blocks, tokens).
@@ -86,7 +103,7 @@ class ModelStream:
     ) -> tuple[Tensor, list[LayerCall]]:
         base(input_ids=ids.to(self.device), use_cache=False)
         hidden = recorders[0].call.args[0]
-        return hidden.float(), [LayerCall(r.call.args[1:], r.call.kwargs) for r in recorders]
+        return hidden.to(self._residual), [LayerCall(r.call.args[1:], r.call.kwargs) for r in recorders]
 
     def _meta_model(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -96,6 +113,7 @@ class ModelStream:
             model = AutoModelForCausalLM.from_config(
                 self.reader.config, dtype=self.dtype, attn_implementation="sdpa"
             )
+            apply_table(model, self._table, self.reader.family)
         return model.eval()
 
     def layer(self, index: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -113,7 +131,7 @@ class ModelStream:
         ``head`` takes the place of the checkpoint's. Raises UserError where a weight of either is missing.
         """
         family = self.reader.family
-        stored = family.embedding if self.reader.architecture.tied else family.head
+        stored = family.embedding if self.reader.config.tie_word_embeddings else family.head
         norm, last = self.final_norm(), head or self._outer(family.head, stored)
 
         def logits(hidden: Tensor) -> Tensor:
@@ -157,7 +175,7 @@ class ModelStream:
         attended: Tensor | None = None,
         grad: bool = False,
     ) -> Tensor:
-        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) in float32 from anywhere.
+        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) that wait anywhere.
 
         ``attended``: what its attention puts out, where that is known and need not run. With ``grad`` the result can be
         differentiated by hidden states that ask for it.
@@ -166,7 +184,7 @@ class ModelStream:
         known = nullcontext() if attended is None else _given(layer, attention, attended)
         with torch.set_grad_enabled(grad), self.precision(), known:
             out = layer(self.fetch(hidden), *call.args, **call.kwargs)
-        return (out[0] if isinstance(out, tuple) else out).float()
+        return (out[0] if isinstance(out, tuple) else out).to(self._residual)
 
     def advance(self, layer: nn.Module, index: int, batch: Batch, hidden: Tensor) -> Tensor:
         """Hidden states of a batch past a decoder layer, where states wait."""
@@ -178,7 +196,7 @@ class ModelStream:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast to the layers' precision, so that a float32 stream can enter bfloat16 layers."""
-        if self.dtype == torch.float32:
+        if self.dtype == self._residual:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -189,8 +207,8 @@ class ModelStream:
     def _placed(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(self.device)
-        # Norms work on the float32 stream; autocast brings biases to the precision of their product.
-        return tensor.to(self.device, torch.float32 if tensor.ndim < 2 else self.dtype)
+        # Norms work on the stream as it is; autocast brings biases to the precision of their product.
+        return tensor.to(self.device, self._residual if tensor.ndim < 2 else self.dtype)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

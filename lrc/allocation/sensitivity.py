@@ -15,7 +15,7 @@ from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
 from lrc.assemble import assemble
 from lrc.collect import Statistics
 from lrc.errors import UserError
-from lrc.evaluation.perplexity import token_nll
+from lrc.evaluation.nll import token_nll
 from lrc.families import Architecture
 from lrc.moments.gradient import GradientMoment
 from lrc.outer import OuterProblem, pose_outer, store_outer

@@ -25,17 +25,25 @@ _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 class CheckpointReader:
     """A source checkpoint; tensor names are those of its causal language model, whatever the file calls them."""
 
-    def __init__(self, folder: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        quantized: str | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
         """Open ``folder``.
 
-        Raises UserError where it is no checkpoint of a supported causal language model, where a file is damaged, and
-        where its weights are pickles and ``allow_pickle`` is not given (they are then read with ``weights_only``).
+        Raises UserError where it is no checkpoint of a supported causal language model, where a file is damaged, where
+        it is quantized but by the method ``quantized``, and where its weights are pickles and ``allow_pickle`` is not
+        given (they are then read with ``weights_only``).
         """
         self.folder, self._trust_remote_code = folder, trust_remote_code
         self.config_text = _read(folder / "config.json")
         self.raw_config: dict[str, Any] = _parse(self.config_text, folder / "config.json")
-        if "quantization_config" in self.raw_config:
-            method = self.raw_config["quantization_config"].get("quant_method", "quantized")
+        method = self.raw_config.get("quantization_config", {}).get("quant_method", "quantized")
+        if "quantization_config" in self.raw_config and method != quantized:
             raise UserError(
                 f"{folder} is a {method} checkpoint already; compress the full-precision original"
             )

@@ -39,6 +39,14 @@ def evaluate(
     data_dir: DataDir = None,
     device: Device = None,
     dtype: Dtype = None,
+    streamed: Annotated[
+        bool | None,
+        typer.Option(
+            "--streamed/--whole",
+            help="Run the model a layer at a time, or load it whole; the figure is the same.",
+            show_default="whole where it fits",
+        ),
+    ] = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: RemoteCode = False,
@@ -74,6 +82,7 @@ def evaluate(
                     data_dir=data_dir,
                     device=device,
                     dtype=dtype,
+                    streamed=streamed,
                     allow_pickle=allow_pickle,
                     trust_remote_code=trust_remote_code,
                     progress=track,

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lrc.errors import UserError
+from lrc.evaluation.nll import token_nll
+from lrc.evaluation.streamed import StreamedModel
 from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import Text, read_text
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 PROTOCOL_VERSION = 1
 DEFAULT_SEQ_LEN = 2048
 _LOGIT_BYTES = 2**30  # of one batch, in the model's own dtype
-_CHUNK_BYTES = 2**28  # of the float32 copy that the softmax works on
 _BATCH_TOKENS = 2**14
 _CPU_BATCH_TOKENS = 2**11  # larger ones spend their time on fresh pages for the logits
 
@@ -65,7 +65,7 @@ class Perplexity:
 
 
 def evaluate_perplexity(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
     specs: list[str],
     *,
@@ -102,7 +102,7 @@ def evaluate_perplexity(
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     ids: Tensor,
     *,
     data: str = "ids",
@@ -171,10 +171,15 @@ def summarise(
 
 @torch.no_grad()
 def window_nll(
-    model: PreTrainedModel, cut: Tensor, batch_size: int | None = None, progress: Advance | None = None
+    model: PreTrainedModel | StreamedModel,
+    cut: Tensor,
+    batch_size: int | None = None,
+    progress: Advance | None = None,
 ) -> Tensor:
     """Nats of tokens 2..n of windows (windows, seq_len): (windows,) float64 on the device of the logits."""
     batch_size = batch_size or _batch_size(model, cut.shape[1])
+    if isinstance(model, StreamedModel):
+        return model.window_nll(cut, batch_size, progress)
     device = next(model.parameters()).device
     # one copy ahead of the loop, which then never waits for the device; offloaded models move inputs on
     cut = cut.to("cpu" if device.type == "meta" else device)
@@ -191,18 +196,6 @@ def window_nll(
     return torch.cat(sums)
 
 
-def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Nats of tokens 2..n of windows, (windows,) float64; logits (windows, n, vocab), ids (windows, n)."""
-    ids = ids.to(logits.device)
-    rows = max(_CHUNK_BYTES // (4 * logits.shape[-1]), 1)
-    sums = []
-    for window, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
-        pieces = zip(window.split(rows), targets.split(rows), strict=True)
-        losses = [F.cross_entropy(piece.float(), wanted, reduction="none") for piece, wanted in pieces]
-        sums.append(torch.cat(losses).double().sum())
-    return torch.stack(sums)
-
-
 def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
     """UTF-8 bytes of tokens 2..n of the windows (windows, n), by decoding.
 
@@ -216,7 +209,7 @@ def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
     return sum(size(window) - size(window[:1]) for window in cut.tolist())
 
 
-def choose_seq_len(model: PreTrainedModel, asked: int | None) -> int:
+def choose_seq_len(model: PreTrainedModel | StreamedModel, asked: int | None) -> int:
     """The window asked for, else 2048 or the model's limit; UserError above that limit or below 2."""
     return _window(_positions(model.config), asked)
 
@@ -262,7 +255,7 @@ def _window(limit: int | None, asked: int | None) -> int:
     return asked
 
 
-def _batch_size(model: PreTrainedModel, seq_len: int) -> int:
+def _batch_size(model: PreTrainedModel | StreamedModel, seq_len: int) -> int:
     window_bytes = seq_len * model.config.get_text_config().vocab_size * model.dtype.itemsize
     tokens = _CPU_BATCH_TOKENS if model.device.type == "cpu" else _BATCH_TOKENS
     return max(min(_LOGIT_BYTES // window_bytes, tokens // seq_len), 1)

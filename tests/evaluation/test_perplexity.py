@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.errors import UserError
-from lrc.evaluation import PROTOCOL_VERSION, evaluate_perplexity
+from lrc.evaluation import PROTOCOL_VERSION, evaluate_perplexity, nll
 from lrc.evaluation import perplexity as module
-from lrc.evaluation.perplexity import count_scored_bytes, perplexity, token_nll, window_nll
+from lrc.evaluation.nll import token_nll
+from lrc.evaluation.perplexity import count_scored_bytes, perplexity, window_nll
 from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import read_text
 
@@ -76,7 +77,7 @@ def test_batch_and_chunk_sizes_do_not_change_it(model, monkeypatch):
         assert perplexity(model, IDS, seq_len=16, batch_size=batch).nats == pytest.approx(
             whole.nats, rel=1e-6
         )
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 256 * 7)  # 15 rows to score, 7 at once
+    monkeypatch.setattr(nll, "_CHUNK_BYTES", 4 * 256 * 7)  # 15 rows to score, 7 at once
     assert perplexity(model, IDS, seq_len=16).nats == pytest.approx(whole.nats, rel=1e-6)
 
 

@@ -1,0 +1,75 @@
+"""A model that is never whole in memory: it scores all windows of a text in one sweep, a decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc.checkpoint.headers import check_shapes
+from lrc.checkpoint.reader import CheckpointReader
+from lrc.evaluation.nll import token_nll
+from lrc.hub.quantizer import METHOD, LrcConfig
+from lrc.memory import place_for
+from lrc.states import ON_DEVICE, States
+from lrc.stream import ModelStream
+
+
+class StreamedModel:
+    """A checkpoint, compressed or not, run as transformers runs the whole model: weights and states in ``dtype``.
+
+    The device holds one layer and a batch of windows; hidden states of all windows wait on the first place with room,
+    files of those on disk in ``scratch``. Raises UserError where tensors are missing, or of other shapes than
+    config.json says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        scratch: Path,
+        *,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._reader = CheckpointReader(
+            folder, quantized=METHOD, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+        )
+        self.device, self.dtype = device, dtype or self._reader.dtype
+        stored = self._reader.raw_config.get("quantization_config")
+        self._table, self._scratch = LrcConfig(**stored).modules if stored else {}, scratch
+        check_shapes(self._stream(ON_DEVICE).shapes, self._reader.tensors)
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self._reader.config
+
+    @torch.no_grad()
+    def window_nll(
+        self, cut: Tensor, batch_size: int, progress: Callable[[int], object] | None = None
+    ) -> Tensor:
+        """Nats of tokens 2..n of windows (windows, seq_len): (windows,) float64; ``progress`` as windows are scored."""
+        held = cut.numel() * self.config.hidden_size * self.dtype.itemsize
+        stream = self._stream(States(place_for(held, self.device), self._scratch))
+        ids = cut.split(batch_size)
+        batches = stream.embed(ids)
+        for index in range(len(stream.skeletons)):
+            layer, _ = stream.layer(index)
+            for batch in batches:
+                batch.hidden = stream.advance(layer, index, batch, batch.hidden)
+        tail, sums = stream.tail(), []
+        for batch, each in zip(batches, ids, strict=True):
+            sums.append(token_nll(tail(batch.hidden), each))
+            if progress:
+                progress(len(each))
+        return torch.cat(sums)
+
+    def _stream(self, states: States) -> ModelStream:
+        return ModelStream(
+            self._reader, self.device, self.dtype, states, residual=self.dtype, table=self._table
+        )
