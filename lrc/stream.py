@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,9 @@ class ModelStream:
     ) -> None:
         self.reader, self.device, self.dtype, self.states = reader, device, dtype, states
         self._residual, self._table = residual, table or {}
+        self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._last = -1
         layers = self._meta_model().get_submodule(reader.family.layers)
         self.skeletons: list[nn.Module] = list(layers.children())
 
@@ -119,11 +123,25 @@ class ModelStream:
     def layer(self, index: int) -> tuple[nn.Module, dict[str, Tensor]]:
         """One decoder layer on the device, and its tensors there by path, in the checkpoint's precision.
 
-        Raises UserError where a weight is NaN or inf.
+        The one that follows, in the direction that the last two calls went, is read while this one is at work. Raises
+        UserError where a weight is NaN or inf.
         """
-        state = {name: tensor.to(self.device) for name, tensor in self.reader.layer(index).items()}
-        _check_finite(state, f"layer {index}: ")
+        (following, tensors), self._ahead = self._ahead or (None, None), None
+        found = tensors.result() if tensors and following == index else self._read(index)
+        step, self._last = (-1 if index == self._last - 1 else 1), index
+        if 0 <= index + step < len(self.skeletons):
+            self._ahead = (index + step, self._reads.submit(self._read, index + step))
+        state = {name: self.fetch(tensor) for name, tensor in found.items()}
         return self.materialize(index, state), state
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a layer on the host, pinned where a GPU takes them from there without waiting."""
+        tensors = self.reader.layer(index)
+        _check_finite(tensors, f"layer {index}: ")
+        if self.device.type != "cuda":
+            return tensors
+        with torch.cuda.device(self.device):  # another thread would make itself at home on the first GPU
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
 
     def tail(self, head: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
         """What follows the last layer: hidden states (..., hidden) to logits (..., vocab), by the final norm and head.
@@ -213,7 +231,8 @@ class ModelStream:
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        # The least and the largest are found without a second tensor, and NaN is both.
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise UserError(f"{where}{name} has NaN or inf")
 
 

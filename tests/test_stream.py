@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,45 @@ def test_a_missing_embedding_is_named(tiny_checkpoint):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"no tensor model.embed_tokens.weight"):
         open_stream(folder).embed([blocks()])
+
+
+@pytest.mark.parametrize(
+    ("calls", "reads"),
+    [
+        ([0, 1, 2, 3], [0, 1, 2, 3]),
+        ([3, 2, 1, 0], [3, 2, 1, 0]),
+        ([0, 1, 2, 3, 3, 2], [0, 1, 2, 3, 3, 2, 1]),
+        ([2, 0], [2, 3, 0, 1]),
+    ],
+)
+def test_the_next_layer_is_read_ahead_and_none_twice(tiny_checkpoint, monkeypatch, calls, reads):
+    stream = open_stream(tiny_checkpoint("llama", num_hidden_layers=4))
+    seen, read = [], stream.reader.layer
+
+    def noted(index: int) -> dict[str, Tensor]:
+        seen.append((index, threading.current_thread() is threading.main_thread()))
+        return read(index)
+
+    monkeypatch.setattr(stream.reader, "layer", noted)
+    for index in calls:
+        module, state = stream.layer(index)
+        expected = read(index)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        assert torch.equal(module.get_parameter("mlp.up_proj.weight"), expected["mlp.up_proj.weight"])
+        if stream._ahead:
+            stream._ahead[1].result()
+    # The first of a way is waited for; 3 then 2 had 3 + 1 ahead, which is no layer.
+    assert sorted(index for index, _ in seen) == sorted(reads)
+    assert any(not waited for _, waited in seen)
+
+
+def test_a_damaged_layer_is_told_when_its_turn_comes(tiny_checkpoint):
+    folder = tiny_checkpoint("llama", num_hidden_layers=3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stream = open_stream(folder)
+    stream.layer(0)
+    with pytest.raises(UserError, match=r"layer 1: mlp\.up_proj\.weight has NaN or inf"):
+        stream.layer(1)
