@@ -28,11 +28,11 @@ from lrc.hub.loader import load
 from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
-from lrc.memory import choose_place, fits_whole
 from lrc.output import logit_scale, refit_records, sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
+from lrc.room import choose_place, fits_whole
 from lrc.solve import reads_gradients
 from lrc.states import States
 from lrc.stopwatch import Stopwatch

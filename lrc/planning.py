@@ -19,7 +19,6 @@ from lrc.families import Target
 from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import default_batch, find_device, find_dtype
-from lrc.memory import choose_place
 from lrc.methods import methods
 from lrc.plan.data import DataLike
 from lrc.plan.resolve import Draft, parse_plan
@@ -27,6 +26,7 @@ from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Plan
 from lrc.plan.written import write_plan
 from lrc.report.planning import Planned, Planning, Strip, TableSize, cost_text, factor
+from lrc.room import choose_place
 from lrc.solve import solver_of
 from lrc.states import States
 from lrc.stopwatch import Stopwatch

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from lrc.errors import UserError
 from lrc.hub.loader import load
 from lrc.job import Job, generating_batch
-from lrc.memory import free_bytes, generating_memory
+from lrc.memory import generating_memory
+from lrc.room import free_bytes
 from lrc.stopwatch import Stopwatch
 from lrc.text.blocks import ids_sha256, uniforms
 from lrc.text.datasets import SYNTHETIC

@@ -32,6 +32,7 @@ LAYERS = (
     ("refit", "scale", "collect", "gradients", "assemble", "job", "allocate"),
     ("solve", "template", "workspace"),
     ("measure", "memory"),
+    ("room",),
     ("evaluation", "estimate", "synthetic"),
     ("outer",),
     ("compressor", "curves", "budget", "texts", "tokens"),

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import lrc.memory
+import lrc.room
 from lrc.api import compress
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job, prepare
-from lrc.memory import choose_place, estimate_memory
+from lrc.memory import estimate_memory
+from lrc.room import choose_place
 from lrc.states import ON_DEVICE, States
 
 TinyCheckpoint = Callable[..., Path]
@@ -86,7 +87,7 @@ def test_the_place_changes_no_bit(
 def test_the_first_place_with_room_is_taken(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = estimate_memory(job, torch.float32, 1, samples=64)
     free: dict[str, float] = {}
-    monkeypatch.setattr(lrc.memory, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(lrc.room, "free_bytes", lambda device: free[device.type])
 
     def chosen(device: torch.device, on_device: float, on_host: float) -> str:
         free.update(cuda=on_device, cpu=on_host)

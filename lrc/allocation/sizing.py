@@ -19,7 +19,8 @@ from lrc.budget import Budget, Spent, shortfalls, spend
 from lrc.curves import Curves, plan_sha256
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job
-from lrc.memory import free_bytes, measuring_memory
+from lrc.memory import measuring_memory
+from lrc.room import free_bytes
 from lrc.solve import reads_gradients
 from lrc.states import ON_DEVICE, States
 from lrc.template import templates

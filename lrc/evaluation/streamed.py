@@ -13,7 +13,7 @@ from lrc.checkpoint.headers import check_shapes
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.evaluation.nll import token_nll
 from lrc.hub.quantizer import METHOD, LrcConfig
-from lrc.memory import place_for
+from lrc.room import place_for
 from lrc.states import ON_DEVICE, States
 from lrc.stream import ModelStream
 

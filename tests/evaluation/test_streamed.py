@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lrc.api
-import lrc.memory
+import lrc.room
 from lrc.api import compress, evaluate
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_nll
@@ -91,7 +91,7 @@ def test_a_model_that_does_not_fit_is_streamed(
     monkeypatch.setattr(lrc.api, "StreamedModel", Seen)
     (whole,) = evaluate(model, str(text), seq_len=40, device="cpu")
     assert not made
-    monkeypatch.setattr(lrc.memory, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(lrc.room, "free_bytes", lambda device: 100_000)
     (streamed,) = evaluate(model, str(text), seq_len=40, device="cpu")
     assert made == [model]
     assert (streamed.nats, streamed.tokens, streamed.dtype) == (whole.nats, whole.tokens, whole.dtype)
