@@ -28,7 +28,7 @@ from lrc.hub.loader import load
 from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
-from lrc.output import logit_scale, refit_records, sizes, target_records, write_checkpoint
+from lrc.output import copied_files, logit_scale, refit_records, sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
@@ -129,7 +129,8 @@ def compress(
         for warning in warnings:
             warn(warning)
     source_folder = job.model.path
-    with staging(target, settings, source=source_folder, fresh=fresh, force=force) as stage:
+    read = [*job.reader.files, *copied_files(source_folder)]
+    with staging(target, settings, source=source_folder, files=read, fresh=fresh, force=force) as stage:
         kept_in = States(waits, stage.scratch)
         if sizing:
             with watch.stage("measure sizes"):

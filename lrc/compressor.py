@@ -72,7 +72,7 @@ class Compressor:
 
     def run(self, blocks: Tensor, batch_size: int, advance: Callable[[], object]) -> None:
         """Compress every layer from token blocks (n, tokens), calling ``advance`` after each."""
-        if self._staging.has(REST):  # written last: an earlier run got this far
+        if all(self._staging.has(part) for part in part_names(self._plan)):  # an earlier run got this far
             return
         self._gradients = self._sweep(blocks, batch_size)
         held = held_out_blocks(len(blocks))

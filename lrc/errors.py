@@ -10,8 +10,12 @@ class UserError(Exception):
     """A mistake that the user can mend; the command line prints it without a traceback and exits with 2."""
 
 
-class OutOfResources(UserError):
-    """Something ran out (disk, GPU memory); what was finished stays, and the run can be taken up again."""
+class Resumable(UserError):
+    """Something stopped a run that can go on once it is mended; what was finished stays."""
+
+
+class OutOfResources(Resumable):
+    """Something ran out: disk, GPU memory."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

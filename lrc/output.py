@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lrc.checkpoint.sizes import Size, size_of
@@ -44,18 +45,23 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
         "modules": table,
     }
     staging.write_json("config.json", config)
-    for pattern in COPIED:
-        for path in sorted(job.reader.folder.glob(pattern)):
-            staging.copy(path)
+    for path in copied_files(job.reader.folder):
+        staging.copy(path)
     scale = logit_scale(staging)
     manifest = {
         **settings,
         "targets": target_records(job, staging),
         "refits": [record.as_dict() for record in refit_records(job, staging)],
         "scale": scale and asdict(scale),
+        "sha256": staging.hashes(),
     }
     staging.write_json(MANIFEST, manifest)
     return table
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """What of a source checkpoint goes into the output as it is."""
+    return sorted({path for pattern in COPIED for path in folder.glob(pattern)})
 
 
 def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:

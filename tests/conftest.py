@@ -50,10 +50,20 @@ def data_dir() -> Path:
 @pytest.fixture
 def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
     """Makes float32 checkpoints of 2 layers, 32 wide, 4 heads (llama: 2 of keys), 256 bytes as vocabulary."""
+    return _checkpoints_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """The same for the tests of a whole file, which must leave them as they are."""
+    return _checkpoints_in(tmp_path_factory.mktemp("shared"))
+
+
+def _checkpoints_in(parent: Path) -> TinyCheckpoint:
     numbers = count()
 
     def make(family: str, *, seed: int = 0, **config: Any) -> Path:
-        folder = tmp_path / f"{family}-{next(numbers)}"
+        folder = parent / f"{family}-{next(numbers)}"
         save_random_model(folder, family, seed, config)
         save_byte_tokenizer(folder)
         return folder

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,11 @@ class StoredTensor:
         """Size of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def end(self) -> int:
+        """The first byte of the file behind its values."""
+        return self.offset + self.bytes
+
     def sample(self) -> bytes:
         """A few values from the start and the middle: enough to tell apart models of the same shapes."""
         with self.file.open("rb") as stream:
@@ -75,7 +81,11 @@ def check_shapes(expected: Mapping[str, Shape], stored: Mapping[str, StoredTenso
             )
 
 
-def _read(file: Path) -> dict[str, StoredTensor]:
+def parse_header(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor that a safetensors file's header names, whether or not the file goes on as far.
+
+    Raises UserError where the header ends behind the file, cannot be read or contradicts itself.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -83,19 +93,32 @@ def _read(file: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file} is cut short or is no safetensors file: its header ends behind the file")
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            return {name: _stored(name, entry, file, 8 + length) for name, entry in entries.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{file} is damaged: its header cannot be read") from None
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
-        end = 8 + length + entry["data_offsets"][1]
-        if end > size:
-            raise UserError(f"{file} is cut short: tensor {name!r} ends at byte {end}, the file has {size}")
-        if entry["dtype"] not in DTYPES:
+
+
+def _read(file: Path) -> dict[str, StoredTensor]:
+    tensors, size = parse_header(file), file.stat().st_size
+    for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if stored.end > size:
             raise UserError(
-                f"{file}: tensor {name!r} is stored as {entry['dtype']}; lrc reads {', '.join(DTYPES)}"
+                f"{file} is cut short: tensor {name!r} ends at byte {stored.end}, the file has {size}"
             )
-    start = 8 + length
-    return {
-        n: StoredTensor(tuple(e["shape"]), DTYPES[e["dtype"]], file, start + e["data_offsets"][0])
-        for n, e in tensors.items()
-    }
+    return tensors
+
+
+def _stored(name: str, entry: Mapping[str, Any], file: Path, values: int) -> StoredTensor:
+    """One entry of a header whose file has its values from byte ``values`` on."""
+    (first, end), shape = map(int, entry["data_offsets"]), tuple(map(int, entry["shape"]))
+    if entry["dtype"] not in DTYPES:
+        raise UserError(
+            f"{file}: tensor {name!r} is stored as {entry['dtype']}; lrc reads {', '.join(DTYPES)}"
+        )
+    stored = StoredTensor(shape, DTYPES[entry["dtype"]], file, values + first)
+    if first < 0 or end - first != stored.bytes:
+        raise UserError(
+            f"{file} is damaged: its header says that tensor {name!r} of shape {list(shape)} has {end - first} bytes"
+        )
+    return stored

@@ -78,6 +78,11 @@ class CheckpointReader:
             sizes[stored.dtype] += stored.bytes
         return sizes.most_common(1)[0][0]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that the weights come from."""
+        return sorted({stored.file for stored in self.tensors.values()})
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config.json and the name, place, shape, precision and some values of every tensor."""

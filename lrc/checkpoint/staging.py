@@ -1,7 +1,9 @@
 """The folder a checkpoint grows in: hidden beside its final name, resumable, and renamed only when whole.
 
-``.NAME.lrc-partial/`` holds the checkpoint to be; its folder ``.lrc/`` holds the journal of the run, the lock and the
-finished layers. A killed run leaves it behind; the same command takes it up again.
+``.NAME.lrc-partial/`` holds the journal of a run, its lock, what was found of its source, the finished ``parts/`` and
+``checkpoint/``, which is laid out from them in one go and becomes NAME. A killed run leaves it behind; the same command
+takes it up again. Everything is on the disk before it counts, so that a power cut takes no more than a kill does. An
+earlier output of that name waits in the folder from just before the last rename to just after it.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +24,40 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lrc.checkpoint.durable import put, sync, write_text
+from lrc.checkpoint.hashes import file_sha256, tensor_sha256
 from lrc.checkpoint.headers import StoredTensor, read_headers
-from lrc.errors import OutOfResources, UserError
+from lrc.checkpoint.sources import Sources, watching
+from lrc.errors import OutOfResources, Resumable, UserError
 
 _SINGLE_FILE_BYTES = 2 * 1024**3
 MANIFEST = "lrc.json"
+INDEX = "model.safetensors.index.json"
+_JOURNAL, _SOURCES, _RETIRED = "run.json", "sources.json", "retired"
+_FULL = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("your quota of the disk is used up", "free some space"),
+    errno.EFBIG: ("a file has grown as large as files may", "raise the limit (ulimit -f)"),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a safetensors file: its SHA-256, and the hashes of its ``tensors`` by name."""
+
+    sha256: str
+    tensors: dict[str, str]
 
 
 class Staging:
-    """One run's staging folder; open it with ``staging``."""
+    """One run's staging folder; open it with ``staging``. ``folder`` is the checkpoint to be."""
 
-    def __init__(self, out: Path, folder: Path) -> None:
+    def __init__(self, out: Path, work: Path, sources: Sources) -> None:
         self.out = out
-        self.folder = folder
-        self._work = folder / ".lrc"
+        self.folder = work / "checkpoint"
+        self._work, self._parts, self._sources = work, work / "parts", sources
+        self._sound: set[str] = set()  # parts that this run wrote, or has read again whole
+        self._weights: dict[str, Written] = {}  # by file of the checkpoint
 
     @property
     def scratch(self) -> Path:
@@ -42,53 +66,58 @@ class Staging:
 
     def has(self, part: str) -> bool:
         """Whether a part was finished by this run or the one it resumes."""
-        return (self._work / f"{part}.json").exists()
+        return self._record(part).exists() and self._file(part).exists()
 
     def record(self, part: str) -> dict[str, Any]:
         """What was noted of a finished part."""
-        return json.loads((self._work / f"{part}.json").read_text(encoding="utf-8"))
+        return self._noted(part)["record"]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a finished part."""
-        try:
-            return load_file(self._work / f"{part}.safetensors")
-        except SafetensorError as error:
-            raise UserError(
-                f"{self._work / part}.safetensors is damaged: {error}; start over with --fresh"
-            ) from error
+        """The tensors of a finished part. Raises Resumable where its file is not what was written."""
+        self._check(part)
+        return load_file(self._file(part))
 
     def headers(self, part: str) -> dict[str, StoredTensor]:
         """Shapes and precisions of a finished part's tensors."""
-        return read_headers([self._work / f"{part}.safetensors"])
+        return read_headers([self._file(part)])
 
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Store a part; it counts as finished once its record, written last, is in place."""
-        with _space(self.folder):
+        """Store a part; it counts as finished once its record, written last, is in place.
+
+        Raises Resumable where a file of the source has changed.
+        """
+        with _space(self.out):
             held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-            self._save(held, self._work / f"{part}.safetensors")
-            write_text(self._work / f"{part}.json", json.dumps(record))
+            self._record(part).unlink(missing_ok=True)  # there only if someone took its tensors away
+            written = self._save(held, self._file(part))
+            self._sources.settle()
+            write_text(self._record(part), json.dumps({"record": record, **asdict(written)}))
+        self._sound.add(part)
 
     def assemble(self, parts: list[str]) -> None:
-        """Lay the parts out as a Hugging Face checkpoint: one file if small, else a shard each with an index."""
-        sources = [self._work / f"{part}.safetensors" for part in parts]
-        if sum(source.stat().st_size for source in sources) <= _SINGLE_FILE_BYTES:
-            with _space(self.folder):
-                merged = {name: tensor for source in sources for name, tensor in load_file(source).items()}
-                self._save(merged, self.folder / "model.safetensors")
-            return
-        weight_map, total = {}, 0
-        for i, source in enumerate(sources, start=1):
-            name = f"model-{i:05d}-of-{len(sources):05d}.safetensors"
-            with _space(self.folder):
-                _link(source, self.folder / name)
-            for key, stored in read_headers([source]).items():
-                weight_map[key], total = name, total + stored.bytes
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write_json("model.safetensors.index.json", index)
+        """Lay the parts out as a Hugging Face checkpoint: one file if small, else a shard each with an index.
 
-    def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
-        save_file(tensors, path, metadata={"format": "pt"})
-        shutil.copymode(self._work / "run.json", path)  # safetensors would keep it from all but its owner
+        What a killed run laid out before goes. Raises Resumable where a part is not what was written.
+        """
+        for part in parts:
+            self._check(part)
+        with _space(self.out):
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            if sum(self._file(part).stat().st_size for part in parts) <= _SINGLE_FILE_BYTES:
+                merged = {n: tensor for part in parts for n, tensor in load_file(self._file(part)).items()}
+                self._weights = {"model.safetensors": self._save(merged, self.folder / "model.safetensors")}
+                return
+            names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+            for part, name in zip(parts, names, strict=True):
+                _link(self._file(part), self.folder / name)
+                noted = self._noted(part)
+                self._weights[name] = Written(noted["sha256"], noted["tensors"])
+        stored = read_headers(self.folder / name for name in names)
+        weight_map = {key: tensor.file.name for key, tensor in sorted(stored.items())}
+        total = sum(tensor.bytes for tensor in stored.values())
+        self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the checkpoint."""
@@ -96,66 +125,113 @@ class Staging:
 
     def write_file(self, name: str, text: str) -> None:
         """Write a text file of the checkpoint."""
-        with _space(self.folder):
+        with _space(self.out):
             write_text(self.folder / name, text)
 
     def copy(self, path: Path) -> None:
         """Copy a file of the source checkpoint (tokenizer, generation config) as it is."""
-        with _space(self.folder):
+        with _space(self.out):
             shutil.copyfile(path, self.folder / path.name)
+            sync(self.folder / path.name)
+
+    def hashes(self) -> dict[str, Any]:
+        """SHA-256 of the source's files and of all that is laid out so far, and the hashes of its tensors by file.
+
+        Raises Resumable where a file of the source has changed.
+        """
+        files = {
+            path.name: self._weights[path.name].sha256 if path.name in self._weights else file_sha256(path)
+            for path in sorted(self.folder.iterdir())
+        }
+        tensors = {file: written.tensors for file, written in self._weights.items()}
+        return {"source": self._sources.settle(), "files": files, "tensors": tensors}
 
     def publish(self) -> None:
         """Give the finished folder its name, in place of an earlier output of that name."""
-        shutil.rmtree(self._work)
-        retired = self.folder.with_name(f"{self.folder.name}.old")
+        sync(self.folder)
         if self.out.exists():
-            shutil.rmtree(retired, ignore_errors=True)  # of a run that was killed just here
-            self.out.rename(retired)
+            self.out.rename(self._work / _RETIRED)
         self.folder.rename(self.out)
-        shutil.rmtree(retired, ignore_errors=True)
+        sync(self.out.parent)
+        _discard(self._work)
+
+    def _record(self, part: str) -> Path:
+        return self._parts / f"{part}.json"
+
+    def _file(self, part: str) -> Path:
+        return self._parts / f"{part}.safetensors"
+
+    def _noted(self, part: str) -> dict[str, Any]:
+        return json.loads(self._record(part).read_text(encoding="utf-8"))
+
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> Written:
+        """Write a safetensors file and read it again for its hashes, while it goes to the disk."""
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(tensors, partial, metadata={"format": "pt"})
+        shutil.copymode(self._work / _JOURNAL, partial)  # safetensors would keep it from all but its owner
+        with ThreadPoolExecutor() as pool:
+            synced, whole = pool.submit(sync, partial), pool.submit(file_sha256, partial)
+            by_tensor = {name: tensor_sha256(stored) for name, stored in read_headers([partial]).items()}
+            written = Written(whole.result(), by_tensor)
+            synced.result()
+        put(partial, path)
+        return written
+
+    def _check(self, part: str) -> None:
+        """Raise Resumable where a part of an earlier run is not what it wrote."""
+        file = self._file(part)
+        if part not in self._sound and file_sha256(file) != self._noted(part)["sha256"]:
+            raise Resumable(
+                f"{file} is damaged: it is not what was written; delete it and run the same command again to have "
+                "this part made anew, or start over with --fresh"
+            )
+        self._sound.add(part)
 
 
 @contextmanager
 def staging(
-    out: Path, key: Mapping[str, Any], *, source: Path, fresh: bool, force: bool
+    out: Path,
+    key: Mapping[str, Any],
+    *,
+    source: Path,
+    files: Iterable[Path] = (),
+    fresh: bool,
+    force: bool,
 ) -> Iterator[Staging]:
     """Open the staging folder of ``out`` for one run; ``key`` is everything that decides the result.
 
     A run that is killed, crashes or runs out of something leaves its finished layers for the next, and so does any that
     has finished them all; another that fails by a user's mistake leaves nothing. ``source`` is the model's own folder,
-    which ``out`` must not replace. Raises UserError where ``out`` exists and is not an lrc output (unless ``force``),
-    where another run holds it, and where an unfinished run had another key (unless ``fresh``).
+    which ``out`` must not replace, and ``files`` those in it that must not change under the run. Raises UserError where
+    ``out`` exists and is not an lrc output (unless ``force``), where another run holds it, and where an unfinished run
+    had another key (unless ``fresh``).
     """
     check_output(out, source=source, force=force)
-    folder = out.with_name(f".{out.name}.lrc-partial")
-    work = folder / ".lrc"
-    with _space(folder):
-        work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another run is writing {out} (it holds {folder}); wait for it or choose another --out"
-            ) from None
-        journal = work / "run.json"
+    work = out.with_name(f".{out.name}.lrc-partial")
+    with _locked(work, out):
+        _recover(work, out)
+        journal, parts = work / _JOURNAL, work / "parts"
         if fresh or not journal.exists():
-            _clear(folder)
+            _clear(work)
         elif changed := _changed(json.loads(journal.read_text(encoding="utf-8")), key):
             raise UserError(
                 f"an unfinished run of {out} had other settings ({', '.join(changed)}); "
                 "pass --fresh to start over, or the same settings to go on"
             )
-        with _space(folder):
+        with _space(out):
             write_text(journal, json.dumps(key))
+            parts.mkdir(exist_ok=True)
+        _sweep(parts)
         try:
-            yield Staging(out, folder)
+            with watching(source, files, work / _SOURCES) as sources:
+                stage = Staging(out, work, sources)
+                yield stage
         except Exception as error:
-            mistaken = isinstance(error, UserError) and not isinstance(error, OutOfResources)
-            finished = [path for path in work.glob("*.json") if path != journal]
-            whole = (folder / "config.json").exists()
-            if work.exists() and not whole and (mistaken or not finished):
-                shutil.rmtree(folder, ignore_errors=True)
+            mistaken = isinstance(error, UserError) and not isinstance(error, Resumable)
+            finished = any(parts.glob("*.json"))
+            whole = (work / "checkpoint" / "config.json").exists()
+            if journal.exists() and not whole and (mistaken or not finished):
+                _discard(work)
             raise
 
 
@@ -177,43 +253,93 @@ def check_output(out: Path, *, source: Path, force: bool) -> None:
         raise UserError(f"cannot replace {out}: it is, or holds, the current folder")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _changed(old: Any, new: Mapping[str, Any]) -> list[str]:
     plain = json.loads(json.dumps(new))
     return sorted(name for name in {*old, *plain} if old.get(name) != plain.get(name))
 
 
-def _clear(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
+@contextmanager
+def _locked(work: Path, out: Path) -> Iterator[None]:
+    """Hold the staging folder's lock, which dies with its process."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (work / "lock").open("w")
+        except FileNotFoundError:  # another run has just finished, and its folder is gone
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another run is writing {out} (it holds {work}); wait for it or choose another --out"
+                ) from None
+            if _same(lock.fileno(), work / "lock"):  # and not the lock of a folder that is gone
+                yield
+                return
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _recover(work: Path, out: Path) -> None:
+    """Mend what a run left that was killed around its last rename."""
+    shutil.rmtree(_doomed(work), ignore_errors=True)
+    if (retired := work / _RETIRED).exists():
+        if out.exists():
+            shutil.rmtree(retired)
+        else:
+            retired.rename(out)
+
+
+def _clear(work: Path) -> None:
+    (work / _JOURNAL).unlink(missing_ok=True)  # first: what is left without it is no run
+    for path in work.iterdir():
         if path.is_dir():
-            if path.name != ".lrc":
-                path.rmdir()
+            shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
 
 
+def _sweep(parts: Path) -> None:
+    """Remove what a killed run had not finished writing, under whatever name."""
+    for path in parts.iterdir():
+        if not path.with_suffix(".json").exists() or path.suffix not in (".json", ".safetensors"):
+            path.unlink()
+
+
+def _discard(work: Path) -> None:
+    """Remove a staging folder. It loses its name at once, as the next run may come before the last file is gone."""
+    shutil.rmtree(_doomed(work), ignore_errors=True)
+    work.rename(_doomed(work))
+    shutil.rmtree(_doomed(work), ignore_errors=True)
+
+
+def _doomed(work: Path) -> Path:
+    return work.with_name(f"{work.name}.old")
+
+
 def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
+        sync(target)
 
 
 @contextmanager
-def _space(folder: Path) -> Iterator[None]:
+def _space(out: Path) -> Iterator[None]:
     """Turn a full disk into a message; what was finished stays for the next run."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OutOfResources(
-                f"the disk is full: {folder}; free some space and run the same command again"
-            ) from error
+        for code, (what, remedy) in _FULL.items():
+            if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
+                raise OutOfResources(
+                    f"{what}: {out.parent.resolve()}; {remedy} and run the same command again"
+                ) from error
         raise

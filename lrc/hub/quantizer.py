@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lrc.checkpoint.headers import check_shapes, read_headers
+from lrc.checkpoint.headers import Shape, check_shapes, read_headers
 from lrc.errors import UserError
 from lrc.families import Family, family_of
 from lrc.modules.embedding import FACTORS
@@ -61,13 +61,9 @@ class LrcQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         family = family_of(model.config.model_type)
-        table = self.quantization_config.modules
-        apply_table(model, _local_table(model, table, family), family)
-        if _tied_factors(model, table, family):
-            _tie_factors(model, family)
+        expected = replace_modules(model, self.quantization_config.modules)
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             stored = {_full_name(n, family): held for n, held in read_headers(checkpoint_files).items()}
-            expected = {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
             check_shapes(expected, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -96,6 +92,18 @@ class LrcQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
+    """Replace in a model what a checkpoint's table names; shapes of the tensors that its files must hold, by full name.
+
+    Raises UserError where the table does not fit the model.
+    """
+    family = family_of(model.config.model_type)
+    apply_table(model, _local_table(model, table, family), family)
+    if _tied_factors(model, table, family):
+        _tie_factors(model, family)
+    return {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
 
 
 def _full_name(name: str, family: Family) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lrc.catalogue import Item
+    from lrc.integrity import Integrity
 
 
 def summary(report: Report) -> Iterator[RenderableType]:
@@ -107,6 +108,11 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     if memory.gradients_host:
         yield f"host memory for gradients: about {_bytes(memory.gradients_host)}"
     yield from _warnings(check.warnings)
+
+
+def integrity(found: Integrity) -> Iterator[RenderableType]:
+    """What was verified of an output that is sound."""
+    yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {_bytes(found.bytes)}"
 
 
 def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:

@@ -216,6 +216,27 @@ def test_a_file_cut_short_is_refused(tiny_checkpoint, length):
         CheckpointReader(folder)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"shape":[256,32]', b'"shape":[256,34]'),
+        (b'"shape":', b'"shapf":'),
+        (b'"shape":[256,', b'"shape":[25s,'),
+        (b'"data_offsets":[', b'"data_offsets":{'),
+        (b'"dtype":"F32"', b'"dtype":"F16"'),
+        (b'"dtype":"F32"', b'"dtype":"F31"'),
+        (b"{", b"\xff"),
+    ],
+)
+def test_a_header_that_was_damaged_is_refused(tiny_checkpoint, old, new):
+    folder = tiny_checkpoint("llama")
+    file = folder / "model.safetensors"
+    assert old in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    with pytest.raises(UserError, match=r"model.safetensors(?: is damaged|: tensor .* is stored as F31)"):
+        CheckpointReader(folder)
+
+
 def test_the_fingerprint_knows_the_config_and_the_shapes(tiny_checkpoint):
     folder = tiny_checkpoint("llama")
     first = CheckpointReader(folder).fingerprint

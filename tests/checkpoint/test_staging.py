@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lrc.checkpoint import durable
 from lrc.checkpoint import staging as module
 from lrc.checkpoint.staging import MANIFEST, Staging, staging
 from lrc.errors import UserError
@@ -35,6 +38,11 @@ def finish(stage: Staging, value: float = 1.0) -> None:
     stage.assemble(["rest", "layer-0"])
     stage.write_json(MANIFEST, {"value": value})
     stage.publish()
+
+
+def work(out: Path) -> Path:
+    """The staging folder of an output."""
+    return out.with_name(f".{out.name}.lrc-partial")
 
 
 @pytest.fixture
@@ -63,25 +71,114 @@ def test_an_earlier_output_is_replaced_at_once(out):
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-def test_what_a_crash_left_of_a_replacement_is_no_obstacle(out):
+def killed_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> None:
+    """Have the ``number``-th call of a function end the run before it does anything."""
+    left, call = [number], getattr(owner, name)
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, count)
+
+
+@pytest.mark.parametrize(("number", "named"), [(1, 1.0), (2, None), (3, 2.0)])
+def test_a_run_killed_at_its_last_renames_loses_nothing(out, monkeypatch, number, named):
+    """The renames of the earlier output, of the finished one, and of the staging folder."""
     with open_staging(out) as stage:
         finish(stage)
-    retired = out.with_name(".model.lrc-partial.old")
-    retired.mkdir()
-    (retired / "model.safetensors").write_text("left over")
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt), open_staging(out) as stage:
+        killed_at(patch, module.Path, "rename", number)
+        finish(stage, 2.0)
+    found = load_file(out / "model.safetensors")["a"][0] if out.exists() else None
+    assert found == named
     with open_staging(out) as stage:
+        assert out.exists()
+        assert stage.has("rest")
+        stage.assemble(["rest", "layer-0"])
+        stage.write_json(MANIFEST, {"value": 2.0})
+        stage.publish()
+    assert load_file(out / "model.safetensors")["a"][0] == 2
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+def test_a_staging_folder_that_was_not_removed_to_the_end_is_removed_by_the_next_run(out):
+    doomed = out.with_name(".model.lrc-partial.old")
+    (doomed / "parts").mkdir(parents=True)
+    (doomed / "parts" / "rest.safetensors").write_text("left over")
+    with open_staging(out) as stage:
+        assert not stage.has("rest")
         finish(stage, 3.0)
     assert load_file(out / "model.safetensors")["a"][0] == 3
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-def test_a_run_killed_on_the_point_of_its_last_rename_starts_clean(out):
-    partial = out.with_name(".model.lrc-partial")
-    partial.mkdir()
-    (partial / "model-00001-of-00009.safetensors").write_text("left over")
+def test_a_run_killed_before_its_journal_was_written_starts_clean(out):
+    parts = work(out) / "parts"
+    parts.mkdir(parents=True)
+    for suffix in ("json", "safetensors"):
+        (parts / f"rest.{suffix}").write_text("{}")
+    with open_staging(out) as stage:
+        assert not stage.has("rest")
+        finish(stage)
+    assert sorted(p.name for p in out.iterdir()) == [MANIFEST, "model.safetensors"]
+
+
+def test_what_a_killed_run_laid_out_is_laid_out_anew(out):
+    with suppress(KeyboardInterrupt), open_staging(out) as stage:
+        stage.write("rest", {"a": torch.ones(3)}, {})
+        stage.assemble(["rest"])
+        stage.write_file("tokenizer.json", "of a source that has none any more")
+        (stage.folder / ".tmpAbCdEf").write_text("half a file")
+        raise KeyboardInterrupt
     with open_staging(out) as stage:
         finish(stage)
     assert sorted(p.name for p in out.iterdir()) == [MANIFEST, "model.safetensors"]
+
+
+def test_half_written_parts_of_a_killed_run_are_removed(out):
+    with suppress(KeyboardInterrupt), open_staging(out) as stage:
+        stage.write("layer-0", {"b": torch.eye(2)}, {})
+        for name in (".tmpAbCdEf", "rest.safetensors", "layer-1.safetensors.partial", "rest.json.partial"):
+            (work(out) / "parts" / name).write_text("half a file")
+        raise KeyboardInterrupt
+    with open_staging(out) as stage:
+        held = sorted(path.name for path in (work(out) / "parts").iterdir())
+        assert held == ["layer-0.json", "layer-0.safetensors"]
+        assert stage.has("layer-0")
+
+
+def test_what_counts_is_on_the_disk_first(out, monkeypatch):
+    """A file is synced before it has its name, and its name before what stands on it is written."""
+    done: list[tuple[str, str]] = []
+
+    def note(what: str) -> Any:
+        def call(path: Path, *args: Any) -> None:
+            done.append((what, path.name))
+
+        return call
+
+    sync, replace, rename = durable.sync, Path.replace, Path.rename
+    for owner in (module, durable):
+        monkeypatch.setattr(owner, "sync", lambda path: (note("sync")(path), sync(path)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (note("name")(to), replace(path, to)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (note("name")(Path(to)), rename(path, to)))
+    with open_staging(out) as stage:
+        finish(stage)
+
+    def at(what: str, name: str, after: int = 0) -> int:
+        return next(i for i, event in enumerate(done) if i >= after and event == (what, name))
+
+    for part in ("rest", "layer-0"):
+        data = at("sync", f"{part}.safetensors.partial")
+        entry = at("sync", "parts", at("name", f"{part}.safetensors", data))
+        assert entry < at("name", f"{part}.json", at("sync", f"{part}.json.partial"))
+    weights = at("name", "model.safetensors", at("sync", "model.safetensors.partial"))
+    assert weights < at("sync", "checkpoint", at("name", MANIFEST, weights)) < at("name", "model")
+    published = at("sync", out.parent.name, at("name", "model"))
+    assert published < at("name", ".model.lrc-partial.old")
 
 
 def test_a_mistake_of_the_user_leaves_nothing_behind(out):
@@ -158,6 +255,7 @@ def test_other_settings_are_named_and_need_fresh(out):
 def test_two_runs_at_once_are_kept_apart_and_a_dead_ones_lock_dies(out):
     code = f"""
 import sys
+from contextlib import suppress
 from pathlib import Path
 from lrc.checkpoint.staging import staging
 with staging(Path({str(out)!r}), {KEY!r}, source=Path("/nowhere"), fresh=False, force=False):
@@ -179,10 +277,15 @@ with staging(Path({str(out)!r}), {KEY!r}, source=Path("/nowhere"), fresh=False, 
 
 
 @pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), module.SafetensorError("No space left on device")],
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full.*free some space"),
+        (module.SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (module.SafetensorError("I/O error: File too large (os error 27)"), "as large as files may.*ulimit"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "your quota of the disk"),
+    ],
 )
-def test_a_full_disk_is_said_and_the_rest_is_kept(out, monkeypatch, error):
+def test_a_full_disk_is_said_and_the_rest_is_kept(out, monkeypatch, error, told):
     def full(*args: Any, **kwargs: Any) -> None:
         raise error
 
@@ -192,7 +295,7 @@ def test_a_full_disk_is_said_and_the_rest_is_kept(out, monkeypatch, error):
             monkeypatch.setattr(module, "save_file", full)
             stage.write("rest", {"a": torch.ones(3)}, {})
 
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(UserError, match=told):
         run()
     monkeypatch.undo()
     with open_staging(out) as stage:
@@ -212,12 +315,45 @@ def test_other_errors_of_the_file_system_are_not_the_disk_being_full(out, monkey
             stage.write("rest", {"a": torch.ones(3)}, {})
 
 
-def test_a_damaged_part_says_how_to_go_on(out):
-    with open_staging(out) as stage:
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+@pytest.mark.parametrize("use", ["tensors", "assemble"])
+def test_a_damaged_part_says_how_to_go_on(out, damage, use):
+    with suppress(KeyboardInterrupt), open_staging(out) as stage:
         stage.write("rest", {"a": torch.ones(3)}, {})
-        (stage.folder / ".lrc" / "rest.safetensors").write_bytes(b"nonsense")
-        with pytest.raises(UserError, match=r"damaged.*--fresh"):
-            stage.tensors("rest")
+        raise KeyboardInterrupt
+    file = work(out) / "parts" / "rest.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    told = r"rest.safetensors is damaged.*delete it.*--fresh"
+    with pytest.raises(UserError, match=told), open_staging(out) as stage:
+        stage.assemble(["rest"]) if use == "assemble" else stage.tensors("rest")
+    file.unlink()
+    with open_staging(out) as stage:
+        assert not stage.has("rest")
+        finish(stage)
+    assert out.is_dir()
+
+
+def test_the_hashes_are_those_of_the_files_and_of_their_values(out, monkeypatch):
+    for limit in (0, 2**30):
+        monkeypatch.setattr(module, "_SINGLE_FILE_BYTES", limit)
+        with open_staging(out) as stage:
+            stage.write("rest", {"a": torch.ones(3), "none": torch.empty(0)}, {})
+            stage.write("layer-0", {"b": torch.eye(2, dtype=torch.bfloat16)}, {})
+            stage.assemble(["rest", "layer-0"])
+            stage.write_json("config.json", {})
+            found = stage.hashes()
+            files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in stage.folder.iterdir()}
+        assert found["files"] == files
+        assert found["source"] == {}
+        by_tensor = {name: digest for held in found["tensors"].values() for name, digest in held.items()}
+        assert by_tensor == {
+            "a": hashlib.sha256(torch.ones(3).numpy().tobytes()).hexdigest()[:32],
+            "none": hashlib.sha256(b"").hexdigest()[:32],
+            "b": hashlib.sha256(bytes.fromhex("803f00000000803f")).hexdigest()[:32],
+        }
+        for file, held in found["tensors"].items():
+            assert set(load_file(work(out) / "checkpoint" / file)) == set(held)
 
 
 def test_a_large_checkpoint_keeps_its_parts_as_shards(out, monkeypatch):
