@@ -30,6 +30,7 @@ from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
 from lrc.output import copied_files, logit_scale, refit_records, sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
+from lrc.refit import doubts
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
 from lrc.room import choose_place, fits_whole
@@ -145,6 +146,8 @@ def compress(
         with _memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
             Compressor(stream, job.plan, stage, watch).run(calibration.blocks, batch, lambda: advance(1))
         del stream
+        refits = refit_records(job, stage)
+        settings["warnings"] = warnings = [*warnings, *doubts(refits)]
         with watch.stage("write"):
             table = write_checkpoint(job, stage, settings)
         perplexity = []
@@ -179,7 +182,7 @@ def compress(
             after=after,
             perplexity=perplexity,
             targets=target_records(job, stage),
-            refits=refit_records(job, stage),
+            refits=refits,
             scale=logit_scale(stage),
             calibration=settings["calibration"],
             device=_device_name(place),

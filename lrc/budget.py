@@ -19,7 +19,7 @@ _SHORT = 0.002  # of what was asked may stay unspent
 @dataclass(frozen=True)
 class Budget:
     """What may be kept: ``keep`` of the weights of the decoder and of tables without sizes of their own, or ``size``
-    bytes of the checkpoint; alone or beside a keep, ``kv_cache`` of the cache.
+    bytes of the checkpoint's tensors; alone or beside a keep, ``kv_cache`` of the cache.
     """
 
     keep: float | None = None
@@ -55,7 +55,7 @@ def read_budgets(
     for name, value in [*(("--keep", value) for value in keeps), ("--kv-cache", kv_cache)]:
         if value is not None and not 0 < value <= 1:
             raise UserError(f"{name} {value:g} is outside (0, 1]; it is a fraction of the original")
-    if len(set(keeps)) < len(keeps):
+    if len({f"{value:g}" for value in keeps}) < len(keeps):  # as their plans are called
         raise UserError("--keep names a fraction twice")
     return [Budget(value, size, kv_cache) for value in keeps or [None]]
 
@@ -146,7 +146,10 @@ def _limit(asked: str, fraction: float, whole: int, least: int, most: int) -> in
 
 
 def _spend_bytes(limit: int, job: Job, curves: Sequence[Curve]) -> Spent:
-    """Spend bytes of the checkpoint: what goes with the weights, biases and kept columns, is counted afterwards."""
+    """Spend bytes of the checkpoint's tensors; biases and kept columns are counted afterwards."""
+    whole = output_size(_sized(job, curves, [curve.full for curve in curves], 0.0).job).bytes
+    if limit > whole:
+        raise UserError(f"{limit:,} bytes are more than the whole model, which has {whole:,}: ask for fewer")
     lowest, budget = (sum(c.smallest for c in curves), sum(c.whole for c in curves))
     least = allocate(curves, lowest)
     smallest = output_size(_sized(job, curves, least.sizes, least.cost).job).bytes

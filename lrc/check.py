@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from lrc.allocation import ALLOCATORS
-from lrc.allocation.sizing import unsized
+from lrc.allocation.sizing import HELD_OUT_SAMPLES, unsized
 from lrc.checkpoint.sizes import Size, size_of
 from lrc.estimate import TargetSize, output_size, target_sizes
 from lrc.job import Job, default_batch, find_dtype, generating_batch
-from lrc.memory import ASSUMED_SAMPLES, Memory, estimate_memory, generating_memory
+from lrc.memory import ASSUMED_SAMPLES, Memory, estimate_memory, generating_memory, measuring_memory
 from lrc.plan.resolved import Share
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.mixture import read_mixture
@@ -49,14 +49,23 @@ def check(job: Job) -> Check:
     jobs = unsized(job)
     gpu = torch.device("cuda")
     dtype = find_dtype(None, gpu, reader.dtype)
-    batch = default_batch(gpu.type, job.plan.seq_len)
-    memory, least = (estimate_memory(job, dtype, batch, place) for place in ("device", "host"))
+    batch, allocator = default_batch(gpu.type, job.plan.seq_len), ALLOCATORS[name]
+    memory, least = (
+        estimate_memory(job, dtype, batch, place, losses=allocator.losses) for place in ("device", "host")
+    )
+    if allocator.holds == "model":
+        memory, least = (
+            one.beside(
+                "measure sizes",
+                measuring_memory(jobs[-1], dtype, batch, one.samples, HELD_OUT_SAMPLES, one.place),
+            )
+            for one in (memory, least)
+        )
     warnings = list(job.plan.warnings)
     if calibration.samples == "all":
         warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")
     else:
-        losses = ALLOCATORS[name].losses
-        warnings += too_few(reader.architecture, job.plan, calibration.samples, losses=losses)
+        warnings += too_few(reader.architecture, job.plan, calibration.samples, losses=allocator.losses)
     if jobs:
         warnings.append(
             f"allocate {name}: lrc compress finds the sizes when it has measured what they cost; until then all is "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lrc.allocate import Curve
+from lrc.checkpoint.durable import write_text
 from lrc.errors import UserError
 from lrc.plan.document import dotted
 from lrc.plan.resolved import ResolvedPlan
@@ -41,9 +41,7 @@ class Curves:
 
     def save(self, path: Path) -> None:
         """Write the file in one step."""
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
         """Fields in which a key of a ``model`` differs, each with both values."""
@@ -78,7 +76,10 @@ def load_curves(path: Path) -> Curves:
         if not isinstance(found, dict) or "format" not in found:
             raise ValueError("no mapping with a format")
         if found["format"] != FORMAT:
-            raise UserError(f"{path} has format {found['format']!r}; this version of lrc reads {FORMAT}")
+            raise UserError(
+                f"{path} has format {found['format']!r}, this version of lrc reads {FORMAT}; remove it, or name "
+                "another with --curves"
+            )
         return as_curves(found)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

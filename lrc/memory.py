@@ -76,16 +76,23 @@ class Memory:
     dtype: str
     place: Place
 
+    def beside(self, stage: str, held: int) -> Memory:
+        """The same with a stage more."""
+        stages = {**self.stages, stage: held}
+        most = max(stages, key=stages.__getitem__)
+        return replace(self, peak=stages[most], stage=most, stages=stages)
+
 
 @dataclass(frozen=True)
 class _Run:
-    """A compression whose bytes are counted."""
+    """A compression whose bytes are counted; ``losses``: gradients of all targets are read for an allocation."""
 
     job: Job
     samples: int
     dtype: torch.dtype
     batch_size: int
     place: Place
+    losses: bool = False
 
     @property
     def architecture(self) -> Architecture:
@@ -126,20 +133,35 @@ class _Run:
         """Bytes of the hidden states of so many blocks, wherever they are."""
         return 4 * samples * self.seq_len * self.architecture.hidden
 
+    def gradient(self, layer: LayerPlan) -> int:
+        """Bytes of the gradient moments of one layer."""
+        architecture, heads = self.architecture, self.architecture.geometry
+        wanted = gradients_needed(architecture, layer, losses=self.losses)
+        width = heads.head_dim if heads.rotary == "none" else heads.head_dim // 2
+        outputs = sum(architecture.matrices[role].rows ** 2 for role in wanted.roles)
+        return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
+
     def waiting(self, held: int) -> int:
         """What states that take ``held`` bytes take of the device."""
         return held if self.place == "device" else min(held, 4 * self.stream(self.batch_size))
 
 
 def estimate_memory(
-    job: Job, dtype: torch.dtype, batch_size: int, place: Place = "device", samples: int | None = None
+    job: Job,
+    dtype: torch.dtype,
+    batch_size: int,
+    place: Place = "device",
+    *,
+    samples: int | None = None,
+    losses: bool = False,
 ) -> Memory:
     """Memory that ``lrc compress`` takes on a GPU: layers run in ``dtype``, ``batch_size`` blocks at once, and hidden
-    states wait on ``place``. ``samples``: calibration blocks (default: the plan's, where it says how many).
+    states wait on ``place``. ``samples``: calibration blocks (default: the plan's, where it says how many). ``losses``:
+    gradients of all targets are read, as some allocations do before.
     """
     asked = job.plan.plan.calibration.samples
     samples = samples or (ASSUMED_SAMPLES if asked == "all" else asked)
-    run = _Run(job, samples, dtype, min(batch_size, samples), place)
+    run = _Run(job, samples, dtype, min(batch_size, samples), place, losses)
     stages = {"embed": _embed(run)}
     if gradients_host := _gradients_host(run):
         stages["gradients"] = _gradients(run)
@@ -165,7 +187,7 @@ def measuring_memory(
     """
     architecture, plan, seq_len = job.reader.architecture, job.plan.plan, job.plan.seq_len
     alone = replace(job.plan, plan=plan.model_copy(update={"refit": "none"}), outer=job.plan.unsized(None))
-    one = estimate_memory(replace(job, plan=alone), dtype, batch_size, place, samples).peak
+    one = estimate_memory(replace(job, plan=alone), dtype, batch_size, place, samples=samples).peak
     stored, run = job.reader.dtype.itemsize, dtype.itemsize
     decoder = architecture.layers * architecture.layer_parameters
     weights = decoder * (stored if job.reader.dtype == dtype else stored + run)
@@ -201,7 +223,7 @@ def _gradients(run: _Run) -> int:
     tokens = min(run.batch_size, samples) * run.seq_len
     rows, hidden = min(logit_rows(architecture.vocab), run.seq_len), architecture.hidden
     head = run.tables * run.run + rows * architecture.vocab * (12 + 3 * run.run) + 2 * 4 * tokens * hidden
-    sums = 2 * max(_gradient_bytes(architecture, layer) for layer in run.job.plan.layers)
+    sums = 2 * max(run.gradient(layer) for layer in run.job.plan.layers)
     width = architecture.matrices[architecture.family.mlp_output].columns
     # What differentiating keeps of a token, and what comes back.
     activations = tokens * (hidden * (14 * 4 + 10 * run.run) + width * 8 * run.run)
@@ -210,17 +232,9 @@ def _gradients(run: _Run) -> int:
 
 def _gradients_host(run: _Run) -> int:
     """Inputs of layers, and the gradient moments of all; 0 where none are needed."""
-    moments = sum(_gradient_bytes(run.architecture, layer) for layer in run.job.plan.layers)
+    moments = sum(run.gradient(layer) for layer in run.job.plan.layers)
     layers, state = run.architecture.layers, run.stream(_gradient_samples(run))
     return moments + states_held(layers, stride(layers, state)) * state if moments else 0
-
-
-def _gradient_bytes(architecture: Architecture, layer: LayerPlan) -> int:
-    """Gradient moments of one layer."""
-    wanted, heads = gradients_needed(architecture, layer), architecture.geometry
-    width = heads.head_dim if heads.rotary == "none" else heads.head_dim // 2
-    outputs = sum(architecture.matrices[role].rows ** 2 for role in wanted.roles)
-    return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
 
 
 def _outer(run: _Run) -> int:
@@ -287,7 +301,7 @@ def _layer(run: _Run, layer: LayerPlan) -> dict[str, int]:
         queries = min(SAMPLES, run.samples * QUERIES * architecture.geometry.group)
         sampled = queries * architecture.head_dim**2  # of a key head
         moments += 4 * sampled * architecture.kv_heads
-    gradients, solutions = _gradient_bytes(architecture, layer), 8 * kept
+    gradients, solutions = run.gradient(layer), 8 * kept
     alone = len(layer.assignments) * (0 if shared else architecture.layer_parameters * run.run)
     rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
     reduced = 2 * kept * run.stored + (0 if shared else (rest + kept) * run.run) + alone

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +13,10 @@ from lrc.allocate import Curve
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Limits, Progress, Sizing, blank_curves, buy, default_samples
 from lrc.budget import Budget, Spent, read_budgets
+from lrc.checkpoint.durable import write_text
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.curves import Curves, file_name, load_curves
-from lrc.errors import UserError, nearest
+from lrc.errors import OutOfResources, UserError, nearest
 from lrc.estimate import output_size
 from lrc.families import Target
 from lrc.hub.names import resolve_model
@@ -70,7 +73,7 @@ def make_plan(
     """Write plans with the sizes of least cost that ``keep``, ``size`` or ``kv_cache`` allows.
 
     ``keep``: of the weights of the decoder and of what ``base`` names outside the layers without a size; of several,
-    each gets a plan, NAME-KEEP.yaml. ``size``: bytes of the checkpoint. ``kv_cache``: of the cache; alone it leaves all
+    each gets a plan, NAME-KEEP.yaml. ``size``: bytes of all tensors. ``kv_cache``: of the cache; alone it leaves all
     but qk and ov whole, beside a keep it fixes what these take of that. ``base``: a plan without sizes in the layers,
     for methods, options and calibration (default: a3). ``allocate``: what is spent where it saves most, one of
     ``lrc.allocation.ALLOCATORS`` (default: the base plan's if it names one, else sensitivity). ``keeps``:
@@ -135,11 +138,13 @@ def make_plan(
         with watch.stage("measure"):
             known = sizing.curves(progress)
         if store:
-            known.save(store)
+            with _written(store):
+                known.save(store)
     with watch.stage("allocate"):
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
     for path, budget, each in zip(paths, budgets, spent, strict=True):
-        path.write_text(_text(path, budget, name, known, each, texts, of_texts), encoding="utf-8")
+        with _written(path):
+            write_text(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(
         model=found.source,
         allocation=name,
@@ -155,6 +160,14 @@ def make_plan(
         peak_bytes=watch.peak_bytes,
         warnings=[*overruled, *dict.fromkeys(w for each in spent for w in each.job.plan.warnings), *of_texts],
     )
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutOfResources(f"{file} cannot be written: {error.strerror}") from error
 
 
 def _allocation_of(plan: Plan) -> str:
@@ -220,6 +233,8 @@ def _check_files(files: Sequence[Path], plans: Sequence[Path]) -> None:
     for file in files:
         if not file.parent.is_dir():
             raise UserError(f"{file} cannot be written: there is no folder {file.parent}")
+        with _written(file), tempfile.TemporaryFile(dir=file.parent):
+            pass  # whether it can be should be known now, not after the measurement
         if file.is_dir():
             raise UserError(f"{file} cannot be written: it is a folder")
     for plan in plans:
@@ -256,9 +271,9 @@ def _text(
     """The plan as YAML, with what it is and rests on at its head."""
     job, basis, share = spent.job, [f"Allocation: {name}."], spent.job.plan.budget
     if known.loss is not None:
-        basis = [f"{basis[0]} Measured on {texts.measured_on}, each target alone,"]
+        basis.append(f"Measured on {texts.measured_on}, each target alone.")
     if ALLOCATORS[name].holds != "nothing":
-        basis.append(f"with moments of {texts.fitted_to}.")
+        basis.append(f"Moments of {texts.fitted_to}.")
     header = [
         f"lrc compress {job.model.source} --plan {path}",
         "",

@@ -6,6 +6,7 @@ of calibration: the methods' moments and the refits of the layers before have se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +68,18 @@ class RefitRecord:
         held = record["held_out"]
         errors = {"error": StreamError(**record["error"]), "held_out": held and StreamError(**held)}
         return cls(**{**record, **errors})
+
+
+def doubts(refits: Sequence[RefitRecord]) -> list[str]:
+    """A warning where most of the refits of a run gained nothing on the blocks that were left out of them."""
+    chosen = [refit.held_out for refit in refits if refit.held_out is not None]
+    worse = [error for error in chosen if error.after >= error.before]
+    if 2 * len(worse) <= len(chosen):
+        return []
+    return [
+        f"{len(worse)} of {len(chosen)} residual refits gain nothing on the calibration blocks left out of them; use "
+        "more samples"
+    ]
 
 
 @dataclass(frozen=True)

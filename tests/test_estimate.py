@@ -257,3 +257,20 @@ def test_more_gradient_samples_than_blocks_are_no_more_states(
     without = check(prepare(model, write_plan("keep: 0.5\nmethod: svd", gradient_samples=3))).memory
     assert without.gradients_host == 0
     assert "gradients" not in without.stages
+
+
+def test_memory_counts_what_an_allocation_takes_before(
+    tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path]
+) -> None:
+    """Gradients of every target where it predicts losses, the whole model where it measures them."""
+    model = tiny_checkpoint("llama")
+    uniform, energy, fisher, measured = (
+        check(prepare(model, write_plan(f"keep: 0.6\nmethod: svd\nallocate: {name}", gradient_samples=3)))
+        for name in ("uniform", "energy", "fisher", "sensitivity")
+    )
+    assert uniform.memory.gradients_host == energy.memory.gradients_host == 0
+    swept = check(prepare(model, write_plan("keep: 0.6\nmethod: two_sided_svd", gradient_samples=3))).memory
+    assert fisher.memory.gradients_host == swept.gradients_host > 0
+    assert measured.memory.stages["measure sizes"] > measured.before.bytes
+    assert measured.memory.peak >= measured.memory.stages["measure sizes"]
+    assert "measure sizes" not in fisher.memory.stages

@@ -18,6 +18,7 @@ PUBLISHED = {
 # From the best to the worst; all but the first without the residual refit, which none of the papers has.
 PLANS = {
     "loss-aware": {"method": "a3"},
+    "loss-aware, not refitted": {"method": "a3", "refit": "none"},
     "published": {"method": "a3", "components": PUBLISHED, "refit": "none"},
     "whitened": {"method": "whitened_svd", "refit": "none"},
     "plain": {"method": "svd", "refit": "none"},

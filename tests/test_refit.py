@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.nn import functional
 
 from lrc import refit
 from lrc.methods.contract import Affine
-from lrc.refit import RIDGE, RIDGES, Refit, RefitRecord, RefitSum, held_out_blocks
+from lrc.refit import RIDGE, RIDGES, Refit, RefitRecord, RefitSum, StreamError, doubts, held_out_blocks
 
 CPU = torch.device("cpu")
 
@@ -202,3 +204,14 @@ def test_records_survive_json(seen):
     for mask in (None, held_out_blocks(len(x))):
         record = solved(x, t, start, mask).record(3, "o")
         assert RefitRecord.from_dict(record.as_dict()) == record
+
+
+def test_refits_that_gain_nothing_where_they_were_not_fitted_are_told() -> None:
+    def record(before: float, after: float) -> RefitRecord:
+        return RefitRecord(0, "o", 1.0, None, StreamError(2, 1), StreamError(before, after))
+
+    better, worse = record(0.2, 0.1), record(0.1, 0.2)
+    alone = replace(better, held_out=None)
+    assert doubts([]) == doubts([alone]) == doubts([better, worse]) == []
+    (warning,) = doubts([better, worse, worse, alone])
+    assert warning.startswith("2 of 3 residual refits gain nothing")

@@ -40,7 +40,9 @@ def plan_model(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--bytes", metavar="SIZE", help="Of the checkpoint: 4G is 4e9 bytes, 4GiB 2**32."),
+        typer.Option(
+            "--bytes", metavar="SIZE", help="Of the checkpoint's tensors: 4G is 4e9 bytes, 4GiB 2**32."
+        ),
     ] = None,
     kv_cache: Annotated[
         float | None,

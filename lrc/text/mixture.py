@@ -168,11 +168,8 @@ def read_mixture(data: DataLike) -> Mixture:
     try:
         checked = check_data(_parsed(data) if isinstance(data, str) else data)
     except ValueError as error:
-        hint = (
-            "; no file has this name, so a weight follows the ="
-            if isinstance(data, str) and "=" in data
-            else ""
-        )
+        unread = isinstance(data, str) and "=" in data and "not a number" in str(error)
+        hint = "; no file has this name, so a weight follows the =" if unread else ""
         raise UserError(f"calibration data {data!r}: {error}{hint}") from None
     if isinstance(checked, dict):
         return Mixture(tuple(checked), tuple(checked.values()))

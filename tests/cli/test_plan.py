@@ -108,7 +108,7 @@ def test_a_file_of_curves_is_for_one_key(work: Path, succeeds: Any, fails: Any, 
 DAMAGES = [
     (lambda found: [found], "no mapping with a format"),
     (lambda found: {}, "no mapping with a format"),
-    (lambda found: found | {"format": 1}, "has format 1; this version"),
+    (lambda found: found | {"format": 1}, "has format 1, this version of lrc reads 4; remove it"),
     (lambda found: found | {"key": 3}, "holds no curves of lrc plan (key: "),
     (lambda found: found | {"curves": 3}, "holds no curves of lrc plan (curves: "),
     (
@@ -157,10 +157,10 @@ def test_the_plan_is_readable_and_compress_takes_it(work: Path, succeeds: Any) -
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert head[0] == "# lrc compress tiny-gpt2 --plan mine.yaml"
     assert "nats per token, perplexity times" in text
-    assert (
-        "# Allocation: sensitivity. Measured on builtin:test (2 blocks of 48 tokens), each target alone,"
-        in text
+    measured = (
+        "# Allocation: sensitivity. Measured on builtin:test (2 blocks of 48 tokens), each target alone."
     )
+    assert f"{measured} Moments of builtin:train (3 blocks of 48 tokens)." in text
     assert "# Warning: builtin:test is what perplexity is measured on" in text
     assert (
         "calibration: {data: 'builtin:train', samples: 3, seq_len: 48, gradient_samples: 32, seed: 0}" in text
@@ -421,6 +421,9 @@ def test_an_allocation_asked_of_a_method_that_has_no_curve_is_refused(
         (("--keep", "1.5"), "--keep 1.5 is outside (0, 1]"),
         (("--keep", "half"), "'half' is not a number"),
         (("--keep", "0.8,0.8"), "names a fraction twice"),
+        (("--keep", "0.8,0.80000001"), "names a fraction twice"),
+        (("--bytes", "100GB"), "100,000,000,000 bytes are more than the whole model, which has "),
+        (("--keep", "0.8", "-o", "/proc/plan.yaml"), "/proc/plan.yaml cannot be written: "),
         (("--kv-cache", "0"), "--kv-cache 0 is outside (0, 1]"),
         (("--bytes", "4 pounds"), "is not a size; write such as 4G"),
         (("--keep", "0.3"), "a keep of 0.3 cannot be met; the smallest that can is 0.4006"),
