@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,14 +50,20 @@ class Written:
 
 
 class Staging:
-    """One run's staging folder; open it with ``staging``. ``folder`` is the checkpoint to be."""
+    """One run's staging folder; open it with ``staging``. ``folder`` is the checkpoint to be.
 
-    def __init__(self, out: Path, work: Path, sources: Sources) -> None:
+    A part goes to the disk while the run goes on, one at a time, so that memory holds no more than one that waits.
+    """
+
+    _pending: tuple[str, Future[None]] | None  # the part that is being written
+
+    def __init__(self, out: Path, work: Path, sources: Sources, writer: Executor) -> None:
         self.out = out
         self.folder = work / "checkpoint"
         self._work, self._parts, self._sources = work, work / "parts", sources
         self._sound: set[str] = set()  # parts that this run wrote, or has read again whole
         self._weights: dict[str, Written] = {}  # by file of the checkpoint
+        self._writer, self._pending = writer, None
 
     @property
     def scratch(self) -> Path:
@@ -66,6 +72,7 @@ class Staging:
 
     def has(self, part: str) -> bool:
         """Whether a part was finished by this run or the one it resumes."""
+        self.settle(part)
         return self._record(part).exists() and self._file(part).exists()
 
     def record(self, part: str) -> dict[str, Any]:
@@ -79,26 +86,39 @@ class Staging:
 
     def headers(self, part: str) -> dict[str, StoredTensor]:
         """Shapes and precisions of a finished part's tensors."""
+        self.settle(part)
         return read_headers([self._file(part)])
 
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Store a part; it counts as finished once its record, written last, is in place.
+        """Store a part, in the background; it counts as finished once its record, written last, is in place.
 
-        Raises Resumable where a file of the source has changed.
+        ``tensors`` must not change any more. What goes wrong is raised by the next call: Resumable where a file of the
+        source has changed.
         """
+        held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        self.settle()
+        self._pending = part, self._writer.submit(self._write, part, held, dict(record))
+
+    def _write(self, part: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         with _space(self.out):
-            held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
             self._record(part).unlink(missing_ok=True)  # there only if someone took its tensors away
-            written = self._save(held, self._file(part))
+            written = self._save(tensors, self._file(part))
             self._sources.settle()
             write_text(self._record(part), json.dumps({"record": record, **asdict(written)}))
         self._sound.add(part)
+
+    def settle(self, part: str | None = None) -> None:
+        """Wait until nothing is being written, or a ``part`` is not, and raise what went wrong."""
+        if self._pending and part in (None, self._pending[0]):
+            (_, written), self._pending = self._pending, None
+            written.result()
 
     def assemble(self, parts: list[str]) -> None:
         """Lay the parts out as a Hugging Face checkpoint: one file if small, else a shard each with an index.
 
         What a killed run laid out before goes. Raises Resumable where a part is not what was written.
         """
+        self.settle()
         for part in parts:
             self._check(part)
         with _space(self.out):
@@ -162,6 +182,7 @@ class Staging:
         return self._parts / f"{part}.safetensors"
 
     def _noted(self, part: str) -> dict[str, Any]:
+        self.settle(part)
         return json.loads(self._record(part).read_text(encoding="utf-8"))
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> Written:
@@ -179,6 +200,7 @@ class Staging:
 
     def _check(self, part: str) -> None:
         """Raise Resumable where a part of an earlier run is not what it wrote."""
+        self.settle(part)
         file = self._file(part)
         if part not in self._sound and file_sha256(file) != self._noted(part)["sha256"]:
             raise Resumable(
@@ -223,9 +245,11 @@ def staging(
             parts.mkdir(exist_ok=True)
         _sweep(parts)
         try:
-            with watching(source, files, work / _SOURCES) as sources:
-                stage = Staging(out, work, sources)
+            # The sources go first: a part that still waits for their hashes is given up, one that does not is finished.
+            with ThreadPoolExecutor(1) as writer, watching(source, files, work / _SOURCES) as sources:
+                stage = Staging(out, work, sources, writer)
                 yield stage
+                stage.settle()
         except Exception as error:
             mistaken = isinstance(error, UserError) and not isinstance(error, Resumable)
             finished = any(parts.glob("*.json"))

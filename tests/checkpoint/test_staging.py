@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,9 @@ def test_a_part_without_its_record_is_not_finished(out, monkeypatch):
 
     with open_staging(out) as stage:
         monkeypatch.setattr(module, "write_text", fail)
+        stage.write("rest", {"a": torch.ones(3)}, {})
         with pytest.raises(KeyboardInterrupt):
-            stage.write("rest", {"a": torch.ones(3)}, {})
+            stage.settle()
         assert not stage.has("rest")
 
 
@@ -292,6 +294,7 @@ def test_a_full_disk_is_said_and_the_rest_is_kept(out, monkeypatch, error, told)
     def run() -> None:
         with open_staging(out) as stage:
             stage.write("layer-0", {"b": torch.eye(2)}, {})
+            stage.settle()
             monkeypatch.setattr(module, "save_file", full)
             stage.write("rest", {"a": torch.ones(3)}, {})
 
@@ -311,8 +314,38 @@ def test_other_errors_of_the_file_system_are_not_the_disk_being_full(out, monkey
 
     with open_staging(out) as stage:
         monkeypatch.setattr(module, "save_file", denied)
+        stage.write("rest", {"a": torch.ones(3)}, {})
         with pytest.raises(PermissionError):
-            stage.write("rest", {"a": torch.ones(3)}, {})
+            stage.settle()
+
+
+def test_a_part_is_written_while_the_run_goes_on_and_waited_for_where_it_is_read(out, monkeypatch):
+    going, gone_on = module.save_file, threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        assert gone_on.wait(60)
+        going(*args, **kwargs)
+
+    monkeypatch.setattr(module, "save_file", slow)
+    with open_staging(out) as stage:
+        stage.write("layer-0", {"b": torch.eye(2)}, {"table": {"x": 1}})
+        assert not stage.has("rest")
+        gone_on.set()
+        assert stage.has("layer-0")
+        assert stage.record("layer-0") == {"table": {"x": 1}}
+
+
+def test_what_went_wrong_behind_the_run_is_raised_at_the_next_part(out, monkeypatch):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_staging(out) as stage:
+        stage.write("layer-0", {"b": torch.eye(2)}, {})
+        stage.settle()
+        monkeypatch.setattr(module, "save_file", full)
+        stage.write("layer-1", {"b": torch.eye(2)}, {})
+        with pytest.raises(UserError, match="the disk is full"):
+            stage.write("layer-2", {"b": torch.eye(2)}, {})
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
