@@ -1,7 +1,7 @@
 """Does to compressions what machines do, and tells what came out: a Markdown table, and exit code 1 if anything failed.
 
-    python scripts/faults.py                   # everything, some minutes on two CPU cores
-    python scripts/faults.py --quick           # what the tests run: three kill points and what takes seconds
+    python scripts/faults.py                   # everything, about five minutes of CPU time
+    python scripts/faults.py --quick           # what the tests run, half a minute: three kill points and what is quick
     python scripts/faults.py --kills 100 --seed 7 --only kill
 
 Every run is a process of its own, forked from one that has only imported lrc. The product has no hook for this: the
