@@ -286,9 +286,10 @@ def _changed(old: Any, new: Mapping[str, Any]) -> list[str]:
 def _locked(work: Path, out: Path) -> Iterator[None]:
     """Hold the staging folder's lock, which dies with its process."""
     while True:
-        work.mkdir(parents=True, exist_ok=True)
         try:
-            lock = (work / "lock").open("w")
+            with _space(out):
+                work.mkdir(parents=True, exist_ok=True)
+                lock = (work / "lock").open("w")
         except FileNotFoundError:  # another run has just finished, and its folder is gone
             continue
         with lock:
