@@ -130,6 +130,14 @@ UNITS = {
     "disk": ("disk", "cache", "write"),
     "network": ("network",),
 }
+_LETTERS = dict(zip(UNITS, "mfvgldn", strict=True))
+_LEGEND = "; ".join(
+    [
+        *(f"{letter} {unit}" for unit, letter in _LETTERS.items()),
+        "* a GPU has too little memory",
+        "† a node has too little",
+    ]
+)
 Work = Counter[str | tuple[str, int]]
 
 
@@ -480,9 +488,7 @@ def _sent(size: int, run: Run) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a stage, and those of every unit, of which the disk works while others do where ``reading`` is what
-    it is at.
-    """
+    """Seconds of a stage, and those that each unit is at work: ``reading`` of the disk's go beside all others'."""
 
     seconds: float
     units: dict[str, float]
@@ -650,17 +656,22 @@ class Case:
 
     @property
     def label(self) -> str:
-        """GPUs, with a mark where the memory of each is too small."""
-        return f"{self.run.gpus}{'' if self.memory.away <= GPU_BYTES else '*'}"
+        """GPUs, with marks where the memory of each, or of a node, is too small."""
+        full = self.memory.away > GPU_BYTES, self._on_node > HOST_BYTES
+        return f"{self.run.gpus}{'*' * full[0]}{'†' * full[1]}"
 
     @property
     def rates(self) -> Rates:
         """Those of an H200; a checkpoint that the host's memory cannot keep is read from disk each time."""
-        rates, nodes = h200(self.run.gpus), min(self.run.gpus, NODE)
-        states = self.memory.states if self.run.on_host else 0
+        rates = h200(self.run.gpus)
         size = self.shape.stored * (self.shape.layers * self.shape.layer + self.shape.tables)
-        kept = size + nodes * (self.memory.host + states) <= HOST_BYTES
-        return rates if kept else replace(rates, cache=rates.disk)
+        return rates if size + self._on_node <= HOST_BYTES else replace(rates, cache=rates.disk)
+
+    @property
+    def _on_node(self) -> int:
+        """Bytes that the processes of a node hold on the host."""
+        states = self.memory.states if self.run.on_host else 0
+        return min(self.run.gpus, NODE) * (self.memory.host + states)
 
     @property
     def costs(self) -> dict[str, Cost]:
@@ -722,6 +733,7 @@ def cpu(shape: Shape, run: Run) -> Rates:
     square = (wide.T @ wide).double()
     thin = torch.randn(shape.hidden, shape.q_rank, dtype=torch.float64)
     block = torch.randn(2**24)
+    copied = block.nbytes / _seconds(block.clone)
     sides = {
         "cholesky": {mlp.kept, shape.hidden, shape.head_dim},
         "eigh": {shape.hidden, shape.head_dim},
@@ -746,11 +758,11 @@ def cpu(shape: Shape, run: Run) -> Rates:
         double=2 * shape.hidden * mlp.width**2 / _seconds(lambda: square[: shape.hidden] @ square),
         qr=(4 * shape.hidden * shape.q_rank**2 - 4 * shape.q_rank**3 / 3)
         / _seconds(lambda: torch.linalg.qr(thin)),
-        memory=2 * block.nbytes / _seconds(block.clone),
+        memory=2 * copied,  # read and written
         link=math.inf,  # the host is the device
         pageable=math.inf,
-        disk=block.nbytes / _seconds(block.clone),  # from the page cache
-        cache=block.nbytes / _seconds(block.clone),
+        disk=copied,  # from the page cache
+        cache=copied,
         write=block.nbytes / _seconds(lambda: _write(block)),
         network=math.inf,
         points=points,
@@ -786,11 +798,9 @@ def table() -> None:
     for case in every:
         found = case.costs
         whole = sum(cost.seconds for name, cost in found.items() if name != "evaluate")
-        cells = [f"{_number(found[name].seconds)} {found[name].limit}" for name in stages]
+        cells = [f"{_number(found[name].seconds)} {_LETTERS[found[name].limit]}" for name in stages]
         print(f"| {case.name} | {case.label} | {' | '.join(cells)} | {_number(whole)} |")
-    print(
-        "\n* the GPU's memory is too small for it\n\nSeconds that each unit is at work, all stages but evaluate:\n"
-    )
+    print(f"\n{_LEGEND}\n\nSeconds that each unit is at work, without evaluate:\n")
     print(f"| model | GPUs | {' | '.join(UNITS)} |\n|---|---|{'---|' * len(UNITS)}")
     for case in every:
         found = [cost.units for name, cost in case.costs.items() if name != "evaluate"]
@@ -860,8 +870,8 @@ def compare(
 
 
 def _number(value: float) -> str:
-    """Two or three digits."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
+    """Two digits."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 if __name__ == "__main__":
