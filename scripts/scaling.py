@@ -785,7 +785,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return min(times)
 
 
-app = typer.Typer(add_completion=False, help=__doc__)
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
