@@ -116,7 +116,6 @@ def h200(gpus: int) -> Rates:
         points={
             "cholesky": {11008: 0.02},
             "eigh": {4096: 0.1, 11008: 0.93},
-            "svd": {2048: 0.8},  # assumed, by Jacobi, which torch takes on CUDA
         },
     )
 
@@ -124,13 +123,12 @@ def h200(gpus: int) -> Rates:
 UNITS = {
     "matrix unit": ("products", "sums"),
     "float64": ("double", "qr", "cholesky", "eigh"),
-    "float64 SVD": ("svd",),  # apart, as its rate is the least certain
     "GPU memory": ("memory",),
     "host link": ("link", "pageable"),
     "disk": ("disk", "cache", "write"),
     "network": ("network",),
 }
-_LETTERS = dict(zip(UNITS, "mfvgldn", strict=True))
+_LETTERS = dict(zip(UNITS, "mfgldn", strict=True))
 _LEGEND = "; ".join(
     [
         *(f"{letter} {unit}" for unit, letter in _LETTERS.items()),
@@ -271,10 +269,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """What every process does, and lists of what is spread over them, one list after the other."""
+    """What every process does, and lists of what is spread over them, one list after the other.
+
+    ``behind``: the disk is at it while the next layer is at work.
+    """
 
     own: Work
     spread: Sequence[Sequence[Work]] = ()
+    behind: bool = False
 
 
 def count(shape: Shape, run: Run) -> dict[str, Stage]:
@@ -287,7 +289,7 @@ def count(shape: Shape, run: Run) -> dict[str, Stage]:
         "measure": Stage(_measure(shape, run)),
         "refit": Stage(_refit(shape, run), _ridges(shape, run)),
         "scale": Stage(_scale(shape, run)),
-        "write": Stage(Work(dict.fromkeys(("pageable", "write"), shape.stored * shape.kept))),
+        "write": Stage(Work(dict.fromkeys(("pageable", "write"), shape.stored * shape.kept)), behind=True),
         "evaluate": Stage(_evaluate(shape, run)),
     }
     once = ("gradients", "scale", "evaluate")
@@ -296,7 +298,7 @@ def count(shape: Shape, run: Run) -> dict[str, Stage]:
 
 def _all_layers(stage: Stage, shape: Shape) -> Stage:
     spread = [[_times(work, shape.layers) for work in group] for group in stage.spread]
-    return Stage(_times(stage.own, shape.layers), spread)
+    return replace(stage, own=_times(stage.own, shape.layers), spread=spread)
 
 
 def _times(work: Work, times: int) -> Work:
@@ -359,15 +361,14 @@ def _solve_pair(rows: int, columns: int, rank: int) -> Work:
     """``lrc.linalg.best_pair`` for both moments, and what it says of its error."""
     near, far = min(rows, columns), max(rows, columns)
     inner = 2 * near * far**2 + 2 * near**2 * far + 4 * near**3 + 3 * near**2 * rank + 2 * rank * near * far
-    balanced = 2 * rank**3 + 2 * rank**2 * (rows + columns)
+    balanced = 2 * rank**2 * (rows + 3 * columns)
     errors = 2 * rows * rank * columns + 6 * rows * columns**2 + 2 * rows**2 * columns
     return Work(
         {
             "double": inner + balanced + errors,
-            "qr": sum(4 * side * rank**2 - 4 * rank**3 // 3 for side in (rows, columns)),
-            ("svd", rank): 1,
+            "qr": 4 * rows * rank**2 - 4 * rank**3 // 3,
         }
-    ) + Work([("cholesky", far), ("cholesky", near), ("eigh", near)])
+    ) + Work([("cholesky", far), ("cholesky", near), ("eigh", near), ("eigh", rank)])
 
 
 def _solve_values(shape: Shape) -> Work:
@@ -504,13 +505,20 @@ class Cost:
 
 
 def costs(stages: Mapping[str, Stage], shape: Shape, run: Run, rates: Rates) -> dict[str, Cost]:
-    """Seconds by stage. Layers are read while others are at work; all else waits for what is before it."""
+    """Seconds by stage. Layers are read, and written where that is ``behind``, while others are at work; all else waits
+    for what is before it.
+    """
     found = {name: _cost(stage, run, rates) for name, stage in stages.items()}
-    # Of the loop's reading, what takes longer than the layers' work is waited for, and the first layer.
-    work = sum(found[name].seconds for name in ("observe", "solve", "measure", "refit", "write"))
-    load = found["load"].units
-    disk = max(load["disk"] - work, load["disk"] / shape.layers)
-    return found | {"load": Cost(disk + load["host link"], load | {"disk": disk}, 0.0)}
+    # Of the loop's reading and writing, what takes longer than the layers' work is waited for, and one layer of each.
+    behind = ["load", *(name for name, stage in stages.items() if stage.behind)]
+    left = sum(found[n].seconds for n in ("observe", "solve", "measure", "refit", "write") if n not in behind)
+    for name in behind:
+        units = found[name].units
+        disk = max(units["disk"] - left, units["disk"] / shape.layers)
+        left = max(left - units["disk"], 0.0)
+        others = sum(seconds for unit, seconds in units.items() if unit != "disk")
+        found[name] = Cost(disk + others, units | {"disk": disk}, 0.0)
+    return found
 
 
 def _cost(stage: Stage, run: Run, rates: Rates) -> Cost:
@@ -721,7 +729,7 @@ def then(shape: Shape, run: Run) -> dict[str, Stage]:
         "solve": _all_layers(Stage(solve), shape),
         "measure": _all_layers(Stage(Work(measure)), shape),
         "refit": _all_layers(Stage(Work(refit), _ridges(shape, replace(run, blocks=1))), shape),
-        "write": count(shape, run)["write"],
+        "write": replace(count(shape, run)["write"], behind=False),
     }
 
 
@@ -736,13 +744,11 @@ def cpu(shape: Shape, run: Run) -> Rates:
     copied = block.nbytes / _seconds(block.clone)
     sides = {
         "cholesky": {mlp.kept, shape.hidden, shape.head_dim},
-        "eigh": {shape.hidden, shape.head_dim},
-        "svd": {shape.q_rank},
+        "eigh": {shape.hidden, shape.head_dim, shape.q_rank},
     }
     factor = {
         "cholesky": torch.linalg.cholesky_ex,
         "eigh": torch.linalg.eigh,
-        "svd": lambda x: torch.linalg.svd(x.triu()),
     }
 
     def matrix(n: int) -> torch.Tensor:
