@@ -14,6 +14,10 @@ class OutOfResources(UserError):
     """Something ran out (disk, GPU memory); what was finished stays, and the run can be taken up again."""
 
 
+class Lost(OutOfResources):
+    """Another process of the run ended, or no longer answers."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """End a message about an unknown word: the nearest choice if one is near, and the choices."""
     known = sorted(choices)

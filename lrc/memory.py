@@ -38,7 +38,7 @@ It is an estimate: workspaces of the linear algebra library and fragments of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -220,7 +220,7 @@ def _layer(job: Job, layer: LayerPlan, samples: int, dtype: torch.dtype, batch_s
     if not layer.assignments:
         return {"pass": streams + weights + activations}
     kept = sum(a.kept for a in layer.assignments)
-    moments = sum(4 * _width(architecture, site) ** 2 for site in sites_needed(architecture, layer))
+    moments = sum(4 * architecture.site_width(site) ** 2 for site in sites_needed(architecture, layer))
     sampled = 0
     if "attention_samples" in collectors_needed(layer):
         queries = min(SAMPLES, samples * QUERIES * architecture.geometry.group)
@@ -325,14 +325,6 @@ def _token_bytes(architecture: Architecture, layer: LayerPlan, run: int) -> int:
     hidden, width = architecture.hidden, architecture.matrices[architecture.family.mlp_output].columns
     projections = _targets(layer) - {"qk", "ov", "mlp"}
     return hidden * (6 * 4 + 6 * run) + width * (3 * run + 16 if projections else 7 * run)
-
-
-def _width(architecture: Architecture, site: str) -> int:
-    """Size of the activations at a site."""
-    roles: Iterable[str] = architecture.matrices
-    return next(
-        architecture.matrices[role].columns for role in roles if architecture.family.site(role) == site
-    )
 
 
 def _targets(layer: LayerPlan) -> set[str]:

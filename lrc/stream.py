@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,14 @@ class Batch:
 class ModelStream:
     """A checkpoint's model on the meta device, and its layers made real one by one.
 
-    Layers run in ``dtype``; the residual stream between them is float32 whatever that is.
+    Layers run in ``dtype``; the residual stream between them is float32 whatever that is. Each of ``ranks`` walks with
+    blocks of its own, and sums over blocks are those of all.
     """
 
-    def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype) -> None:
-        self.reader, self.device, self.dtype = reader, device, dtype
+    def __init__(
+        self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> None:
+        self.reader, self.device, self.dtype, self.ranks = reader, device, dtype, ranks
         layers = self._meta_model().get_submodule(reader.family.layers)
         self.skeletons: list[nn.Module] = list(layers.children())
 

@@ -20,6 +20,7 @@ from lrc.curves import Curves, plan_sha256
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job
 from lrc.memory import free_bytes, measuring_memory
+from lrc.ranks import ALONE, Ranks
 from lrc.solve import reads_gradients
 from lrc.template import templates
 from lrc.text.blocks import gradient_blocks, ids_sha256
@@ -65,7 +66,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sizing:
-    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, a device."""
+    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, devices."""
 
     name: str
     jobs: Sequence[Job]
@@ -74,6 +75,7 @@ class Sizing:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+    ranks: Ranks = ALONE
 
     @property
     def key(self) -> dict[str, Any]:
@@ -109,7 +111,14 @@ class Sizing:
             architecture = job.reader.architecture
             advance = progress("measure", allocator.steps(architecture, blank_curves(self.name, self.jobs)))
         setting = Setting(
-            job.reader, plans, self.texts, self.device, self.dtype, self.batch_size, allocator.losses
+            job.reader,
+            plans,
+            self.texts,
+            self.device,
+            self.dtype,
+            self.batch_size,
+            allocator.losses,
+            self.ranks,
         )
         try:
             costs = allocator.costs(setting, advance)
