@@ -112,7 +112,7 @@ class _Sweep:
                 out = self._stream.run(module, index, batch, x.to(self._stream.device))
                 finite.append(out.isfinite().all())
                 passed.append(_to_host(out))
-            if not bool(torch.stack(finite).all()):
+            if finite and not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
             hidden = passed
         return hidden
