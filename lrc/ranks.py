@@ -25,7 +25,7 @@ from lrc.errors import Lost, OutOfResources, UserError
 from lrc.launcher import Place, place
 
 TIMEOUT = timedelta(minutes=10)  # a process may solve or write alone, and the others wait as long for it
-_AGAIN = "what is finished stays: run the same command again to go on"
+AGAIN = "run the same command again: a compression goes on where it stopped"
 
 Split = TypeVar("Split", bound=Sequence[Any] | Tensor)
 Item = TypeVar("Item")
@@ -43,7 +43,6 @@ class Ranks:
     def __init__(self, place: Place, store: Store | None = None) -> None:
         self.rank, self.size, self.local = place
         self._store = store
-        self.bereft = False  # of another process
         self._parted = False  # after a failure there is nothing more to meet for
 
     @property
@@ -161,12 +160,12 @@ class Ranks:
         try:
             exchange()
         except RuntimeError as error:  # gloo and NCCL have no error of their own for it
-            self._parted = self.bereft = True
+            self._parted = True
             # Without the place in their source that they begin with, and the advice after it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise Lost(
                 f"another of the {self.size} processes of this run ended, or did not answer for "
-                f"{TIMEOUT.seconds // 60} minutes (process {self.rank}: {reason}); {_AGAIN}"
+                f"{TIMEOUT.seconds // 60} minutes (process {self.rank}: {reason}); {AGAIN}"
             ) from error
 
 
@@ -192,10 +191,13 @@ def launched() -> Iterator[Ranks]:
         raise UserError(
             f"the {here.size} processes of this run do not find each other: {str(error).splitlines()[0]}"
         ) from error
-    ranks, interrupted = Ranks(here, PrefixStore("lrc", store)), False
+    ranks, whole = Ranks(here, PrefixStore("lrc", store)), True
     try:
         yield ranks
         ranks.meet()
+    except Lost:
+        whole = False
+        raise
     except UserError as error:
         ranks.meet(error)
         raise
@@ -204,17 +206,17 @@ def launched() -> Iterator[Ranks]:
             ranks.meet(_of_ours(error, here))
         raise
     except BaseException:
-        interrupted = True
+        whole = False
         raise
     finally:
-        if by == "gloo" or not (ranks.bereft or interrupted):  # NCCL would wait for those that are gone
+        if whole or by == "gloo":  # NCCL would wait for those that are gone
             dist.destroy_process_group()
 
 
 def _of_ours(error: Exception, place: Place) -> UserError:
     """What the other processes are told of a failure that is no mistake of the user's."""
     reason = f"process {place.rank} of {place.size} failed with {type(error).__name__}: {error}"
-    return OutOfResources(f"{reason}; its traceback is on its stderr; {_AGAIN}")
+    return OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}")
 
 
 class _Writer(pickle.Pickler):

@@ -28,15 +28,20 @@ def processes() -> Iterator[Ranks]:
     """All processes of the run, until the context closes.
 
     A UserError in one of them is raised in all, and ``Lost`` in the first to miss another; the rest then leave without
-    a word. A launcher stops processes by SIGTERM, which is taken for an interrupt.
+    a word. A launcher that misses one stops the others by SIGTERM.
     """
-    from lrc.ranks import ALONE, launched
+    from lrc.ranks import AGAIN, ALONE, launched
+
+    def stop(*_: object) -> None:
+        raise Lost(
+            f"the launcher stopped this run (SIGTERM), as it does when one of its processes ends; {AGAIN}"
+        )
 
     ranks = ALONE
     try:
         with launched() as ranks:
             if not ranks.alone:
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, stop)
             yield ranks
     except BaseException as error:
         if not ranks.alone:  # it ends by itself now, and should get its message out and its exit code
