@@ -7,6 +7,7 @@ one that is dead is missed at once, so that none waits for what will not come.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -183,6 +184,12 @@ def launched() -> Iterator[Ranks]:
     if here.size == 1:
         yield ALONE
         return
+    if (
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    ):  # its store holds the addresses of those that are gone
+        raise UserError(
+            "a launcher's restarts are not supported; leave --max-restarts at 0 and start the command again"
+        )
     by = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
