@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +18,8 @@ from lrc import __version__
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
 from lrc.checkpoint.headers import read_headers
-from lrc.checkpoint.staging import MANIFEST, Staging, check_output, staging
+from lrc.checkpoint.shared import SharedStaging
+from lrc.checkpoint.staging import MANIFEST, check_output, staging
 from lrc.compressor import Compressor
 from lrc.curves import as_curves
 from lrc.errors import OutOfResources, UserError
@@ -30,6 +31,7 @@ from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
 from lrc.output import copied_files, logit_scale, refit_records, sizes, target_records, write_checkpoint
 from lrc.plan.data import DataLike
+from lrc.ranks import ALONE, Ranks
 from lrc.refit import doubts
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
@@ -72,6 +74,7 @@ def compress(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     warn: Warn | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Compress a checkpoint by a plan into the folder ``out`` (default ./MODEL-PLAN) and report what it cost.
 
@@ -82,13 +85,14 @@ def compress(
     states wait between two layers, one of ``lrc.states.PLACES`` (default: the first with room). A plan that asks for an
     allocation has its sizes found first, as ``lrc.make_plan`` finds them by default. An unfinished run of the same
     settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name and length, and gives the
-    function to call with steps done; ``warn`` with every warning of the report before the work begins. Raises UserError
-    for what the user can mend; nothing is then named ``out``.
+    function to call with steps done; ``warn`` with every warning of the report before the work begins. ``ranks`` are
+    the processes that share the work (``lrc.ranks.launched``), each of which makes this call and gets the report.
+    Raises UserError for what the user can mend; nothing is then named ``out``.
     """
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     )
-    place = find_device(device)
+    place = find_device(device, ranks)
     precision = find_dtype(dtype, place, job.reader.dtype)
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
@@ -113,25 +117,31 @@ def compress(
         progress=progress,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        ranks=ranks,
     )
     samples = default_samples(job.plan.plan.allocate)
     texts = draw_texts(job, tokenizer, calib, None, samples, folder, generate)
     calibration = texts.calibration
     batch = batch_size or default_batch(place.type, job.plan.seq_len)
-    waits = choose_place(states, job, place, precision, batch, len(calibration.blocks))
-    settings = _settings(job, calibration, place, precision, batch)
+    waits = choose_place(states, job, place, precision, batch, len(ranks.mine(calibration.blocks)))
+    settings = _settings(job, calibration, place, precision, batch, ranks)
     sizing = (
-        Sizing(job.plan.plan.allocate, jobs, sorted(KEEPS), texts, place, precision, batch) if jobs else None
+        Sizing(job.plan.plan.allocate, jobs, sorted(KEEPS), texts, place, precision, batch, ranks=ranks)
+        if jobs
+        else None
     )
     if sizing:
         settings["allocation"] = sizing.key
+    ranks.agree(settings)
     warnings = [*job.plan.warnings, *calibration.notes, *_too_few(job, calibration)]
     if warn:
         for warning in warnings:
             warn(warning)
     source_folder = job.model.path
     read = [*job.reader.files, *copied_files(source_folder)]
-    with staging(target, settings, source=source_folder, files=read, fresh=fresh, force=force) as stage:
+    opened = staging(target, settings, source=source_folder, files=read, fresh=fresh, force=force)
+    with opened if ranks.first else nullcontext() as own:
+        stage = SharedStaging(own, ranks)
         kept_in = States(waits, stage.scratch)
         if sizing:
             with watch.stage("measure sizes"):
@@ -142,14 +152,15 @@ def compress(
         settings["warnings"] = warnings
         advance = progress("compress", len(job.plan.layers))
         with watch.stage("load"):
-            stream = ModelStream(job.reader, place, precision, kept_in)
+            stream = ModelStream(job.reader, place, precision, kept_in, ranks=ranks)
         with _memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
             Compressor(stream, job.plan, stage, watch).run(calibration.blocks, batch, lambda: advance(1))
         del stream
-        refits = refit_records(job, stage)
+        refits = refit_records(job, own) if own else []
         settings["warnings"] = warnings = [*warnings, *doubts(refits)]
         with watch.stage("write"):
-            table = write_checkpoint(job, stage, settings)
+            table = write_checkpoint(job, own, settings) if own else {}
+            ranks.meet()
         perplexity = []
         if held_out:
             advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
@@ -167,11 +178,14 @@ def compress(
                         allow_pickle=allow_pickle,
                         trust_remote_code=trust_remote_code,
                         progress=progress,
+                        ranks=ranks,
                     )
                     for path in (source_folder, stage.folder)
                 ]
             perplexity = [PerplexityChange(*both) for both in zip(*pair, strict=True)]
-        before, after = sizes(job, stage, table)
+        if own is None:
+            return ranks.share(cast(Report, None))
+        before, after = sizes(job, own, table)
         report = Report(
             model=job.model.source,
             plan=job.plan_source,
@@ -181,9 +195,9 @@ def compress(
             before=before,
             after=after,
             perplexity=perplexity,
-            targets=target_records(job, stage),
+            targets=target_records(job, own),
             refits=refits,
-            scale=logit_scale(stage),
+            scale=logit_scale(own),
             calibration=settings["calibration"],
             device=_device_name(place),
             dtype=_name(precision),
@@ -193,11 +207,11 @@ def compress(
             warnings=warnings,
             versions=settings["versions"],
         )
-        stage.write_file("report.json", report.to_json())
-        stage.write_file("report.md", report_page(report))
-        stage.write_file("README.md", model_card(report, job.plan_text))
-        stage.publish()
-    return report
+        own.write_file("report.json", report.to_json())
+        own.write_file("report.md", report_page(report))
+        own.write_file("README.md", model_card(report, job.plan_text))
+        own.publish()
+    return ranks.share(report)
 
 
 def evaluate(
@@ -214,19 +228,20 @@ def evaluate(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Perplexity]:
     """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
 
     The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
     ``lrc.evaluation.perplexity``. ``streamed``: the model runs a layer at a time, which gives the same figure and needs
-    the memory of a layer (default: where it would not fit whole). Raises UserError for a model or text that cannot be
-    had.
+    the memory of a layer (default: where it would not fit whole). ``ranks`` are the processes that share the work, as
+    for ``compress``. Raises UserError for a model or text that cannot be had.
     """
     if model is None:
         path = newest_output(Path.cwd())
     else:
         path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
-    place = find_device(device)
+    place = find_device(device, ranks)
     # On a CPU half precision is slow, and rounds unlike a GPU.
     as_stored = dtype is None and place.type != "cpu"
     precision = None if as_stored else find_dtype(dtype, place, torch.float32)
@@ -244,6 +259,7 @@ def evaluate(
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            ranks=ranks,
         )
 
 
@@ -261,6 +277,7 @@ def _evaluate(
     allow_pickle: bool,
     trust_remote_code: bool,
     progress: Progress | None,
+    ranks: Ranks,
 ) -> list[Perplexity]:
     """Perplexities of a folder's model, run in the precision it is stored in where ``dtype`` is None."""
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -281,6 +298,7 @@ def _evaluate(
             seq_len=seq_len,
             max_windows=max_windows,
             progress=progress,
+            ranks=ranks,
         )
     finally:
         # Models hold references to themselves: only the collector frees the memory for the next one.
@@ -301,7 +319,9 @@ def newest_output(folder: Path) -> Path:
     return max(manifests, key=lambda path: path.stat().st_mtime).parent
 
 
-def _allocate(job: Job, sizing: Sizing, stage: Staging, progress: Progress) -> tuple[Job, dict[str, Any]]:
+def _allocate(
+    job: Job, sizing: Sizing, stage: SharedStaging, progress: Progress
+) -> tuple[Job, dict[str, Any]]:
     """The job with the sizes that its allocation finds, and what the manifest keeps of that.
 
     What sizes cost is staged first: a run that is taken up again gets the sizes it had, whatever rounding does.
@@ -325,9 +345,12 @@ def _specs(ppl: str | Sequence[str]) -> list[str]:
 
 
 def _settings(
-    job: Job, calibration: Calibration, device: torch.device, precision: torch.dtype, batch: int
+    job: Job, calibration: Calibration, device: torch.device, precision: torch.dtype, batch: int, ranks: Ranks
 ) -> dict[str, Any]:
     """Everything that decides the output's bytes: an unfinished run is only taken up if all of it is the same."""
+    run: dict[str, Any] = {"device": device.type, "dtype": _name(precision), "batch_size": batch}
+    if not ranks.alone:  # sums over blocks are rounded by how these are split
+        run["processes"] = ranks.size
     gradients = reads_gradients(job.reader.architecture, job.plan)
     asked = job.plan.plan.calibration
     return {
@@ -345,7 +368,7 @@ def _settings(
                 else {}
             ),
         },
-        "run": {"device": device.type, "dtype": _name(precision), "batch_size": batch},
+        "run": run,
         "versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}},
     }
 

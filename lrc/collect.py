@@ -44,7 +44,8 @@ class LayerSums:
         self._stream, self._index, self._state = stream, index, state
         self._architecture = stream.reader.architecture
         self._sites = {site: path for site, path in self._architecture.family.sites.items() if site in sites}
-        self._moments: dict[str, MomentSum] = {}
+        widths = {site: self._architecture.site_width(site) for site in self._sites}
+        self._moments = {site: MomentSum(width, stream.device) for site, width in widths.items()}
         self._attention: AttentionSum | None = None
         if collectors & {"attention", "attention_samples"}:
             heads = self._architecture.geometry
@@ -57,6 +58,7 @@ class LayerSums:
                 rotary,
                 stream.device,
                 samples="attention_samples" in collectors,
+                ranks=stream.ranks,
             )
 
     @property
@@ -69,13 +71,19 @@ class LayerSums:
     def add(self, calls: Mapping[str, Call]) -> None:
         """Count the tokens of one call of the layer."""
         for site in self._sites:
-            x = self._stream.cast(calls[site].input)
-            self._moments.setdefault(site, MomentSum(x.shape[-1], x.device)).add(x)
+            self._moments[site].add(self._stream.cast(calls[site].input))
         if self._attention:
             self._add_attention(self._attention, calls["attention"])
 
     def results(self, gradients: GradientMoment | None = None) -> Statistics:
-        """The means so far, with what a sweep found. Raises UserError where activations are NaN or inf."""
+        """The means of what all processes have counted, with what a sweep found; the last thing to ask for.
+
+        Raises UserError where activations are NaN or inf.
+        """
+        for total in self._moments.values():
+            total.reduce(self._stream.ranks)
+        if self._attention:
+            self._attention.reduce()
         moments = {site: total.moment() for site, total in self._moments.items()}
         for site, moment in moments.items():
             if not bool(moment.second.diagonal().isfinite().all()):

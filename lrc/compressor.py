@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.assemble import ReducedLayer, assemble
+from lrc.checkpoint.shared import SharedStaging
 from lrc.checkpoint.staging import Staging
 from lrc.collect import Statistics
 from lrc.families.family import ATTENTION_ROLES
@@ -27,6 +28,7 @@ from lrc.scale import Final, LogitScale, fit_scale
 from lrc.solve import layer_sums, read_gradients, solve_layer
 from lrc.stopwatch import Stopwatch
 from lrc.stream import Batch, ModelStream
+from lrc.text.blocks import batched
 
 REST = "rest"
 
@@ -55,17 +57,27 @@ class Passed:
 
 
 class Compressor:
-    """One run over a model's layers, with the original hidden states and, once they part, the compressed ones."""
+    """One run over a model's layers, with the original hidden states and, once they part, the compressed ones.
 
-    def __init__(self, stream: ModelStream, plan: ResolvedPlan, staging: Staging, watch: Stopwatch) -> None:
+    The states are those of this process's blocks; what is solved, stored and recorded is the same on all.
+    """
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        plan: ResolvedPlan,
+        staging: Staging | SharedStaging,
+        watch: Stopwatch,
+    ) -> None:
         self._stream, self._plan, self._staging, self._watch = stream, plan, staging, watch
+        self._ranks = stream.ranks
         self._architecture = stream.reader.architecture
         self._family = self._architecture.family
         self._outer = Outer(stream, plan, staging, watch)
         self._batches: list[Batch] = []
-        self._held: list[
-            bool
-        ] = []  # by batch, whether it chooses ridges and the logits' scale; those are the last
+        # By batch, whether it chooses ridges and the logits' scale; those are the last.
+        self._held: list[bool] = []
+        self._any_held = self._opens = False  # in any process; whether the first block measured is here
         self._gradients: dict[int, GradientMoment] = {}  # on the host, each until its layer is solved
         # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
         self._compressed: list[Tensor] | None = None
@@ -75,14 +87,10 @@ class Compressor:
         if all(self._staging.has(part) for part in part_names(self._plan)):  # an earlier run got this far
             return
         self._gradients = self._sweep(blocks, batch_size)
-        held = held_out_blocks(len(blocks))
-        fitted, chosen = (
-            [*part.split(batch_size)] if len(part) else [] for part in (blocks[~held], blocks[held])
-        )
-        ids, self._held = [*fitted, *chosen], [False] * len(fitted) + [True] * len(chosen)
+        ids = self._split(blocks, batch_size)
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(ids)
-        self._part_at_embedding(ids)
+        self._part_at_embedding(blocks, ids)
         for plan in self._plan.layers:
             self._layer(plan)
             advance()
@@ -95,6 +103,17 @@ class Compressor:
                 rest |= _scaled(rest, self._family.final_norm, scale.value)
             record = {"table": {}, "results": [], "scale": scale and asdict(scale)}
             self._staging.write(REST, rest, record)
+
+    def _split(self, blocks: Tensor, batch_size: int) -> list[Tensor]:
+        """This process's blocks, in batches: those that are fitted to and then those that choose."""
+        held = held_out_blocks(len(blocks))
+        order = torch.cat([(~held).nonzero().flatten(), held.nonzero().flatten()])
+        self._any_held = bool(held.any())
+        self._opens = self._ranks.rank == (int((~held).sum()) % self._ranks.size if self._any_held else 0)
+        mine = self._ranks.mine(order)
+        fitted, chosen = (batched(blocks[part], batch_size) for part in (mine[~held[mine]], mine[held[mine]]))
+        self._held = [False] * len(fitted) + [True] * len(chosen)
+        return [*fitted, *chosen]
 
     def _sweep(self, blocks: Tensor, batch_size: int) -> dict[int, GradientMoment]:
         """Gradients for the solvers of the layers that no earlier run finished."""
@@ -122,7 +141,7 @@ class Compressor:
         with self._watch.stage("observe"):
             passed = self._pass_original(layer, state, plan)
         with self._watch.stage("solve"):
-            solutions = solve_layer(self._architecture, plan, state, passed.statistics)
+            solutions = solve_layer(self._architecture, plan, state, passed.statistics, self._ranks)
         with self._watch.stage("assemble"):
             roles = self._refit_roles(plan) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
@@ -148,7 +167,7 @@ class Compressor:
             sums.add(calls)
             if self._refits:
                 middles.append(self._stream.states.keep(calls["middle"].input))
-            if held or not any(self._held):
+            if held or not self._any_held:
                 measured.append(replace(batch))
             batch.hidden = self._stream.states.keep(out)
         return Passed(sums.results(gradients), middles, measured)
@@ -162,7 +181,7 @@ class Compressor:
         batches: Sequence[Batch],
     ) -> dict[str, Measured]:
         """What the solutions really do to the outputs of the original layer."""
-        measure = LayerMeasure(self._stream, index, state, solutions)
+        measure = LayerMeasure(self._stream, index, state, solutions, opens=self._opens)
         for batch in batches:
             with observe(layer, measure.watched) as calls:
                 self._stream.run(layer, index, batch, batch.hidden)
@@ -245,7 +264,9 @@ class Compressor:
     def _replace(self, reduced: ReducedLayer, path: str, sums: RefitSum) -> Refit:
         """Refit a linear of a reduced layer, in its tensors and in its module alike."""
         weight, bias = f"{path}.weight", f"{path}.bias"
-        refit = sums.solve(Affine(reduced.state[weight], reduced.state.get(bias)))
+        sums.reduce(self._ranks)
+        start = Affine(reduced.state[weight], reduced.state.get(bias))
+        (refit,) = self._ranks.spread([start], sums.solve)  # by one, so that all have the same to the bit
         fitted, dtype = refit.solution, self._stream.reader.dtype
         new = {weight: fitted.weight.to(dtype)} | (
             {} if fitted.bias is None else {bias: fitted.bias.to(dtype)}
@@ -261,20 +282,20 @@ class Compressor:
         """
         chosen = [i for i, held in enumerate(self._held) if held]
         parted = self._compressed is not None or head is not None
-        if not (chosen and parted and self._plan.plan.scales):
+        if not (self._any_held and parted and self._plan.plan.scales):
             return None
         logits = self._stream.tail()
         original = Final([self._batches[i].hidden for i in chosen], logits)
         hidden = [self._compressed_hidden(i) for i in chosen]
         compressed = Final(hidden, logits if head is None else self._stream.tail(head))
-        return fit_scale(original, compressed, self._architecture.vocab)
+        return fit_scale(original, compressed, self._architecture.vocab, self._ranks)
 
     def _compressed_hidden(self, i: int) -> Tensor:
         return self._batches[i].hidden if self._compressed is None else self._compressed[i]
 
-    def _part_at_embedding(self, ids: Sequence[Tensor]) -> None:
-        """Reduce the embedding, if the plan does, and start the compressed stream from it."""
-        embedding = self._outer.embedding(torch.cat([*ids]), self._batches)
+    def _part_at_embedding(self, blocks: Tensor, ids: Sequence[Tensor]) -> None:
+        """Reduce the embedding by all blocks, if the plan does, and start the compressed stream of ``ids`` from it."""
+        embedding = self._outer.embedding(blocks, self._batches)
         if embedding is not None and self._refits:
             with self._watch.stage("embed"):
                 batches = self._stream.embed(ids, embedding)

@@ -18,6 +18,10 @@ class OutOfResources(Resumable):
     """Something ran out: disk, GPU memory."""
 
 
+class Lost(OutOfResources):
+    """Another process of the run ended, or no longer answers."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """End a message about an unknown word: the nearest choice if one is near, and the choices."""
     known = sorted(choices)

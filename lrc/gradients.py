@@ -21,7 +21,7 @@ from lrc.errors import UserError
 from lrc.moments.gradient import GradientMoment, GradientSum, Wanted
 from lrc.moments.observe import observe
 from lrc.stream import Batch, ModelStream
-from lrc.text.blocks import seed_for
+from lrc.text.blocks import batched, seed_for
 
 _KEEP_ALL = 2**33
 _LOGITS = 2**24  # elements at once
@@ -56,9 +56,9 @@ def gradient_moments(
 ) -> dict[int, GradientMoment]:
     """Gradient moments, on the CPU, of the layers in ``wanted`` from token blocks (n, tokens).
 
-    The labels hang on ``seed`` and on the number of the block. ``layer`` gives a layer on the device (default: read
-    from the checkpoint, once for each pass); ``every`` how many layers lie between inputs that are kept. Raises
-    UserError where gradients are NaN or inf.
+    The processes of the stream split the blocks. The labels hang on ``seed`` and on the number of the block. ``layer``
+    gives a layer on the device (default: read from the checkpoint, once for each pass); ``every`` how many layers lie
+    between inputs that are kept. Raises UserError where gradients are NaN or inf.
     """
     sweep = _Sweep(stream, blocks, batch_size, layer or (lambda index: stream.layer(index)[0]), every)
     return sweep.run(wanted, seed)
@@ -77,7 +77,7 @@ class _Sweep:
     ) -> None:
         self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
         self._away = stream.states.off_device
-        self._batches = stream.embed(blocks.split(batch_size))
+        self._batches = stream.embed(batched(stream.ranks.mine(blocks), batch_size))
         self._inputs = {0: [self._keep(batch) for batch in self._batches]}
         self._every = every or stride(
             self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
@@ -114,32 +114,43 @@ class _Sweep:
                 out = self._stream.run(module, index, batch, x)
                 finite.append(out.isfinite().all())
                 passed.append(self._away.keep(out))
-            if not bool(torch.stack(finite).all()):
+            if finite and not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
             hidden = passed
         return hidden
 
     def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Gradients at the last layer's output, with labels drawn for every position."""
-        tail, device, number, found = self._stream.tail(), self._stream.device, 0, []
+        tail, device, ranks, found = self._stream.tail(), self._stream.device, self._stream.ranks, []
+        number = ranks.rank
         rows = logit_rows(self._architecture.vocab)
         for batch in hidden:
             parts = []
             for block in batch:
                 generator = torch.Generator(device).manual_seed(seed_for(seed, f"gradients/{number}"))
                 parts += [_drawn(tail, self._stream.fetch(part), generator) for part in block.split(rows)]
-                number += 1
+                number += ranks.size
             found.append(self._away.keep(torch.cat(parts).view_as(batch)))
         return found
 
     def _back(self, index: int, gradients: list[Tensor], wanted: Wanted) -> GradientMoment | None:
         """Take the gradients, in place, from a layer's output to its input; its moments on the way."""
         heads, module, inputs = self._architecture.geometry, self._layer(index), self._inputs.pop(index)
-        sums = GradientSum(heads.kv_heads, heads.head_dim, heads.rotary != "none")
+        # In an order that is the same in all processes.
+        widths = {role: self._architecture.matrices[role].rows for role in sorted(wanted.roles)}
+        sums = GradientSum(
+            heads.kv_heads,
+            heads.head_dim,
+            heads.rotary != "none",
+            widths,
+            queries=wanted.queries,
+            device=self._stream.device,
+        )
         for i, batch in enumerate(self._batches):
             gradients[i] = self._back_batch(module, index, batch, inputs[i], gradients[i], wanted, sums)
         if not wanted:
             return None
+        sums.reduce(self._stream.ranks)
         moment = sums.moment()
         if not moment.finite:
             raise UserError(f"layer {index}: gradients of the loss are NaN or inf; try --dtype float32")

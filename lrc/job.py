@@ -15,6 +15,7 @@ from lrc.moments import COLLECTORS
 from lrc.plan.library import find_plan
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
+from lrc.ranks import ALONE, Ranks
 
 _BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
 _WRITTEN_TOKENS = 2**15
@@ -58,17 +59,26 @@ def prepare(
     return Job(found, reader, text, name, resolve(draft, reader.architecture, methods(), COLLECTORS))
 
 
-def find_device(name: str | None) -> torch.device:
+def find_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:
     """The device a user names, made the current one; by default the first GPU if there is one.
 
-    Raises UserError where it is not there.
+    Of several processes on a machine each has the GPU of its number. Raises UserError where it is not there.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there = ["cpu", *gpus, *(["cuda"] if gpus else [])]
     if name is not None and name not in there:
         raise UserError(f"there is no device {name!r} on this machine; {nearest(name, there)}")
     if name is None or name == "cuda":
-        name = gpus[0] if gpus else "cpu"
+        if gpus and ranks.local >= len(gpus):
+            raise UserError(
+                f"process {ranks.local} of this machine has no GPU of its own: there are {len(gpus)}; start as many "
+                "processes as there are GPUs, or say --device cpu"
+            )
+        name = gpus[ranks.local] if gpus else "cpu"
+    elif name in gpus and not ranks.alone:
+        raise UserError(
+            f"--device {name} is one GPU for {ranks.size} processes; say cuda, and each has its own"
+        )
     device = torch.device(name)
     if (
         device.type == "cuda"

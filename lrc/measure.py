@@ -27,10 +27,19 @@ class Measured:
 
 
 class LayerMeasure:
-    """One layer with each of its solutions put in alone, compared with the original batch by batch."""
+    """One layer with each of its solutions put in alone, compared with the original batch by batch.
+
+    ``opens``: whether the first block measured is among this process's, which is where attention is compared.
+    """
 
     def __init__(
-        self, stream: ModelStream, index: int, state: Mapping[str, Tensor], solutions: Mapping[str, Solution]
+        self,
+        stream: ModelStream,
+        index: int,
+        state: Mapping[str, Tensor],
+        solutions: Mapping[str, Solution],
+        *,
+        opens: bool = True,
     ) -> None:
         self._stream, self._architecture = stream, stream.reader.architecture
         self._index, self._state = index, state
@@ -44,6 +53,7 @@ class LayerMeasure:
         self._sums = {
             target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions
         }
+        self._opens = opens
         self._kl: float | None = None
         self._tokens = 0
 
@@ -61,7 +71,7 @@ class LayerMeasure:
         with self._stream.precision():
             for target, alone in self._alone.items():
                 if target == "qk":
-                    if self._kl is None:
+                    if self._opens and self._kl is None:
                         self._kl = self._attention_kl(alone, calls["attention"])
                 elif target == "ov":
                     call = calls["attention"]
@@ -76,11 +86,13 @@ class LayerMeasure:
                     self._count(target, functional.linear(x, weight, bias), alone(x), bias)
 
     def results(self) -> dict[str, Measured]:
-        """What was measured, by target."""
-        found = {}
+        """What all processes measured, by target."""
+        ranks, found = self._stream.ranks, {}
+        tokens = ranks.total(self._tokens)
+        kl = next((each for each in ranks.gather(self._kl) if each is not None), None)
         for target, sums in self._sums.items():
-            error, reference = (sums / max(self._tokens, 1)).tolist()
-            found[target] = Measured(kl=self._kl) if target == "qk" else Measured(error, reference)
+            error, reference = (ranks.total(sums) / max(tokens, 1)).tolist()
+            found[target] = Measured(kl=kl) if target == "qk" else Measured(error, reference)
         return found
 
     def _affine(self, role: str) -> tuple[Tensor, Tensor | None]:

@@ -295,7 +295,7 @@ def _layer(run: _Run, layer: LayerPlan) -> dict[str, int]:
     if not layer.assignments:
         return {"pass": base + activations}
     kept = sum(a.kept for a in layer.assignments)
-    moments = sum(4 * _width(architecture, site) ** 2 for site in sites_needed(architecture, layer))
+    moments = sum(4 * architecture.site_width(site) ** 2 for site in sites_needed(architecture, layer))
     sampled = 0
     if "attention_samples" in collectors_needed(layer):
         queries = min(SAMPLES, run.samples * QUERIES * architecture.geometry.group)

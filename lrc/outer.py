@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.assemble import store
+from lrc.checkpoint.shared import SharedStaging
 from lrc.checkpoint.staging import Staging
 from lrc.errors import UserError
 from lrc.linalg import data_error
@@ -50,29 +51,38 @@ class ReducedOuter:
 
 
 class Outer:
-    """The embedding and the head over one run: reduced where the plan says so, staged, and given back to be run."""
+    """The embedding and the head over one run: reduced where the plan says so, staged, and given back to be run.
 
-    def __init__(self, stream: ModelStream, plan: ResolvedPlan, staging: Staging, watch: Stopwatch) -> None:
+    One process solves them; the others have them from the staging folder.
+    """
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        plan: ResolvedPlan,
+        staging: Staging | SharedStaging,
+        watch: Stopwatch,
+    ) -> None:
         self._stream, self._staging, self._watch = stream, staging, watch
         self._architecture = stream.reader.architecture
         self._paths = stream.reader.family.outer
         self._assigned = {assignment.target: assignment for assignment in plan.outer}
 
     def embedding(self, blocks: Tensor, batches: Sequence[Batch]) -> nn.Module | None:
-        """What takes the embedding's place, by blocks (n, length) and their ``batches`` before the first layer.
-
-        None where it stays whole.
+        """What takes the embedding's place, by all blocks (n, length) and this process's ``batches`` of them before the
+        first layer; None where it stays whole.
         """
         if "embed" not in self._assigned:
             return None
         if not self._staging.has("embed"):
             with self._watch.stage("observe"):
                 final = self._final_ahead(batches) if self._architecture.tied else None
-            with self._watch.stage("solve"):
-                problem = pose_embedding(self._stream, blocks, final)
-                met = replace(problem, frequency=_shares(blocks, problem.table))
-                reduced, record = self._reduce("embed", problem, met)
-            self._write(reduced, record)
+            if self._stream.ranks.first:
+                with self._watch.stage("solve"):
+                    problem = pose_embedding(self._stream, blocks, final)
+                    met = replace(problem, frequency=_shares(blocks, problem.table))
+                    reduced, record = self._reduce("embed", problem, met)
+                self._write(reduced, record)
         return self._staged("embed").module(self._stream, "embed")
 
     def head(self, batches: Sequence[Batch]) -> nn.Module | None:
@@ -86,10 +96,11 @@ class Outer:
         if not self._staging.has("lm_head"):
             with self._watch.stage("observe"):
                 final = final_moment(self._stream, (batch.hidden for batch in batches))
-            with self._watch.stage("solve"):
-                problem = pose_head(self._stream, final)
-                reduced, record = self._reduce("lm_head", problem, problem)
-            self._write(reduced, record)
+            if self._stream.ranks.first:
+                with self._watch.stage("solve"):
+                    problem = pose_head(self._stream, final)
+                    reduced, record = self._reduce("lm_head", problem, problem)
+                self._write(reduced, record)
         return self._staged("lm_head").module(self._stream, "lm_head")
 
     def left(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,11 +189,15 @@ def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
 
 @torch.no_grad()
 def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
-    """The moment of what the head reads, from hidden states behind the last layer. UserError for NaN or inf in it."""
+    """The moment of what the head reads, from the hidden states of all processes behind the last layer.
+
+    UserError for NaN or inf in it.
+    """
     norm, total = stream.final_norm(), MomentSum(stream.reader.architecture.hidden, stream.device)
     for hidden in states:
         with stream.precision():
             total.add(stream.cast(norm(stream.fetch(hidden))))
+    total.reduce(stream.ranks)
     moment = total.moment()
     if not bool(moment.second.diagonal().isfinite().all()):
         raise UserError("the hidden states behind the last layer are NaN or inf")

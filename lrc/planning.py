@@ -28,6 +28,7 @@ from lrc.plan.resolve import Draft, parse_plan
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Plan
 from lrc.plan.written import write_plan
+from lrc.ranks import ALONE, Ranks
 from lrc.report.planning import Planned, Planning, Strip, TableSize, cost_text, factor
 from lrc.room import choose_place
 from lrc.solve import solver_of
@@ -69,6 +70,7 @@ def make_plan(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     warn: Callable[[str], object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Planning:
     """Write plans with the sizes of least cost that ``keep``, ``size`` or ``kv_cache`` allows.
 
@@ -101,7 +103,7 @@ def make_plan(
     blank = blank_curves(name, jobs)
     for budget in budgets:  # one that cannot be met should be known now, not after the measurement
         buy(budget, jobs[0], blank, limits)
-    place = find_device(device)
+    place = find_device(device, ranks)
     precision = find_dtype(dtype, place, reader.dtype)
     samples = held_out_samples or default_samples(name)
     tokenizer = load_tokenizer(found.path, trust_remote_code=trust_remote_code)
@@ -117,11 +119,13 @@ def make_plan(
         progress=progress,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        ranks=ranks,
     )
     texts = draw_texts(jobs[0], tokenizer, calib, held_out, samples, folder, generate)
     batch = batch_size or default_batch(place.type, jobs[0].plan.seq_len)
-    waits = choose_place(states, jobs[-1], place, precision, batch, len(texts.calibration.blocks))
-    sizing = Sizing(name, jobs, keeps, texts, place, precision, batch, States(waits, out.parent))
+    waits = choose_place(states, jobs[-1], place, precision, batch, len(ranks.mine(texts.calibration.blocks)))
+    sizing = Sizing(name, jobs, keeps, texts, place, precision, batch, States(waits, out.parent), ranks)
+    ranks.agree(sizing.key)
     few = too_few(
         reader.architecture, jobs[0].plan, len(texts.calibration.blocks), losses=ALLOCATORS[name].losses
     )
@@ -132,17 +136,17 @@ def make_plan(
     store = None
     if ALLOCATORS[name].holds != "nothing":
         store = out.with_name(file_name(found.name, sizing.key)) if curves is None else Path(curves)
-    known = store and _known(store, sizing, blank)
+    known = ranks.share(_known(store, sizing, blank) if store and ranks.first else None)
     measured = fresh or known is None
     if known is None or measured:
         with watch.stage("measure"):
             known = sizing.curves(progress)
-        if store:
+        if store and ranks.first:
             with _written(store):
                 known.save(store)
     with watch.stage("allocate"):
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
-    for path, budget, each in zip(paths, budgets, spent, strict=True):
+    for path, budget, each in zip(paths, budgets, spent, strict=True) if ranks.first else ():
         with _written(path):
             write_text(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(

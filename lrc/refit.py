@@ -16,6 +16,7 @@ from torch import Tensor
 from lrc.linalg import damped_cholesky
 from lrc.methods.contract import Affine
 from lrc.moments.moment import product
+from lrc.ranks import Ranks
 
 RIDGE = 0.1  # where there is only one block
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # of equals the first is taken: the one nearest to the start
@@ -109,6 +110,11 @@ class RefitSum:
         """
         (self._held if held else self._fitted).add(x, goal, reached)
 
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other processes have counted."""
+        for sums in (self._fitted, self._held):
+            sums.reduce(ranks)
+
     def solve(self, start: Affine) -> Refit:
         """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), t − W₀ x − b₀ what is missing.
 
@@ -164,6 +170,10 @@ class _Sums:
         self.missing += missing.square().sum(dim=0).double().sum()
         self.size += goal.square().sum(dim=(0, 1)).double().sum()
         self.tokens += rows.shape[0]
+
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum(self.gram, self.cross, self.x, self.r, self.missing, self.size)
+        self.tokens = ranks.total(self.tokens)
 
     def plus(self, other: _Sums) -> _Sums:
         return _Sums(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.ranks import ALONE, Ranks
+
 LEAST, MOST = 0.1, 10.0
 CHUNK_BYTES = 2**27  # of the float32 logits of a chunk of tokens
 _STEPS, _PRECISION = 50, 1e-6
@@ -56,23 +58,27 @@ class Final:
 
 
 @torch.no_grad()
-def fit_scale(original: Final, compressed: Final, vocab: int) -> LogitScale:
+def fit_scale(original: Final, compressed: Final, vocab: int, ranks: Ranks = ALONE) -> LogitScale:
     """The best scale from 0.1 to 10 for the logits of a compressed model, by those of the original on the same tokens.
 
-    Newton's method, bisecting where that leaves what is known to hold the minimum. Logits are computed anew in every
-    step, a chunk of tokens at a time.
+    The states are those of this process's tokens, the sums those of all. Newton's method, bisecting where that leaves
+    what is known to hold the minimum. Logits are computed anew in every step, a chunk of tokens at a time.
     """
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     old, new = original.chunks(rows), compressed.chunks(rows)
-    tokens, logits = sum(len(chunk) for chunk in new), compressed.logits
+    tokens, logits = ranks.total(sum(len(chunk) for chunk in new)), compressed.logits
+
+    def means(sums: list[Tensor]) -> list[float]:
+        # Of more processes than blocks some have none.
+        own = torch.stack(sums).sum(dim=0) if sums else torch.zeros((), dtype=torch.float64)
+        return (ranks.total(own) / tokens).tolist()
+
     pairs = zip(old, new, strict=True)
-    fixed = torch.stack([_fixed(original.logits(a).float(), logits(b).float()) for a, b in pairs])
-    certainty, expected = (fixed.sum(dim=0) / tokens).tolist()
+    certainty, expected = means([_fixed(original.logits(a).float(), logits(b).float()) for a, b in pairs])
 
     def at(scale: float) -> tuple[float, float, float]:
         """KL, its slope and its curvature."""
-        moving = torch.stack([_moving(logits(chunk).float(), scale) for chunk in new]).sum(dim=0) / tokens
-        partition, mean, variance = moving.tolist()
+        partition, mean, variance = means([_moving(logits(chunk).float(), scale) for chunk in new])
         return certainty - scale * expected + partition, mean - expected, variance
 
     low, high, scale = LEAST, MOST, 1.0

@@ -25,6 +25,7 @@ from lrc.moments.observe import observe
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Calibration
 from lrc.plan.solver import find_solver
+from lrc.ranks import ALONE, Ranks
 from lrc.stream import Batch, ModelStream
 from lrc.text.blocks import gradient_blocks
 
@@ -110,13 +111,22 @@ def read_statistics(
 
 
 def solve_layer(
-    architecture: Architecture, plan: LayerPlan, state: Mapping[str, Tensor], statistics: Statistics
+    architecture: Architecture,
+    plan: LayerPlan,
+    state: Mapping[str, Tensor],
+    statistics: Statistics,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Solution]:
-    """Solve everything a plan asks of one layer, by target, from its tensors and statistics."""
-    return {
-        assignment.target: solve(pose(architecture, assignment.target, state, statistics), assignment)
-        for assignment in plan.assignments
-    }
+    """Solve everything a plan asks of one layer, by target, from its tensors and statistics.
+
+    Each is solved by one process, so that all have the same to the bit.
+    """
+
+    def solution(assignment: Assignment) -> Solution:
+        return solve(pose(architecture, assignment.target, state, statistics), assignment)
+
+    targets = [assignment.target for assignment in plan.assignments]
+    return dict(zip(targets, ranks.spread(plan.assignments, solution), strict=True))
 
 
 def solve(problem: Problem, assignment: Assignment) -> Solution:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.modules.table import Table, apply_table
+from lrc.ranks import ALONE, Ranks
 from lrc.states import ON_DEVICE, States
 
 
@@ -41,6 +42,7 @@ class ModelStream:
     """A checkpoint's model on the meta device, with the modules of its ``table``, and its layers made real one by one.
 
     Layers run in ``dtype``; the residual stream between them is ``residual`` whatever that is, and waits in ``states``.
+    Each of ``ranks`` walks with blocks of its own, and sums over blocks are those of all.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class ModelStream:
         dtype: torch.dtype,
         states: States = ON_DEVICE,
         *,
+        ranks: Ranks = ALONE,
         residual: torch.dtype = torch.float32,
         table: Table | None = None,
     ) -> None:
-        self.reader, self.device, self.dtype, self.states = reader, device, dtype, states
+        self.reader, self.device, self.dtype = reader, device, dtype
+        self.states, self.ranks = states, ranks
         self._residual, self._table = residual, table or {}
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None

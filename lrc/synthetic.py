@@ -20,9 +20,10 @@ from lrc.errors import UserError
 from lrc.hub.loader import load
 from lrc.job import Job, generating_batch
 from lrc.memory import generating_memory
+from lrc.ranks import ALONE, Ranks
 from lrc.room import free_bytes
 from lrc.stopwatch import Stopwatch
-from lrc.text.blocks import ids_sha256, uniforms
+from lrc.text.blocks import batched, ids_sha256, uniforms
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.mixture import Source
 
@@ -40,8 +41,10 @@ def synthesize(
     progress: Progress | None,
     allow_pickle: bool,
     trust_remote_code: bool,
+    ranks: Ranks = ALONE,
 ) -> Source:
-    """Have a job's model write ``count`` blocks of its seq_len, ``batch_size`` of them at once.
+    """Have a job's model write ``count`` blocks of its seq_len, ``batch_size`` of them at once; of several processes
+    each has the model, and writes its part of them.
 
     The stage ``generate`` of ``progress`` counts tokens of a block, batch after batch. Raises UserError where the model
     does not fit on the device, has no start token, or gives NaN.
@@ -63,9 +66,10 @@ def synthesize(
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-        advance = progress("generate", -(-count // batch) * seq_len) if progress else lambda done: None
+        steps = -(-len(ranks.mine(range(count))) // batch) * seq_len
+        advance = progress("generate", steps) if progress else lambda done: None
         try:
-            blocks = write_blocks(model, start, count, seq_len, seed, batch, advance)
+            blocks = write_blocks(model, start, count, seq_len, seed, batch, advance, ranks)
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU is out of memory while the model writes; try --batch-size below {batch}"
@@ -86,13 +90,15 @@ def write_blocks(
     seed: int,
     batch_size: int,
     advance: Callable[[int], object],
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Blocks (count, seq_len) that a model writes after ``start``, on the CPU; ``advance`` is called with steps done.
 
     Raises UserError where logits are NaN or inf.
     """
     numbers = torch.stack([uniforms(seed, f"{SYNTHETIC}/{block}", seq_len) for block in range(count)])
-    return torch.cat([_write(model, start, batch, advance) for batch in numbers.split(batch_size)])
+    written = [_write(model, start, part, advance) for part in batched(ranks.mine(numbers), batch_size)]
+    return ranks.woven(torch.cat([torch.empty(0, seq_len, dtype=torch.int64), *written]))
 
 
 @torch.no_grad()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
+import runpy
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +75,75 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
         return folder
 
     return make
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one of several processes ended: its exit code, what it printed, and what its function returned."""
+
+    code: int
+    out: str
+    err: str
+    value: Any
+
+
+class Together(Protocol):
+    """Runs a function of a test file in ``size`` processes at once in a folder, as a launcher starts them."""
+
+    def __call__(
+        self, function: Callable[..., Any], *args: Any, size: int = 2, cwd: Path | None = None
+    ) -> list[Ended]: ...
+
+
+@pytest.fixture
+def together(tmp_path: Path) -> Together:
+    """Forks processes from one that has imported everything once, and has run nothing of torch itself."""
+    context = multiprocessing.get_context("forkserver")
+    used = ("models.llama.modeling_llama", "models.gpt2.modeling_gpt2", "models.auto.tokenization_auto")
+    context.set_forkserver_preload(
+        ["lrc.api", "lrc.cli", "lrc.report.tables", "datasets", *(f"transformers.{name}" for name in used)]
+    )
+    numbers = count()
+
+    def run(function: Callable[..., Any], *args: Any, size: int = 2, cwd: Path | None = None) -> list[Ended]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        number = next(numbers)
+        kept = [tmp_path / f"together-{number}-{rank}" for rank in range(size)]
+        started = []
+        for rank in range(size):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            job = {
+                "environment": environment,
+                "folder": str(cwd or tmp_path),
+                "kept": str(kept[rank]),
+                "file": function.__code__.co_filename,
+                "function": function.__name__,
+                "args": args,
+            }
+            script = str(Path(__file__).with_name("one_of_several.py"))
+            process = context.Process(target=runpy.run_path, args=(script, {"JOB": job}))
+            process.start()
+            started.append(process)
+        return [_ended(process, here) for process, here in zip(started, kept, strict=True)]
+
+    return run
+
+
+def _ended(process: Any, kept: Path) -> Ended:
+    process.join(120)
+    assert process.exitcode is not None, f"{kept.name} hangs"
+    out, err = (kept.with_name(f"{kept.name}.{name}").read_text(encoding="utf-8") for name in ("out", "err"))
+    returned = kept.with_name(f"{kept.name}.pickle")
+    value = pickle.loads(returned.read_bytes()) if returned.exists() else None
+    return Ended(process.exitcode, out, err, value)
 
 
 def save_random_model(folder: Path, family: str, seed: int, config: dict[str, Any]) -> None:

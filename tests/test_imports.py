@@ -20,7 +20,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a module imports from the layers below and from its own package.
 LAYERS = (
     ("errors",),
-    ("linalg", "discovery", "stopwatch"),
+    ("linalg", "discovery", "stopwatch", "launcher"),
+    ("ranks",),
     ("alternating",),
     ("moments",),
     ("families",),

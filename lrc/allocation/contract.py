@@ -15,6 +15,7 @@ from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
+from lrc.ranks import ALONE, Ranks
 from lrc.solve import read_gradients, solver_of
 from lrc.states import ON_DEVICE, States
 from lrc.stream import ModelStream
@@ -33,7 +34,8 @@ Unit = Literal[
 
 @dataclass(frozen=True)
 class Setting:
-    """A base plan resolved at several sizes, the texts, and how layers run and where hidden states wait.
+    """A base plan resolved at several sizes, the texts, how layers run and where hidden states wait, and the processes
+    that share the work.
 
     ``losses``: every problem is posed with gradients, so that its solution predicts a loss.
     """
@@ -46,10 +48,12 @@ class Setting:
     batch_size: int
     losses: bool = False
     states: States = ON_DEVICE
+    ranks: Ranks = ALONE
 
+    @property
     def stream(self) -> ModelStream:
-        """The model, its layers yet to be made real."""
-        return ModelStream(self.reader, self.device, self.dtype, self.states)
+        """The model, layer by layer."""
+        return ModelStream(self.reader, self.device, self.dtype, self.states, ranks=self.ranks)
 
     def asked(self, layer: int | None) -> dict[tuple[str, int], Assignment]:
         """Everything that the plans ask of one layer, or None for outside the layers, by target and size."""

@@ -13,7 +13,7 @@ from lrc.allocation.walk import walk
 from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.linalg import direction_scores
-from lrc.methods.contract import ProjectionProblem
+from lrc.methods.contract import Problem, ProjectionProblem
 from lrc.methods.pair import input_moment
 from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.size import PairRank
@@ -41,9 +41,8 @@ def costs(setting: Setting, advance: Advance) -> Costs:
     """
     found, done = {}, 0
     for stop in walk(setting):
-        for target, problem in stop.problems.items():
-            assert isinstance(problem, ProjectionProblem)
-            found[stop.layer, target] = _dropped(problem)
+        dropped = setting.ranks.spread([*stop.problems.values()], _dropped)
+        found |= {(stop.layer, target): nats for target, nats in zip(stop.problems, dropped, strict=True)}
         advance(stop.done - done)
         done = stop.done
     curves = [
@@ -53,8 +52,9 @@ def costs(setting: Setting, advance: Advance) -> Costs:
     return Costs(curves, "predicted nats")
 
 
-def _dropped(problem: ProjectionProblem) -> list[float]:
+def _dropped(problem: Problem) -> list[float]:
     """Nats that dropping all but the best r directions costs, for r = 0 to all."""
+    assert isinstance(problem, ProjectionProblem)
     assert problem.gradient is not None, "directions are scored with the gradients"
     scores = direction_scores(problem.matrix.weight, input_moment(problem), problem.gradient)
     # Never below zero, though a float32 sum may be indefinite by rounding.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lrc.allocation.contract import Advance, Costs, Setting, Unit, blank_curves
-from lrc.allocation.walk import walk
+from lrc.allocation.walk import Stop, walk
 from lrc.errors import UserError
 from lrc.methods.contract import Prediction
 from lrc.plan.resolved import Assignment
@@ -45,9 +45,12 @@ def _costs(
     found: dict[tuple[int | None, str, int], float] = {}
     done = 0
     for stop in walk(setting):
-        for (target, size), assignment in stop.asked.items():
-            solution = solve(stop.problems[target], assignment)
-            found[stop.layer, target, size] = cost(assignment, solution.predicted)
+
+        def predicted(assignment: Assignment, stop: Stop = stop) -> float:
+            return cost(assignment, solve(stop.problems[assignment.target], assignment).predicted)
+
+        costs = setting.ranks.spread([*stop.asked.values()], predicted)
+        found |= {(stop.layer, *key): nats for key, nats in zip(stop.asked, costs, strict=True)}
         advance(stop.done - done)
         done = stop.done
     curves = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,11 +17,13 @@ from lrc.collect import Statistics
 from lrc.errors import UserError
 from lrc.evaluation.nll import token_nll
 from lrc.families import Architecture
+from lrc.methods.contract import Solution
 from lrc.moments.gradient import GradientMoment
-from lrc.outer import OuterProblem, pose_outer, store_outer
+from lrc.outer import pose_outer, store_outer
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.solve import read_statistics, solve, solve_layer
+from lrc.solve import pose, read_statistics, solve
 from lrc.stream import Batch
+from lrc.text.blocks import batched
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
@@ -49,17 +51,19 @@ def _layers_run(architecture: Architecture, curve: Curve) -> int:
 class Sensitivity:
     """A model held whole on the device, the moments' text and the held-out text at the layer that is being measured.
 
+    Every process holds the model, and its part of both texts.
+
     ``loss``: nats per held-out token of the model as it is.
     """
 
     def __init__(self, setting: Setting) -> None:
-        stream = setting.stream()
+        stream, mine = setting.stream, setting.ranks.mine
         held_out, batch_size = setting.texts.held_blocks, setting.batch_size
         assert held_out is not None, "sensitivity is measured on held-out text"
         self._setting, self._stream, self._architecture = setting, stream, setting.reader.architecture
-        self._held_ids = held_out.split(batch_size)
+        self._held_ids = batched(mine(held_out), batch_size)
         self._tokens = held_out.numel() - len(held_out)
-        self._batches = stream.embed(setting.texts.calibration.blocks.split(batch_size))
+        self._batches = stream.embed(batched(mine(setting.texts.calibration.blocks), batch_size))
         self._held = stream.embed(self._held_ids)
         loaded = [stream.layer(index) for index in range(self._architecture.layers)]
         self._layers = [module for module, _ in loaded]
@@ -78,25 +82,35 @@ class Sensitivity:
         for index, layer in enumerate(self._layers):
             if setting.asked(index):
                 statistics = self._observe(setting.at_all_sizes(index), gradients.pop(index, None))
-                alone = partial(self._alone, index, statistics)
-                found += self._measured((c for c in blank if c.layer == index), alone, advance)
+                here = [curve for curve in blank if curve.layer == index]
+                solution, alone = partial(self._solution, index, statistics), partial(self._alone, index)
+                found += self._measured(here, solution, alone, advance)
             for batch in (*self._batches, *self._held):
                 batch.hidden = self._stream.advance(layer, index, batch, batch.hidden)
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
             problems = pose_outer(self._stream, targets, blocks, self._batches)
-            found += self._measured(tables, partial(self._table_alone, problems), advance)
+
+            def table(assignment: Assignment) -> Solution:
+                return solve(problems[assignment.target], assignment)
+
+            found += self._measured(tables, table, self._table_alone, advance)
         return found
 
     def _measured(
-        self, curves: Iterable[Curve], alone: Callable[[Assignment], float], advance: Advance
+        self,
+        curves: Sequence[Curve],
+        solution: Callable[[Assignment], Solution],
+        alone: Callable[[str, Solution], float],
+        advance: Advance,
     ) -> list[Curve]:
-        """Curves with what each of their sizes costs, by the loss with an assignment ``alone``."""
+        """Curves with what each of their sizes costs, by the loss with one target's solution ``alone``."""
         found = []
         for curve in curves:
             asked, nats = self._setting.asked(curve.layer), []
-            for size in curve.sizes:
-                nats.append(alone(asked[curve.target, size]) - self.loss)
+            assignments = [asked[curve.target, size] for size in curve.sizes]
+            for solved in self._setting.ranks.spread(assignments, solution):
+                nats.append(alone(curve.target, solved) - self.loss)
                 advance(_layers_run(self._architecture, curve))
             found.append(replace(curve, costs=tuple(nats)))
         return found
@@ -105,32 +119,32 @@ class Sensitivity:
         layer, state = self._layers[plan.index], self._states[plan.index]
         return read_statistics(self._stream, plan, layer, state, self._batches, gradients)
 
-    def _alone(self, index: int, statistics: Statistics, assignment: Assignment) -> float:
+    def _solution(self, index: int, statistics: Statistics, assignment: Assignment) -> Solution:
+        problem = pose(self._architecture, assignment.target, self._states[index], statistics)
+        return solve(problem, assignment)
+
+    def _alone(self, index: int, _: str, solution: Solution) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""
-        state = self._states[index]
-        solutions = solve_layer(
-            self._architecture, LayerPlan(index, (assignment,)), state, statistics
-        ).values()
         skeleton, dtype = self._stream.skeletons[index], self._stream.reader.dtype
-        reduced = assemble(self._architecture, skeleton, state, solutions, dtype)
+        reduced = assemble(self._architecture, skeleton, self._states[index], [solution], dtype)
         layer = self._stream.filled(reduced.module, reduced.state)
         hidden = (self._through(index, batch, layer) for batch in self._held)
         return self._loss(hidden, f"at layer {index}")
 
-    def _table_alone(self, problems: Mapping[str, OuterProblem], assignment: Assignment) -> float:
+    def _table_alone(self, target: str, solution: Solution) -> float:
         """Nats per held-out token with nothing but the embedding, the head or the one that is both shrunk.
 
         The held-out text is behind the last layer by now; from a reduced embedding it starts anew.
         """
         stream = self._stream
-        reduced = store_outer(stream, solve(problems[assignment.target], assignment))
-        embedding, head = (reduced.module(stream, target) for target in ("embed", "lm_head"))
+        reduced = store_outer(stream, solution)
+        embedding, head = (reduced.module(stream, each) for each in ("embed", "lm_head"))
         hidden = (batch.hidden for batch in self._held)
         if embedding is not None:
             again = stream.embed(self._held_ids, embedding)
             hidden = (self._through(0, batch) for batch in again)
         tail = None if head is None else stream.tail(head)
-        return self._loss(hidden, f"with {assignment.target} reduced", tail)
+        return self._loss(hidden, f"with {target} reduced", tail)
 
     @torch.no_grad()
     def _loss(
@@ -140,7 +154,7 @@ class Sensitivity:
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
         for states, ids in zip(hidden, self._held_ids, strict=True):
             total += token_nll((tail or self._tail)(states), ids).sum()
-        if not math.isfinite(loss := float(total) / self._tokens):
+        if not math.isfinite(loss := float(self._setting.ranks.total(total)) / self._tokens):
             raise UserError(f"the loss measured {where} is NaN or inf; try --dtype float32")
         return loss
 

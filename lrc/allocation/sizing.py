@@ -20,6 +20,7 @@ from lrc.curves import Curves, plan_sha256
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job
 from lrc.memory import measuring_memory
+from lrc.ranks import ALONE, Ranks
 from lrc.room import free_bytes
 from lrc.solve import reads_gradients
 from lrc.states import ON_DEVICE, States
@@ -67,7 +68,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sizing:
-    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, a device and
+    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, devices and
     where hidden states wait.
     """
 
@@ -79,6 +80,7 @@ class Sizing:
     dtype: torch.dtype
     batch_size: int
     states: States = ON_DEVICE
+    ranks: Ranks = ALONE
 
     @property
     def key(self) -> dict[str, Any]:
@@ -122,6 +124,7 @@ class Sizing:
             self.batch_size,
             allocator.losses,
             self.states,
+            self.ranks,
         )
         try:
             costs = allocator.costs(setting, advance)

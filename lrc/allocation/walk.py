@@ -10,6 +10,7 @@ from lrc.methods.contract import Problem
 from lrc.outer import pose_outer
 from lrc.plan.resolved import Assignment
 from lrc.solve import pose, read_statistics
+from lrc.text.blocks import batched
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Stop:
 def walk(setting: Setting) -> Iterator[Stop]:
     """Every layer of which something is asked, on the calibration blocks, after a sweep for the gradients where any
     are read, and then what is outside of them; only one layer is on the device at a time."""
-    stream, architecture = setting.stream(), setting.reader.architecture
-    gradients = setting.gradients(stream)
-    batches = stream.embed(setting.texts.calibration.blocks.split(setting.batch_size))
+    stream = setting.stream
+    architecture, gradients = setting.reader.architecture, setting.gradients(stream)
+    mine = setting.ranks.mine(setting.texts.calibration.blocks)
+    batches = stream.embed(batched(mine, setting.batch_size))
     for index in range(architecture.layers):
         layer, state = stream.layer(index)
         if asked := setting.asked(index):

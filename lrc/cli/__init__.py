@@ -15,10 +15,11 @@ from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
 from lrc.cli.list import list_known
 from lrc.cli.plan import plan_model
+from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
 from lrc.cli.screen import complain
 from lrc.errors import UserError, nearest
 
-_MISTAKE, _INTERRUPTED = 2, 130
+_SPLIT = ("compress", "eval", "plan")  # over processes, where there are several; the first does the others
 # What does not parse; typer gives it no name of its own, and which click it is of depends on typer's version.
 _Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
 
@@ -35,6 +36,8 @@ class _Verbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if self.get_command(ctx, args[0]) is None:
             raise UserError(f"there is no verb {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
+        if args[0] not in _SPLIT and not speaks():
+            raise typer.Exit
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -44,8 +47,9 @@ class _Verbs(TyperGroup):
         except KeyboardInterrupt:
             resumes = ctx.invoked_subcommand == "compress"
             then = "run the same command again to go on" if resumes else "the same command starts over"
-            complain(f"interrupted; {then}")
-            raise typer.Exit(_INTERRUPTED) from None
+            if speaks():
+                complain(f"interrupted; {then}")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
@@ -53,11 +57,13 @@ def _mistakes_told() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        complain(str(error))
-        raise typer.Exit(_MISTAKE) from None
+        if speaks(error):
+            complain(str(error))
+        raise typer.Exit(MISTAKE) from None
     except _Unparsed as error:
-        complain(_in_our_words(error))
-        raise typer.Exit(_MISTAKE) from None
+        if speaks():
+            complain(_in_our_words(error))
+        raise typer.Exit(MISTAKE) from None
 
 
 def _in_our_words(error: Any) -> str:

@@ -24,6 +24,7 @@ from lrc.cli.options import (
     Texts,
     names,
 )
+from lrc.cli.processes import processes
 from lrc.cli.screen import progress, quiet, show, warn
 from lrc.errors import UserError
 
@@ -55,34 +56,38 @@ def compress_model(
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL by a plan into a new checkpoint, and report what it cost."""
-    if no_eval and ppl is not None:
-        raise UserError("--ppl and --no-eval contradict each other; give one of the two")
     quiet()
     from lrc.api import compress
     from lrc.report.tables import summary
 
-    with progress() as track:
-        report = compress(
-            model,
-            plan,
-            out=out,
-            calib=calib,
-            ppl=[] if no_eval else names(ppl),
-            data_dir=data_dir,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            states=states,
-            max_windows=max_windows,
-            fresh=not resume,
-            force=force,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            progress=track,
-            warn=None if as_json else warn,
-        )
-    if as_json:
-        sys.stdout.write(report.to_json())
-    else:
-        show(*summary(report))
+    with processes() as ranks:
+        if no_eval and ppl is not None:
+            raise UserError("--ppl and --no-eval contradict each other; give one of the two")
+        with progress(ranks.first) as track:
+            report = compress(
+                model,
+                plan,
+                out=out,
+                calib=calib,
+                ppl=[] if no_eval else names(ppl),
+                data_dir=data_dir,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                states=states,
+                max_windows=max_windows,
+                fresh=not resume,
+                force=force,
+                revision=revision,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
+                progress=track,
+                warn=None if as_json or not ranks.first else warn,
+                ranks=ranks,
+            )
+        if not ranks.first:
+            return
+        if as_json:
+            sys.stdout.write(report.to_json())
+        else:
+            show(*summary(report))

@@ -19,6 +19,7 @@ from lrc.cli.options import (
     Texts,
     names,
 )
+from lrc.cli.processes import processes
 from lrc.cli.screen import note, progress, quiet, show, show_json
 
 
@@ -61,37 +62,42 @@ def evaluate(
     from lrc.report.comparison import Comparison, Evaluated
     from lrc.report.tables import perplexities
 
-    if model is None:
-        model = str(newest_output(Path.cwd()))
-        note(f"evaluating {model}, the newest lrc output here")
-    texts = names(ppl) or [default_text(model)]
-    models = [(model, resolve_model(model, revision=revision, allow_pickle=allow_pickle).path)]
-    if against is not None:
-        models.append((against, resolve_model(against, allow_pickle=allow_pickle).path))
-        folders = [folder for _, folder in models]
-        seq_len = shared_seq_len(folders, seq_len, trust_remote_code=trust_remote_code)
-    with progress() as track:
-        found = [
-            Evaluated(
-                name,
-                measure(
-                    folder,
-                    texts,
-                    seq_len=seq_len,
-                    max_windows=max_windows,
-                    data_dir=data_dir,
-                    device=device,
-                    dtype=dtype,
-                    streamed=streamed,
-                    allow_pickle=allow_pickle,
-                    trust_remote_code=trust_remote_code,
-                    progress=track,
-                ),
-            )
-            for name, folder in models
-        ]
-    comparison = Comparison(*found)
-    if as_json:
-        show_json(comparison.as_dict())
-    else:
-        show(*perplexities(comparison))
+    with processes() as ranks:
+        if model is None:
+            model = str(newest_output(Path.cwd()))
+            if ranks.first:
+                note(f"evaluating {model}, the newest lrc output here")
+        texts = names(ppl) or [default_text(model)]
+        models = [(model, resolve_model(model, revision=revision, allow_pickle=allow_pickle).path)]
+        if against is not None:
+            models.append((against, resolve_model(against, allow_pickle=allow_pickle).path))
+            folders = [folder for _, folder in models]
+            seq_len = shared_seq_len(folders, seq_len, trust_remote_code=trust_remote_code)
+        with progress(ranks.first) as track:
+            found = [
+                Evaluated(
+                    name,
+                    measure(
+                        folder,
+                        texts,
+                        seq_len=seq_len,
+                        max_windows=max_windows,
+                        data_dir=data_dir,
+                        device=device,
+                        dtype=dtype,
+                        streamed=streamed,
+                        allow_pickle=allow_pickle,
+                        trust_remote_code=trust_remote_code,
+                        progress=track,
+                        ranks=ranks,
+                    ),
+                )
+                for name, folder in models
+            ]
+        if not ranks.first:
+            return
+        comparison = Comparison(*found)
+        if as_json:
+            show_json(comparison.as_dict())
+        else:
+            show(*perplexities(comparison))

@@ -21,6 +21,7 @@ from lrc.cli.options import (
     States,
     names,
 )
+from lrc.cli.processes import processes
 from lrc.cli.screen import progress, quiet, show, show_json, warn
 from lrc.errors import UserError
 
@@ -122,48 +123,51 @@ def plan_model(
     as_json: AsJson = False,
 ) -> None:
     """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
-    kept, measured = (
-        None if listed is None else _fractions(option, listed)
-        for option, listed in (("--keep", keep), ("--keeps", keeps))
-    )
-    limit = None if size is None else _bytes(size)
     quiet()
     from lrc.planning import make_plan
     from lrc.report.planning import pictures
 
-    with progress() as track:
-        planning = make_plan(
-            model,
-            keep=kept,
-            size=limit,
-            kv_cache=kv_cache,
-            base=base,
-            allocate=allocate,
-            held_out=held_out,
-            held_out_samples=held_out_samples,
-            keeps=measured,
-            calib=calib,
-            data_dir=data_dir,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            states=states,
-            curves=curves,
-            round_to=round_to,
-            floor=floor,
-            cap=cap,
-            fresh=fresh,
-            out=out,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            progress=track,
-            warn=None if as_json else warn,
+    with processes() as ranks:
+        kept, measured = (
+            None if listed is None else _fractions(option, listed)
+            for option, listed in (("--keep", keep), ("--keeps", keeps))
         )
-    if as_json:
-        show_json(planning)
-    else:
-        show(*pictures(planning))
+        with progress(ranks.first) as track:
+            planning = make_plan(
+                model,
+                keep=kept,
+                size=None if size is None else _bytes(size),
+                kv_cache=kv_cache,
+                base=base,
+                allocate=allocate,
+                held_out=held_out,
+                held_out_samples=held_out_samples,
+                keeps=measured,
+                calib=calib,
+                data_dir=data_dir,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                states=states,
+                curves=curves,
+                round_to=round_to,
+                floor=floor,
+                cap=cap,
+                fresh=fresh,
+                out=out,
+                revision=revision,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
+                progress=track,
+                warn=None if as_json or not ranks.first else warn,
+                ranks=ranks,
+            )
+        if not ranks.first:
+            return
+        if as_json:
+            show_json(planning)
+        else:
+            show(*pictures(planning))
 
 
 def _fractions(option: str, listed: str) -> list[float]:

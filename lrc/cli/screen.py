@@ -53,8 +53,8 @@ def show_json(document: Any) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Track]:
-    """A bar on stderr for each stage, with rate and time left; nothing where stderr is no terminal."""
+def progress(shown: bool = True) -> Iterator[Track]:
+    """A bar on stderr for each stage, with rate and time left; nothing where not ``shown``, or on no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
@@ -65,7 +65,7 @@ def progress() -> Iterator[Track]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bars:
 
         def track(label: str, total: int) -> Callable[[int], None]:
             task = bars.add_task(label, total=total, rate="")

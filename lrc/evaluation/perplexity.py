@@ -24,7 +24,8 @@ from torch import Tensor
 from lrc.errors import UserError
 from lrc.evaluation.nll import token_nll
 from lrc.evaluation.streamed import StreamedModel
-from lrc.text.blocks import ids_sha256, tokenize, windows
+from lrc.ranks import ALONE, Ranks
+from lrc.text.blocks import batched, ids_sha256, tokenize, windows
 from lrc.text.source import Text, read_text
 
 if TYPE_CHECKING:
@@ -74,11 +75,13 @@ def evaluate_perplexity(
     max_windows: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[str, int], Advance] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Perplexity]:
-    """Perplexity on each text named as in ``lrc.text.read_text``, in the order given.
+    """Perplexity on each text named as in ``lrc.text.read_text``, in the order given; of several processes each has
+    the model, and runs its part of the windows.
 
-    ``progress`` is called with a text's label and its number of windows, and gives the function to call with
-    the windows done. Every text is read and cut before the model runs. Raises UserError as ``read_text`` and
+    ``progress`` is called with a text's label and the number of this process's windows, and gives the function to call
+    with the windows done. Every text is read and cut before the model runs. Raises UserError as ``read_text`` and
     ``perplexity`` do.
     """
     length = choose_seq_len(model, seq_len)
@@ -93,9 +96,10 @@ def evaluate_perplexity(
             seq_len=length,
             max_windows=max_windows,
             batch_size=batch_size,
-            progress=progress(text.label, count) if progress else None,
+            progress=progress(text.label, len(ranks.mine(range(count)))) if progress else None,
             tokenizer=tokenizer,
             notes=text.notes,
+            ranks=ranks,
         )
         for text, each, count in zip(texts, ids, counts, strict=True)
     ]
@@ -112,6 +116,7 @@ def perplexity(
     progress: Advance | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: tuple[str, ...] = (),
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """Perplexity on ids (tokens,), by the protocol above; infinite and NaN values are given as they are.
 
@@ -121,10 +126,11 @@ def perplexity(
     """
     seq_len = choose_seq_len(model, seq_len)
     cut = windows(ids, seq_len)[:max_windows]
+    mine = ranks.mine(cut)
     start = time.perf_counter()
-    sums = window_nll(model, cut, batch_size, progress).cpu()
+    sums = ranks.woven(window_nll(model, mine, batch_size, progress).cpu())
     seconds = time.perf_counter() - start
-    scored_bytes = count_scored_bytes(tokenizer, cut) if tokenizer is not None else None
+    scored_bytes = ranks.total(count_scored_bytes(tokenizer, mine)) if tokenizer is not None else None
     return summarise(
         sums,
         ids,
@@ -187,13 +193,13 @@ def window_nll(
     model.eval()
     sums = []
     try:
-        for batch in cut.split(batch_size):
+        for batch in batched(cut, batch_size):
             sums.append(token_nll(model(input_ids=batch, use_cache=False).logits, batch))
             if progress:
                 progress(len(batch))
     finally:
         model.train(training)
-    return torch.cat(sums)
+    return torch.cat(sums) if sums else torch.empty(0, dtype=torch.float64)
 
 
 def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:

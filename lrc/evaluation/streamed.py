@@ -16,6 +16,7 @@ from lrc.hub.quantizer import METHOD, LrcConfig
 from lrc.room import place_for
 from lrc.states import ON_DEVICE, States
 from lrc.stream import ModelStream
+from lrc.text.blocks import batched
 
 
 class StreamedModel:
@@ -56,7 +57,7 @@ class StreamedModel:
         """Nats of tokens 2..n of windows (windows, seq_len): (windows,) float64; ``progress`` as windows are scored."""
         held = cut.numel() * self.config.hidden_size * self.dtype.itemsize
         stream = self._stream(States(place_for(held, self.device), self._scratch))
-        ids = cut.split(batch_size)
+        ids = batched(cut, batch_size)
         batches = stream.embed(ids)
         for index in range(len(stream.skeletons)):
             layer, _ = stream.layer(index)
@@ -67,7 +68,7 @@ class StreamedModel:
             sums.append(token_nll(tail(batch.hidden), each))
             if progress:
                 progress(len(each))
-        return torch.cat(sums)
+        return torch.cat(sums) if sums else torch.empty(0, dtype=torch.float64)
 
     def _stream(self, states: States) -> ModelStream:
         return ModelStream(

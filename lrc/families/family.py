@@ -194,6 +194,11 @@ class Architecture:
         start = sum(self.matrices[r].rows for r in fused[: fused.index(role)]) if fused else 0
         return slice(start, start + self.matrices[role].rows)
 
+    def site_width(self, site: str) -> int:
+        """Size of the activations at a site."""
+        roles = (role for role in self.matrices if self.family.site(role) == site)
+        return self.matrices[next(roles)].columns
+
     @property
     def layer_parameters(self) -> int:
         """Weights of one decoder layer's projections: what ``keep`` is a fraction of."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.ranks import ALONE, Ranks
+
 QUERIES = 16
 SAMPLES = 1024  # queries kept of a key head
 _SHARE_BYTES = 2**28
@@ -46,7 +48,10 @@ class AttentionMoment:
 
 
 class AttentionSum:
-    """Sums over ``QUERIES`` queries of every sequence, evenly spaced: a few dozen are enough."""
+    """Sums over ``QUERIES`` queries of every sequence, evenly spaced: a few dozen are enough.
+
+    Sequences are those that are ``mine`` by ``ranks``, in order, so that all processes keep the queries that one would.
+    """
 
     def __init__(
         self,
@@ -57,13 +62,15 @@ class AttentionSum:
         device: torch.device,
         *,
         samples: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._scale = scale
+        self._scale, self._ranks = scale, ranks
         self._covariance = torch.zeros(kv_heads, head_dim, head_dim, device=device)
         self._pairs = torch.zeros(kv_heads, head_dim // 2, head_dim // 2, device=device) if rotary else None
         self._queries = 0
-        self._samples: list[AttentionSamples] | None = [] if samples else None
-        self._sequences, self._stride = 0, 1
+        # By the number of the sequence among those of all processes.
+        self._samples: dict[int, AttentionSamples] | None = {} if samples else None
+        self._number, self._stride = ranks.rank, 1
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Count one sequence: q (heads, tokens, D) and k (kv_heads, tokens, D) as they enter the product, turned.
@@ -90,30 +97,46 @@ class AttentionSum:
             self._add_samples(self._samples, q, k, p)
         self._queries += len(rows)
 
+    def reduce(self) -> None:
+        """Add what the other processes have counted."""
+        ranks = self._ranks
+        ranks.sum(self._covariance, *([] if self._pairs is None else [self._pairs]))
+        self._queries = ranks.total(self._queries)
+        if self._samples is not None:
+            self._stride = max(ranks.gather(self._stride))
+            gathered = {n: kept for each in ranks.gather(self._samples) for n, kept in each.items()}
+            every = {n: gathered[n] for n in sorted(gathered) if n % self._stride == 0}
+            self._samples = self._thin(every)
+
     def moment(self) -> AttentionMoment:
         """The means over queries so far."""
         pairs = None if self._pairs is None else self._pairs / self._queries
         samples = None
         if self._samples is not None:
             samples = AttentionSamples(
-                torch.cat([kept.q for kept in self._samples], dim=2),
-                torch.cat([kept.covariance for kept in self._samples], dim=2),
+                torch.cat([kept.q for kept in self._samples.values()], dim=2),
+                torch.cat([kept.covariance for kept in self._samples.values()], dim=2),
             )
         return AttentionMoment(self._covariance / self._queries, pairs, self._queries, self._scale, samples)
 
-    def _add_samples(self, samples: list[AttentionSamples], q: Tensor, k: Tensor, p: Tensor) -> None:
-        """Keep the queries of every ``stride``-th sequence; the stride doubles when there are too many."""
-        if self._sequences % self._stride == 0:
+    def _add_samples(self, samples: dict[int, AttentionSamples], q: Tensor, k: Tensor, p: Tensor) -> None:
+        """Keep the queries of every ``stride``-th sequence."""
+        if self._number % self._stride == 0:
             covariances = []
             # one key head at a time: keys weighted by every query are large
             for keys, weights in zip(k, p, strict=True):
                 centred = keys - (weights @ keys).unsqueeze(-2)  # (group, rows, tokens, D)
                 covariances.append((centred * weights.unsqueeze(-1)).mT @ centred)
-            samples.append(AttentionSamples(q, torch.stack(covariances)))
-        self._sequences += 1
-        if len(samples) > 1 and sum(kept.q[0, ..., 0].numel() for kept in samples) > SAMPLES:
-            del samples[1::2]
+            samples[self._number] = AttentionSamples(q, torch.stack(covariances))
+        self._number += self._ranks.size
+        self._samples = self._thin(samples)
+
+    def _thin(self, samples: dict[int, AttentionSamples]) -> dict[int, AttentionSamples]:
+        """Double the stride until there are not too many."""
+        while len(samples) > 1 and sum(kept.q[0, ..., 0].numel() for kept in samples.values()) > SAMPLES:
             self._stride *= 2
+            samples = {number: kept for number, kept in samples.items() if number % self._stride == 0}
+        return samples
 
     def _add_pairs(self, q: Tensor, k: Tensor, p: Tensor) -> None:
         assert self._pairs is not None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrc.moments.moment import product
+from lrc.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,22 @@ class GradientMoment:
 
 
 class GradientSum:
-    """Running sums behind a ``GradientMoment`` of one layer."""
+    """Running sums behind a ``GradientMoment`` of one layer: of outputs by role and width, and of the queries."""
 
-    def __init__(self, kv_heads: int, head_dim: int, rotary: bool) -> None:
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        rotary: bool,
+        widths: Mapping[str, int],
+        *,
+        queries: bool,
+        device: torch.device,
+    ) -> None:
         self._kv_heads, self._head_dim, self._rotary = kv_heads, head_dim, rotary
-        self._outputs: dict[str, Tensor] = {}
-        self._queries: Tensor | None = None
+        side = head_dim // 2 if rotary else head_dim
+        self._outputs = {role: torch.zeros(width, width, device=device) for role, width in widths.items()}
+        self._queries = torch.zeros(kv_heads, side, side, device=device) if queries else None
         self._tokens = 0
 
     def add(
@@ -72,13 +83,16 @@ class GradientSum:
         share = scale.float().square().reciprocal()
         for role, gradient in gradients.items():
             rows = gradient.flatten(0, -2)
-            total = product(rows, rows).mul_(share)
-            self._outputs[role] = self._outputs[role].add_(total) if role in self._outputs else total
-        if queries is not None:
-            total = self._of_queries(*queries).mul_(share)
-            self._queries = total if self._queries is None else self._queries.add_(total)
+            self._outputs[role] += product(rows, rows).mul_(share)
+        if queries is not None and self._queries is not None:
+            self._queries += self._of_queries(*queries).mul_(share)
         some = next(iter(gradients.values())) if queries is None else queries[0]
         self._tokens += some.shape[:-1].numel()
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other processes have counted."""
+        ranks.sum(*self._outputs.values(), *([] if self._queries is None else [self._queries]))
+        self._tokens = ranks.total(self._tokens)
 
     def moment(self) -> GradientMoment:
         """The means so far."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.ranks import Ranks
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -47,6 +49,11 @@ class MomentSum:
         self._second += product(rows, rows)
         self._first += rows.sum(dim=0, dtype=torch.float32)
         self._tokens += rows.shape[0]
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other processes have counted."""
+        ranks.sum(self._second, self._first)
+        self._tokens = ranks.total(self._tokens)
 
     def moment(self) -> Moment:
         """The means so far."""

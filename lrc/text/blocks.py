@@ -67,6 +67,11 @@ def gradient_blocks(blocks: Tensor, samples: int, seed: int) -> Tensor:
     return blocks[chosen.sort().values]
 
 
+def batched(blocks: Tensor, size: int) -> list[Tensor]:
+    """Blocks (n, tokens), ``size`` at a time; none where there are none."""
+    return [*blocks.split(size)] if len(blocks) else []
+
+
 def uniforms(seed: int, purpose: str, count: int) -> Tensor:
     """Numbers (count,) float64 in [0, 1), a function of seed and purpose alone."""
     generator = torch.Generator().manual_seed(seed_for(seed, purpose))

@@ -66,7 +66,7 @@ def test_a_killed_run_takes_up_the_sizes_that_it_had(
     arguments = ("compress", "tiny-gpt2", "--plan", "p.yaml", *RUN)
 
     @contextmanager
-    def progress() -> Iterator[Any]:
+    def progress(shown: bool) -> Iterator[Any]:
         def stage(label: str, total: int) -> Any:
             return kill if label == "compress" else lambda done: None
 

@@ -216,7 +216,7 @@ def killed(
 
     def run_and_kill(by: type[BaseException]) -> Result:
         @contextmanager
-        def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+        def progress(shown: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
             done: list[int] = []
 
             def advance(count: int) -> None:

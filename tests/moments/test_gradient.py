@@ -34,13 +34,17 @@ def one_by_one(parts: list[tuple[torch.Tensor, torch.Tensor]], rotary: bool) -> 
     return total / tokens
 
 
+def of_outputs(rotary: bool, widths: dict[str, int], *, queries: bool) -> GradientSum:
+    return GradientSum(KV_HEADS, HEAD_DIM, rotary, widths, queries=queries, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("rotary", [True, False])
 def test_moments_are_the_means_over_tokens_whatever_the_scale(rotary):
     parts = [
         (normal(i, 2, TOKENS, HEADS * HEAD_DIM), normal(9 + i, 2, TOKENS, HEADS * HEAD_DIM)) for i in (0, 1)
     ]
     outputs = [normal(20 + i, 2, TOKENS, 3) for i in (0, 1)]
-    sums = GradientSum(KV_HEADS, HEAD_DIM, rotary)
+    sums = of_outputs(rotary, {"o": 3}, queries=True)
     for (q, gradient), output, scale in zip(parts, outputs, (8.0, 0.25), strict=True):
         sums.add({"o": output * scale}, (q, gradient * scale), torch.tensor(scale))
     moment = sums.moment()
@@ -53,7 +57,7 @@ def test_moments_are_the_means_over_tokens_whatever_the_scale(rotary):
 
 
 def test_collects_what_is_asked_for():
-    sums = GradientSum(KV_HEADS, HEAD_DIM, True)
+    sums = of_outputs(True, {"up": 3}, queries=False)
     sums.add({"up": normal(0, 7, 3)}, None, torch.ones(()))
     moment = sums.moment()
     assert (list(moment.outputs), moment.queries, moment.tokens) == (["up"], None, 7)
@@ -63,6 +67,6 @@ def test_collects_what_is_asked_for():
 
 
 def test_says_where_a_gradient_is_no_number():
-    sums = GradientSum(KV_HEADS, HEAD_DIM, True)
+    sums = of_outputs(True, {"up": 2}, queries=False)
     sums.add({"up": torch.tensor([[1.0, torch.inf]])}, None, torch.ones(()))
     assert not sums.moment().finite
