@@ -17,6 +17,7 @@ from lrc.errors import UserError
 DAMPING = 1e-6
 _SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-12, 1e-2
 _SHARED = 0.05  # of a column's variance given all others, with one column dropped beside it
+COLUMN_BYTES = 2**28  # of a moment's columns in float64 at once, where not all of it has to be
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,18 @@ class Cholesky:
 
 
 def damped(c: Tensor, damping: float = DAMPING) -> Tensor:
-    """C + ``damping``·mean(diag C)·I in float64, for C of shape (..., n, n)."""
+    """C + ``damping``·mean(diag C)·I in float64, for C of shape (..., n, n); without damping a float64 C itself."""
+    if not damping:
+        return c.double()
     matrix = c.to(torch.float64, copy=True)
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(dim=-1, keepdim=True)
-    # An input that is zero throughout (a dead head) has no scale of its own; any positive one will do.
-    diagonal += damping * torch.where(mean > 0, mean, torch.ones_like(mean))
+    matrix.diagonal(dim1=-2, dim2=-1).add_(damping * _mean_diagonal(c).unsqueeze(-1))
     return matrix
+
+
+def _mean_diagonal(c: Tensor) -> Tensor:
+    """mean(diag C) (...,) in float64, or 1: an input that is zero throughout (a dead head) has no scale of its own."""
+    mean = c.diagonal(dim1=-2, dim2=-1).double().mean(dim=-1)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def damped_cholesky(c: Tensor, damping: float = DAMPING) -> Cholesky:
@@ -135,11 +141,15 @@ def regress(weight: Tensor, c: Tensor, reader: Tensor) -> tuple[Tensor, float]:
 
 
 def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float]:
-    """``regress`` for a reader that keeps the coordinates ``kept`` (r,) of x, without forming it."""
-    c = damped(c)
-    through = c[:, kept]
-    root = damped_cholesky(through[kept], damping=0.0)
-    return root.solve(weight.double() @ through), DAMPING + root.damping
+    """``regress`` for a reader that keeps the coordinates ``kept`` (r,) of x; in float64 are r columns of C at most."""
+    weight, ridge = weight.double(), DAMPING * _mean_diagonal(c)
+    right = ridge * weight[:, kept]
+    for part in torch.arange(len(kept), device=kept.device).split(_columns_at_once(c)):
+        right[:, part] += weight @ c[:, kept[part]].double()
+    inner = c[kept.unsqueeze(-1), kept].double()
+    inner.diagonal().add_(ridge)
+    root = damped_cholesky(inner, damping=0.0)
+    return root.solve(right), DAMPING + root.damping
 
 
 def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = None) -> tuple[Tensor, float]:
@@ -236,12 +246,25 @@ def gram_root(g: Tensor) -> tuple[Tensor, float]:
     return root.factor.mT, root.damping
 
 
-def data_error(delta: Tensor, c: Tensor, g: Tensor | None = None) -> float:
-    """tr(G ΔW C ΔWᵀ), for ΔW (m, n), C = E[x xᵀ] (n, n) and G (m, m); without G E‖ΔW x‖²."""
+def data_error(delta: Tensor, c: Tensor) -> float:
+    """E‖ΔW x‖² for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
+    return data_errors(delta, c, None)[0]
+
+
+def data_errors(delta: Tensor, c: Tensor, *metrics: Tensor | None) -> list[float]:
+    """tr(G ΔW C ΔWᵀ) for every G (m, m) of the metrics, None being the identity; ΔW (m, n) and C (n, n) as above."""
     delta = delta.double()
-    left = delta if g is None else g.double() @ delta
+    lefts = [delta if g is None else g.double() @ delta for g in metrics]
+    total = torch.zeros(len(lefts), dtype=torch.float64, device=delta.device)
+    for part in torch.arange(c.shape[-1], device=c.device).split(_columns_at_once(c)):
+        through = delta @ c[:, part].double()
+        total += torch.stack([(through * left[:, part]).sum() for left in lefts])
     # Never below zero, though a float32 sum may be indefinite by rounding.
-    return max(float(((delta @ c.double()) * left).sum()), 0.0)
+    return [max(error, 0.0) for error in total.tolist()]
+
+
+def _columns_at_once(c: Tensor) -> int:
+    return max(COLUMN_BYTES // (8 * c.shape[-1]), 1)
 
 
 def _gram(w: Tensor, moment: Tensor | None) -> tuple[Tensor, float]:

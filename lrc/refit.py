@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.linalg import damped_cholesky
+from lrc.linalg import damped_cholesky, data_error
 from lrc.methods.contract import Affine
 from lrc.moments.moment import product
 from lrc.ranks import Ranks
@@ -188,7 +188,8 @@ class _Sums:
 
     def means(self) -> _Means:
         return _Means(
-            *(sums.double() / self.tokens for sums in (self.gram, self.cross, self.x, self.r)),
+            self.gram / self.tokens,
+            *(sums.double() / self.tokens for sums in (self.cross, self.x, self.r)),
             missing=float(self.missing) / self.tokens,
             size=float(self.size) / self.tokens,
         )
@@ -196,7 +197,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Means:
-    """Means over tokens in float64: E[x xᵀ], E[r xᵀ], E[x], E[r], E‖r‖² and E‖stream‖²."""
+    """Means over tokens: E[x xᵀ] in float32, as its sum is, and in float64 E[r xᵀ], E[x], E[r], E‖r‖², E‖stream‖²."""
 
     gram: Tensor
     cross: Tensor
@@ -209,7 +210,7 @@ class _Means:
         """The D, d minimising E‖r − D x − d‖² + λ‖D‖²_F, and the damping used."""
         gram, cross = self.gram, self.cross
         if biased:
-            gram, cross = gram - torch.outer(self.x, self.x), cross - torch.outer(self.r, self.x)
+            gram, cross = gram.double() - torch.outer(self.x, self.x), cross - torch.outer(self.r, self.x)
         root = damped_cholesky(gram, ridge)
         weight = root.solve(cross)
         return Affine(weight, self.r - weight @ self.x if biased else None), root.damping
@@ -217,7 +218,7 @@ class _Means:
     def error(self, change: Affine) -> float:
         """E‖r − D x − d‖²."""
         weight, bias = change.weight, change.bias
-        found = self.missing - ((2 * self.cross - weight @ self.gram) * weight).sum()
+        found = self.missing - 2 * (self.cross * weight).sum() + data_error(weight, self.gram)
         if bias is not None:
             found += bias @ (bias - 2 * (self.r - weight @ self.x))
         # Never below zero, though the difference of float32 sums may be by rounding.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lrc.families import Architecture
+from lrc.linalg import COLUMN_BYTES
 from lrc.methods import methods
 from lrc.plan.resolved import Assignment, LayerPlan
 
@@ -21,13 +22,11 @@ def solve_work(architecture: Architecture, assignment: Assignment, sampled: int)
     if target == "mlp":
         output = architecture.matrices[architecture.family.mlp_output]
         n, kept = output.columns, assignment.size
-        elimination = n**2 if options.get("select") == "obs" else 0
-        return 8 * (
-            _joint_work(n, kept, output.bias)
-            + 2 * hidden * n
-            + elimination
-            + _metric_work(hidden, n, options)
-        )
+        elimination = 3 * n**2 if options.get("select") == "obs" else 0
+        # Rows and columns of C that stay, their factor and what is gathered of them; C itself only a part at a time.
+        work = max(elimination, 5 * kept**2 // 2, 3 * _part(n) // 2)
+        work = max(3 * n**2, n**2 + work) if output.bias else work
+        return 8 * (work + 4 * hidden * n + 2 * hidden * kept + _metric_work(hidden, n, options))
     if target == "ov":
         biased = architecture.matrices["v"].bias or architecture.matrices["o"].bias
         n, kept = architecture.heads * architecture.head_dim, architecture.heads * assignment.size
@@ -56,12 +55,17 @@ def _joint_work(n: int, kept: int, biased: bool) -> int:
     return (3 if biased else 2) * n**2 + max(n**2, n * kept + 4 * kept**2)
 
 
+def _part(n: int) -> int:
+    """Elements of the columns of an n x n moment that are in float64 at once."""
+    return min(n**2, COLUMN_BYTES // 8)
+
+
 def refit_work(architecture: Architecture, n: int) -> int:
-    """Sums in float32 and ridge regressions in float64 of a projection that reads n inputs: the moments fitted to and
-    held out, the former centred, damped and factored.
+    """Sums and means in float32, of the blocks fitted to and those held out, and ridge regressions in float64 of a
+    projection that reads n inputs: the moment fitted to centred where there is a bias, damped and factored.
     """
-    hidden = architecture.hidden
-    return 8 * n * (n + hidden) + 8 * (5 * n**2 + 6 * hidden * n)
+    hidden, biased = architecture.hidden, architecture.matrices[architecture.family.mlp_output].bias
+    return 16 * n**2 + 8 * hidden * n + 8 * ((3 if biased else 2) * n**2 + _part(n) + 6 * hidden * n)
 
 
 def refit_widths(architecture: Architecture, layer: LayerPlan) -> list[int]:

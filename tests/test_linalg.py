@@ -18,6 +18,7 @@ from lrc.linalg import (
     damped,
     damped_cholesky,
     data_error,
+    data_errors,
     direction_scores,
     eliminate,
     eliminate_columns,
@@ -412,7 +413,7 @@ class TestDataError:
         x, delta, gradients = normal(50, 6, seed=1), normal(4, 6, seed=2), normal(30, 4, seed=3)
         expected = float((gradients @ delta @ x.T).square().sum() / (30 * 50))
         g = gradients.T @ gradients / 30
-        assert data_error(delta, x.T @ x / 50, g) == pytest.approx(expected, rel=1e-12)
+        assert data_errors(delta, x.T @ x / 50, None, g)[1] == pytest.approx(expected, rel=1e-12)
         root, damping = gram_root(g)
         assert damping == DAMPING
         assert data_error(root @ delta, x.T @ x / 50) == pytest.approx(expected, rel=1e-4)

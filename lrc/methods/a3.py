@@ -19,6 +19,7 @@ from lrc.linalg import (
     regress_kept,
 )
 from lrc.methods.contract import Affine, MLPProblem, OVProblem, Prediction, QKProblem, Solution, solves
+from lrc.methods.pair import errors
 from lrc.methods.scores import ScoreMetric, best_map, fitted_map, kept_pairs
 from lrc.moments.moment import Moment
 from lrc.plan.size import ComponentRank
@@ -179,8 +180,8 @@ def solve_mlp(
     refit makes up for best in that metric, which fits the calibration's kind of text more closely and other text less.
     The fit itself is the same for every G.
     """
-    weight, bias, moment = problem.output.weight.double(), problem.output.bias, problem.hidden.double()
-    c = moment.second if bias is None else moment.centred
+    weight, bias, moment = problem.output.weight.double(), problem.output.bias, problem.hidden
+    c = moment.second if bias is None else moment.double().centred
     read, numerics = weight, {}
     if metric == "loss":
         root, numerics["gradient_damping"] = gram_root(_gradient(problem.gradient))
@@ -188,7 +189,9 @@ def solve_mlp(
     if select == "obs":
         kept, numerics["elimination_damping"] = eliminate_columns(read, c, width)
     else:
-        kept = (c.diagonal().clamp_min(0).sqrt() * read.norm(dim=0)).topk(width).indices.sort().values
+        kept = (
+            (c.diagonal().double().clamp_min(0).sqrt() * read.norm(dim=0)).topk(width).indices.sort().values
+        )
     delta = weight.clone()
     if refit == "least_squares":
         output, numerics["damping"] = regress_kept(weight, c, kept)
@@ -200,7 +203,7 @@ def solve_mlp(
         for role, m in problem.inputs.items()
     }
     if bias is not None:
-        bias = bias.double() + delta @ moment.mean
+        bias = bias.double() + delta @ moment.mean.double()
     return Solution(
         parts={**inputs, problem.output_role: Affine(output, bias)},
         predicted=_of_output(problem, delta, c, weight, moment),
@@ -213,9 +216,8 @@ def _of_output(
     problem: OVProblem | MLPProblem, delta: Tensor, c: Tensor, weight: Tensor, moment: Moment
 ) -> Prediction:
     """E‖ΔW x‖² for x of moment C beside E‖W x‖², and ½ tr(G ΔW C ΔWᵀ) where gradients are at hand."""
-    g = problem.gradient
-    loss = None if g is None else data_error(delta, c, g) / 2
-    return Prediction(data_error(delta, c), data_error(weight, moment.second), "output", loss)
+    error, loss = errors(delta, c, problem.gradient)
+    return Prediction(error, data_error(weight, moment.second), "output", loss)
 
 
 def _gradient(gradient: Tensor | None) -> Tensor:

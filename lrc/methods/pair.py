@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lrc.linalg import best_pair, data_error
+from lrc.linalg import best_pair, data_error, data_errors
 from lrc.methods.contract import Factors, Prediction, ProjectionProblem, Solution
 
 
@@ -21,10 +21,16 @@ def corrected_bias(problem: ProjectionProblem, delta: Tensor) -> Tensor | None:
 
 def predicted(problem: ProjectionProblem, delta: Tensor, c: Tensor) -> Prediction:
     """E‖ΔW x‖² for x of moment C beside E‖W x‖², and ½ tr(G ΔW C ΔWᵀ) where gradients are at hand."""
-    g, reference = problem.gradient, data_error(problem.matrix.weight, problem.input.second)
-    return Prediction(
-        data_error(delta, c), reference, "output", None if g is None else data_error(delta, c, g) / 2
-    )
+    error, loss = errors(delta, c, problem.gradient)
+    return Prediction(error, data_error(problem.matrix.weight, problem.input.second), "output", loss)
+
+
+def errors(delta: Tensor, c: Tensor, g: Tensor | None) -> tuple[float, float | None]:
+    """E‖ΔW x‖² for x of moment C, and ½ tr(G ΔW C ΔWᵀ) where there is a G."""
+    if g is None:
+        return data_error(delta, c), None
+    error, twice = data_errors(delta, c, None, g)
+    return error, twice / 2
 
 
 def pair_solution(
