@@ -362,7 +362,7 @@ def _solve_pair(rows: int, columns: int, rank: int) -> Work:
     near, far = min(rows, columns), max(rows, columns)
     inner = 2 * near * far**2 + 2 * near**2 * far + 4 * near**3 + 3 * near**2 * rank + 2 * rank * near * far
     balanced = 2 * rank**2 * (rows + 3 * columns)
-    errors = 2 * rows * rank * columns + 6 * rows * columns**2 + 2 * rows**2 * columns
+    errors = 2 * rows * rank * columns + 4 * rows * columns**2 + 2 * rows**2 * columns
     return Work(
         {
             "double": inner + balanced + errors,
@@ -377,7 +377,7 @@ def _solve_values(shape: Shape) -> Work:
     metric = 2 * hidden**2 * width + 2 * width * dim * hidden
     heads = shape.kv_heads * (4 * dim**3 + 3 * dim**2 * shape.ov_rank)
     fit = 2 * read * width**2 + 2 * read**2 * width + 2 * hidden * width * read + 2 * hidden * read**2
-    rest = 2 * shape.values * dim + 2 * hidden * read * width + 6 * hidden * width**2 + 2 * hidden**2 * width
+    rest = 2 * shape.values * dim + 2 * hidden * read * width + 4 * hidden * width**2 + 2 * hidden**2 * width
     own = Work({("cholesky", dim): shape.kv_heads, ("eigh", dim): shape.kv_heads})
     return (
         Work({"double": metric + heads + fit + rest}) + own + Work([("cholesky", hidden), ("cholesky", read)])
@@ -387,7 +387,7 @@ def _solve_values(shape: Shape) -> Work:
 def _solve_mlp(shape: Shape, mlp: Mlp) -> Work:
     hidden, width, kept = shape.hidden, mlp.width, mlp.kept
     fit = 2 * hidden**2 * width + 2 * hidden * width * kept + 2 * hidden * kept**2
-    errors = 6 * hidden * width**2 + 2 * hidden**2 * width
+    errors = 4 * hidden * width**2 + 2 * hidden**2 * width
     return Work({"double": fit + errors}) + Work([("cholesky", hidden), ("cholesky", kept)])
 
 
@@ -439,7 +439,7 @@ def _ridges(shape: Shape, run: Run) -> list[list[Work]]:
     (read, _, _), *mlps = _fits(shape)
 
     def fit(n: int) -> Work:
-        copies = times * (40 * n**2 + 48 * n * shape.hidden)  # in float64: damped, changed, multiplied
+        copies = times * (32 * n**2 + 48 * n * shape.hidden)  # in float64: damped, changed, multiplied
         return Work({"double": times * 4 * shape.hidden * n**2, "memory": copies, ("cholesky", n): times})
 
     return [[fit(read)], [fit(n) for n, copies, _ in mlps for _ in range(copies)]]
@@ -715,7 +715,7 @@ def then(shape: Shape, run: Run) -> dict[str, Stage]:
     observe.update({"products": 2 * tokens * turned, "memory": 32 * pairs})
     del observe["pageable"]
     solve = _solve_values(shape) + _solve_mlp(shape, mlp)
-    metric = sum(4 * shape.hidden**2 * n + 2 * shape.hidden * n**2 for n in (shape.width, mlp.width))
+    metric = sum(4 * shape.hidden**2 * n for n in (shape.width, mlp.width))
     solve.subtract({"double": metric, ("cholesky", shape.hidden): 2})  # of the gradients
     alone = 2 * (turned + shape.values + read + 3 * shape.neurons) + shape.scores
     attention = 2 * (int(KEEP * turned) + shape.values + read) + shape.scores
