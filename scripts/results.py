@@ -27,9 +27,9 @@ import yaml
 from rich.console import Console
 
 TEXTS = {"wikitext2:test": None, "c4:validation": 96}  # windows; None is all
+PPL = ",".join(TEXTS)
 MEASURED = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
 
-_LEGEND = f"Perplexity on {' / '.join(TEXTS)}, mean ± standard deviation over seeds where there are several."
 
 PUBLISHED = {
     "qk": {"metric": "score"},
@@ -67,6 +67,8 @@ EFFECTS: dict[str, dict[str, Any]] = {
     "a3, mlp: {select: obs}": _a3(mlp={"select": "obs"}),
     "two_sided_svd with residual refit": {"method": "two_sided_svd"},
 }
+# For models whose positions turn no queries and keys.
+UNTURNED = {"a3, qk: {metric: attention_als}": _a3(qk={"metric": "attention_als"})}
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Setting:
     dtype: str | None
     data_dir: Path | None
     max_windows: int | None
+    texts: tuple[str, ...]
     work: Path
 
     def known(self, task: Task, step: int, keep: float) -> Figure | None:
@@ -142,6 +145,7 @@ Devices = Annotated[str | None, typer.Option(help="Such as cuda:0,cuda:1.")]
 Samples = Annotated[str, typer.Option(help="Calibration blocks, or all.")]
 GradientSamples = Annotated[int, typer.Option(help="Blocks that gradients are taken on.")]
 MaxWindows = Annotated[int | None, typer.Option(help="Evaluation windows of each text.")]
+Ppl = Annotated[str, typer.Option(help="Texts that perplexity is measured on, separated by commas.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the tables here.")]
 Dtype = Annotated[str | None, typer.Option(help="Precision of calibration; evaluation is in the model's.")]
 Work = Annotated[
@@ -164,6 +168,7 @@ def table(
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
     max_windows: MaxWindows = None,
+    ppl: Ppl = PPL,
     devices: Devices = None,
     dtype: Dtype = None,
     work: Work = None,
@@ -171,7 +176,7 @@ def table(
     out: Out = None,
 ) -> None:
     """Perplexity by kept weights: allocated sizes, rounded to 2 and 1 and to 8, beside the field at uniform sizes."""
-    kept = tuple(float(keep) for keep in keeps.split(","))
+    kept, texts = tuple(float(keep) for keep in keeps.split(",")), tuple(ppl.split(","))
     rounded = tuple(int(step) for step in steps.split(","))
     calibration = _calibration(calib, samples, gradient_samples, seq_len)
     tasks = [
@@ -182,7 +187,8 @@ def table(
     if baselines:
         tasks += [Task(row, plan, (keep,)) for row, plan in BASELINES.items() for keep in kept]
     with _folder(work) as kept_in:
-        figures = _run(tasks, Setting(model, calibration, dtype, data_dir, max_windows, kept_in), devices)
+        setting = Setting(model, calibration, dtype, data_dir, max_windows, texts, kept_in)
+        figures = _run(tasks, setting, devices)
     rows = dict.fromkeys(figure.row for figure in figures if figure.row != "dense")
     lines = [
         f"| keep | {' | '.join(rows)} |",
@@ -192,7 +198,7 @@ def table(
     for keep in kept:
         cells = [[f for f in figures if f.row == row and f.asked == keep] for row in rows]
         lines.append(f"| {keep:g} | {' | '.join(_perplexities(cell) for cell in cells)} |")
-    lines += ["", _LEGEND, "", *_stages([f for f in figures if f.row in rows])]
+    lines += ["", _legend(texts), "", *_stages([f for f in figures if f.row in rows])]
     _print(lines, out)
 
 
@@ -208,6 +214,7 @@ def effects(
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
     max_windows: MaxWindows = None,
+    ppl: Ppl = PPL,
     devices: Devices = None,
     dtype: Dtype = None,
     work: Work = None,
@@ -215,9 +222,11 @@ def effects(
 ) -> None:
     """What each method and each option of a3 is worth at one size, uniform over the layers."""
     calibration = _calibration(calib, samples, gradient_samples, seq_len)
-    tasks = [Task(row, EFFECTS[row], (keep,), seed=seed) for row in rows or EFFECTS for seed in range(seeds)]
+    effects, texts = _effects(model), tuple(ppl.split(","))
+    tasks = [Task(row, effects[row], (keep,), seed=seed) for row in rows or effects for seed in range(seeds)]
     with _folder(work) as kept_in:
-        figures = _run(tasks, Setting(model, calibration, dtype, data_dir, max_windows, kept_in), devices)
+        setting = Setting(model, calibration, dtype, data_dir, max_windows, texts, kept_in)
+        figures = _run(tasks, setting, devices)
     lines = ["| method | keep | perplexity | seconds | peak GiB |", "|---|---|---|---|---|"]
     for row in dict.fromkeys(figure.row for figure in figures):
         mine = [figure for figure in figures if figure.row == row]
@@ -227,7 +236,20 @@ def effects(
         )
         cost = f"{seconds:.1f} | {peak:.2f}" if seconds else " | "
         lines.append(f"| {row} | {mine[0].keep:.4f} | {_perplexities(mine)} | {cost} |")
-    _print([*lines, "", _LEGEND], out)
+    _print([*lines, "", _legend(texts)], out)
+
+
+def _effects(model: str) -> dict[str, dict[str, Any]]:
+    """Rows that the model can have."""
+    from lrc.checkpoint.reader import CheckpointReader
+    from lrc.hub.names import resolve_model
+
+    rotary = CheckpointReader(resolve_model(model).path).architecture.geometry.rotary != "none"
+    return EFFECTS if rotary else {**EFFECTS, **UNTURNED}
+
+
+def _legend(texts: Sequence[str]) -> str:
+    return f"Perplexity on {' / '.join(texts)}, mean ± standard deviation over seeds where there are several."
 
 
 def _calibration(calib: str, samples: str, gradient_samples: int, seq_len: int) -> dict[str, Any]:
@@ -327,8 +349,8 @@ def _perplexity(path: str | Path, setting: Setting, common: dict[str, Any]) -> d
     import lrc
 
     return {
-        text: lrc.evaluate(path, text, max_windows=setting.max_windows or windows, **common)[0].value
-        for text, windows in TEXTS.items()
+        text: lrc.evaluate(path, text, max_windows=setting.max_windows or TEXTS.get(text), **common)[0].value
+        for text in setting.texts
     }
 
 
@@ -337,7 +359,7 @@ def _perplexities(figures: Sequence[Figure]) -> str:
     if not figures:
         return ""
     cells = []
-    for text in TEXTS:
+    for text in figures[0].perplexity:
         values = [figure.perplexity[text] for figure in figures]
         cells.append(f"{mean(values):.4g}" + (f" ± {stdev(values):.2g}" if values[1:] else ""))
     return " / ".join(cells)
