@@ -17,15 +17,13 @@ import torch
 from lrc import __version__
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
-from lrc.checkpoint.headers import read_headers
 from lrc.checkpoint.shared import SharedStaging
 from lrc.checkpoint.staging import MANIFEST, check_output, staging
 from lrc.compressor import Compressor
 from lrc.curves import as_curves
 from lrc.errors import OutOfResources, UserError
-from lrc.evaluation.perplexity import DEFAULT_SEQ_LEN, Perplexity, count_windows, evaluate_perplexity
-from lrc.evaluation.streamed import StreamedModel
-from lrc.hub.loader import load
+from lrc.evaluation.folder import evaluate_folder
+from lrc.evaluation.perplexity import DEFAULT_SEQ_LEN, Perplexity, count_windows
 from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
@@ -35,7 +33,7 @@ from lrc.ranks import ALONE, Ranks
 from lrc.refit import doubts
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
-from lrc.room import choose_place, fits_whole
+from lrc.room import choose_place
 from lrc.solve import reads_gradients
 from lrc.states import States
 from lrc.stopwatch import Stopwatch
@@ -166,7 +164,7 @@ def compress(
             advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
             with watch.stage("evaluate"), _memory_advice(advice):
                 pair = [
-                    _evaluate(
+                    evaluate_folder(
                         path,
                         held_out,
                         place,
@@ -246,7 +244,7 @@ def evaluate(
     as_stored = dtype is None and place.type != "cpu"
     precision = None if as_stored else find_dtype(dtype, place, torch.float32)
     with _memory_advice("--streamed, a shorter --seq-len, or --device cpu"):
-        return _evaluate(
+        return evaluate_folder(
             path,
             [default_text(str(model or path))] if ppl is None else _specs(ppl),
             place,
@@ -261,49 +259,6 @@ def evaluate(
             progress=progress,
             ranks=ranks,
         )
-
-
-def _evaluate(
-    path: Path,
-    specs: list[str],
-    device: torch.device,
-    dtype: torch.dtype | None,
-    *,
-    data_dir: Path | None,
-    streamed: bool | None,
-    scratch: Path,
-    seq_len: int | None = None,
-    max_windows: int | None,
-    allow_pickle: bool,
-    trust_remote_code: bool,
-    progress: Progress | None,
-    ranks: Ranks,
-) -> list[Perplexity]:
-    """Perplexities of a folder's model, run in the precision it is stored in where ``dtype`` is None."""
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    if streamed is None:
-        stored = read_headers(path.glob("*.safetensors")).values()
-        streamed = bool(stored) and not fits_whole(stored, len(tokenizer), dtype, device)
-    if streamed:
-        model = StreamedModel(path, device, dtype, scratch, **trusted)
-    else:
-        model = load(path, device=device, dtype=dtype or "auto", **trusted)
-    try:
-        return evaluate_perplexity(
-            model,
-            tokenizer,
-            specs,
-            data_dir=data_dir,
-            seq_len=seq_len,
-            max_windows=max_windows,
-            progress=progress,
-            ranks=ranks,
-        )
-    finally:
-        # Models hold references to themselves: only the collector frees the memory for the next one.
-        del model
-        gc.collect()
 
 
 def newest_output(folder: Path) -> Path:

@@ -324,7 +324,7 @@ def test_running_out_of_memory_in_the_evaluation_keeps_the_layers(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lrc.api.load", load)
+        patch.setattr("lrc.evaluation.folder.load", load)
         result = run(*argv, "--out", "out")
     assert result.exit_code == 2
     assert "try the same command with --no-eval" in result.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import lrc.api
+import lrc.evaluation.folder
 import lrc.room
 from lrc.api import compress, evaluate
 from lrc.errors import UserError
@@ -88,7 +88,7 @@ def test_a_model_that_does_not_fit_is_streamed(
             made.append(args[0])
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(lrc.api, "StreamedModel", Seen)
+    monkeypatch.setattr(lrc.evaluation.folder, "StreamedModel", Seen)
     (whole,) = evaluate(model, str(text), seq_len=40, device="cpu")
     assert not made
     monkeypatch.setattr(lrc.room, "free_bytes", lambda device: 100_000)
