@@ -123,8 +123,10 @@ def test_eval_against_another(there: Job, succeeds_here: Run) -> None:
 def test_check_agrees_with_compress(there: Job, succeeds_here: Run) -> None:
     argv = ["check", "tiny-gpt2", "--plan", "small.yaml"]
     found, report = json.loads(succeeds_here(*argv, "--json").stdout), there.report
-    for key in ("model", "plan", "keep", "before", "after", "warnings"):
+    for key in ("model", "plan", "keep", "before", "after"):
         assert found[key] == report[key]
+    # What refits gained is known afterwards alone.
+    assert found["warnings"] == [told for told in report["warnings"] if "residual refits" not in told]
     assert [row["target"] for row in found["targets"]] == ["qk", "ov", "mlp"]
     assert {row["layers"] for row in found["targets"]} == {"0-3"}
     printed = succeeds_here(*argv).stdout
