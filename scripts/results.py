@@ -92,7 +92,7 @@ class Setting:
     dtype: str | None
     data_dir: Path | None
     max_windows: int | None
-    texts: tuple[str, ...]
+    texts: list[str]
     work: Path
 
     def known(self, task: Task, step: int, keep: float) -> Figure | None:
@@ -176,7 +176,7 @@ def table(
     out: Out = None,
 ) -> None:
     """Perplexity by kept weights: allocated sizes, rounded to 2 and 1 and to 8, beside the field at uniform sizes."""
-    kept, texts = tuple(float(keep) for keep in keeps.split(",")), tuple(ppl.split(","))
+    kept, texts = tuple(float(keep) for keep in keeps.split(",")), ppl.split(",")
     rounded = tuple(int(step) for step in steps.split(","))
     calibration = _calibration(calib, samples, gradient_samples, seq_len)
     tasks = [
@@ -222,7 +222,7 @@ def effects(
 ) -> None:
     """What each method and each option of a3 is worth at one size, uniform over the layers."""
     calibration = _calibration(calib, samples, gradient_samples, seq_len)
-    effects, texts = _effects(model), tuple(ppl.split(","))
+    effects, texts = _effects(model), ppl.split(",")
     tasks = [Task(row, effects[row], (keep,), seed=seed) for row in rows or effects for seed in range(seeds)]
     with _folder(work) as kept_in:
         setting = Setting(model, calibration, dtype, data_dir, max_windows, texts, kept_in)
