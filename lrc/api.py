@@ -33,7 +33,7 @@ from lrc.ranks import ALONE, Ranks
 from lrc.refit import doubts
 from lrc.report.markdown import model_card, report_page
 from lrc.report.report import PerplexityChange, Report
-from lrc.room import choose_place
+from lrc.room import choose_place, known_place
 from lrc.solve import reads_gradients
 from lrc.states import States
 from lrc.stopwatch import Stopwatch
@@ -90,7 +90,7 @@ def compress(
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     )
-    place = find_device(device, ranks)
+    place, asked = find_device(device, ranks), known_place(states)
     precision = find_dtype(dtype, place, job.reader.dtype)
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
@@ -121,7 +121,7 @@ def compress(
     texts = draw_texts(job, tokenizer, calib, None, samples, folder, generate)
     calibration = texts.calibration
     batch = batch_size or default_batch(place.type, job.plan.seq_len)
-    waits = choose_place(states, job, place, precision, batch, len(ranks.mine(calibration.blocks)))
+    waits = choose_place(asked, job, place, precision, batch, len(ranks.mine(calibration.blocks)))
     settings = _settings(job, calibration, place, precision, batch, ranks)
     sizing = (
         Sizing(job.plan.plan.allocate, jobs, sorted(KEEPS), texts, place, precision, batch, ranks=ranks)

@@ -30,7 +30,7 @@ from lrc.plan.schema import Plan
 from lrc.plan.written import write_plan
 from lrc.ranks import ALONE, Ranks
 from lrc.report.planning import Planned, Planning, Strip, TableSize, cost_text, factor
-from lrc.room import choose_place
+from lrc.room import choose_place, known_place
 from lrc.solve import solver_of
 from lrc.states import States
 from lrc.stopwatch import Stopwatch
@@ -103,7 +103,7 @@ def make_plan(
     blank = blank_curves(name, jobs)
     for budget in budgets:  # one that cannot be met should be known now, not after the measurement
         buy(budget, jobs[0], blank, limits)
-    place = find_device(device, ranks)
+    place, asked = find_device(device, ranks), known_place(states)
     precision = find_dtype(dtype, place, reader.dtype)
     samples = held_out_samples or default_samples(name)
     tokenizer = load_tokenizer(found.path, trust_remote_code=trust_remote_code)
@@ -123,7 +123,7 @@ def make_plan(
     )
     texts = draw_texts(jobs[0], tokenizer, calib, held_out, samples, folder, generate)
     batch = batch_size or default_batch(place.type, jobs[0].plan.seq_len)
-    waits = choose_place(states, jobs[-1], place, precision, batch, len(ranks.mine(texts.calibration.blocks)))
+    waits = choose_place(asked, jobs[-1], place, precision, batch, len(ranks.mine(texts.calibration.blocks)))
     sizing = Sizing(name, jobs, keeps, texts, place, precision, batch, States(waits, out.parent), ranks)
     ranks.agree(sizing.key)
     few = too_few(

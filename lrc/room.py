@@ -23,16 +23,21 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def choose_place(
-    asked: str | None, job: Job, device: torch.device, dtype: torch.dtype, batch_size: int, samples: int
-) -> Place:
-    """Where hidden states wait: where it is ``asked``, else on the first of device, host and disk that has the room.
-
-    Raises UserError for a place that is not known.
-    """
+def known_place(asked: str | None) -> Place | None:
+    """The place for hidden states that a user names, if one is named; UserError where it is not known."""
+    for place in PLACES:
+        if asked == place:
+            return place
     if asked is not None:
-        if asked not in PLACES:
-            raise UserError(f"no place for hidden states is called {asked!r}; {nearest(asked, PLACES)}")
+        raise UserError(f"no place for hidden states is called {asked!r}; {nearest(asked, PLACES)}")
+    return None
+
+
+def choose_place(
+    asked: Place | None, job: Job, device: torch.device, dtype: torch.dtype, batch_size: int, samples: int
+) -> Place:
+    """Where hidden states wait: where it is ``asked``, else on the first of device, host and disk that has the room."""
+    if asked is not None:
         return asked
     memory, host = estimate_memory(job, dtype, batch_size, samples=samples), _SHARE * free_bytes(_HOST)
     if device.type == _HOST.type:  # the same memory

@@ -15,7 +15,7 @@ from lrc.api import compress
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job, prepare
 from lrc.memory import estimate_memory
-from lrc.room import choose_place
+from lrc.room import choose_place, known_place
 from lrc.states import ON_DEVICE, States
 
 TinyCheckpoint = Callable[..., Path]
@@ -102,8 +102,9 @@ def test_the_first_place_with_room_is_taken(job: Job, monkeypatch: pytest.Monkey
 
 
 def test_a_place_that_is_not_known_is_refused(job: Job) -> None:
-    assert choose_place("disk", job, CPU, torch.float32, 1, 4) == "disk"
+    assert choose_place(known_place("disk"), job, CPU, torch.float32, 1, 4) == "disk"
+    assert known_place(None) is None
     with pytest.raises(
         UserError, match=r"no place for hidden states is called 'disc'; did you mean 'disk'\?"
     ):
-        choose_place("disc", job, CPU, torch.float32, 1, 4)
+        known_place("disc")
