@@ -78,7 +78,7 @@ class Compressor:
         # By batch, whether it chooses ridges and the logits' scale; those are the last.
         self._held: list[bool] = []
         self._any_held = self._opens = False  # in any process; whether the first block measured is here
-        self._gradients: dict[int, GradientMoment] = {}  # on the host, each until its layer is solved
+        self._gradients: dict[int, GradientMoment] = {}  # each until its layer is solved
         # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
         self._compressed: list[Tensor] | None = None
 

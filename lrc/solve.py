@@ -68,7 +68,7 @@ def read_gradients(
     losses: bool = False,
     held: Callable[[int], nn.Module] | None = None,
 ) -> dict[int, GradientMoment]:
-    """The gradient moments that layers' solvers read, on the host, by layer; none where no solver reads any.
+    """The gradient moments that layers' solvers read, where states wait, by layer; none where no solver reads any.
 
     They are of the calibration blocks (n, tokens) that its settings choose. ``losses`` and ``held`` are those of
     ``gradients_needed`` and of the sweep, which runs the layers that ``held`` gives.

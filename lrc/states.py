@@ -28,11 +28,6 @@ class States:
     place: Place = "device"
     folder: Path | None = None
 
-    @property
-    def off_device(self) -> States:
-        """The nearest place that is not the device."""
-        return States("host") if self.place == "device" else self
-
     def keep(self, x: Tensor) -> Tensor:
         """The values of x where states wait; where that is where x is, x itself.
 

@@ -7,7 +7,7 @@ mean over tokens is then the rise of the loss in nats per token (Kronecker-facto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +42,10 @@ class GradientMoment:
     queries: Tensor | None
     tokens: int
 
-    def to(self, device: torch.device) -> GradientMoment:
-        """The same on a device."""
-        queries = None if self.queries is None else self.queries.to(device)
-        return GradientMoment({r: g.to(device) for r, g in self.outputs.items()}, queries, self.tokens)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> GradientMoment:
+        """The same with every tensor where ``move`` puts it."""
+        queries = None if self.queries is None else move(self.queries)
+        return GradientMoment({role: move(g) for role, g in self.outputs.items()}, queries, self.tokens)
 
     @property
     def finite(self) -> bool:

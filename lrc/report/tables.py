@@ -102,11 +102,10 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     yield (
         f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
         f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
-        f"{_bytes(least.peak)} with --states host or disk, where hidden states then take {_bytes(memory.states)}; "
+        f"{_bytes(least.peak)} with --states host or disk, where hidden states then take {_bytes(memory.states)}"
+        f"{f' and gradients {_bytes(memory.gradients)}' if memory.gradients else ''}; "
         "perplexity is measured with the model whole where it fits, else a layer at a time"
     )
-    if memory.gradients_host:
-        yield f"host memory for gradients: about {_bytes(memory.gradients_host)}"
     yield from _warnings(check.warnings)
 
 
