@@ -3,8 +3,8 @@
 The labels are drawn from the model's own distribution at every position (the true Fisher information; text is needed
 as input alone), and only activations are differentiated. Inputs of layers and the moments found wait where states do,
 and the device holds one layer, its sums and one batch beside that. Of the inputs all are kept where they fit in
-``_KEEP_ALL`` bytes, else every ⌈√layers⌉-th, and those between two are computed again when the way back gets there, which
-costs one more forward pass.
+``_KEEP_ALL`` bytes, else every ⌈√layers⌉-th, and those between two are computed again when the way back gets there,
+which costs one more forward pass.
 """
 
 from __future__ import annotations

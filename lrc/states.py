@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -62,3 +63,14 @@ class States:
 
 
 ON_DEVICE = States()
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the host's memory, contiguous and there when this returns: from a GPU they go to pinned memory, at
+    several times the speed of any other.
+    """
+    host, devices = States("host"), {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    held = {name: host.keep(tensor.detach().contiguous()) for name, tensor in tensors.items()}
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return held

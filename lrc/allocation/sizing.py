@@ -40,7 +40,8 @@ _PACKAGES = ("torch", "transformers")
 class Limits:
     """Sizes that a budget may buy: multiples of ``round_to``, from ``floor`` to ``cap`` of a target's weights.
 
-    Without ``round_to`` they are multiples of eight where a target is wide (``lrc.plan.size.even_step``). Without a floor it is the smallest size whose cost is known; at a cap of 1 a target may stay whole.
+    Without ``round_to`` they are multiples of eight where a target is wide (``lrc.plan.size.even_step``). Without a
+    floor it is the smallest size whose cost is known; at a cap of 1 a target may stay whole.
     """
 
     round_to: int | None = None

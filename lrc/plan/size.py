@@ -34,8 +34,8 @@ class SizeRule(Protocol):
     def nearest(self, target: Target, keep: float, options: Options) -> int:
         """A legal size whose parameter count is about ``keep`` times the target's.
 
-        Of a component it is the nearest, which may keep more; of factors the largest that keeps no more; of wide targets
-        a multiple of eight (``even_step``). It is the smallest legal one where that is above.
+        Of a component it is the nearest, which may keep more; of factors the largest that keeps no more; of wide
+        targets a multiple of eight (``even_step``). It is the smallest legal one where that is above.
         """
         ...
 
