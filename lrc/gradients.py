@@ -106,7 +106,7 @@ class _Sweep:
             if keep(index):
                 self._inputs[index] = hidden
             module, finite, passed = self._layer(index), [], []
-            for batch, x in zip(self._batches, hidden, strict=True):
+            for batch, (x,) in zip(self._batches, self._stream.passing(hidden), strict=True):
                 out = self._stream.run(module, index, batch, x)
                 finite.append(out.isfinite().all())
                 passed.append(self._stream.states.keep(out))
@@ -142,8 +142,8 @@ class _Sweep:
             queries=wanted.queries,
             device=self._stream.device,
         )
-        for i, batch in enumerate(self._batches):
-            gradients[i] = self._back_batch(module, index, batch, inputs[i], gradients[i], wanted, sums)
+        for i, (x, gradient) in enumerate(self._stream.passing(inputs, gradients)):
+            gradients[i] = self._back_batch(module, index, self._batches[i], x, gradient, wanted, sums)
         if not wanted:
             return None
         sums.reduce(self._stream.ranks)
@@ -162,8 +162,7 @@ class _Sweep:
         wanted: Wanted,
         sums: GradientSum,
     ) -> Tensor:
-        x, gradient = (self._stream.fetch(t) for t in (hidden, gradient))
-        x = x.detach().requires_grad_()
+        x = hidden.detach().requires_grad_()
         roles = [*wanted.roles, *(["q"] if wanted.queries else [])]
         paths = {self._architecture.family.projections[role].module for role in roles}
         with observe(module, {path: path for path in paths}) as calls:

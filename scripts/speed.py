@@ -13,6 +13,7 @@ unless ``--cold`` drops it before every row.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,9 @@ import typer
 import yaml
 
 KEEP = 0.8
+STAGES = ("load", "gradients", "embed", "observe", "solve", "measure", "refit", "write", "scale")
 PROFILED = 2  # layers
+_SPAN = "lrc: "
 # What a3 is without gradients of the loss.
 PLAIN = {
     "qk": {"metric": "attention"},
@@ -86,16 +89,11 @@ def compress(
 ) -> None:
     """Whole compressions, one after another, as a table."""
     names = [name for name, way in WAYS.items() if way.processes == 1] if ways is None else _names(ways)
-    with _checkpoint(shape, layers, work, device) as model:
-        rows = [_compress(name, model, data, samples, seq_len, cold, device) for name in names]
-    stages = list(dict.fromkeys(stage for row in rows for stage in row["seconds"]))
-    head = ["run", "wall", *stages, "GPU peak", "estimate"]
+    head = ["run", "wall", "stages", *STAGES, "GPU peak", "estimate", "SHA-256 of the weights"]
     typer.echo(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row in rows:
-        seconds = [f"{row['seconds'].get(stage, 0):.1f}" for stage in stages]
-        memory = [f"{row[key] / 2**30:.1f} GiB" for key in ("peak", "estimate")]
-        cells = [row["name"], f"{row['wall']:.1f}", *seconds, *memory]
-        typer.echo(f"| {' | '.join(cells)} |")
+    with _checkpoint(shape, layers, work, device) as model:
+        for name in names:
+            typer.echo(f"| {' | '.join(_compress(name, model, data, samples, seq_len, cold, device))} |")
 
 
 @app.command()
@@ -155,53 +153,70 @@ def profile(
 ) -> None:
     """What the device does in each stage: seconds in which it is busy, and the kernels that take most of them."""
     import lrc
+    import lrc.solve
     from lrc.stopwatch import Stopwatch
 
     activity = torch.profiler.ProfilerActivity
     plan = _plan(WAYS[_names(way)[0]], data, samples, seq_len)
-    timed = Stopwatch.stage
+    timed, solved = Stopwatch.stage, lrc.solve.solve
 
     @contextmanager
     def stage(self: Stopwatch, name: str) -> Iterator[None]:
-        with timed(self, name), torch.profiler.record_function(f"stage {name}"):
+        with timed(self, name), _span(name):
             yield
-            if device != "cpu":
-                torch.cuda.synchronize()
+
+    def solve(problem: Any, assignment: Any) -> Any:
+        with _span(f"solve {assignment.target}"):
+            return solved(problem, assignment)
 
     with _checkpoint(shape, layers, work, device) as model, tempfile.TemporaryDirectory() as scratch:
         (written := Path(scratch) / "plan.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
         options: dict[str, Any] = {"plan": str(written), "ppl": [], "device": device}
         lrc.compress(str(model), out=Path(scratch) / "warm", **options)
-        Stopwatch.stage = stage  # type: ignore[method-assign]
+        Stopwatch.stage, lrc.solve.solve = stage, solve  # type: ignore[method-assign]
         kinds = [activity.CPU] if device == "cpu" else [activity.CPU, activity.CUDA]
         with torch.profiler.profile(activities=kinds) as profiler:
-            report = lrc.compress(str(model), out=Path(scratch) / "out", **options)
-    _show_kernels(profiler, report.seconds, rows)
+            lrc.compress(str(model), out=Path(scratch) / "out", **options)
+    _show_kernels(profiler, rows)
 
 
-def _show_kernels(profiler: torch.profiler.profile, seconds: dict[str, float], rows: int) -> None:
+@contextmanager
+def _span(name: str) -> Iterator[None]:
+    """A named stretch of the profile, to its end on the device."""
+    with torch.profiler.record_function(f"{_SPAN}{name}"):
+        yield
+        _wait()
+
+
+def _show_kernels(profiler: torch.profiler.profile, rows: int) -> None:
+    """Kernels by the innermost span in which they ran."""
     events = profiler.events() or []
-    spans = [
-        (e.time_range.start, e.time_range.end, e.name[6:]) for e in events if e.name.startswith("stage ")
-    ]
-    spans = [span for span in spans if span[1] > span[0]]
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels: dict[str, Counter[str]] = {name: Counter() for name in seconds}
-    counts: dict[str, Counter[str]] = {name: Counter() for name in seconds}
-    for event in on_device:
-        if event.name.startswith("stage "):
+    spans = [e for e in events if e.name.startswith(_SPAN) and not _on_gpu(e)]
+    spans.sort(key=lambda span: span.time_range.elapsed_us())
+    seconds, kernels, counts = (
+        Counter[str](),
+        defaultdict[str, Counter[str]](Counter),
+        Counter[tuple[str, str]](),
+    )
+    for span in spans:
+        seconds[span.name] += span.time_range.elapsed_us() / 1e6
+    for event in events:
+        if not _on_gpu(event) or event.name.startswith(_SPAN):
             continue
-        for start, end, name in spans:
-            if start <= event.time_range.start < end:
-                kernels[name][event.name] += event.time_range.elapsed_us()
-                counts[name][event.name] += 1
-                break
-    for name, took in seconds.items():
-        if not (busy := sum(kernels[name].values()) / 1e6):
-            continue
-        typer.echo(f"\n{name}: {took:.2f} s, {busy:.2f} s of kernels")
-        for kernel, us in kernels[name].most_common(rows):
-            typer.echo(f"  {us / 1e6:8.3f} s {counts[name][kernel]:7d} x  {kernel[:110]}")
+        start = event.time_range.start
+        span = next((s for s in spans if s.time_range.start <= start < s.time_range.end), None)
+        if span is not None:
+            kernels[span.name][event.name] += event.time_range.elapsed_us() / 1e6
+            counts[span.name, event.name] += 1
+    for name, found in kernels.items():
+        label = name.removeprefix(_SPAN)
+        typer.echo(f"\n{label}: {seconds[name]:.2f} s, {sum(found.values()):.2f} s of kernels")
+        for kernel, took in found.most_common(rows):
+            typer.echo(f"  {took:8.3f} s {counts[name, kernel]:7d} x  {kernel[:100]}")
+
+
+def _on_gpu(event: Any) -> bool:
+    return str(event.device_type).endswith("CUDA")
 
 
 def _names(ways: str) -> list[str]:
@@ -219,8 +234,8 @@ def _plan(way: Way, data: str, samples: int, seq_len: int) -> dict[str, Any]:
 
 def _compress(
     name: str, model: Path, data: str, samples: int, seq_len: int, cold: bool, device: str
-) -> dict[str, Any]:
-    """One whole command: its wall time and what its report says."""
+) -> list[str]:
+    """The cells of one whole command: its wall time and what its report says."""
     way = WAYS[name]
     launcher = (
         ["-m", "torch.distributed.run", "--nproc-per-node", str(way.processes)] if way.processes > 1 else []
@@ -238,15 +253,19 @@ def _compress(
         start = time.perf_counter()
         report = _json([*launcher, *lrc, "compress", str(model), "--plan", str(plan), "--json", *options])
         wall = time.perf_counter() - start
+        manifest = json.loads((out / "lrc.json").read_text(encoding="utf-8"))
     estimated = checked["least_memory" if "--states" in way.options else "memory"]
-    typer.echo(f"{name}: {wall:.1f} s", err=True)
-    return {
-        "name": name,
-        "wall": wall,
-        "seconds": report["seconds"],
-        "peak": report["peak_bytes"].get("device", 0),
-        "estimate": estimated["peak"],
-    }
+    took = report["seconds"]
+    weights = json.dumps(manifest["sha256"]["tensors"], sort_keys=True)
+    memory = report["peak_bytes"].get("device", 0), estimated["peak"]
+    return [
+        name,
+        f"{wall:.1f}",
+        f"{sum(took.values()):.1f}",
+        *(f"{took.get(stage, 0):.1f}" for stage in STAGES),
+        *(f"{held / 2**30:.1f} GiB" for held in memory),
+        hashlib.sha256(weights.encode()).hexdigest()[:8],
+    ]
 
 
 def _json(command: list[str]) -> dict[str, Any]:

@@ -61,11 +61,11 @@ class StreamedModel:
         batches = stream.embed(ids)
         for index in range(len(stream.skeletons)):
             layer, _ = stream.layer(index)
-            for batch in batches:
-                batch.hidden = stream.advance(layer, index, batch, batch.hidden)
+            stream.advance(layer, index, batches)
         tail, sums = stream.tail(), []
-        for batch, each in zip(batches, ids, strict=True):
-            sums.append(token_nll(tail(batch.hidden), each))
+        states = stream.passing(batch.hidden for batch in batches)
+        for (hidden,), each in zip(states, ids, strict=True):
+            sums.append(token_nll(tail(hidden), each))
             if progress:
                 progress(len(each))
         return torch.cat(sums) if sums else torch.empty(0, dtype=torch.float64)
