@@ -10,7 +10,6 @@ which costs one more forward pass.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -165,11 +164,11 @@ class _Sweep:
         x = hidden.detach().requires_grad_()
         roles = [*wanted.roles, *(["q"] if wanted.queries else [])]
         paths = {self._architecture.family.projections[role].module for role in roles}
-        with observe(module, {path: path for path in paths}) as calls:
-            out = self._stream.run(module, index, batch, x, grad=True)
-        outputs = {path: calls[path].output for path in calls}
         scale = _scale(gradient)
-        with _same_bits(self._stream.device):
+        with _same_bits(self._stream.device):  # the way there chooses the attention's kernel for the way back
+            with observe(module, {path: path for path in paths}) as calls:
+                out = self._stream.run(module, index, batch, x, grad=True)
+            outputs = {path: calls[path].output for path in calls}
             found = torch.autograd.grad(out, [x, *outputs.values()], gradient * scale)
         if wanted:
             at = dict(zip(outputs, found[1:], strict=True))
@@ -214,7 +213,6 @@ def _same_bits(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
