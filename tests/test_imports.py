@@ -38,7 +38,7 @@ LAYERS = (
     ("outer",),
     ("compressor", "curves", "budget", "texts", "tokens"),
     ("output", "allocation"),
-    ("catalogue", "check", "integrity"),
+    ("bench", "catalogue", "check", "integrity"),
     ("report",),
     ("api", "planning"),
     ("cli", "__init__"),
