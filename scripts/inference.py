@@ -70,8 +70,12 @@ def main(
     keeps: Annotated[str, typer.Option(help="Fractions of the decoder's weights.")] = "0.8,0.6",
     kinds: Annotated[str, typer.Option("--methods", help="Methods of the plans.")] = "a3,whitened_svd",
     prefill: Annotated[str, typer.Option(help="Batches and lengths, or none.")] = "8x2048",
-    decode: Annotated[str, typer.Option(help="Batches and tokens attended to, or none.")] = "1x512,32x512,128x512",
-    modes: Annotated[str | None, typer.Option(help="As --mode of lrc bench.", show_default="graphs on a GPU")] = None,
+    decode: Annotated[
+        str, typer.Option(help="Batches and tokens attended to, or none.")
+    ] = "1x512,32x512,128x512",
+    modes: Annotated[
+        str | None, typer.Option(help="As --mode of lrc bench.", show_default="graphs on a GPU")
+    ] = None,
     fusion: Annotated[str, typer.Option(help=f"Products that are merged: {', '.join(FUSIONS)}.")] = "both",
     new_tokens: Annotated[int, typer.Option(help="Tokens of a sample of decode.")] = 8,
     repeats: Annotated[int, typer.Option(help="Samples of each model, in turn.")] = 7,
@@ -93,7 +97,16 @@ def main(
         new_tokens,
         place,
     )
-    head = ["model", "case", "dense, tokens/s", "compressed", "ratio", "expected", "of it", "KV bytes a token"]
+    head = [
+        "model",
+        "case",
+        "dense, tokens/s",
+        "compressed",
+        "ratio",
+        "expected",
+        "of it",
+        "KV bytes a token",
+    ]
     typer.echo(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     found: dict[str, Any] = {}
     for method in kinds.split(","):

@@ -135,8 +135,8 @@ def bench(
 ) -> Bench:
     """Measure how fast a model reads and writes, and another beside it in turn where both fit on the device.
 
-    ``prefill`` and ``decode`` are pairs of a batch and a length; a sample of decode writes ``new_tokens``. ``modes`` are
-    those of ``lrc.bench.cases``. Where ``fuse``, products of a compressed model are merged (``lrc.fuse``); an original
+    ``prefill`` and ``decode`` are pairs of a batch and a length; a sample of decode writes ``new_tokens``. ``modes`` are of
+    ``lrc.bench.cases``. Where ``fuse``, products of a compressed model are merged (``lrc.fuse``); an original
     runs as transformers runs it. Raises UserError for models that cannot be had or run, or do not fit on the device.
     """
     place = find_device(device)

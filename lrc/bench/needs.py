@@ -13,10 +13,10 @@ from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.families import family_of
 from lrc.hub.loader import causal_config
+from lrc.modules.attention import STEP
 from lrc.room import free_bytes
 
 _SHARE = 0.9  # of what is free: libraries' workspaces and fragments are in no count
-_STEP = {"cuda": 8}  # widths of heads in the cache are multiples of it
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, 
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     full = getattr(config, "head_dim", None) or hidden // heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    step = _STEP.get(device.type, 1)
+    step = STEP.get(device.type, 1)
     table = (getattr(config, "quantization_config", None) or {}).get("modules", {})
     reduced = [(e["qk"], e["v"]) for e in table.values() if e["kind"] == "attention"]
     widths = [*reduced, *[(full, full)] * (config.num_hidden_layers - len(reduced))]

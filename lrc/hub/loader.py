@@ -27,8 +27,9 @@ def load(
 ) -> PreTrainedModel:
     """Load a model in eval mode; ``model`` is a folder, a hub id, a short name or a built-in.
 
-    ``fuse``: merge projections of one input for inference, see ``lrc.fuse``. ``kwargs`` go to ``from_pretrained``. Raises UserError for an unknown model, one that is no causal language
-    model, a damaged file, or pickled weights that ``allow_pickle`` does not allow.
+    ``fuse``: merge the products of one input for inference, as ``lrc.fuse`` does. ``kwargs`` go to ``from_pretrained``.
+    Raises UserError for an unknown model, one that is no causal language model, a damaged file, or pickled weights that
+    ``allow_pickle`` does not allow.
     """
     folder = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
     causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))

@@ -17,19 +17,19 @@ from lrc.families import Family, families
 from lrc.modules.shared_input import SharesInput
 
 PREFIX = "Lrc"
-# Widths of heads that fused kernels take: others are padded with zeros, in the cache too, which a GPU would otherwise
-# turn to float32 at every token.
-_STEP = {"cuda": 8}
+# Widths of heads that fused kernels take are multiples of it. Others get zeros, before they are cached: without a fused
+# kernel a GPU turns the whole cache to float32 at every token.
+STEP = {"cuda": 8}
 _classes: dict[str, type[ReducedAttention]] = {}
 
 
 class ReducedAttention(SharesInput):
     """Overrides the forward of a transformers attention class that it is mixed into.
 
-    Projections are split, under the names in ``family.split``; heads are ``qk_dim`` and ``v_dim`` wide, and
-    so is the cache, but for zeros up to a multiple of 8 on a GPU. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos and sin by which the kept
-    dimensions of every key head and its queries turn, first halves then second halves; None where all are
-    kept in place. The scale of the scores stays that of the full head.
+    Projections are split, under the names in ``family.split``; heads are ``qk_dim`` and ``v_dim`` wide, and so is the
+    cache, but for zeros up to a multiple of ``STEP``. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos and
+    sin by which the kept dimensions of every key head and its queries turn, first halves then second halves; None
+    where all are kept in place. The scale of the scores stays that of the full head.
     """
 
     family: ClassVar[Family]
@@ -59,7 +59,7 @@ class ReducedAttention(SharesInput):
         )
         if position_embeddings is not None:
             query, key = self._rotate(query, key, *position_embeddings)
-        step = _STEP.get(query.device.type, 1)
+        step = STEP.get(query.device.type, 1)
         query, key, value = (_widen(x, x.shape[-1] + -x.shape[-1] % step) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

@@ -144,8 +144,9 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
     yield speed
     yield memory
     yield (
-        f"{found.device}, {found.dtype}; medians of {found.rows[0].ours.samples} samples and half the distance of their "
-        f"quartiles; a sample of decode is {found.new_tokens} tokens; ms is the time to the first token, or of a step"
+        f"{found.device}, {found.dtype}; medians of {found.rows[0].ours.samples} samples and half the distance of "
+        f"their quartiles; a sample of decode is {found.new_tokens} tokens; ms is the time to the first token, or of a "
+        "step"
     )
     if pair:
         yield (
