@@ -8,7 +8,7 @@ from lrc.hub.register import install
 
 if TYPE_CHECKING:
     from lrc.api import compress, evaluate
-    from lrc.bench.bench import bench
+    from lrc.benchmark.bench import bench
     from lrc.hub.loader import load
     from lrc.modules.fuse import fuse, unfuse
     from lrc.planning import make_plan
@@ -17,7 +17,7 @@ __all__ = ["__version__", "bench", "compress", "evaluate", "fuse", "load", "make
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bench": "lrc.bench.bench",
+    "bench": "lrc.benchmark.bench",
     "compress": "lrc.api",
     "evaluate": "lrc.api",
     "fuse": "lrc.modules.fuse",

@@ -29,10 +29,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lrc.assemble import assemble
-from lrc.bench.bench import Row
-from lrc.bench.cases import make_cases, parse_shapes
-from lrc.bench.measure import measure
-from lrc.bench.work import weigh
+from lrc.benchmark.bench import Row
+from lrc.benchmark.cases import make_cases, parse_shapes
+from lrc.benchmark.measure import measure
+from lrc.benchmark.work import weigh
 from lrc.families import Architecture, family_of
 from lrc.families.family import describe
 from lrc.hub.quantizer import FORMAT_VERSION, METHOD, replace_modules

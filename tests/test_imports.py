@@ -38,7 +38,7 @@ LAYERS = (
     ("outer",),
     ("compressor", "curves", "budget", "texts", "tokens"),
     ("output", "allocation"),
-    ("bench", "catalogue", "check", "integrity"),
+    ("benchmark", "catalogue", "check", "integrity"),
     ("report",),
     ("api", "planning"),
     ("cli", "__init__"),

@@ -60,8 +60,8 @@ def bench_model(
 ) -> None:
     """Measure tokens per second, time to the first token, weights, KV cache and peak memory of MODEL."""
     quiet()
-    from lrc.bench.bench import bench
-    from lrc.bench.cases import parse_shapes
+    from lrc.benchmark.bench import bench
+    from lrc.benchmark.cases import parse_shapes
     from lrc.report.tables import speeds
 
     if out is not None and not out.absolute().parent.is_dir():  # known now, not after minutes

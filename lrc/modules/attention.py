@@ -27,8 +27,8 @@ class ReducedAttention(SharesInput):
     """Overrides the forward of a transformers attention class that it is mixed into.
 
     Projections are split, under the names in ``family.split``; heads are ``qk_dim`` and ``v_dim`` wide, and so is the
-    cache, but for zeros up to a multiple of ``STEP``. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos and
-    sin by which the kept dimensions of every key head and its queries turn, first halves then second halves; None
+    cache, but for zeros up to a multiple of ``STEP``. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos
+    and sin by which the kept dimensions of every key head and its queries turn, first halves then second halves; None
     where all are kept in place. The scale of the scores stays that of the full head.
     """
 
@@ -140,13 +140,13 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
     module.num_key_value_groups = config.num_attention_heads // kv_heads
 
 
-def run_whole(module: nn.Module, family: Family) -> None:
+def run_whole(module: Any, family: Family) -> None:
     """Have a stock attention that stores its projections apart run by ``ReducedAttention.forward``, at full width."""
     _set_class(module, family, module.head_dim, module.head_dim, None)
     module.stock = True
 
 
-def run_stock(module: nn.Module) -> None:
+def run_stock(module: Any) -> None:
     """Undo ``run_whole``."""
     module.__class__ = module.base
     del module.rotary_columns, module.qk_dim, module.v_dim, module.stock

@@ -43,6 +43,7 @@ def fuse(model: nn.Module, *, batched: bool = True) -> int:
 
 def unfuse(model: nn.Module) -> None:
     """Run every projection by itself again, each with memory of its own."""
+    module: Any
     for module in list(model.modules()):
         if not isinstance(module, SharesInput) or module.shared is None:
             continue

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lrc.bench.bench import Bench, Row
-from lrc.bench.measure import Measured
+from lrc.benchmark.bench import Bench, Row
+from lrc.benchmark.measure import Measured
 from lrc.check import Check
 from lrc.checkpoint.sizes import Size
 from lrc.evaluation.perplexity import Perplexity

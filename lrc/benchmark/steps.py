@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StaticCache
 
-from lrc.bench.cases import Case
+from lrc.benchmark.cases import Case
 from lrc.errors import UserError
 
 _WARM = 3  # steps before a capture, in which kernels are chosen and workspaces made

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lrc import __version__
-from lrc.bench.cases import Case, make_cases
-from lrc.bench.measure import Measured, measure
-from lrc.bench.needs import fit_together, needs_of
-from lrc.bench.work import weigh
+from lrc.benchmark.cases import Case, make_cases
+from lrc.benchmark.measure import Measured, measure
+from lrc.benchmark.needs import fit_together, needs_of
+from lrc.benchmark.work import weigh
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.hub.loader import load
@@ -135,9 +135,10 @@ def bench(
 ) -> Bench:
     """Measure how fast a model reads and writes, and another beside it in turn where both fit on the device.
 
-    ``prefill`` and ``decode`` are pairs of a batch and a length; a sample of decode writes ``new_tokens``. ``modes`` are of
-    ``lrc.bench.cases``. Where ``fuse``, products of a compressed model are merged (``lrc.fuse``); an original
-    runs as transformers runs it. Raises UserError for models that cannot be had or run, or do not fit on the device.
+    ``prefill`` and ``decode`` are pairs of a batch and a length, ``modes`` keys of ``lrc.benchmark.cases.MODES``; a
+    sample of decode writes ``new_tokens``. Where ``fuse``, products of a compressed model are merged (``lrc.fuse``); an
+    original runs as transformers runs it. Raises UserError for models that cannot be had or run, or do not fit on the
+    device.
     """
     place = find_device(device)
     names = [str(name) for name in (model, against) if name is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrc.bench.cases import Case, make_cases, parse_shapes
+from lrc.benchmark.cases import Case, make_cases, parse_shapes
 from lrc.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from lrc.bench.cases import Case
-from lrc.bench.steps import Decode, Prefill
-from lrc.bench.work import cache_bytes, weigh, work_of
+from lrc.benchmark.cases import Case
+from lrc.benchmark.steps import Decode, Prefill
+from lrc.benchmark.work import cache_bytes, weigh, work_of
 
 _WARM = 2  # samples that do not count
 
@@ -20,7 +20,7 @@ _WARM = 2  # samples that do not count
 @dataclass(frozen=True)
 class Measured:
     """One model in one case. ``seconds``: median and quartiles of a sample of ``tokens``; ``work`` of a step, see
-    ``lrc.bench.work``; ``peak_bytes``: of the device with this model alone, None on a CPU.
+    ``lrc.benchmark.work``; ``peak_bytes``: of the device with this model alone, None on a CPU.
     """
 
     tokens: int

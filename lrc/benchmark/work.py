@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import Cache
 
-from lrc.bench.cases import Case
+from lrc.benchmark.cases import Case
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from lrc.bench import measure as measuring
-from lrc.bench.cases import Case
-from lrc.bench.measure import measure
-from lrc.bench.steps import Decode, Prefill, Steps
-from lrc.bench.work import cache_bytes, weigh, work_of
+from lrc.benchmark import measure as measuring
+from lrc.benchmark.cases import Case
+from lrc.benchmark.measure import measure
+from lrc.benchmark.steps import Decode, Prefill, Steps
+from lrc.benchmark.work import cache_bytes, weigh, work_of
 from lrc.modules.fuse import fuse
 
 LLAMA = LlamaConfig(

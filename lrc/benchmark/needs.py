@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lrc.bench.cases import Case
+from lrc.benchmark.cases import Case
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.families import family_of
