@@ -22,6 +22,11 @@ class GatedMLP(SharesInput):
         hidden = getattr(self, self.family.activation)(gate) * up
         return getattr(self, _mlp_name(self.family, self.family.mlp_output))(hidden)
 
+    def run_stock(self: Any) -> None:
+        """Be the family's own again."""
+        self.__class__ = self.stock
+        del self.family, self.stock
+
 
 def fuse(model: nn.Module, *, batched: bool = True) -> int:
     """Merge, for inference, queries with keys and values and the gate with its partner; how many products came of it.
@@ -43,7 +48,6 @@ def fuse(model: nn.Module, *, batched: bool = True) -> int:
 
 def unfuse(model: nn.Module) -> None:
     """Run every projection by itself again, each with memory of its own."""
-    module: Any
     for module in list(model.modules()):
         if not isinstance(module, SharesInput) or module.shared is None:
             continue
@@ -52,7 +56,7 @@ def unfuse(model: nn.Module) -> None:
                 parameter.data = parameter.data.clone()
         module.shared = None
         if isinstance(module, GatedMLP):
-            module.__class__ = module.stock
+            module.run_stock()
         elif isinstance(module, ReducedAttention) and module.stock:
             run_stock(module)
 
