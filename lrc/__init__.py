@@ -8,17 +8,22 @@ from lrc.hub.register import install
 
 if TYPE_CHECKING:
     from lrc.api import compress, evaluate
+    from lrc.benchmark.bench import bench
     from lrc.hub.loader import load
+    from lrc.modules.fuse import fuse, unfuse
     from lrc.planning import make_plan
 
-__all__ = ["__version__", "compress", "evaluate", "load", "make_plan"]
+__all__ = ["__version__", "bench", "compress", "evaluate", "fuse", "load", "make_plan", "unfuse"]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "bench": "lrc.benchmark.bench",
     "compress": "lrc.api",
     "evaluate": "lrc.api",
+    "fuse": "lrc.modules.fuse",
     "load": "lrc.hub.loader",
     "make_plan": "lrc.planning",
+    "unfuse": "lrc.modules.fuse",
 }
 
 

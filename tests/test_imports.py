@@ -37,7 +37,7 @@ LAYERS = (
     ("outer",),
     ("compressor", "curves", "budget", "texts", "tokens"),
     ("output", "allocation"),
-    ("catalogue", "check", "integrity"),
+    ("benchmark", "catalogue", "check", "integrity"),
     ("report",),
     ("api", "planning"),
     ("cli", "__init__"),
