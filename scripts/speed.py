@@ -236,6 +236,9 @@ def _compress(
     name: str, model: Path, data: str, samples: int, seq_len: int, cold: bool, device: str
 ) -> list[str]:
     """The cells of one whole command: its wall time and what its report says."""
+    from lrc.check import check
+    from lrc.job import prepare
+
     way = WAYS[name]
     launcher = (
         ["-m", "torch.distributed.run", "--nproc-per-node", str(way.processes)] if way.processes > 1 else []
@@ -244,20 +247,21 @@ def _compress(
         (plan := Path(scratch) / "plan.yaml").write_text(
             yaml.safe_dump(_plan(way, data, samples, seq_len)), encoding="utf-8"
         )
-        lrc = ["-m", "lrc"]
-        checked = _json([*lrc, "check", str(model), "--plan", str(plan), "--json"])
+        checked = check(prepare(model, plan))
         if cold:
             _drop(model)
         out = Path(scratch) / "out"
         options = ["--out", str(out), "--no-eval", "--device", device, *way.options]
         start = time.perf_counter()
-        report = _json([*launcher, *lrc, "compress", str(model), "--plan", str(plan), "--json", *options])
+        report = _json(
+            [*launcher, "-m", "lrc", "compress", str(model), "--plan", str(plan), "--json", *options]
+        )
         wall = time.perf_counter() - start
         manifest = json.loads((out / "lrc.json").read_text(encoding="utf-8"))
-    estimated = checked["least_memory" if "--states" in way.options else "memory"]
+    estimated = checked.least_memory if "--states" in way.options else checked.memory
     took = report["seconds"]
     weights = json.dumps(manifest["sha256"]["tensors"], sort_keys=True)
-    memory = report["peak_bytes"].get("device", 0), estimated["peak"]
+    memory = report["peak_bytes"].get("device", 0), estimated.peak
     return [
         name,
         f"{wall:.1f}",
