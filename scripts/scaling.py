@@ -2,7 +2,7 @@
 
     python scripts/scaling.py table               # seconds by stage of 7B to 1T on 1, 8 and 64 GPUs, and their limits
     python scripts/scaling.py memory              # GPU and host memory of the same
-    python scripts/scaling.py readme              # beside the measured stages of a 7B model in README.md
+    python scripts/scaling.py measured            # beside the measured stages of a 7B model on one H200
     python scripts/scaling.py compare MODEL REPORT --plan PLAN      # beside a report.json made on this machine's CPU
 
 Shapes and ranks are those of ``lrc check``, which reads checkpoints of headers alone: sparse files of the right length.
@@ -32,7 +32,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lrc.gradients import stride
 from lrc.job import Job, default_batch, prepare
 from lrc.memory import estimate_memory
-from lrc.moments.attention import QUERIES
 from lrc.moments.moment import GRAM_BLOCK
 from lrc.refit import DIRECTIONS, RIDGES, held_out_blocks
 
@@ -56,13 +55,15 @@ KEEP = 0.8
 WINDOWS = 166  # of 2048 in WikiText-2's test split, by Llama's tokenizer
 LOGIT_STEPS = 6  # Newton's steps for the logits' scale; the data decide
 GPU_BYTES, HOST_BYTES = 141e9, 2e12  # the second of a node, assumed
-README = {  # seconds of the README's table for LLaMA-7B's shape
-    "load": 2.1,
-    "observe": 22.7,
-    "solve": 5.7,
-    "measure": 23.7,
-    "refit": 32.0,
-    "write": 10.7,
+MEASURED = {  # seconds of LLaMA-7B's shape on one H200, by scripts/speed.py: the README's table
+    "gradients": 11.2,
+    "load": 0.5,
+    "observe": 10.0,
+    "solve": 17.1,
+    "measure": 2.5,
+    "refit": 25.0,
+    "scale": 0.9,
+    "write": 1.4,
 }
 
 
@@ -76,7 +77,7 @@ class Rates:
     qr: float
     memory: float
     link: float
-    pageable: float
+    states: float  # hidden states over the link, beside the work
     disk: float
     cache: float  # of what was read before
     write: float
@@ -107,9 +108,11 @@ def h200(gpus: int) -> Rates:
         qr=10e12,  # assumed
         memory=4e12,  # assumed: five sixths of the data sheet's 4.8e12
         link=50e9,  # assumed: pinned copies over PCIe 5, which has 64e9
-        pageable=8e9,  # assumed
+        states=50e9,
         disk=2.5e9,
-        cache=10e9,  # assumed: from the page cache through the search for NaN to pinned memory, in one thread
+        # From the page cache through the search for NaN to pinned memory, in one thread: a tenth of a second for each
+        # of the sweep's three passes over a layer of 7B, on two GPUs as on one.
+        cache=4e9,
         write=1.4e9,
         network=300e9
         if gpus <= NODE
@@ -125,7 +128,7 @@ UNITS = {
     "matrix unit": ("products", "sums"),
     "float64": ("double", "qr", "cholesky", "eigh"),
     "GPU memory": ("memory",),
-    "host link": ("link", "pageable"),
+    "host link": ("link", "states"),
     "disk": ("disk", "cache", "write"),
     "network": ("network",),
 }
@@ -328,8 +331,9 @@ def _gradients(shape: Shape, run: Run) -> Work:
             # What a batch adds is made, scaled and added; softmax, labels and scale pass over the logits.
             "memory": 24 * layers * sum(map(_upper, shape.outputs)) * run.batches(run.gradient_blocks)
             + 40 * tokens * shape.vocab,
-            "link": (forward + back) * size
-            + run.on_host * (tokens * state * (2 * forward + 3 * back + 2) + 4 * layers * shape.slopes),
+            "link": (forward + back) * size,
+            "states": run.on_host
+            * (tokens * state * (2 * forward + 3 * back + 2) + 4 * layers * shape.slopes),
             "disk": layers * size,
             "cache": (forward + back - layers) * size,
             "network": _reduced(4 * layers * shape.slopes, run),
@@ -347,7 +351,7 @@ def _observe(shape: Shape, run: Run) -> Work:
             "products": tokens * shape.forward,
             "sums": 2 * tokens * (seen + sum(mlp.active * _upper(mlp.width) for mlp in shape.mlps)),
             "memory": 12 * added * run.batches(run.blocks),
-            "link": run.on_host * (3 * tokens * state + 4 * shape.slopes),
+            "states": run.on_host * (3 * tokens * state + 4 * shape.slopes),
             "network": _reduced(4 * held, run),
         }
     )
@@ -409,7 +413,7 @@ def _measure(shape: Shape, run: Run) -> Work:
     values = shape.hidden * (shape.width + shape.keys) + shape.values + shape.read * shape.hidden
     alone = 2 * (pairs + values + 3 * shape.neurons) + shape.scores
     state = 4 * shape.hidden
-    return Work({"products": tokens * (shape.forward + alone), "link": tokens * state if run.on_host else 0})
+    return Work({"products": tokens * (shape.forward + alone), "states": run.on_host * tokens * state})
 
 
 def _refit(shape: Shape, run: Run) -> Work:
@@ -420,13 +424,13 @@ def _refit(shape: Shape, run: Run) -> Work:
     sums = sum(_summed(shape, fit) for fit in fitted)
     held = sum(copies * (n**2 + n * shape.hidden) for n, copies, _ in fitted)
     added = sum(copies * (_upper(n) + n * shape.hidden) for n, copies, _ in fitted)
-    moved = tokens * (4 * 7 * shape.hidden + 2 * 3 * shape.read) if run.on_host else 0
+    moved = run.on_host * tokens * (4 * 6 * shape.hidden + 2 * 3 * shape.read)
     return Work(
         {
             "products": tokens * products,
             "sums": tokens * sums,
             "memory": (18 if shape.low else 12) * added * run.batches(run.blocks),
-            "link": moved,
+            "states": moved,
             # Sums of blocks fitted to and held out; what one process fitted goes to all, in float64.
             "network": _reduced(8 * held, run)
             + _sent(8 * sum(copies * n * shape.hidden for n, copies, _ in fitted), run),
@@ -507,18 +511,26 @@ def _sent(size: int, run: Run) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a stage, and those that each unit is at work: ``reading`` of the disk's go beside all others'."""
+    """Seconds of a stage, and those that each unit is at work: ``reading`` of the disk's and ``states`` of the host
+    link's go beside all others'.
+    """
 
     seconds: float
     units: dict[str, float]
     reading: float
+    states: float = 0.0
 
     @property
     def limit(self) -> str:
         """The unit that is waited for longest."""
         if self.reading == self.seconds:
             return "disk"
-        waited = self.units | {"disk": self.units["disk"] - self.reading}
+        if self.states == self.seconds:
+            return "host link"
+        waited = self.units | {
+            "disk": self.units["disk"] - self.reading,
+            "host link": self.units["host link"] - self.states,
+        }
         return max(waited, key=lambda unit: waited[unit])
 
 
@@ -545,7 +557,8 @@ def _cost(stage: Stage, run: Run, rates: Rates) -> Cost:
         work.update(_longest(group, run.gpus, rates))
     units = by_unit(work, rates)
     reading = sum(work[key] * rates.of(key) for key in ("disk", "cache"))
-    return Cost(max(reading, sum(units.values()) - reading), units, reading)
+    states = work["states"] * rates.of("states")
+    return Cost(max(reading, states, sum(units.values()) - reading - states), units, reading, states)
 
 
 def _longest(group: Sequence[Work], gpus: int, rates: Rates) -> Work:
@@ -720,36 +733,6 @@ def cases() -> Iterator[Case]:
             yield Case(name, shape, replace(run, on_host=memory.on_host), memory)
 
 
-def then(shape: Shape, run: Run) -> dict[str, Stage]:
-    """The stages of the README's run, of the code of 22 November 2026 (abd8c81).
-
-    It kept rotary pairs by what dropping them costs attention and took no gradients; it ran the original twice, the
-    second time to measure on all blocks, where it summed for the first refit too, and had one ridge.
-    """
-    tokens, (mlp,) = run.blocks * shape.seq, shape.mlps
-    turned, read = shape.hidden * (shape.width + shape.keys), shape.read * shape.hidden
-    pairs = run.blocks * shape.heads * QUERIES * shape.seq * shape.head_dim // 2  # their shares of scores
-    observe = _observe(shape, run)
-    observe.update({"products": 2 * tokens * turned, "memory": 32 * pairs})
-    solve = _solve_values(shape) + _solve_mlp(shape, mlp)
-    metric = sum(4 * shape.hidden**2 * n for n in (shape.width, mlp.width))
-    solve.subtract({"double": metric, ("cholesky", shape.hidden): 2})  # of the gradients
-    alone = 2 * (turned + shape.values + read + 3 * shape.neurons) + shape.scores
-    attention = 2 * (int(KEEP * turned) + shape.values + read) + shape.scores
-    first, second = (tokens * _summed(shape, fit) for fit in _fits(shape))
-    measure = {"products": tokens * (shape.forward + alone + attention), "sums": first}
-    refit = {"products": tokens * (2 * attention + 2 * (2 + 3) * shape.neurons), "sums": second}
-    size = shape.layers * shape.stored * shape.layer
-    return {
-        "load": Stage(Work({"pageable": size})),
-        "observe": _all_layers(Stage(observe), shape),
-        "solve": _all_layers(Stage(solve), shape),
-        "measure": _all_layers(Stage(Work(measure)), shape),
-        "refit": _all_layers(Stage(Work(refit), _ridges(shape, replace(run, blocks=1))), shape),
-        "write": replace(count(shape, run)["write"], behind=False),
-    }
-
-
 def cpu(shape: Shape, run: Run) -> Rates:
     """What this machine's CPU does now, measured for a moment on matrices of the shapes that the run has."""
     (mlp,), rows = shape.mlps, run.batch * shape.seq
@@ -783,7 +766,7 @@ def cpu(shape: Shape, run: Run) -> Rates:
         / _seconds(lambda: torch.linalg.qr(thin)),
         memory=2 * copied,  # read and written
         link=math.inf,  # the host is the device
-        pageable=math.inf,
+        states=math.inf,
         disk=copied,  # from the page cache
         cache=copied,
         write=block.nbytes / _seconds(lambda: _write(block)),
@@ -848,16 +831,16 @@ def memory() -> None:
 
 
 @app.command()
-def readme() -> None:
-    """The README's stages of a 7B model beside the count of the code that ran them, and of today's."""
-    case = next(cases())
-    now, old = case.costs, costs(then(case.shape, case.run), case.shape, case.run, case.rates)
-    print("| stage | measured | counted, code of then | measured / counted | counted, code of now |")
-    print("|---|---|---|---|---|")
-    for name, measured in README.items():
-        counted = old[name].seconds
-        cells = [f"{measured}", _number(counted), f"{measured / counted:.1f}", _number(now[name].seconds)]
-        print(f"| {name} | {' | '.join(cells)} |")
+def measured() -> None:
+    """The measured stages of a 7B model on one H200 beside their count, and what limits them."""
+    counted = next(cases()).costs
+    print("| stage | measured | counted | measured / counted | limit |\n|---|---|---|---|---|")
+    for name, took in MEASURED.items():
+        cost = counted[name]
+        print(f"| {name} | {took} | {_number(cost.seconds)} | {took / cost.seconds:.1f} | {cost.limit} |")
+    total = sum(counted[name].seconds for name in MEASURED)
+    every = sum(MEASURED.values())
+    print(f"| all | {every:.1f} | {_number(total)} | {every / total:.1f} | |")
 
 
 @app.command()
