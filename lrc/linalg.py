@@ -241,11 +241,10 @@ def direction_scores(weight: Tensor, c: Tensor, g: Tensor) -> Tensor:
 
 
 def singular_values(weight: Tensor, c: Tensor | None = None) -> Tensor:
-    """Singular values (..., min(m, n)), largest first, of W C^½ for W (..., m, n) and C (..., n, n), damped; None is the
-    identity.
+    """Singular values (..., min(m, n)), largest first, of W C^½ for W (..., m, n) and a damped C (..., n, n).
 
-    They are roots of the eigenvalues of a Gram matrix in the smaller dimension: what is below a 1e-8 of the largest is
-    rounding.
+    Without a C it is the identity. They are roots of the eigenvalues of a Gram matrix in the smaller dimension, so that
+    what is below a 1e-8 of the largest is rounding.
     """
     w = weight.double()
     rows, columns = w.shape[-2:]

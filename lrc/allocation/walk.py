@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -47,14 +47,23 @@ def visits(
     batches: Sequence[Batch],
     gradients: dict[int, GradientMoment],
     end: int,
+    sites: Collection[str] = (),
 ) -> Iterator[Visit]:
-    """Stop at every layer that has a plan, and take the batches past the first ``end`` layers; only one layer is on the
-    device at a time."""
+    """Stop at every layer that has a plan, with what its solvers read and the moments at ``sites`` beside, and take the
+    batches past the first ``end`` layers; only one layer is on the device at a time."""
     for index in range(end):
         layer, state = stream.layer(index)
-        if plan := plans.get(index):
-            statistics = read_statistics(stream, plan, layer, state, batches, gradients.pop(index, None))
-            yield Visit(index, layer, state, statistics, batches)
+        if (plan := plans.get(index)) is not None:
+            found = gradients.pop(index, None)
+            # No name of its own here: moments go when whoever is given them lets go.
+            yield Visit(
+                index,
+                layer,
+                state,
+                read_statistics(stream, plan, layer, state, batches, found, sites),
+                batches,
+            )
+            del found
         for batch in batches:
             batch.hidden = stream.advance(layer, index, batch, batch.hidden)
 
@@ -70,9 +79,7 @@ def walk(setting: Setting) -> Iterator[Stop]:
     plans = {index: setting.at_all_sizes(index) for index in asked}
     for visit in visits(stream, plans, batches, gradients, architecture.layers):
         found = asked[visit.index]
-        problems = {
-            target: pose(architecture, target, visit.state, visit.statistics) for target, _ in found
-        }
+        problems = {target: pose(architecture, target, visit.state, visit.statistics) for target, _ in found}
         yield Stop(visit.index, found, problems, visit.index + 1)
     if outside := setting.asked(None):
         problems = pose_outer(

@@ -13,6 +13,7 @@ from lrc import __version__
 from lrc.cli.check import check_model
 from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
+from lrc.cli.inspect import inspect
 from lrc.cli.list import list_known
 from lrc.cli.plan import plan_model
 from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
@@ -95,6 +96,7 @@ app.command("compress")(compress_model)
 app.command("eval")(evaluate)
 app.command("plan")(plan_model)
 app.command("check")(check_model)
+app.command("inspect")(inspect)
 app.command("list")(list_known)
 
 

@@ -124,8 +124,9 @@ def solve_ov(
 
 
 def attention_output(problem: OVProblem) -> tuple[Moment, Tensor]:
-    """The moment in float64 of what the output projection reads, before the value bias, and its matrix C that errors are
-    measured by: centred where a bias makes up for the mean.
+    """The moment in float64 of what the output projection reads, before the value bias, and the matrix C of errors.
+
+    That is centred where a bias makes up for the mean.
     """
     moment, bias = problem.output.double(), problem.v.bias
     if bias is not None:

@@ -41,6 +41,18 @@ class StructuredLinear(nn.Module):
     def load_factors(self, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Take the factors over as parameters, in their own dtype."""
 
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The factors that it holds, as ``load_factors`` takes them."""
+        held: dict[str, Any] = {name: getattr(self, name) for name in self.factor_names}
+        return {name: each if isinstance(each, Tensor) else each.weight for name, each in held.items()}
+
+    @property
+    def offset(self) -> Tensor | None:
+        """The bias (out,) that goes with them; None where there is none."""
+        last = self.output_linear
+        return getattr(self, "bias", None) if last is None else last.bias
+
     @staticmethod
     @abstractmethod
     def dense(factors: Mapping[str, Tensor]) -> Tensor:
