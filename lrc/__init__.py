@@ -9,14 +9,16 @@ from lrc.hub.register import install
 if TYPE_CHECKING:
     from lrc.api import compress, evaluate
     from lrc.hub.loader import load
+    from lrc.inspection.inspector import inspect_model
     from lrc.planning import make_plan
 
-__all__ = ["__version__", "compress", "evaluate", "load", "make_plan"]
+__all__ = ["__version__", "compress", "evaluate", "inspect_model", "load", "make_plan"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "compress": "lrc.api",
     "evaluate": "lrc.api",
+    "inspect_model": "lrc.inspection.inspector",
     "load": "lrc.hub.loader",
     "make_plan": "lrc.planning",
 }

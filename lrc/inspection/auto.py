@@ -69,7 +69,10 @@ def choose_component(
     By nats of the loss where both have them; else as plans do that leave the component unnamed.
     """
     roles = architecture.family.component(component)  # type: ignore[arg-type]
-    one_by_one = ", ".join(f"{role} by {parts[role].method}" for role in roles)
+    shared: dict[str, list[str]] = {}
+    for role in roles:
+        shared.setdefault(parts[role].method, []).append(role)
+    one_by_one = ", ".join(f"{' and '.join(each)} by {method}" for method, each in shared.items())
     if whole.unit == "nats of loss" and all(choice.unit == whole.unit for choice in parts.values()):
         summed = sum(choice.error for choice in parts.values())
         figures = _figure(whole.error, whole.unit), _figure(summed, whole.unit)

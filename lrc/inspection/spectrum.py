@@ -21,6 +21,7 @@ from lrc.moments.moment import Moment
 from lrc.report.inspection import Conditioning, Spectrum
 
 POINTS = 64  # of a curve of energy
+_MOST = 0.99
 
 
 def spectra(problem: Problem) -> tuple[Spectrum, Spectrum]:
@@ -48,13 +49,14 @@ def spectrum(values: Tensor) -> Spectrum:
     ranks = torch.logspace(0, torch.tensor(float(full)).log10().item(), POINTS, dtype=torch.float64)
     ranks = ranks.round().long().clamp(1, full).unique()
     energy = squares.flatten(0, -2).sum(dim=0) if values.ndim > 1 else squares
-    whole = energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    shares = energy.cumsum(0) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
     return Spectrum(
         full=full,
         effective_rank=float(effective_rank(values).mean()),
         stable_rank=float(stable_rank(values).mean()),
+        rank_99=min(int((shares < _MOST).sum()) + 1, full),
         ranks=ranks.tolist(),
-        energy=(energy.cumsum(0)[ranks.to(energy.device) - 1] / whole).tolist(),
+        energy=shares[ranks.to(shares.device) - 1].tolist(),
     )
 
 

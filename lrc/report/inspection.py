@@ -19,7 +19,8 @@ Unit = Literal["nats of loss", "relative error", "relative error of scores", "na
 class Spectrum:
     """Singular values σ of which there are ``full``, of a component by head: means over heads, sums in ``energy``.
 
-    ``energy``: share of Σσ² in the r largest, for every r of ``ranks``, which are evenly spaced in their logarithm.
+    ``energy``: share of Σσ² in the r largest, for every r of ``ranks``, which are evenly spaced in their logarithm;
+    ``rank_99`` is the least r whose share is 0.99.
     ``effective_rank``: exp(−Σ p ln p) for p = σ / Σσ (Roy and Vetterli, EUSIPCO 2007). ``stable_rank``: Σσ² / σ₁²
     (Rudelson and Vershynin 2007).
     """
@@ -27,6 +28,7 @@ class Spectrum:
     full: int
     effective_rank: float
     stable_rank: float
+    rank_99: int
     ranks: list[int]
     energy: list[float]
 

@@ -68,7 +68,7 @@ def test_components_go_by_nats_or_by_the_default(tiny_checkpoint: Any) -> None:
     parts = {role: one("svd", error, "relative error") for role, error in (("q", 0.3), ("k", 0.4))}
     whole = one("a3", 0.06, "nats KL")
     found = choose_component(llama, "qk", whole, parts, methods())
-    assert (found.method, found.error, found.unit) == ("q by svd, k by svd", 0.4, "relative error")
+    assert (found.method, found.error, found.unit) == ("q and k by svd", 0.4, "relative error")
     assert "--gradients" in found.reason
     found = choose_component(gpt2, "qk", whole, parts, methods())
     assert (found.method, found.error, found.unit) == ("a3", 0.06, "nats KL")

@@ -30,6 +30,8 @@ def agrees(found: Spectrum, values: Tensor) -> None:
     assert found.full == values.shape[1]
     assert found.ranks[0] == 1
     assert found.ranks[-1] == found.full
+    assert squares[: found.rank_99].sum() >= 0.989 * squares.sum()
+    assert squares[: found.rank_99 - 1].sum() < 0.991 * squares.sum()
     expected = [float(squares[:rank].sum() / squares.sum()) for rank in found.ranks]
     assert found.energy == pytest.approx(expected, rel=1e-4)
 
