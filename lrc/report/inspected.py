@@ -82,21 +82,12 @@ def spectra_table(groups: Groups) -> Table:
                 str(each[0].plain.full),
                 *(f"{_mean([s.effective_rank for s in kind]):.1f}" for kind in (plain, whitened)),
                 *(f"{_mean([s.stable_rank for s in kind]):.2f}" for kind in (plain, whitened)),
-                _span(
-                    [next(r for r, e in zip(s.ranks, s.energy, strict=True) if e >= 0.99) for s in whitened]
-                ),
+                _span([s.rank_99 for s in whitened]),
             ]
         )
-    headings = columns(
-        "target",
-        "of:n",
-        "effective rank:n",
-        "whitened:n",
-        "stable rank:n",
-        "whitened:n",
-        "99 % energy, whitened:n",
-    )
-    return Table(headings, rows)
+    headings = columns("target", "full:n", "effective:n", "whitened:n", "stable:n", "whitened:n", "99 %:n")
+    caption = "effective and stable rank, plain and whitened, and the rank of 99 % of the energy, whitened"
+    return Table(headings, rows, caption)
 
 
 def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
@@ -118,7 +109,7 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
     headings = columns(
         "moment", "width:n", "numerical rank:n", "condition number:n", "damped:n", "damping:n", "tokens:n"
     )
-    return Table(headings, rows)
+    return Table(headings, rows, "moments of what is read")
 
 
 def estimate_tables(found: Inspection, groups: Groups) -> list[Table]:
@@ -143,7 +134,7 @@ def auto_table(groups: Groups, keeps: Sequence[float]) -> Table:
                 for count in counts
             ]
         )
-    return Table(columns("target", *(f"auto at {keep:g}:w" for keep in keeps)), rows)
+    return Table(columns("target", *(f"{keep:g}:w" for keep in keeps)), rows, "auto, by kept fraction")
 
 
 def reasons_table(targets: Iterable[Inspected]) -> Table:
@@ -193,11 +184,11 @@ def held_table(groups: Groups) -> Table:
         "recorded predicted:n",
         "recorded measured:n",
     )
-    return Table(headings, rows)
+    return Table(headings, rows, "the output beside the original")
 
 
 def _on_screen(table: Table) -> Screen:
-    screen = Screen()
+    screen = Screen(title=table.caption, title_justify="left")
     for column in table.columns:
         screen.add_column(column.heading, justify="right" if column.kind == "n" else "left", overflow="fold")
     if table.columns[1].heading == "method":
@@ -230,7 +221,8 @@ def _estimates(
         for name, each in groups.items()
         for method, at in by_method(each).items()
     ]
-    return Table(columns("target", "method", *(f"predicted {what} at {keep:g}:n" for keep in keeps)), rows)
+    headings = columns("target", "method", *(f"{keep:g}:n" for keep in keeps))
+    return Table(headings, rows, f"predicted {what}, by kept fraction")
 
 
 def _error_text(estimates: Sequence[Estimate]) -> str:

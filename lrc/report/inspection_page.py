@@ -59,7 +59,7 @@ def write_inspection(found: Inspection, folder: Path) -> list[Path]:
     """Write an inspection into a folder, which is made if it is not there; the files that were written."""
     pictures = inspection_pictures(found)
     files = {"inspect.json": found.to_json(), "inspect.html": inspection_page(found, pictures)}
-    files |= {f"{name}.svg": standalone(picture.svg) for name, picture in pictures.items()}
+    files |= {f"{name}.svg": standalone(str(picture.svg)) for name, picture in pictures.items()}
     try:
         folder.mkdir(exist_ok=True)
         for name, text in files.items():

@@ -22,7 +22,7 @@ def test_by_target_and_layer_by_layer(succeeds, tiny_checkpoint, quick):
     model = tiny_checkpoint("llama")
     printed = succeeds("inspect", model, *quick, "--keeps", "0.5", "--methods", "svd,a3,whitened_svd").stdout
     assert printed.startswith(f"{model}: layers 0-1; moments of ")
-    for word in ("effective rank", "condition", "predicted error", "auto at 0.5", "whitened_svd", "attn_in"):
+    for word in ("effective", "condition", "predicted error", "auto, by kept", "whitened_svd", "attn_in"):
         assert word in printed
     assert "layer 1" not in printed
     detail = succeeds(
