@@ -21,7 +21,7 @@ def choose(
 ) -> Choice | None:
     """The method of least error at a kept fraction; None where none was estimated.
 
-    Within ``TIE`` of it, the one of fewest matrix products, then the one that goes by least of the calibration text.
+    Within ``TIE`` of it, the one of fewest steps to run, then the one that goes by least of the calibration text.
     """
     there = [estimate for estimate in estimates if estimate.keep == keep]
     if not there:
@@ -41,13 +41,11 @@ def choose(
     elif len(tied) > 1:
         other = min((each for each in tied if each is not best), key=lambda each: _error(each, unit))
         why = (
-            "takes fewer products to run"
-            if best.products < other.products
-            else "goes by less of the calibration text"
+            "takes fewer steps to run" if best.steps < other.steps else "goes by less of the calibration text"
         )
         reason = (
-            f"{_figure(error, unit)} is within {TIE:.0%} of the least with {other.method}'s "
-            f"{_figure(_error(other, unit), unit)}, and it {why}"
+            f"{_figure(error, unit)} and {other.method}'s {_figure(_error(other, unit), unit)} are within "
+            f"{TIE:.0%} of the least, and it {why}"
         )
     else:
         reason = (
@@ -78,7 +76,7 @@ def choose_component(
         figures = _figure(whole.error, whole.unit), _figure(summed, whole.unit)
         if whole.error <= summed * (1 + TIE):
             tie = whole.error > summed * (1 - TIE)
-            why = ", a tie, and as one it takes no more products than dense" if tie else ""
+            why = ", a tie, and as one it takes no more steps than dense" if tie else ""
             reason = f"{figures[0]} as one against {figures[1]} for {one_by_one}{why}"
             return Choice(whole.keep, whole.method, whole.error, whole.unit, reason)
         reason = f"{figures[1]} one by one against {figures[0]} as one by {whole.method}"
@@ -101,7 +99,7 @@ def _error(estimate: Estimate, unit: Unit) -> float:
 def _cost_to_run(estimate: Estimate, target: str, methods: Mapping[str, Method]) -> tuple[int, int, str]:
     solvers = methods[estimate.method].solvers
     solver = solvers.get(target) or solvers["projection"]
-    return estimate.products, _BLIND.index(solver.metric), estimate.method
+    return estimate.steps, _BLIND.index(solver.metric), estimate.method
 
 
 def _figure(error: float, unit: Unit) -> str:

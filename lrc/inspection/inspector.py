@@ -28,7 +28,9 @@ from lrc.inspection.spectrum import conditioning, spectra
 from lrc.job import Job, default_batch, find_device, find_dtype
 from lrc.measure import LayerMeasure, Measured
 from lrc.methods import Method, methods
-from lrc.methods.contract import Affine, Prediction, Problem, Solution
+from lrc.methods.contract import Affine, Factors, Prediction, Problem, Solution
+from lrc.modules import kinds
+from lrc.modules.embedding import EMBEDDING
 from lrc.moments import COLLECTORS
 from lrc.moments.observe import observe
 from lrc.outer import pose_outer
@@ -342,7 +344,7 @@ def _estimate(problem: Problem, candidate: Candidate) -> Estimate:
     one = candidate.assignment
     solution = solve(problem, one)
     error, unit = figure(solution.predicted)
-    products = sum(1 if isinstance(part, Affine) else len(part.tensors) for part in solution.parts.values())
+    steps = sum(_steps(part) for part in solution.parts.values())
     return Estimate(
         keep=candidate.keep,
         method=one.method,
@@ -353,8 +355,15 @@ def _estimate(problem: Problem, candidate: Candidate) -> Estimate:
         error=error,
         unit=unit,
         loss=solution.predicted.loss,
-        products=products,
+        steps=steps,
     )
+
+
+def _steps(part: Affine | Factors) -> int:
+    """What a token goes through: one product with a matrix, one look-up and a product with an embedding."""
+    if isinstance(part, Affine):
+        return 1
+    return 2 if part.kind == EMBEDDING else kinds()[part.kind].steps
 
 
 def _choices(

@@ -21,6 +21,7 @@ class StructuredLinear(nn.Module):
 
     kind: ClassVar[str]
     factor_names: ClassVar[tuple[str, ...]]
+    steps: ClassVar[int] = 2  # matrix products and permutations that a token goes through
     weight: Tensor
 
     def __init__(self) -> None:

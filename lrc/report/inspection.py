@@ -58,7 +58,7 @@ class Estimate:
     """What a method would lose at a size, predicted by itself: ``kept`` of ``whole`` weights where ``keep`` was asked.
 
     ``error`` in ``unit``, of the target's own output; ``loss``: nats per token, where gradients were taken. Run, a
-    token goes through ``products`` matrices in place of one for each projection.
+    token goes through ``steps`` matrix products and permutations in place of one product for each projection.
     """
 
     keep: float
@@ -70,7 +70,7 @@ class Estimate:
     error: float
     unit: Unit
     loss: float | None
-    products: int
+    steps: int
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,15 @@ def test_the_loss_counts_where_all_have_it() -> None:
 
 
 @pytest.mark.parametrize(("error", "taken"), [(0.2019, "svd"), (0.2021, "monarch")])
-def test_a_tie_goes_to_fewer_products(error: float, taken: str) -> None:
-    monarch = replace(BASE, method="monarch", error=0.2, products=3)
+def test_a_tie_goes_to_fewer_steps(error: float, taken: str) -> None:
+    monarch = replace(BASE, method="monarch", error=0.2, steps=3)
     found = choose("q", 0.6, [monarch, replace(BASE, error=error)], methods())
     assert found is not None
     assert found.method == taken
-    assert ("fewer products" in found.reason) == (taken == "svd")
+    assert ("fewer steps" in found.reason) == (taken == "svd")
 
 
-def test_a_tie_of_equal_products_goes_to_what_reads_less_of_the_text() -> None:
+def test_a_tie_of_equal_steps_goes_to_what_reads_less_of_the_text() -> None:
     found = choose("q", 0.6, [replace(BASE, method="whitened_svd"), BASE], methods())
     assert found is not None
     assert found.method == "svd"

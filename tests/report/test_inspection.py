@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -174,19 +174,31 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-def test_nothing_overflows_in_a_browser(width: int, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("chromium is not installed")
-    path = write_inspection(inspection(), tmp_path / "seen")[1]
-    probe = (
-        "<script>document.title = [document.documentElement.scrollWidth, innerWidth].join()</script></body>"
-    )
-    framed = tmp_path / "probe.html"
-    framed.write_text(path.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--dump-dom"]
-    shown = subprocess.run([browser, *options, framed.as_uri()], capture_output=True, text=True, timeout=60)
-    title = re.search(r"<title>(\d+),(\d+)</title>", shown.stdout)
-    assert title, shown.stderr
-    assert int(title[1]) <= int(title[2])
+@pytest.fixture
+def browser(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    module = importlib.import_module("screenshots")
+    if module.chromium() is None:
+        pytest.skip("no chromium: apt-get install chromium, or name one in CHROMIUM")
+    return module
+
+
+def test_nothing_overflows_or_overlaps_in_a_browser(browser: ModuleType, tmp_path: Path) -> None:
+    names = ("qk", "ov", "mlp", "q", "k", "v", "o", "gate", "up", "down")
+    methods = [
+        replace(ESTIMATE, method=name, loss=0.01 * i) for i, name in enumerate(("a3", "svd", "whitened_svd"))
+    ]
+    deep = [
+        replace(ONE, layer=layer, target=name, estimates=[*methods, replace(ESTIMATE, keep=0.4, error=0.5)])
+        for layer in range(40)
+        for name in names
+    ]
+    for i, found in enumerate(
+        (inspection(), inspection(targets=deep, layers=list(range(40)), keeps=[0.6, 0.4]))
+    ):
+        page = write_inspection(found, tmp_path / str(i))[1]
+        for width in (browser.PHONE, browser.DESKTOP):
+            for dark in (False, True):
+                seen = browser.look(page, width, dark=dark)
+                assert seen.found == []
+                assert seen.texts > 20
