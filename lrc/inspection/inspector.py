@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lrc import __version__
 from lrc.allocation.walk import Visit, visits
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.errors import OutOfResources, UserError, nearest
-from lrc.families import Architecture, Target
+from lrc.errors import OutOfResources
 from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
-from lrc.inspection.auto import choose, choose_component
-from lrc.inspection.candidates import TABLE_COLLECTORS, Candidate, candidates
+from lrc.inspection.asked import Asked, base_text, checked_keeps, find_asked, known_methods
+from lrc.inspection.estimate import choices, estimate, recorded, relative
 from lrc.inspection.fidelity import fidelity
 from lrc.inspection.output import REFIT, Output
 from lrc.inspection.spectrum import conditioning, spectra
 from lrc.job import Job, default_batch, find_device, find_dtype
 from lrc.measure import LayerMeasure, Measured
-from lrc.methods import Method, methods
-from lrc.methods.contract import Affine, Factors, Prediction, Problem, Solution
-from lrc.modules import kinds
-from lrc.modules.embedding import EMBEDDING
-from lrc.moments import COLLECTORS
+from lrc.methods import Method
+from lrc.methods.contract import Prediction, Problem, Solution
 from lrc.moments.observe import observe
 from lrc.outer import pose_outer
 from lrc.plan.data import DataLike
 from lrc.plan.resolved import LayerPlan
-from lrc.plan.schema import matched_layers
-from lrc.report.inspection import Choice, Conditioning, Estimate, Held, Inspected, Inspection, Unit
+from lrc.report.inspection import Conditioning, Estimate, Held, Inspected, Inspection, Unit
 from lrc.room import choose_place, known_place
-from lrc.solve import pose, read_gradients, site_of, solve
+from lrc.solve import pose, read_gradients, site_of
 from lrc.states import States
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
@@ -53,18 +46,7 @@ Progress = Callable[[str, int], Callable[[int], object]]
 
 KEEPS = (0.9, 0.8, 0.6, 0.4)
 SAMPLES = 32
-_COMPONENTS = ("qk", "ov", "mlp")
 _PACKAGES = ("torch", "transformers")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What to look at: layers, targets of them and outside of them, and what each method could do to a target."""
-
-    layers: list[int]
-    inside: list[Target]
-    outside: list[Target]
-    candidates: Mapping[str, list[Candidate]]
 
 
 def inspect_model(
@@ -99,17 +81,17 @@ def inspect_model(
     folder of an lrc output of the model, each of whose targets is held against the original, and run beside it on the
     same tokens. The rest is as for ``lrc.compress``. Raises UserError for what the user can mend.
     """
-    keeps = _checked_keeps(KEEPS if keeps is None else keeps)
-    known = _known_methods(method_names)
+    keeps = checked_keeps(KEEPS if keeps is None else keeps)
+    known = known_methods(method_names)
     found = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle)
     reader = CheckpointReader(found.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    asked = _asked(reader.architecture, known, keeps, layers, targets, tables=tables, gradients=gradients)
+    asked = find_asked(reader.architecture, known, keeps, layers, targets, tables=tables, gradients=gradients)
     place, waiting = find_device(device), known_place(states)
     output = None
     if against is not None:
         output = Output(Path(against).expanduser(), reader, place, trust_remote_code=trust_remote_code)
     precision = find_dtype(dtype, place, reader.dtype)
-    text = _base(reader.architecture, samples, seq_len, gradients=gradients)
+    text = base_text(reader.architecture, samples, seq_len, gradients=gradients)
     (job,) = templates(found, reader, text, "lrc inspect", [0.5])
     watch = Stopwatch(place)
     tokenizer = load_tokenizer(found.path, trust_remote_code=trust_remote_code)
@@ -241,13 +223,13 @@ class Inspector:
         estimates: dict[str, list[Estimate]] = {}
         with self._watch.stage("solve"):
             for name, problem in problems.items():
-                estimates[name] = [_estimate(problem, one) for one in self._asked.candidates[name]]
-        choices = _choices(self._architecture, self._keeps, estimates, self._known)
+                estimates[name] = [estimate(problem, one) for one in self._asked.candidates[name]]
+        chosen = choices(self._architecture, self._keeps, estimates, self._known)
         with self._watch.stage("spectra"):
             for name, problem in problems.items():
                 plain, whitened = spectra(problem)
                 self.targets.append(
-                    Inspected(layer, name, plain, whitened, estimates[name], choices[name], held.get(name))
+                    Inspected(layer, name, plain, whitened, estimates[name], chosen[name], held.get(name))
                 )
 
     def _held(self, visit: Visit, posed: Callable[[str], Problem]) -> dict[str, Held]:
@@ -307,160 +289,6 @@ class Inspector:
             recorded_measured=told[1],
             recorded_unit=told[2],
         )
-
-
-def recorded(record: Mapping[str, Any]) -> tuple[float, float | None, Unit]:
-    """What a manifest's record of a target predicted and measured, and in what unit that is predicted.
-
-    Measured is the divergence in nats where that is what was, else the relative error.
-    """
-    error, unit = figure(Prediction(**record["predicted"]))
-    measured = record["measured"]
-    if measured["kl"] is not None:
-        return error, measured["kl"], unit
-    return error, relative(measured["error"], measured["reference"]), unit
-
-
-def figure(prediction: Prediction) -> tuple[float, Unit]:
-    """The one number by which a prediction is told, and what it is."""
-    if prediction.metric == "kl":
-        return prediction.error, "nats KL"
-    if prediction.metric == "loss":
-        return prediction.error, "nats of loss"
-    return (
-        prediction.relative,
-        "relative error of scores" if prediction.metric == "scores" else "relative error",
-    )
-
-
-def relative(error: float | None, reference: float | None) -> float | None:
-    """(error / reference)^½; None where either is."""
-    if error is None or reference is None:
-        return None
-    return (error / reference) ** 0.5 if reference > 0 else 0.0
-
-
-def _estimate(problem: Problem, candidate: Candidate) -> Estimate:
-    one = candidate.assignment
-    solution = solve(problem, one)
-    error, unit = figure(solution.predicted)
-    steps = sum(_steps(part) for part in solution.parts.values())
-    return Estimate(
-        keep=candidate.keep,
-        method=one.method,
-        options=dict(one.options),
-        size=one.size,
-        kept=one.kept,
-        whole=one.whole,
-        error=error,
-        unit=unit,
-        loss=solution.predicted.loss,
-        steps=steps,
-    )
-
-
-def _steps(part: Affine | Factors) -> int:
-    """What a token goes through: one product with a matrix, one look-up and a product with an embedding."""
-    if isinstance(part, Affine):
-        return 1
-    return 2 if part.kind == EMBEDDING else kinds()[part.kind].steps
-
-
-def _choices(
-    architecture: Architecture,
-    keeps: Sequence[float],
-    estimates: Mapping[str, Sequence[Estimate]],
-    known: Mapping[str, Method],
-) -> dict[str, list[Choice]]:
-    """What ``auto`` takes of each target at each kept fraction, of components with their projections in view."""
-    found: dict[str, list[Choice]] = {name: [] for name in estimates}
-    for keep in keeps:
-        alone = {
-            name: choice
-            for name, each in estimates.items()
-            if (choice := choose(name, keep, each, known)) is not None
-        }
-        for name, choice in alone.items():
-            if name in _COMPONENTS:
-                roles = architecture.family.component(name)
-                if all(role in alone for role in roles):
-                    parts = {role: alone[role] for role in roles}
-                    choice = choose_component(architecture, name, choice, parts, known)
-            found[name].append(choice)
-    return found
-
-
-def _asked(
-    architecture: Architecture,
-    known: Mapping[str, Method],
-    keeps: Sequence[float],
-    layers: str | None,
-    names: Sequence[str] | None,
-    *,
-    tables: bool,
-    gradients: bool,
-) -> Asked:
-    """What there is to look at; UserError for a layer or target that the model does not have."""
-    chosen = set(range(architecture.layers))
-    if layers is not None:
-        try:
-            chosen = matched_layers(layers, architecture.layers)
-        except ValueError as error:
-            raise UserError(f"--layers {layers}: {error}") from None
-    there = architecture.targets | architecture.outer
-    for name in names or ():
-        if name == "lm_head" and architecture.tied:
-            raise UserError(
-                "--targets lm_head: the head of this model is its embedding; name embed, which is both"
-            )
-        if name not in there:
-            raise UserError(
-                f"--targets {name}: {architecture.family.model_type} has no target {name!r}; "
-                f"{nearest(name, there)}"
-            )
-    inside = [t for name, t in architecture.targets.items() if names is None or name in names]
-    outside = [t for name, t in architecture.outer.items() if (tables if names is None else name in names)]
-    collectors = COLLECTORS if gradients else COLLECTORS - {"gradients"}
-    return Asked(
-        sorted(chosen) if inside else [],
-        inside,
-        outside,
-        candidates(architecture, inside, known, keeps, collectors)
-        | candidates(architecture, outside, known, keeps, TABLE_COLLECTORS),
-    )
-
-
-def _checked_keeps(keeps: Iterable[float]) -> tuple[float, ...]:
-    found = tuple(keeps)
-    if not found or any(not 0 < keep < 1 for keep in found) or len(set(found)) < len(found):
-        listed = ",".join(f"{keep:g}" for keep in found)
-        raise UserError(f"--keeps {listed}: fractions to estimate are distinct, above 0 and below 1")
-    return tuple(sorted(found, reverse=True))
-
-
-def _known_methods(names: Sequence[str] | None) -> dict[str, Method]:
-    known = methods()
-    if names is None:
-        return known
-    for name in names:
-        if name not in known:
-            raise UserError(f"--methods {name}: there is no such method; {nearest(name, known)}")
-    return {name: method for name, method in known.items() if name in names}
-
-
-def _base(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> str:
-    """A plan that reads all sites, and gradients of all projections where they are asked for."""
-    if seq_len is not None and not 2 <= seq_len <= architecture.positions:
-        raise UserError(
-            f"--seq-len {seq_len}: the model reads 2 to {architecture.positions} tokens at once; the nearest is "
-            f"{min(max(seq_len, 2), architecture.positions)}"
-        )
-    length = "" if seq_len is None else f", seq_len: {seq_len}"
-    method = "two_sided_svd" if gradients else "whitened_svd"
-    return (
-        f"format: 1\nmethod: {method}\n"
-        f"calibration: {{samples: {samples}, gradient_samples: {samples}{length}}}\n"
-    )
 
 
 @contextmanager
