@@ -21,6 +21,7 @@ def choose(
 ) -> Choice | None:
     """The method of least error at a kept fraction; None where none was estimated.
 
+    Errors are nats of the loss where all have them, else of what the first one's is of, without those of other things.
     Within ``TIE`` of it, the one of fewest steps to run, then the one that goes by least of the calibration text.
     """
     there = [estimate for estimate in estimates if estimate.keep == keep]
@@ -29,10 +30,11 @@ def choose(
     unit: Unit = there[0].unit
     if all(estimate.loss is not None for estimate in there):
         unit = "nats of loss"
-    assert unit == "nats of loss" or all(estimate.unit == unit for estimate in there), "errors of one thing"
+    else:
+        there = [estimate for estimate in there if estimate.unit == unit]
     ordered = sorted(there, key=lambda each: _error(each, unit))
     least = _error(ordered[0], unit)
-    tied = [each for each in ordered if _error(each, unit) <= least * (1 + TIE)]
+    tied = [each for each in ordered if _error(each, unit) <= least + TIE * abs(least)]
     best = min(tied, key=lambda each: _cost_to_run(each, target, methods))
     rest = [each for each in ordered if each is not best]
     error = _error(best, unit)

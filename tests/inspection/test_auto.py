@@ -22,6 +22,8 @@ def test_the_least_error_is_taken_and_the_reason_has_both_figures() -> None:
     assert (found.method, found.error, found.unit) == ("whitened_svd", 0.2, "relative error")
     assert found.reason == "0.2 relative error against 0.3 relative error by svd, the next best"
     assert choose("q", 0.5, estimates, methods()) is None
+    other = replace(BASE, method="monarch", error=1e-3, unit="nats KL")  # of another thing
+    assert choose("q", 0.6, [*estimates, other], methods()) == found
 
 
 def test_the_loss_counts_where_all_have_it() -> None:
