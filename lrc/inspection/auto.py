@@ -42,9 +42,7 @@ def choose(
         reason = f"{_figure(error, unit)}; no other method that could be estimated solves {target}"
     elif len(tied) > 1:
         other = min((each for each in tied if each is not best), key=lambda each: _error(each, unit))
-        why = (
-            "takes fewer steps to run" if best.steps < other.steps else "goes by less of the calibration text"
-        )
+        why = _why(_cost_to_run(best, target, methods), _cost_to_run(other, target, methods))
         reason = (
             f"{_figure(error, unit)} and {other.method}'s {_figure(_error(other, unit), unit)} are within "
             f"{TIE:.0%} of the least, and it {why}"
@@ -102,6 +100,13 @@ def _cost_to_run(estimate: Estimate, target: str, methods: Mapping[str, Method])
     solvers = methods[estimate.method].solvers
     solver = solvers.get(target) or solvers["projection"]
     return estimate.steps, _BLIND.index(solver.metric), estimate.method
+
+
+def _why(best: tuple[int, int, str], other: tuple[int, int, str]) -> str:
+    """What decides between two costs to run."""
+    if best[0] < other[0]:
+        return "takes fewer steps to run"
+    return "goes by less of the calibration text" if best[1] < other[1] else "comes first by its name"
 
 
 def _figure(error: float, unit: Unit) -> str:

@@ -50,6 +50,11 @@ def test_a_tie_of_equal_steps_goes_to_what_reads_less_of_the_text() -> None:
     assert found is not None
     assert found.method == "svd"
     assert "less of the calibration text" in found.reason
+    same = [replace(BASE, method=method, steps=2) for method in ("whitened_svd", "monarch")]
+    found = choose("q", 0.6, same, methods())
+    assert found is not None
+    assert found.method == "monarch"
+    assert "first by its name" in found.reason
 
 
 def test_components_go_by_nats_or_by_the_default(tiny_checkpoint: Any) -> None:
