@@ -10,10 +10,21 @@ if TYPE_CHECKING:
     from lrc.api import compress, evaluate
     from lrc.benchmark.bench import bench
     from lrc.hub.loader import load
+    from lrc.inspection.inspector import inspect_model
     from lrc.modules.fuse import fuse, unfuse
     from lrc.planning import make_plan
 
-__all__ = ["__version__", "bench", "compress", "evaluate", "fuse", "load", "make_plan", "unfuse"]
+__all__ = [
+    "__version__",
+    "bench",
+    "compress",
+    "evaluate",
+    "fuse",
+    "inspect_model",
+    "load",
+    "make_plan",
+    "unfuse",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -21,6 +32,7 @@ _HOMES = {
     "compress": "lrc.api",
     "evaluate": "lrc.api",
     "fuse": "lrc.modules.fuse",
+    "inspect_model": "lrc.inspection.inspector",
     "load": "lrc.hub.loader",
     "make_plan": "lrc.planning",
     "unfuse": "lrc.modules.fuse",

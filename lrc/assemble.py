@@ -13,7 +13,7 @@ from lrc.families import Architecture, canonical
 from lrc.families.family import ATTENTION_ROLES
 from lrc.methods.contract import Affine, Factors, Solution
 from lrc.modules import Entry, kinds
-from lrc.modules.table import Table, apply_table, attention_entry, dense_entry
+from lrc.modules.table import DENSE, Table, apply_table, attention_entry, dense_entry
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,14 @@ def store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, 
         module = kind.from_entry(entry)
     module.load_factors({name: tensor.to(dtype) for name, tensor in part.tensors.items()}, bias)
     return entry, {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def restore(entry: Entry, tensors: Mapping[str, Tensor]) -> Affine | Factors:
+    """The part of a table entry and the tensors of its module by name: what ``store`` was given, as it was rounded."""
+    if entry["kind"] == DENSE:
+        return Affine(tensors["weight"], tensors.get("bias"))
+    with torch.device("meta"):
+        module = kinds()[entry["kind"]].from_entry(entry)
+    module.load_state_dict(dict(tensors), assign=True)
+    module.requires_grad_(False)
+    return Factors(entry["kind"], module.factors, module.offset)

@@ -240,6 +240,36 @@ def direction_scores(weight: Tensor, c: Tensor, g: Tensor) -> Tensor:
     return (taken * (c @ taken)).sum(dim=0) * (u * (g @ u)).sum(dim=0)
 
 
+def singular_values(weight: Tensor, c: Tensor | None = None) -> Tensor:
+    """Singular values (..., min(m, n)), largest first, of W C^½ for W (..., m, n) and a damped C (..., n, n).
+
+    Without a C it is the identity. They are roots of the eigenvalues of a Gram matrix in the smaller dimension, so that
+    what is below a 1e-8 of the largest is rounding.
+    """
+    w = weight.double()
+    rows, columns = w.shape[-2:]
+    if rows < columns:
+        gram = _gram(w, c)[0]
+    elif c is None:
+        gram = w.mT @ w
+    else:
+        low = damped_cholesky(c).factor
+        gram = (w @ low).mT @ (w @ low)
+    return _roots_of_eigenvalues(gram)
+
+
+def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Singular values (..., D), largest first, of A B from ``left`` AᵀA and ``right`` B Bᵀ, both (..., D, D)."""
+    root = symmetric_root(right)
+    return _roots_of_eigenvalues(root @ left.double() @ root)
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """The positive semidefinite root (..., n, n) of a symmetric matrix, its eigenvalues below zero taken as zero."""
+    values, vectors = torch.linalg.eigh((matrix.double() + matrix.double().mT) / 2)
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
 def gram_root(g: Tensor) -> tuple[Tensor, float]:
     """R with RᵀR = G + damping for G (..., n, n): the metric G of W is the plain one of R W. And the damping."""
     root = damped_cholesky(g)
@@ -282,3 +312,8 @@ def _top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """Eigenvectors (..., n, r) of the r largest eigenvalues, largest first."""
     symmetric = (symmetric + symmetric.mT) / 2
     return torch.linalg.eigh(symmetric).eigenvectors[..., -rank:].flip(-1)
+
+
+def _roots_of_eigenvalues(symmetric: Tensor) -> Tensor:
+    """Roots (..., n) of eigenvalues, largest first; those below zero are zero but for rounding."""
+    return torch.linalg.eigvalsh((symmetric + symmetric.mT) / 2).flip(-1).clamp_min(0).sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -40,8 +40,12 @@ def collectors_needed(plan: LayerPlan) -> set[str]:
 
 def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
     """Sites whose moments the solvers of a layer read."""
-    family = architecture.family
-    return {COMPONENT_SITES.get(a.target) or family.site(a.target) for a in plan.assignments}
+    return {site_of(architecture, a.target) for a in plan.assignments}
+
+
+def site_of(architecture: Architecture, target: str) -> str:
+    """The site whose moment a target's problem is posed on."""
+    return COMPONENT_SITES.get(target) or architecture.family.site(target)
 
 
 def gradients_needed(architecture: Architecture, plan: LayerPlan, *, losses: bool = False) -> Wanted:
@@ -83,11 +87,15 @@ def read_gradients(
 
 
 def layer_sums(
-    stream: ModelStream, plan: LayerPlan, layer: nn.Module, state: Mapping[str, Tensor]
+    stream: ModelStream,
+    plan: LayerPlan,
+    layer: nn.Module,
+    state: Mapping[str, Tensor],
+    sites: Collection[str] = (),
 ) -> LayerSums:
-    """What a layer's solvers read of its activations, nothing counted yet."""
-    sites, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
-    return LayerSums(stream, plan.index, layer, state, sites, collectors)
+    """What a layer's solvers read of its activations, and the moments at ``sites`` beside; nothing counted yet."""
+    needed, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
+    return LayerSums(stream, plan.index, layer, state, needed.union(sites), collectors)
 
 
 def read_statistics(
@@ -97,12 +105,13 @@ def read_statistics(
     state: Mapping[str, Tensor],
     batches: Sequence[Batch],
     gradients: GradientMoment | None,
+    sites: Collection[str] = (),
 ) -> Statistics:
-    """What a layer's solvers read, from a run of the original on all batches and what a sweep found.
+    """What ``layer_sums`` counts, from a run of the original on all batches, and what a sweep found.
 
     The batches stay where they are. Raises UserError where activations are NaN or inf.
     """
-    sums = layer_sums(stream, plan, layer, state)
+    sums = layer_sums(stream, plan, layer, state, sites)
     for batch, (hidden,) in zip(batches, stream.passing(batch.hidden for batch in batches), strict=True):
         with observe(layer, sums.watched) as calls:
             stream.run(layer, plan.index, batch, hidden)

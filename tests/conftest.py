@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Read once, when torch and huggingface_hub are first imported; xdist runs one process a core.
 os.environ |= {
@@ -75,6 +78,37 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
         return folder
 
     return make
+
+
+@pytest.fixture
+def blocks() -> Tensor:
+    """Four blocks of 32 random ids."""
+    import torch
+
+    return torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def linear_inputs(blocks: Tensor) -> Callable[[Path], dict[str, Tensor]]:
+    """Gives the inputs (tokens, width) of every projection of a model by its path, from the model's own forward."""
+    return lambda folder: _linear_inputs(folder, blocks)
+
+
+def _linear_inputs(folder: Path, blocks: Tensor) -> dict[str, Tensor]:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            module.register_forward_hook(
+                lambda module, args, out, name=name: seen.setdefault(name, []).append(args[0].flatten(0, 1))
+            )
+    with torch.no_grad():
+        model(input_ids=blocks, use_cache=False)
+    return {name: torch.cat(found).double() for name, found in seen.items()}
 
 
 @dataclass(frozen=True)

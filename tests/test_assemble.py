@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.assemble import ReducedLayer, assemble
+from lrc.assemble import ReducedLayer, assemble, restore, store
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.families import canonical
 from lrc.linalg import best_pair
@@ -193,3 +193,30 @@ def test_skeleton_and_state_are_left_as_they_were(layer):
     assert {n: t.shape for n, t in layer.stream.skeletons[1].state_dict().items()} == shapes
     assert all(tensor.is_meta for tensor in layer.stream.skeletons[1].state_dict().values())
     assert all(torch.equal(layer.state[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_stored_comes_back_as_it_was_rounded(biased: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, left, right = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 12), (20, 3), (4, 5, 8), (4, 8, 3))
+    )
+    bias = torch.randn(20, generator=generator, dtype=torch.float64) if biased else None
+    for part in (
+        Factors("low_rank", {"A": a, "B": b}, bias),
+        Factors("monarch", {"L": left, "R": right}, bias),
+        Affine(b @ a, bias),
+    ):
+        again = restore(*store(part, torch.float32))
+        if isinstance(part, Affine):
+            assert isinstance(again, Affine)
+            assert torch.equal(again.weight, part.weight.float())
+        else:
+            assert isinstance(again, Factors)
+            assert again.kind == part.kind
+            assert again.tensors.keys() == part.tensors.keys()
+            assert all(torch.equal(again.tensors[n], t.float()) for n, t in part.tensors.items())
+        assert (again.bias is None) == (bias is None)
+        if bias is not None and again.bias is not None:
+            assert torch.equal(again.bias, bias.float())

@@ -23,8 +23,11 @@ from lrc.linalg import (
     eliminate,
     eliminate_columns,
     gram_root,
+    product_singular_values,
     regress,
     regress_kept,
+    singular_values,
+    symmetric_root,
 )
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -430,3 +433,28 @@ def test_direction_scores_are_what_dropping_each_alone_costs(shape: tuple[int, i
     drops = [s[i] * torch.outer(u[:, i], vh[i]) for i in reversed(range(min(shape)))]  # ascending
     expected = torch.tensor([float(torch.trace(g @ d @ c @ d.T)) for d in drops], dtype=torch.float64)
     torch.testing.assert_close(direction_scores(w, c, g), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9)])
+def test_singular_values_are_those_of_the_matrix_in_the_metric(shape: tuple[int, int]) -> None:
+    w, c = normal(3, *shape, seed=1), moment_of(shape[1], seed=2, spread=2)
+    torch.testing.assert_close(singular_values(w), torch.linalg.svdvals(w), **CLOSE)
+    expected = torch.linalg.svdvals(w @ root_of(damped(c)))
+    torch.testing.assert_close(singular_values(w, c.expand(3, -1, -1)), expected, **CLOSE)
+    singular = torch.zeros_like(c)
+    assert bool((singular_values(w[0], singular) < 1e-2).all())
+
+
+def test_singular_values_of_products_come_from_small_grams() -> None:
+    a, b = normal(2, 9, 3, seed=1), normal(2, 3, 7, seed=2)
+    found = product_singular_values(a.mT @ a, b @ b.mT)
+    torch.testing.assert_close(found, torch.linalg.svdvals(a @ b)[:, :3], **CLOSE)
+
+
+def test_a_symmetric_root_takes_what_is_below_zero_as_zero() -> None:
+    c = moment_of(5, seed=3)
+    torch.testing.assert_close(symmetric_root(c) @ symmetric_root(c), c, **CLOSE)
+    indefinite = torch.diag(torch.tensor([4.0, -1e-9]))
+    torch.testing.assert_close(
+        symmetric_root(indefinite), torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
+    )

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
 from lrc.allocation.contract import Setting
+from lrc.collect import Statistics
 from lrc.methods.contract import Problem
+from lrc.moments.gradient import GradientMoment
 from lrc.outer import pose_outer
-from lrc.plan.resolved import Assignment
+from lrc.plan.resolved import Assignment, LayerPlan
 from lrc.solve import pose, read_statistics
+from lrc.stream import Batch, ModelStream
 from lrc.text.blocks import batched
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One layer of the original, its tensors by path, what its solvers read, and the batches in front of it."""
+
+    index: int
+    layer: nn.Module
+    state: Mapping[str, Tensor]
+    statistics: Statistics
+    batches: Sequence[Batch]
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,32 @@ class Stop:
     done: int
 
 
+def visits(
+    stream: ModelStream,
+    plans: Mapping[int, LayerPlan],
+    batches: Sequence[Batch],
+    gradients: dict[int, GradientMoment],
+    end: int,
+    sites: Collection[str] = (),
+) -> Iterator[Visit]:
+    """Stop at every layer that has a plan, with what its solvers read and the moments at ``sites`` beside, and take the
+    batches past the first ``end`` layers; only one layer is on the device at a time."""
+    for index in range(end):
+        layer, state = stream.layer(index)
+        if (plan := plans.get(index)) is not None:
+            found = gradients.pop(index, None)
+            # No name of its own here: moments go when whoever is given them lets go.
+            yield Visit(
+                index,
+                layer,
+                state,
+                read_statistics(stream, plan, layer, state, batches, found, sites),
+                batches,
+            )
+            del found
+        stream.advance(layer, index, batches)
+
+
 def walk(setting: Setting) -> Iterator[Stop]:
     """Every layer of which something is asked, on the calibration blocks, after a sweep for the gradients where any
     are read, and then what is outside of them; only one layer is on the device at a time."""
@@ -32,16 +74,14 @@ def walk(setting: Setting) -> Iterator[Stop]:
     architecture, gradients = setting.reader.architecture, setting.gradients(stream)
     mine = setting.ranks.mine(setting.texts.calibration.blocks)
     batches = stream.embed(batched(mine, setting.batch_size))
-    for index in range(architecture.layers):
-        layer, state = stream.layer(index)
-        if asked := setting.asked(index):
-            plan, found = setting.at_all_sizes(index), gradients.pop(index, None)
-            statistics = read_statistics(stream, plan, layer, state, batches, found)
-            problems = {target: pose(architecture, target, state, statistics) for target, _ in asked}
-            yield Stop(index, asked, problems, index + 1)
-        stream.advance(layer, index, batches)
-    if asked := setting.asked(None):
+    asked = {index: found for index in range(architecture.layers) if (found := setting.asked(index))}
+    plans = {index: setting.at_all_sizes(index) for index in asked}
+    for visit in visits(stream, plans, batches, gradients, architecture.layers):
+        found = asked[visit.index]
+        problems = {target: pose(architecture, target, visit.state, visit.statistics) for target, _ in found}
+        yield Stop(visit.index, found, problems, visit.index + 1)
+    if outside := setting.asked(None):
         problems = pose_outer(
-            stream, {target for target, _ in asked}, setting.texts.calibration.blocks, batches
+            stream, {target for target, _ in outside}, setting.texts.calibration.blocks, batches
         )
-        yield Stop(None, asked, problems, architecture.layers + 1)
+        yield Stop(None, outside, problems, architecture.layers + 1)

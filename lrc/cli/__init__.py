@@ -12,8 +12,10 @@ from typer.core import TyperGroup
 from lrc import __version__
 from lrc.cli.bench import bench_model
 from lrc.cli.check import check_model
+from lrc.cli.compare import compare_outputs
 from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
+from lrc.cli.inspect import inspect
 from lrc.cli.list import list_known
 from lrc.cli.plan import plan_model
 from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
@@ -94,9 +96,11 @@ app = typer.Typer(
 )
 app.command("compress")(compress_model)
 app.command("eval")(evaluate)
+app.command("compare")(compare_outputs)
 app.command("plan")(plan_model)
 app.command("bench")(bench_model)
 app.command("check")(check_model)
+app.command("inspect")(inspect)
 app.command("list")(list_known)
 
 

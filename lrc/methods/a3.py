@@ -102,18 +102,8 @@ def solve_ov(
     the published rule, each head by itself. A value bias folds into the output bias, since attention rows sum to one.
     """
     heads, group, weight = problem.heads, problem.heads.group, problem.o.weight.double()
-    moment = problem.output.double()
-    biased = problem.v.bias is not None or problem.o.bias is not None
-    offset = torch.zeros_like(moment.mean)
-    if problem.v.bias is not None:
-        offset = (
-            problem.v.bias.double()
-            .unflatten(0, (heads.kv_heads, -1))
-            .repeat_interleave(group, dim=0)
-            .flatten()
-        )
-    free = moment.shifted(offset)  # of the attention output before the value bias
-    c = free.centred if biased else free.second
+    moment, biased = problem.output.double(), _biased(problem)
+    free, c = attention_output(problem)
     readers = weight.unflatten(1, (heads.heads, -1)).transpose(0, 1)  # (heads, hidden, D)
     p, numerics = _value_rows(problem, rank, c, metric, subspace)
     reduce = torch.block_diag(*p.down.repeat_interleave(group, dim=0))  # (heads·rank, heads·D)
@@ -133,6 +123,23 @@ def solve_ov(
     )
 
 
+def attention_output(problem: OVProblem) -> tuple[Moment, Tensor]:
+    """The moment in float64 of what the output projection reads, before the value bias, and the matrix C of errors.
+
+    That is centred where a bias makes up for the mean.
+    """
+    moment, bias = problem.output.double(), problem.v.bias
+    if bias is not None:
+        heads = problem.heads
+        offset = bias.double().unflatten(0, (heads.kv_heads, -1)).repeat_interleave(heads.group, dim=0)
+        moment = moment.shifted(offset.flatten())
+    return moment, moment.centred if _biased(problem) else moment.second
+
+
+def _biased(problem: OVProblem) -> bool:
+    return problem.v.bias is not None or problem.o.bias is not None
+
+
 def _value_rows(
     problem: OVProblem, rank: int, c: Tensor, metric: OutputMetric, subspace: str
 ) -> tuple[Maps, dict[str, float]]:
@@ -143,7 +150,7 @@ def _value_rows(
         weight = root @ weight
     readers = weight.unflatten(1, (heads.heads, -1)).transpose(0, 1)
     grams = (readers.mT @ readers).unflatten(0, (-1, heads.group))
-    own = _diagonal_blocks(c, heads.heads).unflatten(0, (-1, heads.group))
+    own = diagonal_blocks(c, heads.heads).unflatten(0, (-1, heads.group))
     p = best_projector(own.mean(dim=1), grams.sum(dim=1), rank)
     numerics["damping"] = p.damping
     stacked = Maps(p.up.repeat_interleave(heads.group, dim=0), p.down)
@@ -225,7 +232,7 @@ def _gradient(gradient: Tensor | None) -> Tensor:
     return gradient
 
 
-def _diagonal_blocks(c: Tensor, blocks: int) -> Tensor:
+def diagonal_blocks(c: Tensor, blocks: int) -> Tensor:
     """The (blocks, D, D) diagonal blocks of a (blocks·D, blocks·D) matrix."""
     grid = c.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1))
     return grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

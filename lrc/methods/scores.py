@@ -25,14 +25,14 @@ def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
     heads, group = problem.heads, problem.heads.group
     # Of a group's covariances, summed as its queries are, the mean goes with every query.
     if metric == "score":
-        keys, share, name = _output_moment(*_by_head(problem.k, heads.kv_heads), problem.input), 1.0, "scores"
+        keys, share, name = output_moment(*by_head(problem.k, heads.kv_heads), problem.input), 1.0, "scores"
     elif metric == "loss":
         keys, share, name = _gradient(problem), 1 / (2 * group), "loss"
     else:
         attention = _attention(problem)
         keys, share = attention.covariance.double(), attention.scale**2 / (2 * heads.heads * group)
         name = "kl"
-    q_moment = _output_moment(*_by_head(problem.q, heads.heads), problem.input)
+    q_moment = output_moment(*by_head(problem.q, heads.heads), problem.input)
     shared = q_moment.unflatten(0, (-1, group)).sum(dim=1)
     p = best_projector(keys, shared, rank)
     delta = torch.eye(heads.head_dim, dtype=p.up.dtype, device=p.up.device) - p.up @ p.down
@@ -89,8 +89,8 @@ def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
     """With rotary positions: the first and second halves of rank / 2 whole pairs of every key head."""
     heads, group = problem.heads, problem.heads.group
     if metric == "score":
-        q_energy = _pair_energy(_output_moment(*_by_head(problem.q, heads.heads), problem.input))
-        k_energy = _pair_energy(_output_moment(*_by_head(problem.k, heads.kv_heads), problem.input))
+        q_energy = _pair_energy(output_moment(*by_head(problem.q, heads.heads), problem.input))
+        k_energy = _pair_energy(output_moment(*by_head(problem.k, heads.kv_heads), problem.input))
         product = q_energy * k_energy.repeat_interleave(group, dim=0)  # (heads, D/2)
         kept = product.sqrt().unflatten(0, (-1, group)).sum(dim=1).topk(rank // 2).indices.sort().values
         # The relative angle of two positions is taken as uniform.
@@ -132,7 +132,7 @@ def _map_loss(problem: QKProblem, delta: Tensor) -> float | None:
         return None
     heads = problem.heads
     slopes = problem.gradient.double().repeat_interleave(heads.group, dim=0)
-    q_moment = _output_moment(*_by_head(problem.q, heads.heads), problem.input)
+    q_moment = output_moment(*by_head(problem.q, heads.heads), problem.input)
     return _score_error(q_moment, delta, slopes) / (2 * heads.group)
 
 
@@ -146,14 +146,14 @@ def _attention(problem: QKProblem) -> AttentionMoment:
     return problem.attention
 
 
-def _by_head(matrix: Affine, heads: int) -> tuple[Tensor, Tensor]:
+def by_head(matrix: Affine, heads: int) -> tuple[Tensor, Tensor]:
     """Weight (heads, D, n) and bias (heads, D), zero where there is none."""
     weight = matrix.weight.double().unflatten(0, (heads, -1))
     bias = weight.new_zeros(weight.shape[:2]) if matrix.bias is None else matrix.bias.double().view(heads, -1)
     return weight, bias
 
 
-def _output_moment(weight: Tensor, bias: Tensor, moment: Moment) -> Tensor:
+def output_moment(weight: Tensor, bias: Tensor, moment: Moment) -> Tensor:
     """E[y yᵀ] (heads, D, D) of y = W x + b, from the moment of x."""
     moment = moment.double()
     cross = (weight @ moment.mean).unsqueeze(-1) * bias.unsqueeze(-2)
@@ -174,6 +174,6 @@ def _pair_energy(moment: Tensor) -> Tensor:
 
 def _mapped(maps: Tensor, matrix: Affine) -> Affine:
     """Every head's rows mapped by its own (rank, D) matrix."""
-    weight, bias = _by_head(matrix, maps.shape[0])
+    weight, bias = by_head(matrix, maps.shape[0])
     mapped = None if matrix.bias is None else (maps @ bias.unsqueeze(-1)).flatten()
     return Affine((maps @ weight).flatten(0, 1), mapped)

@@ -21,6 +21,7 @@ class StructuredLinear(nn.Module):
 
     kind: ClassVar[str]
     factor_names: ClassVar[tuple[str, ...]]
+    steps: ClassVar[int] = 2  # matrix products and permutations that a token goes through
     weight: Tensor
 
     def __init__(self) -> None:
@@ -40,6 +41,18 @@ class StructuredLinear(nn.Module):
     @abstractmethod
     def load_factors(self, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Take the factors over as parameters, in their own dtype."""
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The factors that it holds, as ``load_factors`` takes them."""
+        held: dict[str, Any] = {name: getattr(self, name) for name in self.factor_names}
+        return {name: each if isinstance(each, Tensor) else each.weight for name, each in held.items()}
+
+    @property
+    def offset(self) -> Tensor | None:
+        """The bias (out,) that goes with them; None where there is none."""
+        last = self.output_linear
+        return getattr(self, "bias", None) if last is None else last.bias
 
     @staticmethod
     @abstractmethod

@@ -21,6 +21,7 @@ class MonarchLinear(StructuredLinear):
 
     kind = "monarch"
     factor_names = ("L", "R")
+    steps = 3
 
     def __init__(self, in_features: int, out_features: int, blocks: int, rank: int, bias: bool) -> None:
         super().__init__()

@@ -175,20 +175,26 @@ class Rule(Roles, Components):
 
     def layers(self, count: int) -> set[int]:
         """The layers that the rule names in a model of ``count``; ValueError where one is not there."""
-        found = set()
-        for part in self.match.split(","):
-            low, high = RANGE.fullmatch(part.strip()).groups()  # type: ignore[union-attr]
-            ends = [int(low), int(low if high is None else high)]
-            for end in ends:
-                if not -count <= end < count:
-                    raise ValueError(
-                        f"there is no layer {end}; the model has {count} layers, 0 to {count - 1}"
-                    )
-            first, last = (end % count for end in ends)
-            if first > last:
-                raise ValueError(f"{part.strip()!r} matches no layer; it runs from {first} down to {last}")
-            found.update(range(first, last + 1))
-        return found
+        return matched_layers(self.match, count)
+
+
+def matched_layers(match: str, count: int) -> set[int]:
+    """The layers that ``0-1``, ``3``, ``0,2,5-7`` or ``-1`` name in a model of ``count``.
+
+    ValueError for what names none, and where one is not there.
+    """
+    found = set()
+    for part in _match(match).split(","):
+        low, high = RANGE.fullmatch(part.strip()).groups()  # type: ignore[union-attr]
+        ends = [int(low), int(low if high is None else high)]
+        for end in ends:
+            if not -count <= end < count:
+                raise ValueError(f"there is no layer {end}; the model has {count} layers, 0 to {count - 1}")
+        first, last = (end % count for end in ends)
+        if first > last:
+            raise ValueError(f"{part.strip()!r} matches no layer; it runs from {first} down to {last}")
+        found.update(range(first, last + 1))
+    return found
 
 
 class Calibration(Strict):

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.refit import RefitRecord
 from lrc.report.groups import summarise
-from lrc.report.report import Report, Size
+from lrc.report.report import CalibrationRecord, Report
 from lrc.scale import LogitScale
+
+_SIZES = (
+    ("parameters", "parameters"),
+    ("bytes", "bytes"),
+    ("KV cache, bytes per token", "kv_bytes_per_token"),
+)
+ERRORS = (
+    "Errors are of each target alone, before the refit; measured ones come from running the original and the "
+    "reduced module on one calibration block of every eight, those of an embedding and a head from counts and "
+    "moments of all, where they are one as a mean over both uses. A plain number is a relative error, root mean"
+    " square over the layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are"
+    " the divergence of the attention distribution from the original's, mean over queries, heads and layers, "
+    "measured on the first of those blocks."
+)
 
 
 def report_page(report: Report) -> str:
     """The whole report."""
-    return (
-        "\n".join(
-            [
-                f"# {report.model}, {report.plan}",
-                "",
-                *_body(report),
-                *_refits(report.refits),
-                *_provenance(report),
-            ]
-        )
-        + "\n"
-    )
+    lines = [
+        f"# {report.model}, {report.plan}",
+        "",
+        report.sentence,
+        "",
+        *([*_warnings(report), ""] if report.warnings else []),
+        *_body(report),
+        *_refits(report.refits),
+        *_provenance(report),
+        "",
+        *_folded("Plan", ["```yaml", report.plan_text.rstrip(), "```"]),
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def model_card(report: Report, plan_text: str) -> str:
+def model_card(report: Report) -> str:
     """The output folder's README.md: how to load it, what it cost, the plan."""
     lines = [
         "---",
@@ -47,7 +64,7 @@ def model_card(report: Report, plan_text: str) -> str:
         "## Plan",
         "",
         "```yaml",
-        plan_text.rstrip(),
+        report.plan_text.rstrip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -66,7 +83,7 @@ def _body(report: Report) -> list[str]:
     for change in report.perplexity:
         before, after = change.before, change.after
         lines.append(
-            f"| perplexity, {before.data} ({before.windows} windows of {before.seq_len}, {before.dtype}) "
+            f"| perplexity, {_cell(before.data)} ({before.windows} windows of {before.seq_len}, {before.dtype}) "
             f"| {before.value:.4g} | {after.value:.4g} | {change.ratio:.3f} |"
         )
     lines += ["", *_calibration(report.calibration)]
@@ -75,22 +92,21 @@ def _body(report: Report) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for g in summarise(report.targets):
-        size = f"{g.smallest}" if g.smallest == g.largest else f"{g.smallest}-{g.largest}"
         lines.append(
-            f"| {g.target} | {g.method} | {g.layers} | {size} | {g.kept / g.whole:.1%} "
+            f"| {g.target} | {g.method} | {g.layers} | {g.size_text} | {g.kept / g.whole:.1%} "
             f"| {g.predicted_text} | {g.measured_text} |"
         )
     lines += [
         "",
-        "Errors are of each target alone, before the refit; measured ones come from running the original and the "
-        "reduced module on one calibration block of every eight, those of an embedding and a head from counts and "
-        "moments of all, where they are one as a mean over both uses. A plain number is a relative error, root mean"
-        " square over the layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are"
-        " the divergence of the attention distribution from the original's, mean over queries, heads and layers, "
-        "measured on the first of those blocks.",
+        ERRORS,
         "",
     ]
     return [*lines, *_scale(report.scale)]
+
+
+def _cell(text: str) -> str:
+    """A name as the text of a table's cell."""
+    return text.replace("|", "\\|")
 
 
 def _scale(scale: LogitScale | None) -> list[str]:
@@ -102,9 +118,7 @@ def _refits(refits: list[RefitRecord]) -> list[str]:
     """The error of the residual stream, a row a refit."""
     if not refits:
         return []
-    lines = [
-        "## Residual stream",
-        "",
+    text = [
         "Squared error of the compressed residual stream over the original's square, where a refitted output "
         "projection has been added to it: with the method's own solution, and fitted again. Left out is the error on "
         "the calibration blocks that chose the ridge, by the fit without them. They are left out of that fit alone, "
@@ -112,38 +126,52 @@ def _refits(refits: list[RefitRecord]) -> list[str]:
         "",
         "| layer | behind | ridge | before | after | left out, before | left out, after |",
         "|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(refit_cells(refit))} |" for refit in refits),
     ]
-    for refit in refits:
-        ridge = f"{refit.ridge:g}" if refit.raised is None else f"{refit.ridge:g}, raised to {refit.raised:g}"
-        held = refit.held_out
-        errors = [f"{refit.error.before:.3g}", f"{refit.error.after:.3g}"]
-        errors += ["", ""] if held is None else [f"{held.before:.3g}", f"{held.after:.3g}"]
-        lines.append(f"| {' | '.join([str(refit.layer), refit.role, ridge, *errors])} |")
-    return [*lines, ""]
+    return ["## Residual stream", "", *_folded(f"{len(refits)} output projections fitted again", text), ""]
 
 
-def _calibration(record: dict[str, Any]) -> list[str]:
+def _folded(summary: str, lines: list[str]) -> list[str]:
+    """Lines that a pull request shows when asked to; the blank ones around them make them Markdown."""
+    return ["<details>", f"<summary>{summary}</summary>", "", *lines, "", "</details>"]
+
+
+def refit_cells(refit: RefitRecord) -> list[str]:
+    """A refit in words: layer, projection, ridge, and errors before and after, of all blocks and of those left out."""
+    ridge = f"{refit.ridge:g}" if refit.raised is None else f"{refit.ridge:g}, raised to {refit.raised:g}"
+    held = refit.held_out
+    errors = [f"{refit.error.before:.3g}", f"{refit.error.after:.3g}"]
+    errors += ["", ""] if held is None else [f"{held.before:.3g}", f"{held.after:.3g}"]
+    return [str(refit.layer), refit.role, ridge, *errors]
+
+
+def _calibration(record: CalibrationRecord) -> list[str]:
     """What moments were taken of, in a sentence."""
-    drawn = ", ".join(f"{source['blocks']} of {source['data']}" for source in record["sources"])
-    return [f"Calibrated on {record['samples']} blocks of {record['seq_len']} tokens: {drawn}.", ""]
+    drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
+    return [f"Calibrated on {record.samples} blocks of {record.seq_len} tokens: {drawn}.", ""]
 
 
 def _provenance(report: Report) -> list[str]:
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
-    peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in report.peak_bytes.items())
+    peaks = ", ".join(f"{name} {byte_text(size)}" for name, size in report.peak_bytes.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    calibration = [_listed({k: v for k, v in report.calibration.items() if k != "sources"})]
-    calibration += [_listed(source) for source in report.calibration["sources"]]
-    lines = [
+    record = report.calibration
+    calibration = [_listed({k: v for k, v in asdict(record).items() if k != "sources"})]
+    calibration += [_listed(asdict(source)) for source in record.sources]
+    run = f"{report.device}, layers run in {report.dtype}, {report.batch_size} blocks at once"
+    told = {"revision": report.revision, "fingerprint": report.fingerprint}
+    return [
         "## How it was made",
         "",
+        f"- Model: {report.model}, {_listed(told)}",
+        *([f"- Sizes found by: {_listed(report.allocation)}"] if report.allocation else []),
         f"- Calibration: {'; '.join(calibration)}",
-        f"- Device: {report.device}, layers run in {report.dtype}, hidden states waiting on: {report.states}",
+        f"- Run: {run}, {report.processes} process{'es' * (report.processes > 1)}, hidden states waiting on "
+        f"{report.states}",
         f"- Seconds: {stages}",
         f"- Peak memory: {peaks}",
         f"- Versions: {versions}",
     ]
-    return [*lines, *_warnings(report)]
 
 
 def _warnings(report: Report) -> list[str]:
@@ -151,14 +179,7 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _listed(record: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in record.items())
-
-
-_SIZES = (
-    ("parameters", "parameters"),
-    ("bytes", "bytes"),
-    ("KV cache, bytes per token", "kv_bytes_per_token"),
-)
+    return ", ".join(f"{name} {value}" for name, value in record.items() if value is not None)
 
 
 def _size_row(name: str, before: Size, after: Size, key: str) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 from lrc.benchmark.bench import Bench, Row
 from lrc.benchmark.measure import Measured
 from lrc.check import Check
-from lrc.checkpoint.sizes import Size
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.evaluation.perplexity import Perplexity
 from lrc.report.comparison import Comparison
 from lrc.report.groups import summarise
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lrc.catalogue import Item
     from lrc.integrity import Integrity
+    from lrc.report.outputs import Source
 
 
 def summary(report: Report) -> Iterator[RenderableType]:
@@ -29,12 +30,11 @@ def summary(report: Report) -> Iterator[RenderableType]:
         "target", "method", "layers:r", "rank:r", "kept:r", "predicted error:r", "measured error:r"
     )
     for group in summarise(report.targets):
-        rank = str(group.smallest) if group.smallest == group.largest else f"{group.smallest}-{group.largest}"
         targets.add_row(
             group.target,
             group.method,
             str(group.layers),
-            rank,
+            group.size_text,
             f"{group.kept:,} ({group.kept / group.whole:.1%})",
             group.predicted_text,
             group.measured_text,
@@ -48,9 +48,11 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield cost
     if report.scale is not None:
         yield f"scale: {report.scale.text}"
-    yield f"calibration: {report.calibration['data']} ({report.calibration['samples']} blocks)"
+    yield f"calibration: {report.calibration.data} ({report.calibration.samples} blocks)"
     yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
-    yield "peak memory: " + ", ".join(f"{place} {_bytes(size)}" for place, size in report.peak_bytes.items())
+    yield "peak memory: " + ", ".join(
+        f"{place} {byte_text(size)}" for place, size in report.peak_bytes.items()
+    )
     yield from _warnings(report.warnings)
     yield f"wrote {report.out}"
 
@@ -82,6 +84,38 @@ def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
     yield from _warnings(comparison.notes)
 
 
+def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
+    """Outputs beside their original, a table a source."""
+    for source in sources:
+        before = source.before
+        heads = [heading for text in source.texts for heading in (f"{text.text}:r", "ratio:r")]
+        table = _table("output", "method", "keep:r", "bytes:r", "ratio:r", "KV/token:r", *heads, "seconds:r")
+        dense = [cell for text in source.texts for cell in (f"{text.dense.value:.4g}", "1.000")]
+        size = (byte_text(before.bytes), "1.000", f"{before.kv_bytes_per_token:,}")
+        table.add_row(source.model, "", "100.0%", *size, *dense, "")
+        for i, output in enumerate(source.outputs):
+            report = output.report
+            changes = [text.changes.get(i) for text in source.texts]
+            table.add_row(
+                output.label,
+                output.method,
+                f"{report.keep:.1%}",
+                byte_text(report.after.bytes),
+                f"{report.after.bytes / before.bytes:.3f}",
+                f"{report.after.kv_bytes_per_token:,}",
+                *(
+                    cell
+                    for change in changes
+                    for cell in (
+                        ("", "") if change is None else (f"{change.after.value:.4g}", f"{change.ratio:.3f}")
+                    )
+                ),
+                f"{output.seconds:.1f}",
+            )
+        yield table
+        yield from _warnings(source.notes)
+
+
 def resolution(check: Check) -> Iterator[RenderableType]:
     """What a plan comes to for a model."""
     targets = _table("layers", "target", "method", "rank:r", "kept in each:r", "of:r", "keep:r")
@@ -102,10 +136,10 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     with_tables = f", {tables.keep:.2%} of {tables.weights}" if tables else ""
     yield f"kept: {check.keep:.2%} of the decoder's weights{with_tables}"
     yield (
-        f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
+        f"GPU memory for lrc compress: about {byte_text(memory.peak)}, an estimate ({memory.samples} blocks, "
         f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
-        f"{_bytes(least.peak)} with --states host or disk, where hidden states then take {_bytes(memory.states)}"
-        f"{f' and gradients {_bytes(memory.gradients)}' if memory.gradients else ''}; "
+        f"{byte_text(least.peak)} with --states host or disk, where hidden states then take "
+        f"{byte_text(memory.states)}{f' and gradients {byte_text(memory.gradients)}' if memory.gradients else ''}; "
         "perplexity is measured with the model whole where it fits, else a layer at a time"
     )
     yield from _warnings(check.warnings)
@@ -116,7 +150,7 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
     models = [side for side in (found.of, found.against) if side]
     for title, side in zip(("model", "against"), models, strict=False):
         how = f"{side.merged} merged products" if side.merged else "products one by one"
-        yield f"{title}: {side.name}, {_bytes(side.weight_bytes)} of weights, {how}"
+        yield f"{title}: {side.name}, {byte_text(side.weight_bytes)} of weights, {how}"
     pair = found.against is not None
     ratios = ["ratio:r", "expected:r", "of it:r"] if pair else []
     headings = ("model", "against") if pair else ("model",)
@@ -137,8 +171,8 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
         )
         memory.add_row(
             str(row.case),
-            *(f"{_bytes(s.kv_bytes)}, {s.kv_bytes_per_token:,} a token" for s in sides),
-            *("" if s.peak_bytes is None else _bytes(s.peak_bytes) for s in sides),
+            *(f"{byte_text(s.kv_bytes)}, {s.kv_bytes_per_token:,} a token" for s in sides),
+            *("" if s.peak_bytes is None else byte_text(s.peak_bytes) for s in sides),
         )
     yield speed
     yield memory
@@ -157,7 +191,7 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
 
 def integrity(found: Integrity) -> Iterator[RenderableType]:
     """What was verified of an output that is sound."""
-    yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {_bytes(found.bytes)}"
+    yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {byte_text(found.bytes)}"
 
 
 def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
@@ -193,7 +227,7 @@ def _cost(before: Size, after: Size) -> Table:
     table = _table("", "before:r", "after:r", "ratio:r")
     for name, key, shown in (
         ("parameters", "parameters", "{:,}".format),
-        ("bytes", "bytes", _bytes),
+        ("bytes", "bytes", byte_text),
         ("KV cache, bytes per token", "kv_bytes_per_token", "{:,}".format),
     ):
         old, new = getattr(before, key), getattr(after, key)
@@ -205,17 +239,10 @@ def _table(*columns: str) -> Table:
     """A table by its headings; those that end in ``:r`` hold numbers, flush right."""
     table = Table(title_justify="left")
     for column in columns:
-        heading, _, side = column.partition(":")
-        table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold")
+        heading = column.removesuffix(":r")
+        table.add_column(heading, justify="left" if heading == column else "right", overflow="fold")
     return table
 
 
 def _warnings(warnings: Iterable[str]) -> Iterator[str]:
     return (f"warning: {warning}" for warning in warnings)
-
-
-def _bytes(size: int) -> str:
-    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.4g} {units[0]}"

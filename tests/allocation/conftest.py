@@ -28,11 +28,6 @@ def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
 
 
 @pytest.fixture
-def blocks() -> Tensor:
-    return torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
 def setting(blocks: Tensor) -> Callable[..., Setting]:
     """Makes settings from a checkpoint folder, a plan, the kept fractions at which it is resolved, and whether every
     problem has gradients.
@@ -58,25 +53,3 @@ def gradients(blocks: Tensor) -> Callable[[Path], dict[int, GradientMoment]]:
         return gradient_moments(stream, blocks, wanted, len(blocks), seed=0)
 
     return sweep
-
-
-@pytest.fixture
-def linear_inputs(blocks: Tensor) -> Callable[[Path], dict[str, Tensor]]:
-    """Gives the inputs (tokens, width) of every projection of a model by its path, from the model's own forward."""
-    return lambda folder: _linear_inputs(folder, blocks)
-
-
-def _linear_inputs(folder: Path, blocks: Tensor) -> dict[str, Tensor]:
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    seen: dict[str, list[Tensor]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D):
-            module.register_forward_hook(
-                lambda module, args, out, name=name: seen.setdefault(name, []).append(args[0].flatten(0, 1))
-            )
-    with torch.no_grad():
-        model(input_ids=blocks, use_cache=False)
-    return {name: torch.cat(found).double() for name, found in seen.items()}

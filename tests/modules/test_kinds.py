@@ -56,6 +56,9 @@ def test_entry_round_trip(case: dict[str, Any]) -> None:
     assert json.loads(json.dumps(entry)) == case
     again = type(module).from_entry(entry)
     again.load_factors({name: tensor.detach() for name, tensor in factors.items()}, bias)
+    assert again.factors.keys() == factors.keys()
+    assert all(torch.equal(again.factors[name], factor) for name, factor in factors.items())
+    torch.testing.assert_close(again.offset, bias, rtol=0, atol=0)
     x = torch.randn(4, case["in"], dtype=torch.float64)
     assert torch.equal(again(x), module(x))
     assert {n: t.dtype for n, t in again.state_dict().items()} == {

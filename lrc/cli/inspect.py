@@ -1,0 +1,121 @@
+"""``lrc inspect``: what a model is made of and what compresses in it; or what an output of it has lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrc.cli.options import (
+    AllowPickle,
+    AsJson,
+    Calibration,
+    DataDir,
+    Device,
+    Dtype,
+    Model,
+    RemoteCode,
+    Revision,
+    States,
+    fractions,
+    names,
+)
+from lrc.cli.screen import progress, quiet, show, show_json, warn
+
+
+def inspect(
+    model: Model,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="The folder of an lrc output of MODEL, to hold against it."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[-M],...",
+            help="These layers alone, each by itself; -1 is the last.",
+            show_default="all, by target",
+        ),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,NAME...]", help="qk, ov, mlp, q, k, v, o ...; embed, lm_head."),
+    ] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="The embedding and the head too.")] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,NAME...]", help="Methods to estimate.", show_default="all that apply"),
+    ] = None,
+    keeps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F[,F...]",
+            help="Fractions of each target at which to estimate what methods lose.",
+            show_default="0.9,0.8,0.6,0.4",
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="What errors cost the loss too, by a sweep back.")
+    ] = False,
+    calib: Calibration = None,
+    samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 32,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a block.", show_default="2048, or the model's limit")
+    ] = None,
+    data_dir: DataDir = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Blocks at once.", show_default="by their length")
+    ] = None,
+    states: States = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="DIR", help="Write inspect.json, inspect.html and pictures there."
+        ),
+    ] = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""
+    quiet()
+    from lrc.inspection.inspector import inspect_model
+    from lrc.report.inspected import inspection_tables
+    from lrc.report.inspection_page import check_folder, write_inspection
+
+    if out is not None:
+        check_folder(out)
+    with progress() as track:
+        found = inspect_model(
+            model,
+            against=against,
+            keeps=None if keeps is None else fractions("--keeps", keeps),
+            method_names=names(methods),
+            layers=layers,
+            targets=names(targets),
+            tables=tables,
+            gradients=gradients,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            data_dir=data_dir,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            states=states,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=track,
+            warn=None if as_json else warn,
+        )
+    written = [] if out is None else write_inspection(found, out)
+    if as_json:
+        show_json(found)
+    else:
+        show(*inspection_tables(found, by_layer=layers is not None))
+        show(*(f"wrote {path}" for path in written))

@@ -1,0 +1,98 @@
+"""What an inspection is asked for, checked against the model before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lrc.errors import UserError, nearest
+from lrc.families import Architecture, Target
+from lrc.inspection.candidates import TABLE_COLLECTORS, Candidate, candidates
+from lrc.methods import Method, methods
+from lrc.moments import COLLECTORS
+from lrc.plan.schema import matched_layers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to look at: layers, targets of them and outside of them, and what each method could do to a target."""
+
+    layers: list[int]
+    inside: list[Target]
+    outside: list[Target]
+    candidates: Mapping[str, list[Candidate]]
+
+
+def find_asked(
+    architecture: Architecture,
+    known: Mapping[str, Method],
+    keeps: Sequence[float],
+    layers: str | None,
+    names: Sequence[str] | None,
+    *,
+    tables: bool,
+    gradients: bool,
+) -> Asked:
+    """What there is to look at; UserError for a layer or target that the model does not have."""
+    chosen = set(range(architecture.layers))
+    if layers is not None:
+        try:
+            chosen = matched_layers(layers, architecture.layers)
+        except ValueError as error:
+            raise UserError(f"--layers {layers}: {error}") from None
+    there = architecture.targets | architecture.outer
+    for name in names or ():
+        if name == "lm_head" and architecture.tied:
+            raise UserError(
+                "--targets lm_head: the head of this model is its embedding; name embed, which is both"
+            )
+        if name not in there:
+            raise UserError(
+                f"--targets {name}: {architecture.family.model_type} has no target {name!r}; "
+                f"{nearest(name, there)}"
+            )
+    inside = [t for name, t in architecture.targets.items() if names is None or name in names]
+    outside = [t for name, t in architecture.outer.items() if (tables if names is None else name in names)]
+    collectors = COLLECTORS if gradients else COLLECTORS - {"gradients"}
+    return Asked(
+        sorted(chosen) if inside else [],
+        inside,
+        outside,
+        candidates(architecture, inside, known, keeps, collectors)
+        | candidates(architecture, outside, known, keeps, TABLE_COLLECTORS),
+    )
+
+
+def checked_keeps(keeps: Iterable[float]) -> tuple[float, ...]:
+    """Fractions to estimate at, largest first; UserError where they are not distinct or not between 0 and 1."""
+    found = tuple(keeps)
+    if not found or any(not 0 < keep < 1 for keep in found) or len(set(found)) < len(found):
+        listed = ",".join(f"{keep:g}" for keep in found)
+        raise UserError(f"--keeps {listed}: fractions to estimate are distinct, above 0 and below 1")
+    return tuple(sorted(found, reverse=True))
+
+
+def known_methods(names: Sequence[str] | None) -> dict[str, Method]:
+    """Methods by name, all where none are named; UserError for one that is not there."""
+    known = methods()
+    if names is None:
+        return known
+    for name in names:
+        if name not in known:
+            raise UserError(f"--methods {name}: there is no such method; {nearest(name, known)}")
+    return {name: method for name, method in known.items() if name in names}
+
+
+def base_text(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> str:
+    """A plan that reads all sites, and gradients of all projections where they are asked for."""
+    if seq_len is not None and not 2 <= seq_len <= architecture.positions:
+        raise UserError(
+            f"--seq-len {seq_len}: the model reads 2 to {architecture.positions} tokens at once; the nearest is "
+            f"{min(max(seq_len, 2), architecture.positions)}"
+        )
+    length = "" if seq_len is None else f", seq_len: {seq_len}"
+    method = "two_sided_svd" if gradients else "whitened_svd"
+    return (
+        f"format: 1\nmethod: {method}\n"
+        f"calibration: {{samples: {samples}, gradient_samples: {samples}{length}}}\n"
+    )

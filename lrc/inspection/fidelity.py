@@ -1,0 +1,246 @@
+"""How near what an output stores is to the original: weights, outputs by the moments, and the inputs that it keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.linalg import damped_cholesky, data_error
+from lrc.methods.a3 import attention_output, diagonal_blocks
+from lrc.methods.contract import (
+    Affine,
+    EmbeddingProblem,
+    Factors,
+    MLPProblem,
+    OVProblem,
+    Problem,
+    ProjectionProblem,
+    QKProblem,
+    Solution,
+)
+from lrc.methods.embedding import table_error
+from lrc.methods.pair import input_moment
+from lrc.methods.scores import by_head
+from lrc.modules import kinds
+from lrc.modules.low_rank import LowRankLinear
+from lrc.moments.moment import Moment
+
+# Values that are a map of the original's but for rounding to bfloat16 leave less than this of themselves.
+_ROUNDING = 0.02
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """See ``lrc.report.inspection.Held``; None for what is not defined."""
+
+    reconstruction: float | None = None
+    data_error: float | None = None
+    overlap: float | None = None
+    angle: float | None = None
+
+
+def fidelity(problem: Problem, solution: Solution) -> Fidelity:
+    """Hold a solution, as it is stored, against the problem that it was found for."""
+    if isinstance(problem, ProjectionProblem):
+        return _of_projection(problem, solution.parts[problem.role])
+    if isinstance(problem, EmbeddingProblem):
+        return _of_table(problem, solution.parts["embed"])
+    if isinstance(problem, QKProblem):
+        return _of_scores(problem, _affine(solution, "q"), _affine(solution, "k"))
+    if isinstance(problem, OVProblem):
+        return _of_values(problem, _affine(solution, "v"), _affine(solution, "o"))
+    return _of_neurons(problem, solution)
+
+
+def overlap(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean squared cosine of the principal angles, and the largest angle in degrees, between the ranges of two
+    orthonormal bases (..., n, r) (Björck and Golub 1973); of several pairs the mean and the largest.
+    """
+    cosines = torch.linalg.svdvals(one.mT @ other).clamp(max=1.0)
+    return float(cosines.square().mean()), math.degrees(math.acos(float(cosines.min())))
+
+
+def product_difference(left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor) -> Tensor:
+    """‖A B − A' B'‖² (...,) for A (..., m, r), B (..., r, n), A' (..., m, s), B' (..., s, n), never forming (m, n).
+
+    With [A, −A'] = Q R and [B; B']ᵀ = P S it is ‖R Sᵀ‖², which cancels within the entries, not between sums of squares.
+    """
+    r = torch.linalg.qr(torch.cat([left, -new_left], dim=-1), mode="r").R
+    s = torch.linalg.qr(torch.cat([right, new_right], dim=-2).mT, mode="r").R
+    return (r @ s.mT).square().sum(dim=(-2, -1))
+
+
+def _of_projection(problem: ProjectionProblem, part: Affine | Factors) -> Fidelity:
+    weight, bias = problem.matrix.weight.double(), problem.matrix.bias
+    if isinstance(part, Affine):
+        new, new_bias, kept = part.weight.double(), part.bias, None
+    else:
+        factors = {name: tensor.double() for name, tensor in part.tensors.items()}
+        new, new_bias = kinds()[part.kind].dense(factors), part.bias
+        kept = factors["A"] if part.kind == LowRankLinear.kind else None
+    error = _affine_error(weight - new, _shift(bias, new_bias, weight), problem.input)
+    found = Fidelity(
+        _root(float((weight - new).square().sum()), float(weight.square().sum())),
+        _root(error, data_error(weight, problem.input.second)),
+    )
+    if kept is None:
+        return found
+    low = damped_cholesky(input_moment(problem)).factor
+    best = _top_inputs(weight @ low, len(kept))
+    return Fidelity(
+        found.reconstruction, found.data_error, *overlap(torch.linalg.qr((kept @ low).mT).Q, best)
+    )
+
+
+def _of_table(problem: EmbeddingProblem, part: Affine | Factors) -> Fidelity:
+    assert isinstance(part, Factors), "an embedding is stored as factors"
+    table = problem.table.double()
+    b, a = part.tensors["B"].double(), part.tensors["A"].double()
+    error = table_error(problem, table - b @ a)
+    shares = problem.frequency.double().sqrt().unsqueeze(-1)
+    best = _top_inputs(shares * table, len(a))
+    return Fidelity(
+        _root(float((table - b @ a).square().sum()), float(table.square().sum())),
+        error.relative,
+        *overlap(torch.linalg.qr(a.mT).Q, best),
+    )
+
+
+def _of_scores(problem: QKProblem, new_q: Affine, new_k: Affine) -> Fidelity:
+    heads = problem.heads
+    q, k = _extended(problem.q, heads.heads), _extended(problem.k, heads.kv_heads)
+    q_new, k_new = _extended(new_q, heads.heads), _extended(new_k, heads.kv_heads)
+
+    def lost(left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor) -> float | None:
+        """Of all heads together, each with the key that it shares."""
+        right, new_right = (each.repeat_interleave(heads.group, dim=0) for each in (right, new_right))
+        none, nothing = left.mT[..., :0], right[..., :0, :]
+        error = product_difference(left.mT, right, new_left.mT, new_right).sum()
+        return _root(float(error), float(product_difference(left.mT, right, none, nothing).sum()))
+
+    weights = lost(q[..., :-1], k[..., :-1], q_new[..., :-1], k_new[..., :-1])
+    low = damped_cholesky(_extended_moment(problem.input)).factor
+    q, k, q_new, k_new = (each @ low for each in (q, k, q_new, k_new))
+    # The best keys of the width, for all queries that share them: right singular vectors of their stacked forms.
+    basis, right = torch.linalg.qr(k.mT)
+    left = torch.linalg.qr(q.mT, mode="r").R.unflatten(0, (-1, heads.group))
+    inner = _top_inputs((left @ right.mT.unsqueeze(1)).flatten(1, 2), k_new.shape[-2])
+    kept = torch.linalg.qr(k_new.mT).Q
+    return Fidelity(weights, lost(q, k, q_new, k_new), *overlap(kept, basis @ inner))
+
+
+def _of_values(problem: OVProblem, new_v: Affine, new_o: Affine) -> Fidelity:
+    heads, weight = problem.heads, problem.o.weight.double()
+    readers, new_readers = (
+        each.weight.double().unflatten(1, (heads.heads, -1)).transpose(0, 1) for each in (problem.o, new_o)
+    )
+    values, new_values = (
+        each.weight.double().unflatten(0, (heads.kv_heads, -1)) for each in (problem.v, new_v)
+    )
+    shared = [each.repeat_interleave(heads.group, dim=0) for each in (values, new_values)]
+    error = product_difference(readers, shared[0], new_readers, shared[1]).sum()
+    whole = product_difference(readers, shared[0], readers[..., :0], shared[0][..., :0, :]).sum()
+    reconstruction = _root(float(error), float(whole))
+    maps = torch.linalg.lstsq(values.mT, new_values.mT).solution.mT  # (kv_heads, rank, D)
+    if float((new_values - maps @ values).norm()) > _ROUNDING * float(new_values.norm()):
+        return Fidelity(reconstruction)
+    free, c = attention_output(problem)
+    moment = problem.output.double()
+    new_weight = new_o.weight.double() @ torch.block_diag(*maps.repeat_interleave(heads.group, dim=0))
+    shift = weight @ (moment.mean - free.mean) + _shift(problem.o.bias, new_o.bias, weight)
+    if new_v.bias is not None:
+        by_value = new_v.bias.double().unflatten(0, (heads.kv_heads, -1))
+        shift = shift - new_o.weight.double() @ by_value.repeat_interleave(heads.group, dim=0).flatten()
+    data = _root(_affine_error(weight - new_weight, shift, free), data_error(weight, moment.second))
+    own = diagonal_blocks(c, heads.heads).unflatten(0, (-1, heads.group)).mean(dim=1)
+    low = damped_cholesky(own).factor
+    stacked = readers.unflatten(0, (-1, heads.group)) @ low.unsqueeze(1)
+    best = _top_inputs(stacked.flatten(1, 2), maps.shape[-2])
+    return Fidelity(reconstruction, data, *overlap(torch.linalg.qr((maps @ low).mT).Q, best))
+
+
+def _of_neurons(problem: MLPProblem, solution: Solution) -> Fidelity:
+    kept = kept_neurons(problem, solution)
+    if kept is None:
+        return Fidelity()
+    weight, bias, output = (
+        problem.output.weight.double(),
+        problem.output.bias,
+        _affine(solution, problem.output_role),
+    )
+    delta = weight.clone()
+    delta[:, kept] -= output.weight.double()
+    error = _affine_error(delta, _shift(bias, output.bias, weight), problem.hidden)
+    c = problem.hidden.second if bias is None else problem.hidden.double().centred
+    scores = c.diagonal().double().clamp_min(0).sqrt() * weight.norm(dim=0)
+    best = scores.topk(len(kept)).indices
+    return Fidelity(
+        None,
+        _root(error, data_error(weight, problem.hidden.second)),
+        float(torch.isin(kept, best).double().mean()),
+    )
+
+
+def kept_neurons(problem: MLPProblem, solution: Solution) -> Tensor | None:
+    """Indices (rank,) of the neurons whose rows the output has as they were; None where it has others."""
+    roles = list(problem.inputs)
+    old = torch.cat([problem.inputs[role].weight for role in roles], dim=1)
+    new = torch.cat([_affine(solution, role).weight for role in roles], dim=1).to(old)
+    places = {row.tobytes(): i for i, row in enumerate(old.float().cpu().numpy())}
+    found = [places.get(row.tobytes()) for row in new.float().cpu().numpy()]
+    if None in found or len(set(found)) < len(found):
+        return None
+    return torch.tensor(found, device=old.device)
+
+
+def _affine(solution: Solution, role: str) -> Affine:
+    part = solution.parts[role]
+    assert isinstance(part, Affine), "a component's projections are stored as plain matrices"
+    return part
+
+
+def _affine_error(delta: Tensor, shift: Tensor, moment: Moment) -> float:
+    """E‖ΔW x + s‖² for a shift s (out,): about the mean where there is one, so that nothing large cancels."""
+    if not bool(shift.any()):
+        return data_error(delta, moment.second)
+    moment = moment.double()
+    return data_error(delta, moment.centred) + float((delta @ moment.mean + shift).square().sum())
+
+
+def _shift(old: Tensor | None, new: Tensor | None, weight: Tensor) -> Tensor:
+    """b − b' (out,), of which either may be none."""
+    shift = weight.new_zeros(len(weight))
+    if old is not None:
+        shift = shift + old.double()
+    return shift if new is None else shift - new.double()
+
+
+def _extended(matrix: Affine, heads: int) -> Tensor:
+    """[W, b] (heads, D, n + 1), of which the last column goes with an input of one."""
+    weight, bias = by_head(matrix, heads)
+    return torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
+
+
+def _extended_moment(moment: Moment) -> Tensor:
+    """E[[x; 1] [x; 1]ᵀ] (n + 1, n + 1)."""
+    moment = moment.double()
+    mean = moment.mean.unsqueeze(-1)
+    return torch.cat(
+        [torch.cat([moment.second, mean], dim=1), torch.cat([mean.mT, mean.new_ones(1, 1)], dim=1)]
+    )
+
+
+def _top_inputs(whitened: Tensor, rank: int) -> Tensor:
+    """Orthonormal basis (..., n, r) of what a map (..., m, n) reads most of: its top right singular vectors."""
+    rows, columns = whitened.shape[-2:]
+    if rows < columns:
+        top = torch.linalg.eigh(whitened @ whitened.mT).eigenvectors[..., -rank:]
+        return torch.linalg.qr(whitened.mT @ top).Q
+    return torch.linalg.eigh(whitened.mT @ whitened).eigenvectors[..., -rank:]
+
+
+def _root(error: float, reference: float) -> float | None:
+    return math.sqrt(max(error, 0.0) / reference) if reference > 0 else None
