@@ -31,8 +31,9 @@ from lrc.output import copied_files, logit_scale, refit_records, sizes, target_r
 from lrc.plan.data import DataLike
 from lrc.ranks import ALONE, Ranks
 from lrc.refit import doubts
+from lrc.report.html import html_page
 from lrc.report.markdown import model_card, report_page
-from lrc.report.report import PerplexityChange, Report
+from lrc.report.report import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
 from lrc.room import choose_place, known_place
 from lrc.solve import reads_gradients
 from lrc.states import States
@@ -186,28 +187,37 @@ def compress(
         before, after = sizes(job, own, table)
         report = Report(
             model=job.model.source,
+            revision=job.model.revision,
+            fingerprint=settings["model"]["fingerprint"],
+            layers=len(job.plan.layers),
             plan=job.plan_source,
+            plan_text=job.plan_text,
             out=str(target),
             keep=job.plan.keep,
             with_tables=job.plan.with_tables,
             before=before,
             after=after,
             perplexity=perplexity,
-            targets=target_records(job, own),
+            targets=[TargetRecord.from_dict(record) for record in target_records(job, own)],
             refits=refits,
             scale=logit_scale(own),
-            calibration=settings["calibration"],
+            calibration=CalibrationRecord.from_dict(settings["calibration"]),
+            allocation=settings.get("allocation"),
             device=_device_name(place),
             dtype=_name(precision),
+            batch_size=batch,
+            processes=ranks.size,
             states=waits,
             seconds=watch.seconds,
+            device_bytes=watch.device_bytes,
             peak_bytes=watch.peak_bytes,
             warnings=warnings,
             versions=settings["versions"],
         )
-        own.write_file("report.json", report.to_json())
+        own.write_file(REPORT, report.to_json())
         own.write_file("report.md", report_page(report))
-        own.write_file("README.md", model_card(report, job.plan_text))
+        own.write_file("report.html", html_page(report))
+        own.write_file("README.md", model_card(report))
         own.publish()
     return ranks.share(report)
 

@@ -40,3 +40,11 @@ def size_of(
     reduced = [entry["qk"] + entry["v"] for entry in table.values() if entry["kind"] == "attention"]
     widths = sum(reduced) + (architecture.layers - len(reduced)) * whole
     return Size(parameters, total, widths * architecture.kv_heads * dtype.itemsize)
+
+
+def byte_text(size: float) -> str:
+    """Bytes in the unit of their size."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.4g} {units[0]}"

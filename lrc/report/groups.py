@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from lrc.measure import Measured
+from lrc.methods.contract import Prediction
+from lrc.report.report import TargetRecord
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Group:
     kl: float | None
 
     @property
+    def size_text(self) -> str:
+        """The size, or the smallest and the largest."""
+        return f"{self.smallest}" if self.smallest == self.largest else f"{self.smallest}-{self.largest}"
+
+    @property
     def predicted_text(self) -> str:
         """The prediction with its unit, nothing for a relative error."""
         units = {"kl": "nats KL", "loss": "nats of loss"}
@@ -45,35 +53,35 @@ class Group:
         return "" if self.measured is None else f"{self.measured:.4f}"
 
 
-def summarise(records: Iterable[dict[str, Any]]) -> list[Group]:
+def summarise(records: Iterable[TargetRecord]) -> list[Group]:
     """Group the records of a report by target, method and metric, in the order they first appear."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[TargetRecord]] = {}
     for record in records:
-        key = record["target"], record["method"], record["predicted"]["metric"]
-        groups.setdefault(key, []).append(record)
+        groups.setdefault((record.target, record.method, record.predicted.metric), []).append(record)
     return [_group(*key, found) for key, found in groups.items()]
 
 
-def _group(target: str, method: str, metric: str, records: list[dict[str, Any]]) -> Group:
-    sizes, nats = [record["size"] for record in records], metric in ("kl", "loss")
-    predicted, measured = [r["predicted"] for r in records], [r["measured"] for r in records]
+def _group(target: str, method: str, metric: str, records: list[TargetRecord]) -> Group:
+    sizes, nats = [record.size for record in records], metric in ("kl", "loss")
+    predicted, measured = [r.predicted for r in records], [r.measured for r in records]
+    kl = [m.kl for m in measured if m.kl is not None]
     return Group(
         target=target,
         method=method,
         metric=metric,
-        layers=sum(record["layer"] is not None for record in records),
+        layers=sum(record.layer is not None for record in records),
         smallest=min(sizes),
         largest=max(sizes),
-        kept=sum(record["kept"] for record in records),
-        whole=sum(record["whole"] for record in records),
-        predicted=_mean([p["error"] for p in predicted]) if nats else _relative(predicted),
-        measured=_relative(measured) if all(m["error"] is not None for m in measured) else None,
-        kl=_mean([m["kl"] for m in measured]) if all(m["kl"] is not None for m in measured) else None,
+        kept=sum(record.kept for record in records),
+        whole=sum(record.whole for record in records),
+        predicted=_mean([p.error for p in predicted]) if nats else _relative(predicted),
+        measured=_relative(measured) if all(m.error is not None for m in measured) else None,
+        kl=_mean(kl) if len(kl) == len(measured) else None,
     )
 
 
-def _relative(errors: list[dict[str, Any]]) -> float:
-    return _mean([e["error"] / e["reference"] if e["reference"] else 0.0 for e in errors]) ** 0.5
+def _relative(errors: Iterable[Prediction | Measured]) -> float:
+    return _mean([e.error / e.reference if e.error and e.reference else 0.0 for e in errors]) ** 0.5
 
 
 def _mean(values: list[float]) -> float:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from lrc.checkpoint.sizes import Size
 from lrc.refit import RefitRecord
 from lrc.report.groups import summarise
-from lrc.report.report import Report, Size
+from lrc.report.report import CalibrationRecord, Report
 from lrc.scale import LogitScale
+
+SIZES = (
+    ("parameters", "parameters"),
+    ("bytes", "bytes"),
+    ("KV cache, bytes per token", "kv_bytes_per_token"),
+)
+ERRORS = (
+    "Errors are of each target alone, before the refit; measured ones come from running the original and the "
+    "reduced module on one calibration block of every eight, those of an embedding and a head from counts and "
+    "moments of all, where they are one as a mean over both uses. A plain number is a relative error, root mean"
+    " square over the layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are"
+    " the divergence of the attention distribution from the original's, mean over queries, heads and layers, "
+    "measured on the first of those blocks."
+)
 
 
 def report_page(report: Report) -> str:
@@ -26,7 +42,7 @@ def report_page(report: Report) -> str:
     )
 
 
-def model_card(report: Report, plan_text: str) -> str:
+def model_card(report: Report) -> str:
     """The output folder's README.md: how to load it, what it cost, the plan."""
     lines = [
         "---",
@@ -47,7 +63,7 @@ def model_card(report: Report, plan_text: str) -> str:
         "## Plan",
         "",
         "```yaml",
-        plan_text.rstrip(),
+        report.plan_text.rstrip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -61,7 +77,7 @@ def _body(report: Report) -> list[str]:
         "",
         "| | before | after | ratio |",
         "|---|---|---|---|",
-        *(_size_row(name, report.before, report.after, key) for name, key in _SIZES),
+        *(_size_row(name, report.before, report.after, key) for name, key in SIZES),
     ]
     for change in report.perplexity:
         before, after = change.before, change.after
@@ -75,19 +91,13 @@ def _body(report: Report) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for g in summarise(report.targets):
-        size = f"{g.smallest}" if g.smallest == g.largest else f"{g.smallest}-{g.largest}"
         lines.append(
-            f"| {g.target} | {g.method} | {g.layers} | {size} | {g.kept / g.whole:.1%} "
+            f"| {g.target} | {g.method} | {g.layers} | {g.size_text} | {g.kept / g.whole:.1%} "
             f"| {g.predicted_text} | {g.measured_text} |"
         )
     lines += [
         "",
-        "Errors are of each target alone, before the refit; measured ones come from running the original and the "
-        "reduced module on one calibration block of every eight, those of an embedding and a head from counts and "
-        "moments of all, where they are one as a mean over both uses. A plain number is a relative error, root mean"
-        " square over the layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are"
-        " the divergence of the attention distribution from the original's, mean over queries, heads and layers, "
-        "measured on the first of those blocks.",
+        ERRORS,
         "",
     ]
     return [*lines, *_scale(report.scale)]
@@ -113,27 +123,31 @@ def _refits(refits: list[RefitRecord]) -> list[str]:
         "| layer | behind | ridge | before | after | left out, before | left out, after |",
         "|---|---|---|---|---|---|---|",
     ]
-    for refit in refits:
-        ridge = f"{refit.ridge:g}" if refit.raised is None else f"{refit.ridge:g}, raised to {refit.raised:g}"
-        held = refit.held_out
-        errors = [f"{refit.error.before:.3g}", f"{refit.error.after:.3g}"]
-        errors += ["", ""] if held is None else [f"{held.before:.3g}", f"{held.after:.3g}"]
-        lines.append(f"| {' | '.join([str(refit.layer), refit.role, ridge, *errors])} |")
-    return [*lines, ""]
+    return [*lines, *(f"| {' | '.join(refit_cells(refit))} |" for refit in refits), ""]
 
 
-def _calibration(record: dict[str, Any]) -> list[str]:
+def refit_cells(refit: RefitRecord) -> list[str]:
+    """A refit in words: layer, projection, ridge, and errors before and after, of all blocks and of those left out."""
+    ridge = f"{refit.ridge:g}" if refit.raised is None else f"{refit.ridge:g}, raised to {refit.raised:g}"
+    held = refit.held_out
+    errors = [f"{refit.error.before:.3g}", f"{refit.error.after:.3g}"]
+    errors += ["", ""] if held is None else [f"{held.before:.3g}", f"{held.after:.3g}"]
+    return [str(refit.layer), refit.role, ridge, *errors]
+
+
+def _calibration(record: CalibrationRecord) -> list[str]:
     """What moments were taken of, in a sentence."""
-    drawn = ", ".join(f"{source['blocks']} of {source['data']}" for source in record["sources"])
-    return [f"Calibrated on {record['samples']} blocks of {record['seq_len']} tokens: {drawn}.", ""]
+    drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
+    return [f"Calibrated on {record.samples} blocks of {record.seq_len} tokens: {drawn}.", ""]
 
 
 def _provenance(report: Report) -> list[str]:
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
     peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in report.peak_bytes.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    calibration = [_listed({k: v for k, v in report.calibration.items() if k != "sources"})]
-    calibration += [_listed(source) for source in report.calibration["sources"]]
+    record = report.calibration
+    calibration = [_listed({k: v for k, v in asdict(record).items() if k != "sources"})]
+    calibration += [_listed(asdict(source)) for source in record.sources]
     lines = [
         "## How it was made",
         "",
@@ -151,14 +165,7 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _listed(record: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in record.items())
-
-
-_SIZES = (
-    ("parameters", "parameters"),
-    ("bytes", "bytes"),
-    ("KV cache, bytes per token", "kv_bytes_per_token"),
-)
+    return ", ".join(f"{name} {value}" for name, value in record.items() if value is not None)
 
 
 def _size_row(name: str, before: Size, after: Size, key: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from lrc.check import Check
-from lrc.checkpoint.sizes import Size
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.evaluation.perplexity import Perplexity
 from lrc.report.comparison import Comparison
 from lrc.report.groups import summarise
@@ -27,12 +27,11 @@ def summary(report: Report) -> Iterator[RenderableType]:
         "target", "method", "layers:r", "rank:r", "kept:r", "predicted error:r", "measured error:r"
     )
     for group in summarise(report.targets):
-        rank = str(group.smallest) if group.smallest == group.largest else f"{group.smallest}-{group.largest}"
         targets.add_row(
             group.target,
             group.method,
             str(group.layers),
-            rank,
+            group.size_text,
             f"{group.kept:,} ({group.kept / group.whole:.1%})",
             group.predicted_text,
             group.measured_text,
@@ -46,9 +45,11 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield cost
     if report.scale is not None:
         yield f"scale: {report.scale.text}"
-    yield f"calibration: {report.calibration['data']} ({report.calibration['samples']} blocks)"
+    yield f"calibration: {report.calibration.data} ({report.calibration.samples} blocks)"
     yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
-    yield "peak memory: " + ", ".join(f"{place} {_bytes(size)}" for place, size in report.peak_bytes.items())
+    yield "peak memory: " + ", ".join(
+        f"{place} {byte_text(size)}" for place, size in report.peak_bytes.items()
+    )
     yield from _warnings(report.warnings)
     yield f"wrote {report.out}"
 
@@ -100,19 +101,19 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     with_tables = f", {tables.keep:.2%} of {tables.weights}" if tables else ""
     yield f"kept: {check.keep:.2%} of the decoder's weights{with_tables}"
     yield (
-        f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
+        f"GPU memory for lrc compress: about {byte_text(memory.peak)}, an estimate ({memory.samples} blocks, "
         f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
-        f"{_bytes(least.peak)} with --states host or disk, where hidden states then take {_bytes(memory.states)}; "
-        "perplexity is measured with the model whole where it fits, else a layer at a time"
+        f"{byte_text(least.peak)} with --states host or disk, where hidden states then take "
+        f"{byte_text(memory.states)}; perplexity is measured with the model whole where it fits, else a layer at a time"
     )
     if memory.gradients_host:
-        yield f"host memory for gradients: about {_bytes(memory.gradients_host)}"
+        yield f"host memory for gradients: about {byte_text(memory.gradients_host)}"
     yield from _warnings(check.warnings)
 
 
 def integrity(found: Integrity) -> Iterator[RenderableType]:
     """What was verified of an output that is sound."""
-    yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {_bytes(found.bytes)}"
+    yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {byte_text(found.bytes)}"
 
 
 def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
@@ -139,7 +140,7 @@ def _cost(before: Size, after: Size) -> Table:
     table = _table("", "before:r", "after:r", "ratio:r")
     for name, key, shown in (
         ("parameters", "parameters", "{:,}".format),
-        ("bytes", "bytes", _bytes),
+        ("bytes", "bytes", byte_text),
         ("KV cache, bytes per token", "kv_bytes_per_token", "{:,}".format),
     ):
         old, new = getattr(before, key), getattr(after, key)
@@ -158,10 +159,3 @@ def _table(*columns: str) -> Table:
 
 def _warnings(warnings: Iterable[str]) -> Iterator[str]:
     return (f"warning: {warning}" for warning in warnings)
-
-
-def _bytes(size: int) -> str:
-    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.4g} {units[0]}"

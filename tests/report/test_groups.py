@@ -11,25 +11,19 @@ import pytest
 from rich.console import Console
 
 from lrc.checkpoint.sizes import Size
+from lrc.measure import Measured
+from lrc.methods.contract import Prediction
 from lrc.refit import RefitRecord, StreamError
 from lrc.report.groups import summarise
 from lrc.report.markdown import report_page
-from lrc.report.report import Report
+from lrc.report.report import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.tables import summary
 from lrc.scale import LogitScale
 
 
-def record(target: str, metric: str, predicted: tuple[float, float], **measured: float) -> dict[str, Any]:
-    return {
-        "target": target,
-        "layer": 0,
-        "method": "a3",
-        "size": 4,
-        "kept": 10,
-        "whole": 20,
-        "predicted": {"error": predicted[0], "reference": predicted[1], "metric": metric, "loss": None},
-        "measured": {"error": None, "reference": None, "kl": None} | measured,
-    }
+def record(target: str, metric: Any, predicted: tuple[float, float], **measured: float) -> TargetRecord:
+    prediction = Prediction(*predicted, metric)
+    return TargetRecord(target, "a3", 4, {}, 10, 20, 0, prediction, {}, Measured(**measured))
 
 
 RECORDS = [
@@ -62,7 +56,11 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     size = Size(100, 400, 8)
     report = Report(
         model="m",
+        revision=None,
+        fingerprint="f0",
+        layers=2,
         plan="p",
+        plan_text="keep: 0.5",
         out="o",
         keep=0.5,
         with_tables=None,
@@ -75,12 +73,13 @@ def test_page_and_table_show_nats_beside_nats() -> None:
             RefitRecord(1, "down", 0.1, 0.2, StreamError(0.5, 0.25), None),
         ],
         scale=LogitScale(0.93, 0.4, 0.375, 2048),
-        calibration={
-            "data": "a=2,b=1",
-            "samples": 3,
-            "seq_len": 8,
-            "sources": [{"data": "a", "weight": 2, "blocks": 2}, {"data": "b", "weight": 1, "blocks": 1}],
-        },
+        calibration=CalibrationRecord(
+            "a=2,b=1", 3, 8, 0, [CalibrationSource("a", 2, 2), CalibrationSource("b", 1, 1)], "0a"
+        ),
+        allocation=None,
+        batch_size=1,
+        processes=1,
+        device_bytes={},
         device="cpu",
         dtype="float32",
         states="device",
@@ -93,7 +92,10 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "| qk | a3 | 2 | 4 | 50.0% | 0.11 nats KL | 0.25 nats KL |" in page
     assert "| qk | a3 | 1 | 4 | 50.0% | 0.2000 | 0.5 nats KL |" in page
     assert "Calibrated on 3 blocks of 8 tokens: 2 of a, 1 of b." in page
-    assert "- Calibration: data a=2,b=1, samples 3, seq_len 8; data a, weight 2, blocks 2; data b, " in page
+    assert (
+        "- Calibration: data a=2,b=1, samples 3, seq_len 8, seed 0, ids_sha256 0a; data a, blocks 2, weight 2; "
+        in page
+    )
     assert "| 0 | o | 0.1 | 0.125 | 0.1 | 0.15 | 0.123 |" in page
     assert "| 1 | down | 0.1, raised to 0.2 | 0.5 | 0.25 |  |  |" in page
     scaled = (
