@@ -33,6 +33,7 @@ from lrc.ranks import ALONE, Ranks
 from lrc.refit import doubts
 from lrc.report.html import html_page
 from lrc.report.markdown import model_card, report_page
+from lrc.report.outputs import read_beside
 from lrc.report.report import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
 from lrc.room import choose_place, known_place
 from lrc.solve import reads_gradients
@@ -68,6 +69,7 @@ def compress(
     max_windows: int | None = None,
     fresh: bool = False,
     force: bool = False,
+    beside: Sequence[str | Path] = (),
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -95,6 +97,7 @@ def compress(
     precision = find_dtype(dtype, place, job.reader.dtype)
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
+    others = read_beside([Path(each) for each in beside], job.model.source, job.reader.fingerprint)
     folder = None if data_dir is None else Path(data_dir)
     default = default_text(job.model.source)
     held_out = [default] if ppl is None else _specs(ppl)
@@ -216,7 +219,7 @@ def compress(
         )
         own.write_file(REPORT, report.to_json())
         own.write_file("report.md", report_page(report))
-        own.write_file("report.html", html_page(report))
+        own.write_file("report.html", html_page(report, others))
         own.write_file("README.md", model_card(report))
         own.publish()
     return ranks.share(report)

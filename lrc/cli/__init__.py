@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from lrc import __version__
 from lrc.cli.check import check_model
+from lrc.cli.compare import compare_outputs
 from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
 from lrc.cli.list import list_known
@@ -93,6 +94,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress_model)
 app.command("eval")(evaluate)
+app.command("compare")(compare_outputs)
 app.command("plan")(plan_model)
 app.command("check")(check_model)
 app.command("list")(list_known)

@@ -50,6 +50,12 @@ def compress_model(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an output folder that is not an lrc output.")
     ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="An earlier output of MODEL to show in report.html; may be repeated."
+        ),
+    ] = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: RemoteCode = False,
@@ -78,6 +84,7 @@ def compress_model(
                 max_windows=max_windows,
                 fresh=not resume,
                 force=force,
+                beside=beside or (),
                 revision=revision,
                 allow_pickle=allow_pickle,
                 trust_remote_code=trust_remote_code,

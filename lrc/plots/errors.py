@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lrc.plots.theme import MARKERS, MUTED, PAPER, PHONE, SERIES, drawing, log_scale, svg
+from lrc.plots.theme import MUTED, PAPER, PHONE, drawing, log_scale, mark, svg
 
 
 def errors(
@@ -22,15 +22,16 @@ def errors(
         axes.set_title(f"measured error, {unit}")
         axes.axline((low, low), (high, high), color=MUTED, linewidth=1, zorder=1.5)
         for i, (target, pairs) in enumerate(shown.items()):
+            colour, marker = mark(i)
             axes.plot(
                 [predicted for predicted, _ in pairs],
                 [measured for _, measured in pairs],
                 linestyle="none",
-                marker=MARKERS[i % len(MARKERS)],
+                marker=marker,
                 markersize=6.5,
                 markeredgecolor=PAPER,
                 markeredgewidth=0.8,
-                color=SERIES[i % len(SERIES)],
+                color=colour,
                 label=target,
                 zorder=3,
             )

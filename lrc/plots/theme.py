@@ -14,6 +14,7 @@ A picture is drawn between ``drawing`` and ``svg``::
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 PHONE = 344
 
@@ -190,15 +191,38 @@ def compact(value: float) -> str:
     return f"{value / size:.3g}{unit}".replace("-", "−")
 
 
+def mark(number: int) -> tuple[str, str]:
+    """Colour and marker of a series by its number; the first 36 differ, the first 6 in both."""
+    turn, colour = divmod(number, len(SERIES))
+    return SERIES[colour], MARKERS[(colour + turn) % len(MARKERS)]
+
+
+def shortened(text: str, most: int) -> str:
+    """The two ends of a text of more than ``most`` characters, as a picture has no room for a long name."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
+
+
 def plain_ticks(axis: Axis) -> None:
     """Label an axis with numbers in few characters."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
 
+class _FewTicks(LogLocator):
+    """Decades where there are several, 1, 2 and 5 of each where there are not, and even steps inside of one."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        span = math.log10(vmax / vmin)
+        if span < 0.6:
+            return MaxNLocator(4).tick_values(vmin, vmax)
+        return LogLocator(subs=(1,) if span > 1.8 else (1, 2, 5)).tick_values(vmin, vmax)
+
+
 def log_scale(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 of every decade."""
+    """Make an axis logarithmic, with few and plain numbers."""
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(_FewTicks())
+    axis.set_minor_locator(NullLocator())
     plain_ticks(axis)

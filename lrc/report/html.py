@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,32 @@ from typing import Any
 from markupsafe import Markup
 
 from lrc.checkpoint.sizes import byte_text
-from lrc.plots.cost import Point, cost
+from lrc.plots.cost import cost
 from lrc.plots.errors import drawable, errors
 from lrc.plots.kept import Row, kept
 from lrc.plots.stages import stages
 from lrc.report.groups import summarise
-from lrc.report.markdown import ERRORS, SIZES, refit_cells
+from lrc.report.markdown import ERRORS, refit_cells
+from lrc.report.outputs import Output, Source, as_source, points
 from lrc.report.page import Picture, Table, columns, render
 from lrc.report.report import Report, TargetRecord
 
 _UNITS = {"relative": "relative to the output", "kl": "nats KL"}
 
 
-def html_page(report: Report) -> str:
-    """The whole report."""
+def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
+    """The whole report, with outputs of the same original ``beside`` it in the picture of the cost."""
+    label = Path(report.out).name if beside else Path(report.plan).stem
+    source = as_source([Output(label, report.out, report), *beside])
     comparable, left = _errors(report)
     return render(
         "report.html",
         report=report,
-        title=f"{report.model}, {report.plan}",
+        title=f"{Path(report.model).name}, {Path(report.plan).stem}",
         sentence=_sentence(report),
         figures=list(_figures(report)),
-        costs=list(_costs(report)),
-        cost_notes=list(_cost_notes(report)),
+        costs=list(_costs(report, source)),
+        cost_notes=list(_cost_notes(report, source)),
         sizes=_sizes(report),
         parts=[*_kept(report), *comparable],
         part_notes=left,
@@ -78,36 +81,35 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
     yield "took", f"{sum(report.seconds.values()):,.0f} s", f"on {report.device}"
 
 
-def _costs(report: Report) -> Iterator[Picture]:
-    method = ", ".join(report.methods) or "nothing"
-    for i, change in enumerate(report.perplexity):
-        before, after = change.before, change.after
-        points = [
-            Point("dense", report.before.bytes, before.value, None),
-            Point(Path(report.plan).stem, report.after.bytes, after.value, method),
-        ]
-        caption = (
-            f"{before.windows} windows of {before.seq_len} tokens, {before.dtype}, original and output on the same. "
-            "lrc compare puts other outputs beside them."
-        )
-        yield Picture(Markup(cost(f"cost-{i}", before.data, points)), caption)
+def _costs(report: Report, source: Source) -> Iterator[Picture]:
+    """A picture of each text that this output, the first of the source's, was measured on."""
+    kinds = list(dict.fromkeys(output.method for output in source.outputs))
+    for i, text in enumerate(text for text in source.texts if 0 in text.changes):
+        dense = text.dense
+        caption = f"{dense.windows} windows of {dense.seq_len} tokens, {dense.dtype}, the same for all."
+        if len(source.outputs) == 1:
+            caption += " lrc compare puts other outputs beside it."
+        yield Picture(Markup(cost(f"cost-{i}", text.text, points(source, text), kinds)), caption)
 
 
-def _cost_notes(report: Report) -> Iterator[str]:
+def _cost_notes(report: Report, source: Source) -> Iterator[str]:
     if not report.perplexity:
         yield "Perplexity was not measured; lrc eval does it."
+        return
+    yield from source.notes
     for change in report.perplexity:
-        for name, figure in (("original", change.before), ("output", change.after)):
-            if not math.isfinite(figure.value):
-                yield f"{figure.data}: the {name}'s perplexity is {figure.value}, which has no place in the picture."
         yield from change.after.notes
 
 
 def _sizes(report: Report) -> Table:
+    before, after = report.before, report.after
     rows = [
-        [name, f"{old:,}", f"{new:,}", f"{new / old:.3f}"]
-        for name, key in SIZES
-        for old, new in [(getattr(report.before, key), getattr(report.after, key))]
+        [name, shown(old), shown(new), f"{new / old:.3f}"]
+        for name, shown, old, new in (
+            ("parameters", "{:,}".format, before.parameters, after.parameters),
+            ("bytes", byte_text, before.bytes, after.bytes),
+            ("KV cache, per token", byte_text, before.kv_bytes_per_token, after.kv_bytes_per_token),
+        )
     ]
     for change in report.perplexity:
         before, after = change.before, change.after
@@ -142,6 +144,8 @@ def _kept(report: Report) -> Iterator[Picture]:
             "Weights kept of each target, by layer, as a part of the whole light bar; at the right the rank, for mlp "
             "the neurons."
         )
+        if any(None in row.methods for row in rows):
+            caption += " Grey: whole in that layer, or reduced there as part of another target."
         yield Picture(Markup(kept("kept", rows)), caption)
 
 
@@ -164,7 +168,7 @@ def _errors(report: Report) -> tuple[list[Picture], list[str]]:
             Markup(errors(f"errors-{unit}", _UNITS[unit], points)),
             "A point a layer, on the line where the measurement is as predicted; above it the error is larger.",
         )
-        for unit, points in units.items()
+        for unit, points in sorted(units.items(), reverse=True)
     ]
     notes = []
     if apart:
@@ -172,7 +176,7 @@ def _errors(report: Report) -> tuple[list[Picture], list[str]]:
         notes.append(f"Predicted and measured in units of their own, so in no picture: {names}.")
     lost = sum(not drawable(p) for points in units.values() for pairs in points.values() for p in pairs)
     if lost:
-        notes.append(f"{lost} errors are zero or not finite and have no place in the pictures.")
+        notes.append(f"Zero or not finite, and so without a place in the pictures: {lost} of the errors.")
     return pictures, notes
 
 
@@ -240,7 +244,7 @@ def _stage_table(report: Report) -> Table:
         + ([byte_text(report.device_bytes.get(name, 0))] if report.device_bytes else [])
         for name, seconds in report.seconds.items()
     ]
-    heads = ["stage", "seconds:n", "of all:n", *(["peak of the device:n"] if report.device_bytes else [])]
+    heads = ["stage", "seconds:n", "of all:n", *(["device memory:n"] if report.device_bytes else [])]
     return Table(columns(*heads), rows)
 
 

@@ -11,7 +11,7 @@ from lrc.report.groups import summarise
 from lrc.report.report import CalibrationRecord, Report
 from lrc.scale import LogitScale
 
-SIZES = (
+_SIZES = (
     ("parameters", "parameters"),
     ("bytes", "bytes"),
     ("KV cache, bytes per token", "kv_bytes_per_token"),
@@ -77,7 +77,7 @@ def _body(report: Report) -> list[str]:
         "",
         "| | before | after | ratio |",
         "|---|---|---|---|",
-        *(_size_row(name, report.before, report.after, key) for name, key in SIZES),
+        *(_size_row(name, report.before, report.after, key) for name, key in _SIZES),
     ]
     for change in report.perplexity:
         before, after = change.before, change.after

@@ -43,8 +43,10 @@ class Picture:
 
 def columns(*headings: str) -> list[Column]:
     """Columns by their headings, those that end in ``:n`` or ``:w`` of that kind."""
-    parted = [heading.partition(":") for heading in headings]
-    return [Column(heading, kind) for heading, _, kind in parted]
+    kinds = [heading[-1] if heading.endswith((":n", ":w")) else "" for heading in headings]
+    return [
+        Column(heading[:-2] if kind else heading, kind) for heading, kind in zip(headings, kinds, strict=True)
+    ]
 
 
 def render(template: str, **values: Any) -> str:

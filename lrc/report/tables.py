@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lrc.catalogue import Item
     from lrc.integrity import Integrity
+    from lrc.report.outputs import Source
 
 
 def summary(report: Report) -> Iterator[RenderableType]:
@@ -79,6 +80,38 @@ def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
             )
     yield table
     yield from _warnings(comparison.notes)
+
+
+def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
+    """Outputs beside their original, a table a source."""
+    for source in sources:
+        before = source.before
+        heads = [heading for text in source.texts for heading in (f"{text.text}:r", "ratio:r")]
+        table = _table("output", "method", "keep:r", "bytes:r", "ratio:r", "KV/token:r", *heads, "seconds:r")
+        dense = [cell for text in source.texts for cell in (f"{text.dense.value:.4g}", "1.000")]
+        size = (byte_text(before.bytes), "1.000", f"{before.kv_bytes_per_token:,}")
+        table.add_row(source.model, "", "100.0%", *size, *dense, "")
+        for i, output in enumerate(source.outputs):
+            report = output.report
+            changes = [text.changes.get(i) for text in source.texts]
+            table.add_row(
+                output.label,
+                output.method,
+                f"{report.keep:.1%}",
+                byte_text(report.after.bytes),
+                f"{report.after.bytes / before.bytes:.3f}",
+                f"{report.after.kv_bytes_per_token:,}",
+                *(
+                    cell
+                    for change in changes
+                    for cell in (
+                        ("", "") if change is None else (f"{change.after.value:.4g}", f"{change.ratio:.3f}")
+                    )
+                ),
+                f"{output.seconds:.1f}",
+            )
+        yield table
+        yield from _warnings(source.notes)
 
 
 def resolution(check: Check) -> Iterator[RenderableType]:
@@ -152,8 +185,8 @@ def _table(*columns: str) -> Table:
     """A table by its headings; those that end in ``:r`` hold numbers, flush right."""
     table = Table(title_justify="left")
     for column in columns:
-        heading, _, side = column.partition(":")
-        table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold")
+        heading = column.removesuffix(":r")
+        table.add_column(heading, justify="left" if heading == column else "right", overflow="fold")
     return table
 
 

@@ -1,0 +1,41 @@
+"""``lrc compare``: several outputs in one table, and in one picture of perplexity against bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrc.cli.options import AsJson
+from lrc.cli.screen import note, show, show_json
+from lrc.errors import UserError
+
+
+def compare_outputs(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of lrc compress.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Write an HTML page with the table and the picture.", show_default="none"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put outputs beside each other: size, cache, perplexity, seconds. Nothing is measured anew."""
+    from lrc.report.compared import compared_page
+    from lrc.report.outputs import read_outputs
+    from lrc.report.tables import outputs
+
+    sources = read_outputs([folder.expanduser() for folder in folders])
+    if out is not None:
+        try:
+            out.write_text(compared_page(sources), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"-o {out} cannot be written: {error.strerror}") from error
+    if as_json:
+        show_json({"sources": [source.as_dict() for source in sources]})
+        return
+    show(*outputs(sources))
+    if out is not None:
+        note(f"wrote {out}")

@@ -1,0 +1,86 @@
+"""Pages in a real browser: on a phone and on a desk, in light and in dark, nothing overflows, overlaps or is lost."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from lrc.report.compared import compared_page
+from lrc.report.html import html_page
+from lrc.report.outputs import read_outputs
+from lrc.report.report import REPORT, Report
+
+
+@pytest.fixture
+def browser(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    module = importlib.import_module("screenshots")
+    if module.chromium() is None:
+        pytest.skip("no chromium: apt-get install chromium, or name one in CHROMIUM")
+    return module
+
+
+@pytest.fixture(params=["report", "worst report", "no evaluation", "comparison"])
+def page(
+    request: pytest.FixtureRequest,
+    make_report: Callable[..., Report],
+    worst: Report,
+    many: list[Report],
+    tmp_path: Path,
+) -> Path:
+    if request.param == "comparison":
+        for i, report in enumerate(many):
+            (tmp_path / f"llama-7b-{report.plan}-{i}").mkdir()
+            (tmp_path / f"llama-7b-{report.plan}-{i}" / REPORT).write_text(report.to_json(), encoding="utf-8")
+        text = compared_page(read_outputs(sorted(tmp_path.iterdir())))
+    else:
+        plain = make_report()
+        reports = {"report": plain, "worst report": worst, "no evaluation": make_report(perplexity=[])}
+        text = html_page(reports[request.param])
+    path = tmp_path / "page.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_nothing_overflows_or_overlaps(browser: ModuleType, page: Path, tmp_path: Path) -> None:
+    for width in (browser.PHONE, browser.DESKTOP):
+        for dark in (False, True):
+            seen = browser.look(page, width, dark=dark)
+            assert seen.found == []
+            assert (seen.width, seen.dark, seen.paper < 0.1) == (width, dark, dark)
+            assert seen.texts > 20
+    shot = tmp_path / "shot.png"
+    browser.screenshot(page, shot, browser.PHONE, 600)
+    with Image.open(shot) as image:
+        assert image.size == (browser.PHONE, 600)
+        colours = image.convert("RGB").getcolors(2**16)
+    assert colours is not None
+    assert len(colours) > 8  # a page that was not drawn is of one
+
+
+def test_what_overflows_or_overlaps_is_seen(browser: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "bad.html"
+    page.write_text(
+        """<!doctype html><meta name="viewport" content="width=device-width"><body style="background: #fff">
+        <p style="width: 800px">too wide a line</p>
+        <svg viewBox="0 0 100 100" width="100" height="100">
+        <text x="5" y="20" style="font-size: 12px">first</text><text x="8" y="22" style="font-size: 12px">second</text>
+        <text x="5" y="60" style="font-size: 12px; fill: #eee">faint</text>
+        <text x="5" y="80" style="font-size: 5px">small</text>
+        <text x="90" y="50" style="font-size: 12px">outside</text></svg></body>""",
+        encoding="utf-8",
+    )
+    found = " ".join(browser.look(page, browser.PHONE).found)
+    for told in (
+        "out of the page: P too wide a line",
+        "on one another: text first and text second",
+        "too faint: text faint",
+        "too small: text small",
+        "out of its picture: text outside",
+    ):
+        assert told in found
