@@ -49,7 +49,7 @@ from lrc.checkpoint import staging
 from lrc.checkpoint.headers import parse_header
 from lrc.hub.names import ASSETS
 
-REPORTS = {"report.json", "report.md", "README.md"}  # they have the seconds of a run
+REPORTS = {"report.json", "report.md", "report.html", "README.md"}  # they have the seconds of a run
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 NAMED = ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
 FILLING = ("open", "os.mkdir", "os.link", "os.fsync", "save_file")  # what a full disk refuses

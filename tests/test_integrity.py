@@ -74,7 +74,7 @@ def test_what_was_written_is_sound(tiny_checkpoint, tmp_path, family, plan, conf
     assert integrity.tensors == len(load_file(out / "model.safetensors"))
     names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
     assert {*names} <= {*json.loads((out / MANIFEST).read_text())["sha256"]["files"]}
-    reports = (MANIFEST, "README.md", "report.json", "report.md")
+    reports = (MANIFEST, "README.md", "report.html", "report.json", "report.md")
     kept = [path for path in out.iterdir() if path.name not in reports]
     assert integrity.files == len(kept)
     assert integrity.bytes == sum(path.stat().st_size for path in kept)

@@ -365,6 +365,6 @@ def test_an_allocation_leaves_the_embedding_to_the_plan(tiny_checkpoint, tmp_pat
     source = tiny_checkpoint("gpt2")
     report = lrc.compress(source, plan, out=tmp_path / "o", calib=str(text), ppl=[], device="cpu")
     assert report.keep == pytest.approx(0.6, abs=0.01)
-    assert [r["size"] for r in report.targets if r["target"] == "embed"] == [12]
+    assert [r.size for r in report.targets if r.target == "embed"] == [12]
     assert any("what embed costs is not measured" in warning for warning in report.warnings)
     assert report.scale is not None

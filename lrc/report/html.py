@@ -33,7 +33,7 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
         "report.html",
         report=report,
         title=f"{Path(report.model).name}, {Path(report.plan).stem}",
-        sentence=_sentence(report),
+        sentence=report.sentence,
         figures=list(_figures(report)),
         costs=list(_costs(report, source)),
         cost_notes=list(_cost_notes(report, source)),
@@ -47,22 +47,6 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
         run=[_stages(report)],
         stages=_stage_table(report),
         facts=list(_facts(report)),
-    )
-
-
-def _sentence(report: Report) -> str:
-    """What was done and what it cost."""
-    before, after = report.before, report.after
-    done = (
-        f"{report.model} was compressed by the plan {report.plan} to {report.keep:.1%} of its decoder's weights: "
-        f"{byte_text(after.bytes)} instead of {byte_text(before.bytes)}"
-    )
-    if not report.perplexity:
-        return f"{done}. Perplexity was not measured."
-    first = report.perplexity[0]
-    return (
-        f"{done}, at a perplexity on {first.before.data} of {first.after.value:.4g} instead of "
-        f"{first.before.value:.4g}."
     )
 
 

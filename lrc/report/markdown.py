@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from lrc.checkpoint.sizes import Size
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.refit import RefitRecord
 from lrc.report.groups import summarise
 from lrc.report.report import CalibrationRecord, Report
@@ -28,18 +28,19 @@ ERRORS = (
 
 def report_page(report: Report) -> str:
     """The whole report."""
-    return (
-        "\n".join(
-            [
-                f"# {report.model}, {report.plan}",
-                "",
-                *_body(report),
-                *_refits(report.refits),
-                *_provenance(report),
-            ]
-        )
-        + "\n"
-    )
+    lines = [
+        f"# {report.model}, {report.plan}",
+        "",
+        report.sentence,
+        "",
+        *([*_warnings(report), ""] if report.warnings else []),
+        *_body(report),
+        *_refits(report.refits),
+        *_provenance(report),
+        "",
+        *_folded("Plan", ["```yaml", report.plan_text.rstrip(), "```"]),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def model_card(report: Report) -> str:
@@ -82,7 +83,7 @@ def _body(report: Report) -> list[str]:
     for change in report.perplexity:
         before, after = change.before, change.after
         lines.append(
-            f"| perplexity, {before.data} ({before.windows} windows of {before.seq_len}, {before.dtype}) "
+            f"| perplexity, {_cell(before.data)} ({before.windows} windows of {before.seq_len}, {before.dtype}) "
             f"| {before.value:.4g} | {after.value:.4g} | {change.ratio:.3f} |"
         )
     lines += ["", *_calibration(report.calibration)]
@@ -103,6 +104,11 @@ def _body(report: Report) -> list[str]:
     return [*lines, *_scale(report.scale)]
 
 
+def _cell(text: str) -> str:
+    """A name as the text of a table's cell."""
+    return text.replace("|", "\\|")
+
+
 def _scale(scale: LogitScale | None) -> list[str]:
     """What the logits were scaled by, in a sentence."""
     return [] if scale is None else [f"Scale: {scale.text}.", ""]
@@ -112,9 +118,7 @@ def _refits(refits: list[RefitRecord]) -> list[str]:
     """The error of the residual stream, a row a refit."""
     if not refits:
         return []
-    lines = [
-        "## Residual stream",
-        "",
+    text = [
         "Squared error of the compressed residual stream over the original's square, where a refitted output "
         "projection has been added to it: with the method's own solution, and fitted again. Left out is the error on "
         "the calibration blocks that chose the ridge, by the fit without them. They are left out of that fit alone, "
@@ -122,8 +126,14 @@ def _refits(refits: list[RefitRecord]) -> list[str]:
         "",
         "| layer | behind | ridge | before | after | left out, before | left out, after |",
         "|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(refit_cells(refit))} |" for refit in refits),
     ]
-    return [*lines, *(f"| {' | '.join(refit_cells(refit))} |" for refit in refits), ""]
+    return ["## Residual stream", "", *_folded(f"{len(refits)} output projections fitted again", text), ""]
+
+
+def _folded(summary: str, lines: list[str]) -> list[str]:
+    """Lines that a pull request shows when asked to; the blank ones around them make them Markdown."""
+    return ["<details>", f"<summary>{summary}</summary>", "", *lines, "", "</details>"]
 
 
 def refit_cells(refit: RefitRecord) -> list[str]:
@@ -143,21 +153,25 @@ def _calibration(record: CalibrationRecord) -> list[str]:
 
 def _provenance(report: Report) -> list[str]:
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
-    peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in report.peak_bytes.items())
+    peaks = ", ".join(f"{name} {byte_text(size)}" for name, size in report.peak_bytes.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     record = report.calibration
     calibration = [_listed({k: v for k, v in asdict(record).items() if k != "sources"})]
     calibration += [_listed(asdict(source)) for source in record.sources]
-    lines = [
+    run = f"{report.device}, layers run in {report.dtype}, {report.batch_size} blocks at once"
+    told = {"revision": report.revision, "fingerprint": report.fingerprint}
+    return [
         "## How it was made",
         "",
+        f"- Model: {report.model}, {_listed(told)}",
+        *([f"- Sizes found by: {_listed(report.allocation)}"] if report.allocation else []),
         f"- Calibration: {'; '.join(calibration)}",
-        f"- Device: {report.device}, layers run in {report.dtype}, hidden states waiting on: {report.states}",
+        f"- Run: {run}, {report.processes} process{'es' * (report.processes > 1)}, hidden states waiting on "
+        f"{report.states}",
         f"- Seconds: {stages}",
         f"- Peak memory: {peaks}",
         f"- Versions: {versions}",
     ]
-    return [*lines, *_warnings(report)]
 
 
 def _warnings(report: Report) -> list[str]:

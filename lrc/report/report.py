@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lrc.checkpoint.sizes import Size
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.measure import Measured
@@ -139,6 +139,18 @@ class Report:
     def methods(self) -> list[str]:
         """The methods used, in the order in which they first stand."""
         return list(dict.fromkeys(record.method for record in self.targets))
+
+    @property
+    def sentence(self) -> str:
+        """What was done and what it cost."""
+        done = (
+            f"{self.model} was compressed by the plan {self.plan} to {self.keep:.1%} of its decoder's weights: "
+            f"{byte_text(self.after.bytes)} instead of {byte_text(self.before.bytes)}"
+        )
+        if not self.perplexity:
+            return f"{done}. Perplexity was not measured."
+        before, after = self.perplexity[0].before, self.perplexity[0].after
+        return f"{done}, at a perplexity on {before.data} of {after.value:.4g} instead of {before.value:.4g}."
 
     def to_json(self) -> str:
         """The record as JSON; infinite and NaN values are written as strings, which JSON has no numbers for."""

@@ -23,13 +23,23 @@ from lrc import __version__
 from lrc.api import newest_output
 from lrc.checkpoint.staging import staging
 from lrc.cli import app, main
+from lrc.report.html import html_page
+from lrc.report.report import read_report
 
 Run = Callable[..., Result]
 Fails = Callable[..., str]
 TinyCheckpoint = Callable[..., Path]
 
 PLAN = "format: 1\nkeep: 0.5\nmethod: a3\ncalibration: {samples: 8}\n"
-REPORT_FILES = ("report.json", "report.md", "README.md", "lrc.json", "config.json", "tokenizer.json")
+REPORT_FILES = (
+    "report.json",
+    "report.md",
+    "report.html",
+    "README.md",
+    "lrc.json",
+    "config.json",
+    "tokenizer.json",
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,15 @@ def test_compress_prints_the_summary(job: Job) -> None:
     assert f"{change['before']['value']:.4g}" in printed
     assert f"{change['after']['value']:.4g}" in printed
     assert printed.endswith("wrote tiny-gpt2-small\n")
+
+
+def test_the_report_is_read_back_and_its_page_shows_it(job: Job) -> None:
+    report = read_report(job.out)
+    assert report.to_json() == (job.out / "report.json").read_text(encoding="utf-8")
+    assert (report.layers, report.plan_text) == (4, PLAN)
+    page = (job.out / "report.html").read_text(encoding="utf-8")
+    assert page == html_page(report)
+    assert report.fingerprint in page
 
 
 def test_compress_costs_what_it_should(job: Job) -> None:

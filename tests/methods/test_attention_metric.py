@@ -20,7 +20,7 @@ def divergences(folder: Path, model: str, metric: str, rank: int) -> list[float]
         encoding="utf-8",
     )
     report = lrc.compress(model, plan, out=folder / plan.stem, ppl=[], device="cpu")
-    return [target["measured"]["kl"] for target in report.targets]
+    return [target.measured.kl for target in report.targets if target.measured.kl is not None]
 
 
 @pytest.mark.parametrize("model", RANKS)

@@ -19,6 +19,6 @@ def test_beats_whitened_svd_in_perplexity_on_the_built_in_text(tmp_path: Path) -
         out = tmp_path / method
         report = lrc.compress("tiny-llama", plan, out=out, ppl="builtin", device="cpu", max_windows=6)
         found[method] = report.perplexity[0].after.value
-        sampled = report.calibration.get("gradient_samples")
+        sampled = report.calibration.gradient_samples
         assert sampled == (16 if method == "two_sided_svd" else None)
     assert found["two_sided_svd"] < 0.98 * found["whitened_svd"]
