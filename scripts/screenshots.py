@@ -1,6 +1,6 @@
 """Looks at pages of reports in headless Chromium, and makes the screenshots of docs/.
 
-    python scripts/screenshots.py make docs                # compresses tiny-gpt2 eight times: ten CPU minutes
+    python scripts/screenshots.py make docs                # compresses tiny-gpt2 by seven plans: ten CPU minutes
     python scripts/screenshots.py look DIR/report.html     # what overflows, overlaps or cannot be read, by width
 
 Needs ``chromium`` (or what CHROMIUM names); the screenshots need Pillow too, which comes with Matplotlib.
@@ -150,8 +150,8 @@ def make(
                 subprocess.run(["lrc", "compress", "tiny-gpt2", "--plan", plan], cwd=place, check=True)
         outputs = [f"tiny-gpt2-{plan}" for plan in _PLANS]
         subprocess.run(["lrc", "compare", *outputs, "-o", "compare.html"], cwd=place, check=True)
-        screenshot(place / "tiny-gpt2-a3-4x" / "report.html", docs / "report.png", DESKTOP, 1500)
-        screenshot(place / "compare.html", docs / "compare.png", DESKTOP, 900, dark=True)
+        screenshot(place / "tiny-gpt2-a3-4x" / "report.html", docs / "report.png", DESKTOP, 1270, scale=1.5)
+        screenshot(place / "compare.html", docs / "compare.png", 920, 920, dark=True, scale=1.5)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from html import escape
 from typing import Any, Literal
 
 import matplotlib
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 PHONE = 344
@@ -110,7 +110,9 @@ _RC: dict[Any, Any] = {
 @contextmanager
 def drawing(width: float = PHONE, height: float = 220) -> Iterator[Figure]:
     """An empty figure of a size in pixels, and the theme for what is drawn in it."""
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        # A name in a script that the font for measuring has not; the page's fonts have it.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure
@@ -124,9 +126,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     """
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
-        # A name in a script that the font for measuring has not; the page's fonts have it.
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+    with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata=nothing)
     return _element(out.getvalue(), name, label)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 
 from lrc.plots.cost import Point, cost, front
 
@@ -47,3 +48,10 @@ def test_a_long_name_keeps_its_two_ends() -> None:
 
 def test_nothing_to_draw_is_an_empty_picture() -> None:
     assert "<svg" in cost("cost", "text", [NONE], ["svd"])
+
+
+def test_a_name_that_the_measuring_font_has_not_is_written_and_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = cost("cost", "模型 😀", [DENSE, Point("配置", 40, 20.0, "a3")], ["a3"])
+    assert "配置" in words(picture)

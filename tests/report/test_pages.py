@@ -15,6 +15,8 @@ from lrc.report.html import html_page
 from lrc.report.outputs import read_outputs
 from lrc.report.report import REPORT, Report
 
+_A4 = 718  # pixels between margins of a centimetre
+
 
 @pytest.fixture
 def browser(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -54,6 +56,11 @@ def test_nothing_overflows_or_overlaps(browser: ModuleType, page: Path, tmp_path
             assert seen.found == []
             assert (seen.width, seen.dark, seen.paper < 0.1) == (width, dark, dark)
             assert seen.texts > 20
+    printed = tmp_path / "printed.html"  # on A4 within margins, as the rules for print have it
+    printed.write_text(
+        page.read_text(encoding="utf-8").replace("@media print", "@media all"), encoding="utf-8"
+    )
+    assert browser.look(printed, _A4).found == []
     shot = tmp_path / "shot.png"
     browser.screenshot(page, shot, browser.PHONE, 600)
     with Image.open(shot) as image:
