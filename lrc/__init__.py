@@ -8,15 +8,17 @@ from lrc.hub.register import install
 
 if TYPE_CHECKING:
     from lrc.api import compress, evaluate
+    from lrc.evaluating import evaluate_against
     from lrc.hub.loader import load
     from lrc.planning import make_plan
 
-__all__ = ["__version__", "compress", "evaluate", "load", "make_plan"]
+__all__ = ["__version__", "compress", "evaluate", "evaluate_against", "load", "make_plan"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "compress": "lrc.api",
     "evaluate": "lrc.api",
+    "evaluate_against": "lrc.evaluating",
     "load": "lrc.hub.loader",
     "make_plan": "lrc.planning",
 }

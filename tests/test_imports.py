@@ -40,7 +40,7 @@ LAYERS = (
     ("output", "allocation"),
     ("catalogue", "check", "integrity"),
     ("report",),
-    ("api", "planning"),
+    ("api", "planning", "evaluating"),
     ("cli", "__init__"),
     ("__main__",),
 )

@@ -153,7 +153,7 @@ class Sensitivity:
         """Nats per held-out token from the states behind the last layer, by batch; ``tail`` in place of the model's."""
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
         for states, ids in zip(hidden, self._held_ids, strict=True):
-            total += token_nll((tail or self._tail)(states), ids).sum()
+            total += token_nll((tail or self._tail)(states), ids).double().sum()
         if not math.isfinite(loss := float(self._setting.ranks.total(total)) / self._tokens):
             raise UserError(f"the loss measured {where} is NaN or inf; try --dtype float32")
         return loss

@@ -17,10 +17,12 @@ from lrc.cli.options import (
     RemoteCode,
     Revision,
     Texts,
+    lengths,
     names,
 )
 from lrc.cli.processes import processes
 from lrc.cli.screen import note, progress, quiet, show, show_json
+from lrc.errors import UserError
 
 
 def evaluate(
@@ -33,9 +35,21 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens of a window.", show_default="2048, or the limit of the shorter model"),
     ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Several lengths of windows, a figure for each on the same part of the text; --max-windows counts "
+            "those of the longest.",
+        ),
+    ] = None,
     max_windows: MaxWindows = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Another model, measured likewise.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Another model, usually the original, beside it token by token."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Keep the results of every token.")
     ] = None,
     data_dir: DataDir = None,
     device: Device = None,
@@ -53,50 +67,42 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity of MODEL, and with --against that of another model beside it."""
+    """Measure perplexity of MODEL, and with --against what it lost of another model, token by token."""
     quiet()
     from lrc.api import evaluate as measure
     from lrc.api import newest_output
-    from lrc.evaluation.perplexity import shared_seq_len
-    from lrc.hub.names import default_text, resolve_model
+    from lrc.evaluating import evaluate_against
     from lrc.report.comparison import Comparison, Evaluated
     from lrc.report.tables import perplexities
 
     with processes() as ranks:
+        if context is not None and seq_len is not None:
+            raise UserError("--seq-len and --context contradict each other; write all lengths into --context")
         if model is None:
             model = str(newest_output(Path.cwd()))
             if ranks.first:
                 note(f"evaluating {model}, the newest lrc output here")
-        texts = names(ppl) or [default_text(model)]
-        models = [(model, resolve_model(model, revision=revision, allow_pickle=allow_pickle).path)]
-        if against is not None:
-            models.append((against, resolve_model(against, allow_pickle=allow_pickle).path))
-            folders = [folder for _, folder in models]
-            seq_len = shared_seq_len(folders, seq_len, trust_remote_code=trust_remote_code)
         with progress(ranks.first) as track:
-            found = [
-                Evaluated(
-                    name,
-                    measure(
-                        folder,
-                        texts,
-                        seq_len=seq_len,
-                        max_windows=max_windows,
-                        data_dir=data_dir,
-                        device=device,
-                        dtype=dtype,
-                        streamed=streamed,
-                        allow_pickle=allow_pickle,
-                        trust_remote_code=trust_remote_code,
-                        progress=track,
-                        ranks=ranks,
-                    ),
-                )
-                for name, folder in models
-            ]
+            settings = {
+                "seq_len": seq_len if context is None else lengths("--context", context),
+                "max_windows": max_windows,
+                "data_dir": data_dir,
+                "device": device,
+                "dtype": dtype,
+                "streamed": streamed,
+                "tokens": tokens,
+                "revision": revision,
+                "allow_pickle": allow_pickle,
+                "trust_remote_code": trust_remote_code,
+                "progress": track,
+                "ranks": ranks,
+            }
+            if against is None:
+                comparison = Comparison(Evaluated(model, measure(model, names(ppl), **settings)))
+            else:
+                comparison = evaluate_against(model, against, names(ppl), **settings)
         if not ranks.first:
             return
-        comparison = Comparison(*found)
         if as_json:
             show_json(comparison.as_dict())
         else:

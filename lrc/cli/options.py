@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lrc.errors import UserError
+
 Model = Annotated[
     str,
     typer.Argument(help="A folder, a hub id, a short name (llama-7b) or a built-in (tiny-gpt2, tiny-llama)."),
@@ -69,3 +71,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 def names(listed: str | None) -> list[str] | None:
     """The items of a list with commas; None where none is given."""
     return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def lengths(option: str, listed: str) -> list[int]:
+    """The whole numbers of an option's list with commas; UserError where one is none."""
+    found = []
+    for word in names(listed) or []:
+        if not word.isdecimal():
+            raise UserError(f"{option} {listed}: {word!r} is no whole number; write such as 512,1024")
+        found.append(int(word))
+    return found
+
+
+def fractions(option: str, listed: str) -> list[float]:
+    """The numbers of an option's list with commas; UserError where one is none."""
+    found = []
+    for word in names(listed) or []:
+        try:
+            found.append(float(word))
+        except ValueError:
+            raise UserError(
+                f"{option} {listed}: {word!r} is not a number; write such as 0.8 or 0.8,0.6"
+            ) from None
+    return found

@@ -19,7 +19,7 @@ from lrc.cli.options import (
     RemoteCode,
     Revision,
     States,
-    names,
+    fractions,
 )
 from lrc.cli.processes import processes
 from lrc.cli.screen import progress, quiet, show, show_json, warn
@@ -129,7 +129,7 @@ def plan_model(
 
     with processes() as ranks:
         kept, measured = (
-            None if listed is None else _fractions(option, listed)
+            None if listed is None else fractions(option, listed)
             for option, listed in (("--keep", keep), ("--keeps", keeps))
         )
         with progress(ranks.first) as track:
@@ -168,18 +168,6 @@ def plan_model(
             show_json(planning)
         else:
             show(*pictures(planning))
-
-
-def _fractions(option: str, listed: str) -> list[float]:
-    found = []
-    for word in names(listed) or []:
-        try:
-            found.append(float(word))
-        except ValueError:
-            raise UserError(
-                f"{option} {listed}: {word!r} is not a number; write such as 0.8 or 0.8,0.6"
-            ) from None
-    return found
 
 
 def _bytes(size: str) -> int:

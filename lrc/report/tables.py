@@ -9,6 +9,8 @@ from rich.table import Table
 
 from lrc.check import Check
 from lrc.checkpoint.sizes import Size
+from lrc.evaluation.bootstrap import RESAMPLES, Estimate
+from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
 from lrc.report.comparison import Comparison
 from lrc.report.groups import summarise
@@ -54,7 +56,7 @@ def summary(report: Report) -> Iterator[RenderableType]:
 
 
 def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
-    """Perplexity by text of one model, or of two with their ratio."""
+    """Perplexity by text and length of one model, or of two with their ratio and what tokens lose."""
     of, against = comparison.of, comparison.against
     yield f"model: {of.model}"
     if against is None:
@@ -76,8 +78,34 @@ def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
                 "" if pair.ratio is None else f"{pair.ratio:.4f}",
                 *(_once(getattr(p, key) for p in both) for key in ("windows", "seq_len", "dtype")),
             )
-    yield table
+    if of.perplexity:
+        yield table
+    if any(pair.tokens for pair in comparison.pairs):
+        yield _token_by_token(comparison.pairs)
+        yield f"95 % intervals in brackets: {RESAMPLES:,} resamples of whole windows, both models' together"
     yield from _warnings(comparison.notes)
+
+
+def _token_by_token(pairs: Iterable[Pair]) -> Table:
+    """What the model loses of the one it is held against, on the same tokens."""
+    table = _table("text", "seq_len:r", "perplexity ratio:r", "KL, mean:r", "KL, 99 %:r", "top-1 agreement:r")
+    for pair in pairs:
+        if found := pair.tokens:
+            table.add_row(
+                pair.ours.data,
+                str(pair.ours.seq_len),
+                _interval(found.perplexity_ratio, "{:.4f}"),
+                _interval(found.kl_mean, "{:.4g}"),
+                _interval(found.kl_p99, "{:.4g}"),
+                _interval(found.top1_agreement, "{:.2%}"),
+            )
+    return table
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    ends = [end for end in (estimate.low, estimate.high) if end is not None]
+    within = f"\n[{', '.join(form.format(end) for end in ends)}]" if ends else ""
+    return f"{form.format(estimate.value)}{within}"
 
 
 def resolution(check: Check) -> Iterator[RenderableType]:

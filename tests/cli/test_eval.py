@@ -22,7 +22,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*_: Any, **__: Any) -> None:
         raise AssertionError("a model is measured")
 
-    monkeypatch.setattr("lrc.api.evaluate", measure)
+    monkeypatch.setattr("lrc.evaluating.evaluate_pair", measure)
 
 
 def swap_tokens(folder: Path) -> None:
@@ -87,6 +87,100 @@ def test_other_tokens_are_compared_in_bits_per_byte(
     assert found["ratio_of"] == ["bits_per_byte"]
     (note,) = found["notes"]
     assert "the tokenizers differ" in note
+    assert found["tokens"] == [None]
     printed = " ".join(succeeds(*argv).stdout.split())
     assert f"{found['ratio'][0]:.4f}" in printed
     assert "ratio is of bits per byte" in printed
+
+
+def test_tokens_of_other_tokenizers_are_refused(
+    fails: Fails, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    mine, other = tiny_checkpoint("llama"), tiny_checkpoint("llama", seed=1)
+    swap_tokens(other)
+    argv = ["eval", mine, "--against", other, "--ppl", tmp_path / "text.txt", "--device", "cpu"]
+    message = fails(*argv, "--tokens", "tokens.parquet")
+    assert f"the tokenizers of {mine} and {other} differ" in message
+    assert "leave --tokens out to compare bits per byte" in message
+
+
+def test_against_says_what_tokens_lose(
+    succeeds: Run, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    argv = ["eval", tiny_checkpoint("llama"), "--against", tiny_checkpoint("llama", seed=1)]
+    argv += ["--ppl", tmp_path / "text.txt", "--device", "cpu"]
+    (tokens,) = json.loads(succeeds(*argv, "--json").stdout)["tokens"]
+    assert set(tokens) == {"perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement"}
+    printed = succeeds(*argv).stdout
+    for form, name in (("{:.4f}", "perplexity_ratio"), ("{:.4g}", "kl_mean"), ("{:.2%}", "top1_agreement")):
+        value, low, high = (form.format(tokens[name][key]) for key in ("value", "low", "high"))
+        assert value in printed
+        assert f"[{low}, {high}]" in printed
+    assert "1,000 resamples of whole windows" in printed
+
+
+def test_a_table_by_context_length(succeeds: Run, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    ours, theirs = tiny_checkpoint("llama"), tiny_checkpoint("llama", seed=1)
+    argv = ["eval", ours, "--ppl", tmp_path / "text.txt", "--device", "cpu", "--context", "16,32,64"]
+    alone = json.loads(succeeds(*argv, "--json").stdout)["perplexity"]
+    found = json.loads(succeeds(*argv, "--against", theirs, "--json").stdout)
+    assert [p["seq_len"] for p in alone] == [16, 32, 64]
+    assert [p["windows"] for p in alone] == [
+        4 * alone[2]["windows"],
+        2 * alone[2]["windows"],
+        alone[2]["windows"],
+    ]
+    assert [p["nats"] for p in found["perplexity"]] == [p["nats"] for p in alone]
+    assert [p["seq_len"] for p in found["against"]["perplexity"]] == [16, 32, 64]
+    printed = succeeds(*argv, "--against", theirs).stdout
+    for p, against, ratio in zip(alone, found["against"]["perplexity"], found["ratio"], strict=True):
+        row = next(line for line in printed.splitlines() if f"{ratio:.4f}" in line)
+        assert f"{p['value']:.5g}" in row
+        assert f"{against['value']:.5g}" in row
+        assert str(p["seq_len"]) in row
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--context", "16,96"], "seq_len 96 is longer than the model's 64 positions; use 64 or less"),
+        (["--context", "16,16"], "context lengths are distinct"),
+        (["--context", "16,many"], "--context 16,many: 'many' is no whole number; write such as 512,1024"),
+        (["--context", "16", "--seq-len", "16"], "--seq-len and --context contradict each other"),
+        (
+            ["--tokens", "nowhere/t.parquet"],
+            "nowhere/t.parquet cannot be written: there is no folder nowhere",
+        ),
+        (["--tokens", "t.csv"], "--tokens t.csv writes Parquet; name the file t.parquet"),
+    ],
+)
+def test_mistakes_in_lengths_and_files(
+    fails: Fails, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, options: list[str], told: str
+) -> None:
+    argv = ["eval", tiny_checkpoint("llama"), "--ppl", tmp_path / "text.txt", "--device", "cpu", *options]
+    assert told in fails(*argv)
+    assert told in fails(*argv, "--against", tiny_checkpoint("llama"))
+
+
+def test_no_data_and_no_network_says_how_to_give_a_folder(
+    fails: Fails, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    model = tiny_checkpoint("llama")
+    for argv in (["eval", model, "--ppl", "wikitext2"], ["eval", model, "--against", model]):
+        message = fails(*argv)
+        assert "no text for wikitext2:test" in message
+        assert "give a folder with --data-dir or LRC_DATA_DIR" in message
+
+
+def test_the_same_command_gives_the_same_digits(
+    succeeds: Run, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    argv = ["eval", tiny_checkpoint("llama"), "--against", tiny_checkpoint("gpt2"), "--context", "16,48"]
+    argv += ["--ppl", tmp_path / "text.txt", "--device", "cpu"]
+
+    def digits(printed: str) -> list[str]:
+        return [line for line in printed.splitlines() if '"seconds"' not in line and "per_second" not in line]
+
+    first, again = (digits(succeeds(*argv, "--json").stdout) for _ in range(2))
+    assert first == again
+    assert len(first) > 60

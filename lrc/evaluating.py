@@ -1,0 +1,81 @@
+"""Holds a model against another: what ``lrc eval --against`` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrc.evaluation.folder import find_loading
+from lrc.evaluation.pair import evaluate_pair
+from lrc.evaluation.passage import choose_seq_lens, read_config
+from lrc.evaluation.perplexity import Progress
+from lrc.evaluation.records import token_file
+from lrc.hub.names import default_text, resolve_model
+from lrc.ranks import ALONE, Ranks
+from lrc.report.comparison import Comparison, Evaluated
+from lrc.room import memory_advice
+from lrc.text.source import read_text
+
+
+def evaluate_against(
+    model: str | Path,
+    against: str | Path,
+    ppl: str | Sequence[str] | None = None,
+    *,
+    seq_len: int | Sequence[int] | None = None,
+    max_windows: int | None = None,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    streamed: bool | None = None,
+    tokens: str | Path | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> Comparison:
+    """A model beside the one it is held ``against``, usually its original, on the same windows of each text.
+
+    Besides both perplexities it has what ``lrc.evaluation.pair.TokenByToken`` says, where the two read the text as the
+    same tokens; else bits per byte alone compare. ``revision`` is of ``model``; a length in ``seq_len`` is one that
+    both can be measured with. Both models are loaded at once: whole where both fit, else both a layer at a time. The
+    rest is as for ``lrc.evaluate``. Raises UserError for a model or text that cannot be had, and where ``tokens`` are
+    to be kept of models whose tokens differ.
+    """
+    ours, theirs = (
+        resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path,
+        resolve_model(str(against), allow_pickle=allow_pickle).path,
+    )
+    configs = [read_config(folder, trust_remote_code=trust_remote_code) for folder in (ours, theirs)]
+    lengths = choose_seq_lens(configs, seq_len)
+    specs = default_text(str(model)) if ppl is None else ppl
+    folder = None if data_dir is None else Path(data_dir)
+    texts = [read_text(spec, "evaluation", folder) for spec in ([specs] if isinstance(specs, str) else specs)]
+    loading = find_loading(
+        device,
+        dtype,
+        streamed,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        ranks=ranks,
+    )
+    with (
+        memory_advice("--streamed, a shorter --seq-len, or --device cpu"),
+        token_file(tokens, paired=True, ranks=ranks) as keep,
+    ):
+        pairs = evaluate_pair(
+            (ours, theirs),
+            texts,
+            lengths,
+            loading,
+            max_windows=max_windows,
+            progress=progress,
+            keep=keep,
+            ranks=ranks,
+        )
+    of, held = (
+        Evaluated(str(name), [getattr(pair, side) for pair in pairs])
+        for name, side in ((model, "ours"), (against, "theirs"))
+    )
+    return Comparison(of, held, pairs)
