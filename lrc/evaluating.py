@@ -1,15 +1,17 @@
-"""Holds a model against another: what ``lrc eval --against`` calls."""
+"""Holds a model against another, and puts tasks to models: what ``lrc eval --against`` and ``--tasks`` call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrc.errors import UserError
 from lrc.evaluation.folder import find_loading
 from lrc.evaluation.pair import evaluate_pair
 from lrc.evaluation.passage import choose_seq_lens, read_config
 from lrc.evaluation.perplexity import Progress
 from lrc.evaluation.records import token_file
+from lrc.evaluation.tasks import Tasks, TaskScore
 from lrc.hub.names import default_text, resolve_model
 from lrc.ranks import ALONE, Ranks
 from lrc.report.comparison import Comparison, Evaluated
@@ -79,3 +81,37 @@ def evaluate_against(
         for name, side in ((model, "ours"), (against, "theirs"))
     )
     return Comparison(of, held, pairs)
+
+
+def evaluate_tasks(
+    models: Sequence[str | Path],
+    tasks: str | Sequence[str],
+    *,
+    tasks_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    streamed: bool | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    ranks: Ranks = ALONE,
+) -> list[list[TaskScore]]:
+    """Scores of each model on tasks of lm-evaluation-harness, which come from ``tasks_dir`` too; whole models alone.
+
+    ``revision`` is of the first. Raises UserError where the harness is not installed, for a task or data that cannot be
+    had, a model that does not fit whole, and of several processes.
+    """
+    if not ranks.alone:
+        raise UserError("--tasks runs in one process; start the command without a launcher")
+    folders = [
+        resolve_model(str(model), revision=None if i else revision, allow_pickle=allow_pickle).path
+        for i, model in enumerate(models)
+    ]
+    loading = find_loading(
+        device, dtype, streamed, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    found = Tasks(
+        [tasks] if isinstance(tasks, str) else tasks, None if tasks_dir is None else Path(tasks_dir)
+    )
+    with memory_advice("--dtype bfloat16, or --device cpu"):
+        return [found.evaluate(folder, loading) for folder in folders]

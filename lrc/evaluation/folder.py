@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -63,12 +63,20 @@ def find_loading(
     return Loading(place, precision, streamed, scratch, allow_pickle, trust_remote_code)
 
 
+def fit(folders: Iterable[Path], vocab: int, loading: Loading) -> bool:
+    """Whether the models of folders fit on the device at once, whole; pickled ones are taken to.
+
+    ``vocab``: entries of their vocabularies together, which say how large a batch's logits are.
+    """
+    stored = [*chain(*(read_headers(folder.glob("*.safetensors")).values() for folder in folders))]
+    return not stored or fits_whole(stored, vocab, loading.dtype, loading.device)
+
+
 @contextmanager
 def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[list[Model]]:
     """The models of folders until the context closes, all at once: whole where all fit, else each a layer at a time.
 
-    ``vocab``: entries of their vocabularies together, which say how large a batch's logits are. Raises UserError for a
-    model that cannot be had.
+    ``vocab`` as for ``fit``. Raises UserError for a model that cannot be had.
     """
     trusted: dict[str, Any] = {
         "allow_pickle": loading.allow_pickle,
@@ -76,8 +84,7 @@ def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[li
     }
     streamed = loading.streamed
     if streamed is None:
-        stored = [*chain(*(read_headers(folder.glob("*.safetensors")).values() for folder in folders))]
-        streamed = bool(stored) and not fits_whole(stored, vocab, loading.dtype, loading.device)
+        streamed = not fit(folders, vocab, loading)
     models: list[Model] = []
     try:
         for folder in folders:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
+from lrc.evaluation.tasks import TaskScore
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model, as the user named it, and its perplexity on each text, in windows of each length."""
+    """A model, as the user named it: perplexity on each text in windows of each length, and scores on tasks."""
 
     model: str
     perplexity: list[Perplexity]
+    tasks: list[TaskScore] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class Comparison:
         figures = [p for each in (self.of, self.against) if each for p in each.perplexity]
         texts = [note for figure in figures for note in figure.notes]
         return list(dict.fromkeys([*texts, *(note for pair in self.pairs for note in pair.notes)]))
+
+    def with_tasks(
+        self, of: list[TaskScore] | None = None, against: list[TaskScore] | None = None
+    ) -> Comparison:
+        """The same with scores on tasks."""
+        both = (self.of, of), (self.against, against)
+        ours, theirs = (each and replace(each, tasks=scores or []) for each, scores in both)
+        return replace(self, of=ours, against=theirs)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON values."""

@@ -12,7 +12,8 @@ from lrc.checkpoint.sizes import Size
 from lrc.evaluation.bootstrap import RESAMPLES, Estimate
 from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
-from lrc.report.comparison import Comparison
+from lrc.evaluation.tasks import TaskScore
+from lrc.report.comparison import Comparison, Evaluated
 from lrc.report.groups import summarise
 from lrc.report.report import Report
 
@@ -55,8 +56,8 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield f"wrote {report.out}"
 
 
-def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
-    """Perplexity by text and length of one model, or of two with their ratio and what tokens lose."""
+def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
+    """Perplexity by text and length and scores on tasks of one model, or of two with what one lost."""
     of, against = comparison.of, comparison.against
     yield f"model: {of.model}"
     if against is None:
@@ -83,7 +84,39 @@ def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
     if any(pair.tokens for pair in comparison.pairs):
         yield _token_by_token(comparison.pairs)
         yield f"95 % intervals in brackets: {RESAMPLES:,} resamples of whole windows, both models' together"
+    if of.tasks:
+        yield _tasks(of, against)
     yield from _warnings(comparison.notes)
+
+
+def _tasks(of: Evaluated, against: Evaluated | None) -> Table:
+    """Scores with their standard errors, and where there is another model its own and the difference."""
+    table = _table(
+        "task",
+        "metric",
+        "shots:r",
+        "documents:r",
+        "model:r",
+        *(["against:r", "difference:r"] if against else []),
+    )
+    others = {(s.task, s.metric, s.filter): s for s in (against.tasks if against else [])}
+    for score in of.tasks:
+        name = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+        better = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
+        cells = [
+            score.task,
+            f"{name}{better}",
+            *("" if n is None else str(n) for n in (score.shots, score.documents)),
+        ]
+        cells.append(_score(score))
+        if other := others.get((score.task, score.metric, score.filter)):
+            cells += [_score(other), f"{score.value - other.value:+.4f}"]
+        table.add_row(*cells)
+    return table
+
+
+def _score(score: TaskScore) -> str:
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
 
 
 def _token_by_token(pairs: Iterable[Pair]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,66 @@ def test_the_same_command_gives_the_same_digits(
     first, again = (digits(succeeds(*argv, "--json").stdout) for _ in range(2))
     assert first == again
     assert len(first) > 60
+
+
+TASK = """
+task: endings
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{endings}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.fixture
+def tasks_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one task on local data."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"start": "It was", "endings": ["cold", "not so"]},
+        {"start": "A", "endings": ["day", "night at"]},
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "endings.yaml").write_text(TASK.format(data=folder / "data.jsonl"), encoding="utf-8")
+    return folder
+
+
+def test_tasks_of_both_models(
+    succeeds: Run, tiny_checkpoint: TinyCheckpoint, tasks_dir: Path, tmp_path: Path
+) -> None:
+    argv = [
+        "eval",
+        tiny_checkpoint("llama"),
+        "--against",
+        tiny_checkpoint("llama", seed=1),
+        "--device",
+        "cpu",
+    ]
+    argv += ["--tasks", "endings", "--tasks-dir", tasks_dir]
+    result = succeeds(*argv, "--json")
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert found["perplexity"] == []  # no text is named
+    (ours,), (theirs,) = found["tasks"], found["against"]["tasks"]
+    assert (ours["task"], ours["metric"], ours["documents"]) == ("endings", "acc", 2)
+    printed = succeeds(*argv, "--ppl", tmp_path / "text.txt").stdout
+    assert f"{ours['value']:.4f} ± {ours['stderr']:.4f}" in printed
+    assert f"{ours['value'] - theirs['value']:+.4f}" in printed
+    assert "top-1 agreement" in printed
+
+
+def test_tasks_without_the_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    told = "tasks are run by lm-evaluation-harness, which is not installed: pip install 'lrc[tasks]'\n"
+    assert fails("eval", "tiny-gpt2", "--tasks", "arc_easy") == told
+
+
+def test_a_folder_of_tasks_without_tasks(fails: Fails, tasks_dir: Path) -> None:
+    told = fails("eval", "tiny-gpt2", "--tasks-dir", tasks_dir)
+    assert "--tasks-dir has no effect without --tasks" in told
