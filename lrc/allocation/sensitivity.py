@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lrc.allocate import Curve
 from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
-from lrc.assemble import assemble
 from lrc.collect import Statistics
 from lrc.errors import UserError
 from lrc.evaluation.nll import token_nll
@@ -125,9 +124,7 @@ class Sensitivity:
 
     def _alone(self, index: int, _: str, solution: Solution) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""
-        skeleton, dtype = self._stream.skeletons[index], self._stream.reader.dtype
-        reduced = assemble(self._architecture, skeleton, self._states[index], [solution], dtype)
-        layer = self._stream.filled(reduced.module, reduced.state)
+        layer = self._setting.reduced(self._stream, index, self._states[index], solution)
         hidden = (self._through(index, batch, layer) for batch in self._held)
         return self._loss(hidden, f"at layer {index}")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from lrc.allocation.contract import Setting
 from lrc.methods.contract import Problem
@@ -16,13 +18,14 @@ from lrc.text.blocks import batched
 @dataclass(frozen=True)
 class Stop:
     """One layer, or None for what is outside of them: what the plans ask of it by target and size, and the problems by
-    target. ``done``: steps of the way up to here and with it.
+    target. ``done``: steps of the way up to here and with it. ``state``: the layer's tensors, none outside of them.
     """
 
     layer: int | None
     asked: Mapping[tuple[str, int], Assignment]
     problems: Mapping[str, Problem]
     done: int
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def walk(setting: Setting) -> Iterator[Stop]:
@@ -38,7 +41,7 @@ def walk(setting: Setting) -> Iterator[Stop]:
             plan, found = setting.at_all_sizes(index), gradients.pop(index, None)
             statistics = read_statistics(stream, plan, layer, state, batches, found)
             problems = {target: pose(architecture, target, state, statistics) for target, _ in asked}
-            yield Stop(index, asked, problems, index + 1)
+            yield Stop(index, asked, problems, index + 1, state)
         for batch in batches:
             batch.hidden = stream.advance(layer, index, batch, batch.hidden)
     if asked := setting.asked(None):
