@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a module imports from the layers below and from its own package.
 LAYERS = (
     ("errors",),
-    ("linalg", "discovery", "stopwatch", "launcher"),
+    ("linalg", "discovery", "stopwatch", "launcher", "plots"),
     ("ranks",),
     ("alternating",),
     ("moments",),
@@ -123,7 +123,7 @@ def test_family_names_stay_in_their_room() -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = "{'torch', 'transformers', 'datasets', 'pydantic'}"
+    heavy = "{'torch', 'transformers', 'datasets', 'pydantic', 'matplotlib'}"
     script = f"import sys, lrc; print({heavy} & set(sys.modules) or 'light')"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "light"
