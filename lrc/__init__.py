@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 from lrc.hub.register import install
 
 if TYPE_CHECKING:
+    from lrc.ablation import ablate
     from lrc.api import compress, evaluate
     from lrc.evaluating import evaluate_against
     from lrc.hub.loader import load
     from lrc.planning import make_plan
 
-__all__ = ["__version__", "compress", "evaluate", "evaluate_against", "load", "make_plan"]
+__all__ = ["__version__", "ablate", "compress", "evaluate", "evaluate_against", "load", "make_plan"]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ablate": "lrc.ablation",
     "compress": "lrc.api",
     "evaluate": "lrc.api",
     "evaluate_against": "lrc.evaluating",

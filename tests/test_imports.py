@@ -40,7 +40,7 @@ LAYERS = (
     ("output", "allocation"),
     ("catalogue", "check", "integrity"),
     ("report",),
-    ("api", "planning", "evaluating"),
+    ("api", "planning", "evaluating", "ablation"),
     ("cli", "__init__"),
     ("__main__",),
 )

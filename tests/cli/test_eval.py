@@ -1,4 +1,4 @@
-"""``lrc eval --against``: both models by the same measure, and mistakes told before any is measured."""
+"""``lrc eval``: two models by the same measure, tasks, parts alone; and mistakes told before any is measured."""
 
 from __future__ import annotations
 
@@ -248,3 +248,67 @@ def test_tasks_without_the_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch) 
 def test_a_folder_of_tasks_without_tasks(fails: Fails, tasks_dir: Path) -> None:
     told = fails("eval", "tiny-gpt2", "--tasks-dir", tasks_dir)
     assert "--tasks-dir has no effect without --tasks" in told
+
+
+@pytest.fixture
+def ablation(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[object]:
+    """``lrc eval --ablate`` of a tiny checkpoint, on four calibration blocks."""
+    head = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
+    monkeypatch.setattr("lrc.ablation._HEAD", head)
+    text = tmp_path / "text.txt"
+    argv = ["eval", "--ablate", tiny_checkpoint("llama"), "--ppl", text, "--calib", text, "--device", "cpu"]
+    return [*argv, "--keeps", "0.5,0.25"]
+
+
+def test_an_ablation_prints_and_draws(succeeds: Run, ablation: list[object], work: Path) -> None:
+    found = json.loads(succeeds(*ablation, "--json").stdout)
+    assert found["measured"] == len(found["results"]) == 20
+    printed = succeeds(*ablation).stdout
+    assert f"{found['dense']['value']:.5g}" in printed
+    for result in found["results"]:
+        row = next(line for line in printed.splitlines() if f" {result['target']} " in line)
+        assert f"{result['perplexity']:.5g} (" in row
+        assert result["method"] in row
+    assert "0.25 kept, 4x" in printed
+    assert "0 of 20 measured in this run" in printed
+    assert sorted(path.name for path in work.iterdir()) == sorted([found["file"], found["picture"]])
+    assert "down" in (work / found["picture"]).read_text(encoding="utf-8")
+    assert "warning: qk keeps" not in printed
+    coarse = json.loads(succeeds(*ablation, "--keeps", "0.001", "--method", "a3", "--json").stdout)[
+        "warnings"
+    ]
+    assert "qk keeps 0.25 of its weights where 0.001 is asked for; its sizes are coarse" in coarse
+
+
+def test_an_interrupted_ablation_says_that_it_goes_on(
+    run: Run, ablation: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrc.ablation.losses", interrupt)
+    result = run(*ablation)
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--against", "tiny-gpt2"], "--against: no effect with --ablate; leave it out"),
+        (["--tokens", "t.parquet", "--streamed"], "--tokens and --streamed/--whole: no effect with --ablate"),
+        (["--ppl", "builtin,ptb"], "--ablate measures on one text, not 2; run it again for each"),
+        (["--keeps", "half"], "--keeps half: 'half' is not a number"),
+        (["--keeps", "2"], "--keeps 2: fractions are distinct, above 0 and below 1"),
+        (["--method", "svt"], "unknown method 'svt'; did you mean 'svd'?"),
+    ],
+)
+def test_mistakes_in_an_ablation(fails: Fails, ablation: list[object], options: list[str], told: str) -> None:
+    assert told in fails(*ablation, *options)
+
+
+@pytest.mark.parametrize("option", [["--keeps", "0.5"], ["--method", "svd"], ["--fresh"]])
+def test_options_of_an_ablation_alone(fails: Fails, option: list[str]) -> None:
+    assert f"{option[0]}: no effect without --ablate; leave it out" in fails("eval", "tiny-gpt2", *option)

@@ -133,6 +133,45 @@ def test_eval_against_another(
     only_the_first_spoke(refused)
 
 
+def ablation(argv: list[str]) -> None:
+    """``lrc eval --ablate`` on four calibration blocks, as one of several processes runs it."""
+    import lrc.ablation
+
+    lrc.ablation._HEAD = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
+    verb(argv)
+
+
+def test_an_ablation(
+    tiny_checkpoint: TinyCheckpoint,
+    work: Path,
+    together: Together,
+    succeeds: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = str(work.parent / "text.txt")
+    argv = [
+        "eval",
+        "--ablate",
+        str(tiny_checkpoint("llama")),
+        "--keeps",
+        "0.5",
+        "--ppl",
+        text,
+        "--calib",
+        text,
+    ]
+    argv += ["--device", "cpu", "--json"]
+    ended = together(ablation, argv, cwd=work)
+    assert codes(ended) == [0, 0], ended
+    only_the_first_spoke(ended)
+    monkeypatch.setattr("lrc.ablation._HEAD", "format: 1\nrefit: none\ncalibration: {samples: 4}\n")
+    found, expected = json.loads(ended[0].out), json.loads(succeeds(*argv, "--fresh").stdout)
+    assert found["file"] == expected["file"]
+    for ours, theirs in zip(found["results"], expected["results"], strict=True):
+        assert ours["nats"] == pytest.approx(theirs["nats"], rel=1e-3)
+        assert (ours["target"], ours["kept"]) == (theirs["target"], theirs["kept"])
+
+
 def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_bytes(
     argv: list[str], work: Path, together: Together
 ) -> None:
