@@ -36,7 +36,7 @@ class Bootstrap:
 
     def __init__(self, windows: int) -> None:
         generator = torch.Generator().manual_seed(seed_for(_SEED, "bootstrap"))
-        self._counts = torch.zeros(RESAMPLES, windows, dtype=torch.float64)
+        self._counts = torch.zeros(RESAMPLES, windows, dtype=torch.int16)  # there may be many windows
         for row in self._counts:
             drawn = torch.randint(windows, (windows,), generator=generator)
             row.copy_(torch.bincount(drawn, minlength=windows))
@@ -76,7 +76,8 @@ class Bootstrap:
         """Sums over every resample of (windows,), which may be infinite or NaN: a window not drawn adds nothing."""
         odd = ~sums.isfinite()
         drawn = torch.where(self._counts[:, odd] > 0, sums[odd], 0.0)
-        return self._counts @ sums.masked_fill(odd, 0.0) + drawn.sum(dim=1)
+        rows, finite = max(_CELLS // len(sums), 1), sums.masked_fill(odd, 0.0)
+        return torch.cat([some.double() @ finite for some in self._counts.split(rows)]) + drawn.sum(dim=1)
 
     def _estimate(self, value: float, resampled: Tensor) -> Estimate:
         if self._counts.shape[1] < 2:

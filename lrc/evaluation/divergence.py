@@ -39,7 +39,8 @@ def divergence(logits: Tensor, against: Tensor, ids: Tensor) -> Divergence:
         nll[window, rows] = -q.gather(-1, targets)[:, 0]
         nll_against[window, rows] = -p.gather(-1, targets)[:, 0]
         agree[window, rows] = q.argmax(-1) == p.argmax(-1)
-        # What p rules out adds nothing, though its logarithm has no finite value.
-        terms = p.exp().mul_((p - q).masked_fill_(p == -torch.inf, 0.0))
+        weights = p.exp()
+        # What p rules out adds nothing, though the logarithms may have no finite value.
+        terms = (p - q).masked_fill_(weights == 0, 0.0).mul_(weights)
         kl[window, rows] = terms.sum(-1, dtype=torch.float64).float()
     return Divergence(nll, nll_against, kl, agree)

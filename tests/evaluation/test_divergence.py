@@ -53,3 +53,6 @@ def test_what_is_ruled_out_is_infinite_one_way_and_nothing_the_other(ids):
     ids = torch.where(ids == 7, 8, ids)
     assert divergence(ours, theirs, ids).kl.isfinite().all()
     assert (divergence(theirs, ours, ids).kl == torch.inf).all()
+    ours[..., 7] = -torch.inf
+    theirs[..., 7] = -200.0  # as good as ruled out: its probability is nothing in float32
+    assert divergence(ours, theirs, ids).kl.isfinite().all()
