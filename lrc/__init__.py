@@ -9,20 +9,36 @@ from lrc.hub.register import install
 if TYPE_CHECKING:
     from lrc.ablation import ablate
     from lrc.api import compress, evaluate
+    from lrc.benchmark.bench import bench
     from lrc.evaluating import evaluate_against
     from lrc.hub.loader import load
+    from lrc.modules.fuse import fuse, unfuse
     from lrc.planning import make_plan
 
-__all__ = ["__version__", "ablate", "compress", "evaluate", "evaluate_against", "load", "make_plan"]
+__all__ = [
+    "__version__",
+    "ablate",
+    "bench",
+    "compress",
+    "evaluate",
+    "evaluate_against",
+    "fuse",
+    "load",
+    "make_plan",
+    "unfuse",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
     "ablate": "lrc.ablation",
+    "bench": "lrc.benchmark.bench",
     "compress": "lrc.api",
     "evaluate": "lrc.api",
     "evaluate_against": "lrc.evaluating",
+    "fuse": "lrc.modules.fuse",
     "load": "lrc.hub.loader",
     "make_plan": "lrc.planning",
+    "unfuse": "lrc.modules.fuse",
 }
 
 

@@ -216,15 +216,14 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
                 layer = text.materialize(index, stop.state)
             else:
                 layer = setting.reduced(text, index, stop.state, solved)
-            hidden[number] = [
-                text.advance(layer, index, batch, states)
-                for batch, states in zip(batches, hidden[number], strict=True)
-            ]
+            text.advance_states(layer, index, batches, hidden[number])
         advance(1)
     tail, found = text.tail(), []
     for each in hidden:
+        arriving = text.passing(each)
         nats = sum(
-            float(token_nll(tail(states), one).double().sum()) for states, one in zip(each, ids, strict=True)
+            float(token_nll(tail(states), one).double().sum())
+            for (states,), one in zip(arriving, ids, strict=True)
         )
         found.append(math.fsum(ranks.gather(nats)) / (cut.numel() - len(cut)))
     return found

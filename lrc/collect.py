@@ -89,7 +89,7 @@ class LayerSums:
             if not bool(moment.second.diagonal().isfinite().all()):
                 raise UserError(f"layer {self._index}: activations at {site} are NaN or inf")
         attention = self._attention.moment() if self._attention else None
-        return Statistics(moments, attention, gradients and gradients.to(self._stream.device))
+        return Statistics(moments, attention, gradients and gradients.moved(self._stream.fetch))
 
     def _add_attention(self, total: AttentionSum, call: Call) -> None:
         heads, x = self._architecture.geometry, self._stream.cast(call.input)

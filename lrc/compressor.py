@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ class Compressor:
         # By batch, whether it chooses ridges and the logits' scale; those are the last.
         self._held: list[bool] = []
         self._any_held = self._opens = False  # in any process; whether the first block measured is here
-        self._gradients: dict[int, GradientMoment] = {}  # on the host, each until its layer is solved
+        self._gradients: dict[int, GradientMoment] = {}  # each until its layer is solved
         # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
         self._compressed: list[Tensor] | None = None
 
@@ -161,9 +161,10 @@ class Compressor:
         gradients = self._gradients.pop(plan.index, None)
         sums = layer_sums(self._stream, plan, layer, state)
         middles, measured = [], []
-        for batch, held in zip(self._batches, self._held, strict=True):
+        states = self._stream.passing(batch.hidden for batch in self._batches)
+        for batch, held, (hidden,) in zip(self._batches, self._held, states, strict=True):
             with observe(layer, {"middle": self._family.mlp_norm, **sums.watched}) as calls:
-                out = self._stream.run(layer, plan.index, batch, batch.hidden)
+                out = self._stream.run(layer, plan.index, batch, hidden)
             sums.add(calls)
             if self._refits:
                 middles.append(self._stream.states.keep(calls["middle"].input))
@@ -182,9 +183,10 @@ class Compressor:
     ) -> dict[str, Measured]:
         """What the solutions really do to the outputs of the original layer."""
         measure = LayerMeasure(self._stream, index, state, solutions, opens=self._opens)
-        for batch in batches:
+        states = self._stream.passing(batch.hidden for batch in batches)
+        for batch, (hidden,) in zip(batches, states, strict=True):
             with observe(layer, measure.watched) as calls:
-                self._stream.run(layer, index, batch, batch.hidden)
+                self._stream.run(layer, index, batch, hidden)
             measure.add(calls)
         return measure.results()
 
@@ -207,38 +209,48 @@ class Compressor:
         module, refits = reduced.module, list[RefitRecord]()
         outputs = {role: path for role in roles if (path := _output_path(reduced, role)) is not None}
         # What the attention's output projection reads does not change with it, so that attention runs once.
-        read: list[Tensor] = []
+        read: list[Tensor] | None = None
 
-        def run(i: int) -> Tensor:
-            attended = self._apply(module.get_submodule(outputs["o"]), read[i]) if read else None
-            return self._stream.run(module, index, self._batches[i], compressed[i], attended=attended)
+        def states(
+            *more: Iterable[Tensor],
+        ) -> Iterator[tuple[Batch, Tensor, Tensor | None, tuple[Tensor, ...]]]:
+            """Batches, their compressed stream, what the attention puts out where it has run, and more of theirs."""
+            known = [] if read is None else [read]
+            for batch, (hidden, *others) in zip(
+                self._batches, self._stream.passing(compressed, *known, *more), strict=True
+            ):
+                attended = self._apply(module.get_submodule(outputs["o"]), others.pop(0)) if known else None
+                yield batch, hidden, attended, tuple(others)
 
         if path := outputs.get("o"):
             sums, inputs = self._refit_sum(reduced, path), list[Tensor]()
-            for i, (batch, middle) in enumerate(zip(self._batches, middles, strict=True)):
+            for i, (batch, hidden, _, (middle,)) in enumerate(states(middles)):
                 with observe(module, {"x": path}, stop_at="x") as seen:
-                    self._stream.run(module, index, batch, compressed[i])
+                    self._stream.run(module, index, batch, hidden)
                 x = self._stream.cast(seen["x"].input)
-                self._add(i, reduced, path, sums, x, middle, compressed[i])
+                self._add(i, reduced, path, sums, x, middle, hidden)
                 inputs.append(self._stream.states.keep(x))
             refits.append(self._replace(reduced, path, sums).record(index, "o"))
             read = inputs
         if path := outputs.get(role := self._family.mlp_output):
             sums = self._refit_sum(reduced, path)
-            for i, batch in enumerate(self._batches):
+            goals = (batch.hidden for batch in self._batches)
+            for i, (batch, hidden, attended, (goal,)) in enumerate(states(goals)):
                 with observe(module, {"middle": self._family.mlp_norm, "x": path}, stop_at="x") as seen:
-                    run(i)
+                    self._stream.run(module, index, batch, hidden, attended=attended)
                 x, middle = self._stream.cast(seen["x"].input), seen["middle"].input
-                self._add(i, reduced, path, sums, x, batch.hidden, middle)
+                self._add(i, reduced, path, sums, x, goal, middle)
             refits.append(self._replace(reduced, path, sums).record(index, role))
-        for i in range(len(compressed)):
-            compressed[i] = self._stream.states.keep(run(i))
+        for i, (batch, hidden, attended, _) in enumerate(states()):
+            compressed[i] = self._stream.states.keep(
+                self._stream.run(module, index, batch, hidden, attended=attended)
+            )
         return refits
 
     @torch.no_grad()
     def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
         with self._stream.precision():
-            return linear(self._stream.fetch(x))
+            return linear(x)
 
     def _add(
         self,
@@ -253,7 +265,6 @@ class Compressor:
         """Sum a batch for the refit of the linear at ``path``: what it reads, and where it should take the compressed
         stream and does.
         """
-        goal, stream = (self._stream.fetch(state) for state in (goal, stream))
         reached = stream + self._apply(reduced.module.get_submodule(path), x)
         sums.add(x, goal, reached, self._held[i])
 
@@ -306,13 +317,11 @@ class Compressor:
             self._compressed = [batch.hidden for batch in self._batches]
 
     def _advance_original(self, layer: nn.Module, index: int) -> None:
-        for batch in self._batches:
-            batch.hidden = self._stream.advance(layer, index, batch, batch.hidden)
+        self._stream.advance(layer, index, self._batches)
 
     def _advance_compressed(self, layer: nn.Module, index: int) -> None:
         if self._compressed is not None:
-            for i, batch in enumerate(self._batches):
-                self._compressed[i] = self._stream.advance(layer, index, batch, self._compressed[i])
+            self._stream.advance_states(layer, index, self._batches, self._compressed)
 
     def _resume(self, index: int, layer: nn.Module) -> None:
         """Take both streams past a layer that an earlier run finished."""

@@ -1,16 +1,15 @@
 """Gradients of the loss at every layer, layer by layer: the model runs forward once, then its layers in reverse.
 
 The labels are drawn from the model's own distribution at every position (the true Fisher information; text is needed
-as input alone), and only activations are differentiated. The device holds one layer, its sums and one batch. Inputs of
-layers wait on the host, or on disk where states wait there: all of them where they fit in ``_KEEP_ALL`` bytes, else
-every ⌈√layers⌉-th, and those between two are computed again when the way back gets there, which costs one more forward
-pass.
+as input alone), and only activations are differentiated. Inputs of layers and the moments found wait where states do,
+and the device holds one layer, its sums and one batch beside that. Of the inputs all are kept where they fit in
+``_KEEP_ALL`` bytes, else every ⌈√layers⌉-th, and those between two are computed again when the way back gets there,
+which costs one more forward pass.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -35,7 +34,7 @@ def stride(layers: int, state_bytes: int) -> int:
 
 
 def states_held(layers: int, every: int) -> int:
-    """The most inputs of layers that wait on the host, one gradient among them."""
+    """The most inputs of layers that wait, one gradient among them."""
     return math.ceil(layers / every) + every
 
 
@@ -54,7 +53,7 @@ def gradient_moments(
     layer: Callable[[int], nn.Module] | None = None,
     every: int | None = None,
 ) -> dict[int, GradientMoment]:
-    """Gradient moments, on the CPU, of the layers in ``wanted`` from token blocks (n, tokens).
+    """Gradient moments, where the stream's states wait, of the layers in ``wanted`` from token blocks (n, tokens).
 
     The processes of the stream split the blocks. The labels hang on ``seed`` and on the number of the block. ``layer``
     gives a layer on the device (default: read from the checkpoint, once for each pass); ``every`` how many layers lie
@@ -76,9 +75,10 @@ class _Sweep:
         every: int | None,
     ) -> None:
         self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
-        self._away = stream.states.off_device
         self._batches = stream.embed(batched(stream.ranks.mine(blocks), batch_size))
-        self._inputs = {0: [self._keep(batch) for batch in self._batches]}
+        self._inputs = {0: [batch.hidden for batch in self._batches]}
+        for batch in self._batches:  # a batch itself would keep them to the end
+            batch.hidden = batch.hidden.new_empty(0)
         self._every = every or stride(
             self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
         )
@@ -95,13 +95,8 @@ class _Sweep:
                 self._inputs[index] = self._forward(before, index, lambda _: True)
             moment = self._back(index, gradients, wanted.get(index, Wanted()))
             if moment:
-                found[index] = moment.to(torch.device("cpu"))
+                found[index] = moment.moved(self._stream.states.keep)
         return found
-
-    def _keep(self, batch: Batch) -> Tensor:
-        """A batch's hidden states on the host; the batch itself keeps none on the device."""
-        hidden, batch.hidden = batch.hidden, batch.hidden.new_empty(0)
-        return self._away.keep(hidden)
 
     def _forward(self, first: int, end: int, keep: Callable[[int], bool]) -> list[Tensor]:
         """From the input of layer ``first`` to that of ``end``, keeping those of the layers that ``keep`` names."""
@@ -110,10 +105,10 @@ class _Sweep:
             if keep(index):
                 self._inputs[index] = hidden
             module, finite, passed = self._layer(index), [], []
-            for batch, x in zip(self._batches, hidden, strict=True):
+            for batch, (x,) in zip(self._batches, self._stream.passing(hidden), strict=True):
                 out = self._stream.run(module, index, batch, x)
                 finite.append(out.isfinite().all())
-                passed.append(self._away.keep(out))
+                passed.append(self._stream.states.keep(out))
             if finite and not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
             hidden = passed
@@ -130,7 +125,7 @@ class _Sweep:
                 generator = torch.Generator(device).manual_seed(seed_for(seed, f"gradients/{number}"))
                 parts += [_drawn(tail, self._stream.fetch(part), generator) for part in block.split(rows)]
                 number += ranks.size
-            found.append(self._away.keep(torch.cat(parts).view_as(batch)))
+            found.append(self._stream.states.keep(torch.cat(parts).view_as(batch)))
         return found
 
     def _back(self, index: int, gradients: list[Tensor], wanted: Wanted) -> GradientMoment | None:
@@ -146,8 +141,8 @@ class _Sweep:
             queries=wanted.queries,
             device=self._stream.device,
         )
-        for i, batch in enumerate(self._batches):
-            gradients[i] = self._back_batch(module, index, batch, inputs[i], gradients[i], wanted, sums)
+        for i, (x, gradient) in enumerate(self._stream.passing(inputs, gradients)):
+            gradients[i] = self._back_batch(module, index, self._batches[i], x, gradient, wanted, sums)
         if not wanted:
             return None
         sums.reduce(self._stream.ranks)
@@ -166,21 +161,20 @@ class _Sweep:
         wanted: Wanted,
         sums: GradientSum,
     ) -> Tensor:
-        x, gradient = (self._stream.fetch(t) for t in (hidden, gradient))
-        x = x.detach().requires_grad_()
+        x = hidden.detach().requires_grad_()
         roles = [*wanted.roles, *(["q"] if wanted.queries else [])]
         paths = {self._architecture.family.projections[role].module for role in roles}
-        with observe(module, {path: path for path in paths}) as calls:
-            out = self._stream.run(module, index, batch, x, grad=True)
-        outputs = {path: calls[path].output for path in calls}
         scale = _scale(gradient)
-        with _same_bits(self._stream.device):
+        with _same_bits(self._stream.device):  # the way there chooses the attention's kernel for the way back
+            with observe(module, {path: path for path in paths}) as calls:
+                out = self._stream.run(module, index, batch, x, grad=True)
+            outputs = {path: calls[path].output for path in calls}
             found = torch.autograd.grad(out, [x, *outputs.values()], gradient * scale)
         if wanted:
             at = dict(zip(outputs, found[1:], strict=True))
             queries = (self._rows(outputs, "q").detach(), self._rows(at, "q")) if wanted.queries else None
             sums.add({role: self._rows(at, role) for role in wanted.roles}, queries, scale)
-        return self._away.keep(found[0] / scale)
+        return self._stream.states.keep(found[0] / scale)
 
     def _rows(self, outputs: Mapping[str, Tensor], role: str) -> Tensor:
         """A role's part of what its module puts out."""
@@ -219,7 +213,6 @@ def _same_bits(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

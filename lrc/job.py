@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +81,11 @@ def find_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:
             f"--device {name} is one GPU for {ranks.size} processes; say cuda, and each has its own"
         )
     device = torch.device(name)
-    if (
-        device.type == "cuda"
-    ):  # kernels that are compiled on the way run on the current device, whatever they are given
+    if device.type == "cuda":
+        # Kernels that are compiled on the way run on the current device, whatever they are given.
         torch.cuda.set_device(device)
+        # Without it torch refuses products where sums must have a fixed order; it is read at the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
 
 

@@ -1,8 +1,8 @@
-"""How much memory a compression takes on a GPU, and for gradients on the host, worked out from shapes.
+"""How much memory a compression takes on a GPU, and what waits elsewhere, worked out from shapes.
 
 The count follows ``lrc.compressor`` stage by stage. Between two layers only hidden states are held; within a layer
 
-    gradients weights + 2 · G + activations, or head + logits       before the streams are there; ``lrc.gradients``
+    gradients inputs + weights + 2 · G + activations, or head + logits      before the streams are there
     observe   states + weights + 2 · moments + activations          sums, and the means made of them
     solve     states + weights + moments + G + solutions + work     work: of the largest solve
     measure   states + weights + moments + reduced + activations + attention
@@ -28,10 +28,12 @@ bytes of a weight as stored and as run:
     attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
     sums         of a refit, in float32, kept twice: for the blocks fitted to and for those held out
     work         ``lrc.workspace``, float64
-    G            4 Σ m_i² of the outputs whose gradients the methods read
+    G            4 Σ m_i² of the outputs whose gradients the methods read; of the layers that are not solved yet beside
+                 everything from the sweep on, 0 as above
+    inputs       of layers, kept for the sweep back (``lrc.gradients``): 4 h for each token of ``gradient_samples``
+                 blocks, 0 as above
 
-Hidden states that wait elsewhere come back a batch at a time, a few of 4 t h. On the host, where gradients are read,
-lie inputs of layers, 4 h for each token of ``gradient_samples`` blocks, and the G of all layers.
+Hidden states that wait elsewhere come back a batch at a time, a few of 4 t h.
 
 It is an estimate: workspaces of the linear algebra library and fragments of the allocator are not in it.
 """
@@ -62,15 +64,16 @@ class Memory:
     """Estimated bytes on the GPU: the peak, the stage it falls in, and what every stage holds, of which ``states`` are
     hidden states at most, or would be elsewhere.
 
-    ``gradients_host``: bytes on the host that gradients take, 0 where no method reads them. ``samples`` blocks of
-    calibration, ``batch_size`` blocks at once and hidden states that wait on ``place`` are what was assumed.
+    ``gradients``: bytes that inputs of layers and gradient moments take where states wait, 0 where no method reads
+    any. ``samples`` blocks of calibration, ``batch_size`` blocks at once and states that wait on ``place`` are what was
+    assumed.
     """
 
     peak: int
     stage: str
     stages: dict[str, int]
     states: int
-    gradients_host: int
+    gradients: int
     samples: int
     batch_size: int
     dtype: str
@@ -145,6 +148,10 @@ class _Run:
         """What states that take ``held`` bytes take of the device."""
         return held if self.place == "device" else min(held, 4 * self.stream(self.batch_size))
 
+    def gradients(self, layers: Iterable[LayerPlan]) -> int:
+        """What the gradient moments of layers take of the device while they wait."""
+        return sum(self.gradient(layer) for layer in layers) if self.place == "device" else 0
+
 
 def estimate_memory(
     job: Job,
@@ -162,20 +169,22 @@ def estimate_memory(
     asked = job.plan.plan.calibration.samples
     samples = samples or (ASSUMED_SAMPLES if asked == "all" else asked)
     run = _Run(job, samples, dtype, min(batch_size, samples), place, losses)
-    stages = {"embed": _embed(run)}
-    if gradients_host := _gradients_host(run):
+    layers, gradients = job.plan.layers, _gradients_waiting(run)
+    stages = {"embed": _embed(run) + run.gradients(layers)}
+    if gradients:
         stages["gradients"] = _gradients(run)
     if job.plan.outer:
-        stages["outer"] = _outer(run)
-    for layer in job.plan.layers:
+        stages["outer"] = _outer(run) + run.gradients(layers)
+    for index, layer in enumerate(layers):
+        later = run.gradients(layers[index + 1 :])
         for stage, held in _layer(run, layer).items():
-            stages[stage] = max(stages.get(stage, 0), held)
+            stages[stage] = max(stages.get(stage, 0), held + later)
     if job.plan.plan.scales:
         stages["scale"] = _scale(run)
     states = max((_states(run, layer) + _read(run, layer) for layer in job.plan.layers), default=0)
     stage = max(stages, key=lambda name: stages[name])
     name = str(dtype).removeprefix("torch.")
-    return Memory(stages[stage], stage, stages, states, gradients_host, samples, run.batch_size, name, place)
+    return Memory(stages[stage], stage, stages, states, gradients, samples, run.batch_size, name, place)
 
 
 def measuring_memory(
@@ -227,10 +236,12 @@ def _gradients(run: _Run) -> int:
     width = architecture.matrices[architecture.family.mlp_output].columns
     # What differentiating keeps of a token, and what comes back.
     activations = tokens * (hidden * (14 * 4 + 10 * run.run) + width * 8 * run.run)
-    return max(_embed(replace(run, samples=samples)), head, run.weights + sums + activations)
+    held = _gradients_waiting(run) if run.place == "device" else run.waiting(run.stream(samples))
+    work = max(head, run.weights + sums + activations)
+    return max(_embed(replace(run, samples=samples)), held + work)
 
 
-def _gradients_host(run: _Run) -> int:
+def _gradients_waiting(run: _Run) -> int:
     """Inputs of layers, and the gradient moments of all; 0 where none are needed."""
     moments = sum(run.gradient(layer) for layer in run.job.plan.layers)
     layers, state = run.architecture.layers, run.stream(_gradient_samples(run))
@@ -306,8 +317,9 @@ def _layer(run: _Run, layer: LayerPlan) -> dict[str, int]:
     rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
     reduced = 2 * kept * run.stored + (0 if shared else (rest + kept) * run.run) + alone
     attention = 20 * architecture.heads * run.seq_len**2 if layer.targets & {"qk"} else 0
+    own = gradients if run.place == "device" else 0
     stages = {
-        "observe": base + 2 * moments + activations,
+        "observe": base + own + 2 * moments + activations,
         "solve": base
         + moments
         + gradients

@@ -113,8 +113,7 @@ class Outer:
         stream, states = self._stream, [batch.hidden for batch in batches]
         for index in range(self._architecture.layers):
             layer, _ = stream.layer(index)
-            for i, batch in enumerate(batches):
-                states[i] = stream.advance(layer, index, batch, states[i])
+            stream.advance_states(layer, index, batches, states)
         return final_moment(stream, states)
 
     def _reduce(

@@ -60,7 +60,7 @@ def make_plan(
     batch_size: int | None = None,
     states: str | None = None,
     curves: str | Path | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
     floor: float | None = None,
     cap: float = 1.0,
     fresh: bool = False,
@@ -83,7 +83,8 @@ def make_plan(
     whose first ``held_out_samples`` blocks sensitivity is measured on (default: wikitext2:validation; for built-in
     models what calibration does not draw of builtin:train). Curves are kept in the file ``curves`` (default: beside
     ``out``, under the name that ``lrc.curves.file_name`` gives to all that they hang on), to be used again unless
-    ``fresh``. Sizes are multiples of ``round_to``, and keep ``floor`` to ``cap`` of a target's weights (default: from
+    ``fresh``. Sizes are multiples of ``round_to`` (default: of eight where a
+    target is wide, at which matrix units are fast), and keep ``floor`` to ``cap`` of a target's weights (default: from
     the smallest whose cost is known, to all). The rest is as for ``lrc.compress``. Raises UserError for what the user
     can mend; no plan is written then.
     """
@@ -216,7 +217,7 @@ def _check_options(
 
 
 def _check_limits(name: str, limits: Limits, keeps: Sequence[float]) -> None:
-    if limits.round_to < 1:
+    if limits.round_to is not None and limits.round_to < 1:
         raise UserError(f"--round {limits.round_to} is too small; the smallest is 1")
     for option, value in (("--floor", limits.floor), ("--cap", limits.cap)):
         if value is not None and not 0 < value <= 1:

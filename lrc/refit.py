@@ -1,13 +1,15 @@
 """Refit of output projections to the original residual stream: linear regression with a ridge to the solution.
 
 The ridge is chosen on blocks that are kept out of that fit; the fit itself is then made on all of them. They are blocks
-of calibration: the methods' moments and the refits of the layers before have seen them.
+of calibration: the methods' moments and the refits of the layers before have seen them. Wide outputs are compared in
+random directions, where their squared error is on average the same (Johnson and Lindenstrauss), so that trying a ridge
+costs little more than its Cholesky factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +17,14 @@ from torch import Tensor
 
 from lrc.linalg import damped_cholesky, data_error
 from lrc.methods.contract import Affine
-from lrc.moments.moment import product
+from lrc.moments.moment import add_gram, product, whole
 from lrc.ranks import Ranks
 
 RIDGE = 0.1  # where there is only one block
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # of equals the first is taken: the one nearest to the start
 EIGHT = 8
+DIRECTIONS = 256
+_SEED = 0
 
 
 def held_out_blocks(count: int) -> Tensor:
@@ -98,6 +102,14 @@ class Refit:
         return RefitRecord(layer, role, self.ridge, self.raised, self.error, self.held_out)
 
 
+def directions(out: int, device: torch.device) -> Tensor | None:
+    """Normal directions (``DIRECTIONS``, out) in float64, the same in every run; None for outputs that are no more."""
+    if out <= DIRECTIONS:
+        return None
+    generator = torch.Generator(device).manual_seed(_SEED)
+    return torch.randn(DIRECTIONS, out, generator=generator, dtype=torch.float64, device=device)
+
+
 class RefitSum:
     """Sums over tokens of what a projection reads on the compressed stream and what it leaves that stream short of."""
 
@@ -119,17 +131,20 @@ class RefitSum:
         """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), t − W₀ x − b₀ what is missing.
 
         λ is the ridge times the mean diagonal of E[x xᵀ], centred where there is a bias. The ridge is the one of
-        ``RIDGES`` whose fit without the held-out blocks has the least error there. A projection without a bias gets
-        none.
+        ``RIDGES`` whose fit without the held-out blocks has the least error there, in ``DIRECTIONS`` of the output
+        where it is wider. A projection without a bias gets none.
         """
         biased = start.bias is not None
         ridge, held_out = RIDGE, None
         if self._held.tokens:
             fitted, held = self._fitted.means(), self._held.means()
-            errors = {each: held.error(fitted.change(each, biased)[0]) for each in RIDGES}
-            ridge = min(errors, key=errors.__getitem__)
-            held_out = StreamError(held.missing / held.size, errors[ridge] / held.size)
-            del fitted, held
+            some = directions(len(held.r), held.r.device)
+            fitted_in, held_in = fitted.along(some), held.along(some)
+            changes = {each: held_in.gained(fitted_in.change(each, biased)[0]) for each in RIDGES}
+            ridge = max(changes, key=changes.__getitem__)
+            error = held.error(fitted.change(ridge, biased)[0])
+            held_out = StreamError(held.missing / held.size, error / held.size)
+            del fitted, held, fitted_in, held_in
         every = self._fitted.plus(self._held).means()
         change, damping = every.change(ridge, biased)
         bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
@@ -163,7 +178,7 @@ class _Sums:
 
     def add(self, x: Tensor, goal: Tensor, reached: Tensor) -> None:
         rows, missing = x.flatten(0, -2), (goal - reached).flatten(0, -2)
-        self.gram += product(rows, rows)
+        add_gram(self.gram, rows)
         self.cross += product(missing, rows)
         self.x += rows.sum(dim=0, dtype=torch.float32)
         self.r += missing.sum(dim=0)
@@ -188,7 +203,7 @@ class _Sums:
 
     def means(self) -> _Means:
         return _Means(
-            self.gram / self.tokens,
+            whole(self.gram / self.tokens),
             *(sums.double() / self.tokens for sums in (self.cross, self.x, self.r)),
             missing=float(self.missing) / self.tokens,
             size=float(self.size) / self.tokens,
@@ -206,6 +221,12 @@ class _Means:
     missing: float
     size: float
 
+    def along(self, directions: Tensor | None) -> _Means:
+        """The same with r times some directions (k, out), but for its square: for comparing changes."""
+        if directions is None:
+            return self
+        return replace(self, cross=directions @ self.cross, r=directions @ self.r)
+
     def change(self, ridge: float, biased: bool) -> tuple[Affine, float]:
         """The D, d minimising E‖r − D x − d‖² + λ‖D‖²_F, and the damping used."""
         gram, cross = self.gram, self.cross
@@ -215,11 +236,15 @@ class _Means:
         weight = root.solve(cross)
         return Affine(weight, self.r - weight @ self.x if biased else None), root.damping
 
+    def gained(self, change: Affine) -> float:
+        """E‖r‖² − E‖r − D x − d‖²."""
+        weight, bias = change.weight, change.bias
+        found = 2 * (self.cross * weight).sum() - data_error(weight, self.gram)
+        if bias is not None:
+            found -= bias @ (bias - 2 * (self.r - weight @ self.x))
+        return float(found)
+
     def error(self, change: Affine) -> float:
         """E‖r − D x − d‖²."""
-        weight, bias = change.weight, change.bias
-        found = self.missing - 2 * (self.cross * weight).sum() + data_error(weight, self.gram)
-        if bias is not None:
-            found += bias @ (bias - 2 * (self.r - weight @ self.x))
         # Never below zero, though the difference of float32 sums may be by rounding.
-        return max(float(found), 0.0)
+        return max(self.missing - self.gained(change), 0.0)

@@ -40,12 +40,12 @@ def choose_place(
     """Where hidden states wait: where it is ``asked``, else on the first of device, host and disk that has the room."""
     if asked is not None:
         return asked
-    memory, host = estimate_memory(job, dtype, batch_size, samples=samples), _SHARE * free_bytes(_HOST)
-    if device.type == _HOST.type:  # the same memory
-        return "device" if memory.peak + memory.gradients_host <= host else "disk"
+    memory = estimate_memory(job, dtype, batch_size, samples=samples)
     if memory.peak <= _SHARE * free_bytes(device):
         return "device"
-    return "host" if memory.states + memory.gradients_host <= host else "disk"
+    if device.type == _HOST.type:  # the same memory
+        return "disk"
+    return "host" if memory.states + memory.gradients <= _SHARE * free_bytes(_HOST) else "disk"
 
 
 def place_for(held: int, device: torch.device) -> Place:

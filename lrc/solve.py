@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def read_gradients(
     losses: bool = False,
     held: Callable[[int], nn.Module] | None = None,
 ) -> dict[int, GradientMoment]:
-    """The gradient moments that layers' solvers read, on the host, by layer; none where no solver reads any.
+    """The gradient moments that layers' solvers read, where states wait, by layer; none where no solver reads any.
 
     They are of the calibration blocks (n, tokens) that its settings choose. ``losses`` and ``held`` are those of
     ``gradients_needed`` and of the sweep, which runs the layers that ``held`` gives.
@@ -95,7 +95,7 @@ def read_statistics(
     plan: LayerPlan,
     layer: nn.Module,
     state: Mapping[str, Tensor],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     gradients: GradientMoment | None,
 ) -> Statistics:
     """What a layer's solvers read, from a run of the original on all batches and what a sweep found.
@@ -103,9 +103,9 @@ def read_statistics(
     The batches stay where they are. Raises UserError where activations are NaN or inf.
     """
     sums = layer_sums(stream, plan, layer, state)
-    for batch in batches:
+    for batch, (hidden,) in zip(batches, stream.passing(batch.hidden for batch in batches), strict=True):
         with observe(layer, sums.watched) as calls:
-            stream.run(layer, plan.index, batch, batch.hidden)
+            stream.run(layer, plan.index, batch, hidden)
         sums.add(calls)
     return sums.results(gradients)
 

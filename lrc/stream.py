@@ -19,7 +19,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.modules.table import Table, apply_table
 from lrc.ranks import ALONE, Ranks
-from lrc.states import ON_DEVICE, States
+from lrc.states import ON_DEVICE, States, send
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,35 @@ class ModelStream:
             out = layer(self.fetch(hidden), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(self._residual)
 
-    def advance(self, layer: nn.Module, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """Hidden states of a batch past a decoder layer, where states wait."""
-        return self.states.keep(self.run(layer, index, batch, hidden))
+    def advance(self, layer: nn.Module, index: int, batches: Sequence[Batch]) -> None:
+        """Take the hidden states of batches past a decoder layer, to where states wait."""
+        states = self.passing(batch.hidden for batch in batches)
+        for batch, (hidden,) in zip(batches, states, strict=True):
+            batch.hidden = self.states.keep(self.run(layer, index, batch, hidden))
+
+    def advance_states(
+        self, layer: nn.Module, index: int, batches: Sequence[Batch], states: list[Tensor]
+    ) -> None:
+        """The same for other ``states`` of the batches, in place."""
+        for i, (hidden,) in enumerate(self.passing(states)):
+            states[i] = self.states.keep(self.run(layer, index, batches[i], hidden))
 
     def fetch(self, x: Tensor) -> Tensor:
         """What waits anywhere, on the device."""
-        return x.to(self.device, non_blocking=True)
+        return send([x], self.device)()[0]
+
+    def passing(self, *lists: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """The states of batch after batch, on the device: one of each list; the next come while some are at work.
+
+        Lists are read one batch ahead.
+        """
+        ahead: Callable[[], tuple[Tensor, ...]] | None = None
+        for states in zip(*lists, strict=True):
+            now, ahead = ahead, send(states, self.device)
+            if now:
+                yield now()
+        if ahead:
+            yield ahead()
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast to the layers' precision, so that a float32 stream can enter bfloat16 layers."""

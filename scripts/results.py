@@ -79,7 +79,7 @@ class Task:
     plan: dict[str, Any]
     keeps: tuple[float, ...]
     allocate: str | None = None
-    steps: tuple[int, ...] = (1,)
+    steps: tuple[int | None, ...] = (None,)  # None: as ``lrc plan`` rounds by default
     seed: int = 0
 
 
@@ -95,7 +95,7 @@ class Setting:
     texts: list[str]
     work: Path
 
-    def known(self, task: Task, step: int, keep: float) -> Figure | None:
+    def known(self, task: Task, step: int | None, keep: float) -> Figure | None:
         """The figure that an earlier run made."""
         if not (file := self._file).exists():
             return None
@@ -103,7 +103,7 @@ class Setting:
         wanted = self._key(task, step, keep)
         return next((Figure(**each["figure"]) for each in made if each["key"] == wanted), None)
 
-    def note(self, task: Task, step: int, keep: float, figure: Figure) -> None:
+    def note(self, task: Task, step: int | None, keep: float, figure: Figure) -> None:
         """Keep a figure; a line is written at once, so that processes beside one another do not mix theirs."""
         line = json.dumps({"key": self._key(task, step, keep), "figure": asdict(figure)})
         with self._file.open("a", encoding="utf-8") as file:
@@ -113,7 +113,7 @@ class Setting:
     def _file(self) -> Path:
         return self.work / "figures.jsonl"
 
-    def _key(self, task: Task, step: int, keep: float) -> dict[str, Any]:
+    def _key(self, task: Task, step: int | None, keep: float) -> dict[str, Any]:
         shared = {key: value for key, value in asdict(self).items() if key not in ("data_dir", "work")}
         return {
             **shared,
@@ -161,7 +161,9 @@ def table(
     data_dir: DataDir = None,
     keeps: Annotated[str, typer.Option(help="Kept decoder weights.")] = "0.9,0.8,0.6,0.4",
     allocate: Annotated[str, typer.Option(help="Allocations, separated by commas.")] = "sensitivity",
-    steps: Annotated[str, typer.Option(help="What sizes are multiples of, a column each.")] = "1,8",
+    steps: Annotated[
+        str, typer.Option(help="What sizes are multiples of, a column each, as: default,1,8.")
+    ] = "default",
     seeds: Annotated[int, typer.Option(help="Draws of gradient blocks and labels.")] = 3,
     calib: Calib = "wikitext2:train",
     samples: Samples = "all",
@@ -175,9 +177,9 @@ def table(
     baselines: Annotated[bool, typer.Option(help="The field beside us.")] = True,
     out: Out = None,
 ) -> None:
-    """Perplexity by kept weights: allocated sizes, rounded to 2 and 1 and to 8, beside the field at uniform sizes."""
+    """Perplexity by kept weights: allocated sizes, beside the field at uniform sizes."""
     kept, texts = tuple(float(keep) for keep in keeps.split(",")), ppl.split(",")
-    rounded = tuple(int(step) for step in steps.split(","))
+    rounded = tuple(None if step == "default" else int(step) for step in steps.split(","))
     calibration = _calibration(calib, samples, gradient_samples, seq_len)
     tasks = [
         Task(f"a3, {name}", {"method": "a3"}, kept, name, rounded, seed)
@@ -302,7 +304,7 @@ def _make(task: Task, setting: Setting, free: Queue[str | None]) -> list[Figure]
 
 
 def _figures(
-    task: Task, setting: Setting, step: int, keeps: Sequence[float], device: str | None
+    task: Task, setting: Setting, step: int | None, keeps: Sequence[float], device: str | None
 ) -> Iterator[tuple[float, Figure]]:
     """Compress and evaluate at each of the keeps; their sizes are found first where the task asks for it."""
     import lrc
@@ -313,7 +315,7 @@ def _figures(
     if not task.plan:
         yield 1.0, Figure(task.row, 1.0, 1.0, _perplexity(setting.model, setting, common))
         return
-    row = f"{task.row}, sizes in {step}s" if step > 1 else task.row
+    row = task.row if step is None else f"{task.row}, sizes in {step}s"
     written = {"format": 1, **task.plan, "calibration": {**setting.calibration, "seed": task.seed}}
     with tempfile.TemporaryDirectory() as scratch:
         base, folder = Path(scratch) / "base.yaml", Path(scratch) / "out"

@@ -33,7 +33,8 @@ from lrc.gradients import stride
 from lrc.job import Job, default_batch, prepare
 from lrc.memory import estimate_memory
 from lrc.moments.attention import QUERIES
-from lrc.refit import RIDGES, held_out_blocks
+from lrc.moments.moment import GRAM_BLOCK
+from lrc.refit import DIRECTIONS, RIDGES, held_out_blocks
 
 MODELS = {"7B": "llama-7b", "70B": "llama-70b", "405B": "llama-405b"}
 # One of 384 experts stands for all, of which eight are chosen, and for one that all tokens pass: as Kimi K2, but with
@@ -237,9 +238,14 @@ class Shape:
         return 2 * self.passed + self.scores
 
     @property
+    def outputs(self) -> tuple[int, ...]:
+        """Outputs of a layer that gradient moments are taken of: q's, k's, o's and the MLP's."""
+        return self.width, self.keys, self.hidden, self.hidden
+
+    @property
     def slopes(self) -> int:
-        """Elements of a layer's gradient moments: at q, k, o and the MLP's output."""
-        return self.width**2 + self.keys**2 + 2 * self.hidden**2
+        """Elements of a layer's gradient moments."""
+        return sum(n**2 for n in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -289,7 +295,7 @@ def count(shape: Shape, run: Run) -> dict[str, Stage]:
         "measure": Stage(_measure(shape, run)),
         "refit": Stage(_refit(shape, run), _ridges(shape, run)),
         "scale": Stage(_scale(shape, run)),
-        "write": Stage(Work(dict.fromkeys(("pageable", "write"), shape.stored * shape.kept)), behind=True),
+        "write": Stage(Work(dict.fromkeys(("link", "write"), shape.stored * shape.kept)), behind=True),
         "evaluate": Stage(_evaluate(shape, run)),
     }
     once = ("gradients", "scale", "evaluate")
@@ -318,12 +324,12 @@ def _gradients(shape: Shape, run: Run) -> Work:
     return Work(
         {
             "products": tokens * ((forward + back) * shape.forward + back * backward + head),
-            "sums": 2 * tokens * layers * shape.slopes,
+            "sums": 2 * tokens * layers * sum(map(_upper, shape.outputs)),
             # What a batch adds is made, scaled and added; softmax, labels and scale pass over the logits.
-            "memory": 24 * layers * shape.slopes * run.batches(run.gradient_blocks)
+            "memory": 24 * layers * sum(map(_upper, shape.outputs)) * run.batches(run.gradient_blocks)
             + 40 * tokens * shape.vocab,
-            "link": (forward + back) * size + tokens * state * (2 * forward + 3 * back + 2),
-            "pageable": 4 * layers * shape.slopes,
+            "link": (forward + back) * size
+            + run.on_host * (tokens * state * (2 * forward + 3 * back + 2) + 4 * layers * shape.slopes),
             "disk": layers * size,
             "cache": (forward + back - layers) * size,
             "network": _reduced(4 * layers * shape.slopes, run),
@@ -333,18 +339,23 @@ def _gradients(shape: Shape, run: Run) -> Work:
 
 def _observe(shape: Shape, run: Run) -> Work:
     tokens, state = run.share(run.blocks) * shape.seq, 4 * shape.hidden
-    seen = shape.hidden**2 + shape.width**2  # of what q and k read, and the output projection
-    held = seen + sum(mlp.copies * mlp.width**2 for mlp in shape.mlps)
+    seen = _upper(shape.hidden) + _upper(shape.width)  # of what q and k read, and the output projection
+    held = shape.hidden**2 + shape.width**2 + sum(mlp.copies * mlp.width**2 for mlp in shape.mlps)
+    added = seen + sum(mlp.copies * _upper(mlp.width) for mlp in shape.mlps)
     return Work(
         {
             "products": tokens * shape.forward,
-            "sums": 2 * tokens * (seen + sum(mlp.active * mlp.width**2 for mlp in shape.mlps)),
-            "memory": 12 * held * run.batches(run.blocks),
-            "link": 3 * tokens * state if run.on_host else 0,
-            "pageable": 4 * shape.slopes,
+            "sums": 2 * tokens * (seen + sum(mlp.active * _upper(mlp.width) for mlp in shape.mlps)),
+            "memory": 12 * added * run.batches(run.blocks),
+            "link": run.on_host * (3 * tokens * state + 4 * shape.slopes),
             "network": _reduced(4 * held, run),
         }
     )
+
+
+def _upper(n: int) -> int:
+    """Elements of a symmetric sum that are summed: the blocks of ``lrc.moments.moment.add_gram``."""
+    return sum(min(GRAM_BLOCK, n - start) * (n - start) for start in range(0, n, GRAM_BLOCK))
 
 
 def _solves(shape: Shape) -> list[Work]:
@@ -408,12 +419,13 @@ def _refit(shape: Shape, run: Run) -> Work:
     products += 2 * 3 * shape.read * shape.hidden + 2 * (2 * 2 + 2) * shape.neurons
     sums = sum(_summed(shape, fit) for fit in fitted)
     held = sum(copies * (n**2 + n * shape.hidden) for n, copies, _ in fitted)
+    added = sum(copies * (_upper(n) + n * shape.hidden) for n, copies, _ in fitted)
     moved = tokens * (4 * 7 * shape.hidden + 2 * 3 * shape.read) if run.on_host else 0
     return Work(
         {
             "products": tokens * products,
             "sums": tokens * sums,
-            "memory": (18 if shape.low else 12) * held * run.batches(run.blocks),
+            "memory": (18 if shape.low else 12) * added * run.batches(run.blocks),
             "link": moved,
             # Sums of blocks fitted to and held out; what one process fitted goes to all, in float64.
             "network": _reduced(8 * held, run)
@@ -430,17 +442,23 @@ def _fits(shape: Shape) -> list[tuple[int, int, int]]:
 def _summed(shape: Shape, fit: tuple[int, int, int]) -> int:
     """Operations of a token in the sums of a fit; what is missing, in float32, is split into two of low precision."""
     n, _, active = fit
-    return active * (2 * n**2 + 2 * (2 if shape.low else 1) * n * shape.hidden)
+    return active * (2 * _upper(n) + 2 * (2 if shape.low else 1) * n * shape.hidden)
 
 
 def _ridges(shape: Shape, run: Run) -> list[list[Work]]:
-    """The fit for every ridge without the held-out blocks, and with the best on all of them; one process each."""
-    times = len(RIDGES) + 1 if run.blocks > 1 else 1
+    """The fit for every ridge without the held-out blocks, in some directions of the output, with the best in all of
+    them, and with that on all blocks; one process each.
+    """
     (read, _, _), *mlps = _fits(shape)
+    tries, fits, some = (len(RIDGES), 2, min(DIRECTIONS, shape.hidden)) if run.blocks > 1 else (0, 1, 0)
+    fitted = tries * some + fits * shape.hidden  # outputs, over all fits
 
     def fit(n: int) -> Work:
-        copies = times * (32 * n**2 + 48 * n * shape.hidden)  # in float64: damped, changed, multiplied
-        return Work({"double": times * 4 * shape.hidden * n**2, "memory": copies, ("cholesky", n): times})
+        sides = (
+            4 * some * shape.hidden * n if some < shape.hidden and tries else 0
+        )  # sums in those directions
+        copies = (tries + fits) * 32 * n**2 + 48 * n * fitted  # in float64: damped, changed, multiplied
+        return Work({"double": 4 * fitted * n**2 + sides, "memory": copies, ("cholesky", n): tries + fits})
 
     return [[fit(read)], [fit(n) for n, copies, _ in mlps for _ in range(copies)]]
 
@@ -607,7 +625,7 @@ def prepared(config: Any, run: Run) -> Iterator[Job]:
 @dataclass(frozen=True)
 class Held:
     """Bytes on the GPU at the peak, where hidden states wait on it and where on the host, and the stages of the peaks;
-    on the host what one process has, hidden states that wait there apart.
+    what hidden states and gradients take where they wait on the host.
     """
 
     device: int
@@ -615,7 +633,7 @@ class Held:
     stage: str
     stage_away: str
     states: int
-    host: int
+    gradients: int
 
     @property
     def on_host(self) -> bool:
@@ -632,7 +650,7 @@ def held(job: Job, shape: Shape) -> Held:
         stages = {name: bytes_ + _of_experts(shape, name) for name, bytes_ in memory.stages.items()}
         peaks.append(max((bytes_, name) for name, bytes_ in stages.items()))
     (device, stage), (away, stage_away) = peaks
-    return Held(device, away, stage, stage_away, found[0].states, found[0].gradients_host)
+    return Held(device, away, stage, stage_away, found[0].states, found[0].gradients)
 
 
 def _of_experts(shape: Shape, stage: str) -> int:
@@ -678,8 +696,8 @@ class Case:
     @property
     def _on_node(self) -> int:
         """Bytes that the processes of a node hold on the host."""
-        states = self.memory.states if self.run.on_host else 0
-        return min(self.run.gpus, NODE) * (self.memory.host + states)
+        states = self.memory.states + self.memory.gradients if self.run.on_host else 0
+        return min(self.run.gpus, NODE) * states
 
     @property
     def costs(self) -> dict[str, Cost]:
@@ -713,7 +731,6 @@ def then(shape: Shape, run: Run) -> dict[str, Stage]:
     pairs = run.blocks * shape.heads * QUERIES * shape.seq * shape.head_dim // 2  # their shares of scores
     observe = _observe(shape, run)
     observe.update({"products": 2 * tokens * turned, "memory": 32 * pairs})
-    del observe["pageable"]
     solve = _solve_values(shape) + _solve_mlp(shape, mlp)
     metric = sum(4 * shape.hidden**2 * n for n in (shape.width, mlp.width))
     solve.subtract({"double": metric, ("cholesky", shape.hidden): 2})  # of the gradients
@@ -816,8 +833,8 @@ def table() -> None:
 
 @app.command()
 def memory() -> None:
-    """Bytes on each GPU and on the host, and what a layer adds up and sends."""
-    print("| model | GPUs | GPU, states on it | GPU, states on the host | states | host, of each process |")
+    """Bytes of each process on its GPU, and of what waits on the host where the GPU has no room."""
+    print("| model | GPUs | GPU, states on it | GPU, states on the host | hidden states | gradients |")
     print("|---|---|---|---|---|---|")
     for case in cases():
         found = case.memory
@@ -825,7 +842,7 @@ def memory() -> None:
             f"{found.device / 2**30:.1f} GiB ({found.stage})",
             f"{found.away / 2**30:.1f} GiB ({found.stage_away})",
             f"{found.states / 2**30:.1f} GiB",
-            f"{found.host / 2**30:.1f} GiB",
+            f"{found.gradients / 2**30:.1f} GiB",
         ]
         print(f"| {case.name} | {case.label} | {' | '.join(cells)} |")
 

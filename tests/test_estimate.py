@@ -200,7 +200,7 @@ def test_memory_is_at_most_what_is_estimated(
         stream = ModelStream(job.reader, device, dtype)
         Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, batch_size, lambda: None)
     estimate = estimate_memory(job, dtype, batch_size)
-    expected = estimate.peak + estimate.gradients_host
+    expected = estimate.peak
     assert held.peak <= expected + beside(job)
     assert expected <= 2 * held.peak
 
@@ -222,7 +222,7 @@ def test_states_on_disk_take_what_is_estimated_and_no_memory(
             stream = ModelStream(job.reader, device, torch.float32, States(place, stage.scratch))
             Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, 2, lambda: None)
         memory = estimate_memory(job, torch.float32, 2, place)
-        expected = memory.peak + memory.gradients_host
+        expected = memory.peak
         assert held.peak <= expected + beside(job)
         assert expected <= 2 * held.peak
         peaks[place] = held.peak
@@ -249,9 +249,8 @@ def test_gradients_take_at_most_what_is_estimated_of_host_and_device(
     memory = estimate_memory(job, dtype, batch_size)
     states = 7 * blocks.numel() * 128 * 4  # of six layers, and one gradient
     moments = sum(g.nbytes for moment in found.values() for g in moment.outputs.values())
-    assert memory.gradients_host == states + moments
-    total = memory.gradients_host + memory.stages["gradients"]
-    assert held.peak <= total <= 2 * held.peak
+    assert memory.gradients == states + moments
+    assert held.peak <= memory.stages["gradients"] <= 2 * held.peak
 
 
 def test_more_gradient_samples_than_blocks_are_no_more_states(
@@ -262,9 +261,9 @@ def test_more_gradient_samples_than_blocks_are_no_more_states(
         check(prepare(model, write_plan("keep: 0.5\nmethod: two_sided_svd", samples=3, gradient_samples=n)))
         for n in (3, 99)
     )
-    assert few.memory.gradients_host == many.memory.gradients_host > 0
+    assert few.memory.gradients == many.memory.gradients > 0
     without = check(prepare(model, write_plan("keep: 0.5\nmethod: svd", gradient_samples=3))).memory
-    assert without.gradients_host == 0
+    assert without.gradients == 0
     assert "gradients" not in without.stages
 
 
@@ -277,9 +276,9 @@ def test_memory_counts_what_an_allocation_takes_before(
         check(prepare(model, write_plan(f"keep: 0.6\nmethod: svd\nallocate: {name}", gradient_samples=3)))
         for name in ("uniform", "energy", "fisher", "sensitivity")
     )
-    assert uniform.memory.gradients_host == energy.memory.gradients_host == 0
+    assert uniform.memory.gradients == energy.memory.gradients == 0
     swept = check(prepare(model, write_plan("keep: 0.6\nmethod: two_sided_svd", gradient_samples=3))).memory
-    assert fisher.memory.gradients_host == swept.gradients_host > 0
+    assert fisher.memory.gradients == swept.gradients > 0
     assert measured.memory.stages["measure sizes"] > measured.before.bytes
     assert measured.memory.peak >= measured.memory.stages["measure sizes"]
     assert "measure sizes" not in fisher.memory.stages

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a module imports from the layers below and from its own package.
 LAYERS = (
     ("errors",),
-    ("linalg", "discovery", "stopwatch", "launcher", "plots"),
+    ("linalg", "discovery", "stopwatch", "launcher", "states", "plots"),
     ("ranks",),
     ("alternating",),
     ("moments",),
@@ -28,7 +28,6 @@ LAYERS = (
     ("modules", "plan.size"),
     ("plan", "methods"),
     ("checkpoint", "text"),
-    ("states",),
     ("hub", "stream"),
     ("refit", "scale", "collect", "gradients", "assemble", "job", "allocate"),
     ("solve", "template", "workspace"),
@@ -38,7 +37,7 @@ LAYERS = (
     ("outer",),
     ("compressor", "curves", "budget", "texts", "tokens"),
     ("output", "allocation"),
-    ("catalogue", "check", "integrity"),
+    ("benchmark", "catalogue", "check", "integrity"),
     ("report",),
     ("api", "planning", "evaluating", "ablation"),
     ("cli", "__init__"),

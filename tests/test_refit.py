@@ -104,6 +104,23 @@ def test_the_ridge_has_the_least_error_on_the_held_out_blocks(bias, noise, far):
     assert found.error.after == pytest.approx(relative(x, t, expected), rel=1e-3)
 
 
+def test_wide_outputs_are_compared_in_some_directions(monkeypatch):
+    """Which is nearly as good, and the errors that are told are those of all outputs."""
+    x, truth = normal(9, 8, 20, seed=1), normal(64, 20, seed=2)
+    t = x @ truth.T + 2 * normal(9, 8, 64, seed=3)
+    start, held = Affine(truth + 0.5 * normal(64, 20, seed=4)), held_out_blocks(9)
+    every = solved(x, t, start, held)
+    monkeypatch.setattr(refit, "DIRECTIONS", 16)
+    some = solved(x, t, start, held)
+    assert every.held_out is not None
+    assert some.held_out is not None
+    assert some.held_out.after <= 1.05 * every.held_out.after
+    exact = relative(x[held], t[held], ridge_on_tokens(x[~held], t[~held], start, some.ridge))
+    assert some.held_out.after == pytest.approx(exact, rel=1e-3)
+    monkeypatch.setattr(refit, "RIDGES", (1e6, some.ridge))
+    assert solved(x, t, start, held).ridge == some.ridge
+
+
 def test_data_choose_different_ridges():
     """So that the test above compares more than one constant with itself."""
     chosen = set()

@@ -38,7 +38,6 @@ def job(tiny_checkpoint: TinyCheckpoint, plan: Path) -> Job:
 def test_on_the_device_nothing_is_copied() -> None:
     x = torch.randn(2, 3)
     assert ON_DEVICE.keep(x) is x
-    assert ON_DEVICE.off_device.place == "host"
 
 
 def test_what_is_on_disk_has_no_name_and_outlives_its_source(tmp_path: Path) -> None:
@@ -49,7 +48,6 @@ def test_what_is_on_disk_has_no_name_and_outlives_its_source(tmp_path: Path) -> 
     assert torch.equal(held, expected)
     assert held.untyped_storage().filename is not None
     assert not list(tmp_path.iterdir())
-    assert states.off_device is states
     assert states.keep(torch.empty(0, 3)).shape == (0, 3)
 
 
@@ -93,12 +91,12 @@ def test_the_first_place_with_room_is_taken(job: Job, monkeypatch: pytest.Monkey
         free.update(cuda=on_device, cpu=on_host)
         return choose_place(None, job, device, torch.float32, 1, 64)
 
-    away = memory.states + memory.gradients_host
+    away = memory.states + memory.gradients
     assert chosen(CUDA, 1.3 * memory.peak, 0) == "device"
     assert chosen(CUDA, 1.2 * memory.peak, 1.3 * away) == "host"
     assert chosen(CUDA, 1.2 * memory.peak, 1.2 * away) == "disk"
-    assert chosen(CPU, 0, 1.3 * (memory.peak + memory.gradients_host)) == "device"
-    assert chosen(CPU, 0, 1.2 * (memory.peak + memory.gradients_host)) == "disk"
+    assert chosen(CPU, 0, 1.3 * memory.peak) == "device"
+    assert chosen(CPU, 0, 1.2 * memory.peak) == "disk"
 
 
 def test_a_place_that_is_not_known_is_refused(job: Job) -> None:

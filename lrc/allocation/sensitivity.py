@@ -84,8 +84,7 @@ class Sensitivity:
                 here = [curve for curve in blank if curve.layer == index]
                 solution, alone = partial(self._solution, index, statistics), partial(self._alone, index)
                 found += self._measured(here, solution, alone, advance)
-            for batch in (*self._batches, *self._held):
-                batch.hidden = self._stream.advance(layer, index, batch, batch.hidden)
+            self._stream.advance(layer, index, [*self._batches, *self._held])
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
             problems = pose_outer(self._stream, targets, blocks, self._batches)

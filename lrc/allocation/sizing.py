@@ -17,6 +17,7 @@ from lrc.curves import Curves, blocks_key, gradients_key, plan_sha256, versions
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job
 from lrc.memory import measuring_memory
+from lrc.plan.size import even_step
 from lrc.ranks import ALONE, Ranks
 from lrc.room import free_bytes
 from lrc.solve import reads_gradients
@@ -34,24 +35,25 @@ HELD_OUT_SAMPLES = 8
 class Limits:
     """Sizes that a budget may buy: multiples of ``round_to``, from ``floor`` to ``cap`` of a target's weights.
 
-    Without a floor it is the smallest size whose cost is known; at a cap of 1 a target may stay whole.
+    Without ``round_to`` they are multiples of eight where a target is wide (``lrc.plan.size.even_step``). Without a
+    floor it is the smallest size whose cost is known; at a cap of 1 a target may stay whole.
     """
 
-    round_to: int = 1
+    round_to: int | None = None
     floor: float | None = None
     cap: float = 1.0
 
     @property
     def barring(self) -> list[str]:
         """Those that bar larger sizes, as options of ``lrc plan``."""
-        steps = [f"--round {self.round_to}"] if self.round_to > 1 else []
+        steps = [f"--round {self.round_to}"] if (self.round_to or 1) > 1 else []
         return [*steps, *([f"--cap {self.cap:g}"] if self.cap < 1 else [])]
 
     def on(self, curve: Curve) -> Curve:
         """The curve within the limits; UserError where they leave none of its sizes."""
         found = replace(
             curve,
-            step=math.lcm(curve.step, self.round_to),
+            step=math.lcm(curve.step, self.round_to or even_step(curve.full)),
             floor=math.ceil((self.floor or 0) * curve.whole / curve.unit - 1e-6),
             cap=None if self.cap == 1 else math.floor(self.cap * curve.whole / curve.unit + 1e-6),
         )

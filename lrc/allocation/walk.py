@@ -42,8 +42,7 @@ def walk(setting: Setting) -> Iterator[Stop]:
             statistics = read_statistics(stream, plan, layer, state, batches, found)
             problems = {target: pose(architecture, target, state, statistics) for target, _ in asked}
             yield Stop(index, asked, problems, index + 1, state)
-        for batch in batches:
-            batch.hidden = stream.advance(layer, index, batch, batch.hidden)
+        stream.advance(layer, index, batches)
     if asked := setting.asked(None):
         problems = pose_outer(
             stream, {target for target, _ in asked}, setting.texts.calibration.blocks, batches

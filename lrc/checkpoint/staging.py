@@ -29,6 +29,7 @@ from lrc.checkpoint.hashes import file_sha256, tensor_sha256
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.checkpoint.sources import Sources, watching
 from lrc.errors import OutOfResources, Resumable, UserError
+from lrc.states import on_host
 
 _SINGLE_FILE_BYTES = 2 * 1024**3
 MANIFEST = "lrc.json"
@@ -95,7 +96,7 @@ class Staging:
         ``tensors`` must not change any more. What goes wrong is raised by the next call: Resumable where a file of the
         source has changed.
         """
-        held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        held = on_host(tensors)
         self.settle()
         self._pending = part, self._writer.submit(self._write, part, held, dict(record))
 

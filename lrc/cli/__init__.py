@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from lrc import __version__
+from lrc.cli.bench import bench_model
 from lrc.cli.check import check_model
 from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
@@ -94,6 +95,7 @@ app = typer.Typer(
 app.command("compress")(compress_model)
 app.command("eval")(evaluate)
 app.command("plan")(plan_model)
+app.command("bench")(bench_model)
 app.command("check")(check_model)
 app.command("list")(list_known)
 

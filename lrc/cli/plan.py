@@ -101,7 +101,15 @@ def plan_model(
             show_default="MODEL.ALLOCATION.KEY.curves.json beside the plan, KEY for all that they hang on",
         ),
     ] = None,
-    round_to: Annotated[int, typer.Option("--round", metavar="N", help="Sizes are multiples of N.")] = 1,
+    round_to: Annotated[
+        int | None,
+        typer.Option(
+            "--round",
+            metavar="N",
+            help="Sizes are multiples of N.",
+            show_default="8 for targets of 1,024 and wider, else 1",
+        ),
+    ] = None,
     floor: Annotated[
         float | None,
         typer.Option(

@@ -58,11 +58,10 @@ class StreamedModel:
         batches = stream.embed(batched(cut, batch_size))
         for index in range(len(stream.skeletons)):
             layer, _ = stream.layer(index)
-            for batch in batches:
-                batch.hidden = stream.advance(layer, index, batch, batch.hidden)
+            stream.advance(layer, index, batches)
         tail = stream.tail()
-        for batch in batches:
-            yield tail(batch.hidden)
+        for (hidden,) in stream.passing(batch.hidden for batch in batches):
+            yield tail(hidden)
 
     def _stream(self, states: States) -> ModelStream:
         return ModelStream(

@@ -48,6 +48,7 @@ class Family:
     split: Mapping[str, str] = field(default_factory=lambda: {r: f"{r}_proj" for r in ATTENTION_ROLES})
     dropout: str = "attention_dropout"  # attribute of the attention module: the rate on the attention weights
     output_dropout: str | None = None  # module of the attention, behind its output projection
+    activation: str = "act_fn"  # attribute of a gated MLP
     stale: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and no module reads
     unsupported: Mapping[str, object] = field(
         default_factory=dict

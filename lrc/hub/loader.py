@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.hub.names import resolve_model
+from lrc.modules.fuse import fuse as merge
 
 
 def load(
@@ -21,15 +22,17 @@ def load(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     allow_pickle: bool = False,
+    fuse: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model in eval mode; ``model`` is a folder, a hub id, a short name or a built-in.
 
-    ``kwargs`` go to ``from_pretrained``. Raises UserError for an unknown model, one that is no causal language
-    model, a damaged file, or pickled weights that ``allow_pickle`` does not allow.
+    ``fuse``: merge the products of one input for inference, as ``lrc.fuse`` does. ``kwargs`` go to ``from_pretrained``.
+    Raises UserError for an unknown model, one that is no causal language model, a damaged file, or pickled weights that
+    ``allow_pickle`` does not allow.
     """
     folder = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
-    _check_causal(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
+    causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
         raise UserError(
@@ -38,11 +41,14 @@ def load(
     read_headers(files)
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-    return loaded.eval()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+    if fuse:
+        merge(loaded)
+    return loaded
 
 
-def _check_causal(folder: Path, trust_remote_code: bool) -> None:
+def causal_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a folder's model; UserError where it cannot be used or is of no causal language model."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
@@ -53,3 +59,4 @@ def _check_causal(folder: Path, trust_remote_code: bool) -> None:
         raise UserError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
     if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{folder} is a {config.model_type} model, not a causal language model")
+    return config

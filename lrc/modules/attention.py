@@ -14,18 +14,22 @@ from torch import Tensor, nn
 
 from lrc.errors import UserError
 from lrc.families import Family, families
+from lrc.modules.shared_input import SharesInput
 
 PREFIX = "Lrc"
+# Widths of heads that fused kernels take are multiples of it. Others get zeros, before they are cached: without a fused
+# kernel a GPU turns the whole cache to float32 at every token.
+STEP = {"cuda": 8}
 _classes: dict[str, type[ReducedAttention]] = {}
 
 
-class ReducedAttention(nn.Module):
+class ReducedAttention(SharesInput):
     """Overrides the forward of a transformers attention class that it is mixed into.
 
-    Projections are split, under the names in ``family.split``; heads are ``qk_dim`` and ``v_dim`` wide, and
-    so is the cache. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos and sin by which the kept
-    dimensions of every key head and its queries turn, first halves then second halves; None where all are
-    kept in place. The scale of the scores stays that of the full head.
+    Projections are split, under the names in ``family.split``; heads are ``qk_dim`` and ``v_dim`` wide, and so is the
+    cache, but for zeros up to a multiple of ``STEP``. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos
+    and sin by which the kept dimensions of every key head and its queries turn, first halves then second halves; None
+    where all are kept in place. The scale of the scores stays that of the full head.
     """
 
     family: ClassVar[Family]
@@ -33,6 +37,7 @@ class ReducedAttention(nn.Module):
     qk_dim: int
     v_dim: int
     rotary_columns: Tensor | None
+    stock: bool = False  # nothing is reduced; ``fuse`` put it in the place of the family's own
     num_key_value_groups: int
     if TYPE_CHECKING:  # the class that this one is mixed into has them
         config: Any
@@ -47,11 +52,15 @@ class ReducedAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        query = self._heads("q", hidden_states, self.qk_dim)
-        key = self._heads("k", hidden_states, self.qk_dim)
-        value = self._heads("v", hidden_states, self.v_dim)
+        inputs = self.project([self.family.split[role] for role in ("q", "k", "v")], hidden_states)
+        widths = (self.qk_dim, self.qk_dim, self.v_dim)
+        query, key, value = (
+            x.unflatten(-1, (-1, width)).transpose(1, 2) for x, width in zip(inputs, widths, strict=True)
+        )
         if position_embeddings is not None:
             query, key = self._rotate(query, key, *position_embeddings)
+        step = STEP.get(query.device.type, 1)
+        query, key, value = (_widen(x, x.shape[-1] + -x.shape[-1] % step) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
@@ -63,10 +72,6 @@ class ReducedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"qk_dim={self.qk_dim}, v_dim={self.v_dim}, rotary_columns={self.rotary_columns is not None}"
-
-    def _heads(self, role: str, hidden_states: Tensor, width: int) -> Tensor:
-        projection = getattr(self, self.family.split[role])
-        return projection(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2)
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         if self.rotary_columns is None:
@@ -81,12 +86,11 @@ class ReducedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.config._attn_implementation
-        # Fused kernels want one width for all three, on a GPU a multiple of 8, and flash attention crops wider values
-        # without a word; for one token sdpa gains nothing from it.
+        # Fused kernels want one width for all three, and flash attention crops wider values without a word; for one
+        # token sdpa gains nothing from it.
         if implementation != "eager" and not (implementation == "sdpa" and query.shape[2] == 1):
-            width = max(self.qk_dim, self.v_dim)
-            width += -width % 8 if query.is_cuda else 0
-            query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+            width = max(query.shape[-1], value.shape[-1])
+            query, key, value = (_widen(x, width) for x in (query, key, value))
         modeling = sys.modules[self.base.__module__]
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             implementation, modeling.eager_attention_forward
@@ -132,10 +136,26 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
         if entry["rotary_columns"]
         else None
     )
+    _set_class(module, family, qk, entry["v"], columns)
+    module.num_key_value_groups = config.num_attention_heads // kv_heads
+
+
+def run_whole(module: Any, family: Family) -> None:
+    """Have a stock attention that stores its projections apart run by ``ReducedAttention.forward``, at full width."""
+    _set_class(module, family, module.head_dim, module.head_dim, None)
+    module.stock = True
+
+
+def run_stock(module: Any) -> None:
+    """Undo ``run_whole``."""
+    module.__class__ = module.base
+    del module.rotary_columns, module.qk_dim, module.v_dim, module.stock
+
+
+def _set_class(module: nn.Module, family: Family, qk: Any, v: Any, columns: Tensor | None) -> None:
     module.__class__ = reduced_class(type(module), family)
     module.register_buffer("rotary_columns", columns)
-    module.qk_dim, module.v_dim = qk, entry["v"]
-    module.num_key_value_groups = config.num_attention_heads // kv_heads
+    module.qk_dim, module.v_dim = qk, v
 
 
 def reduced_class(base: type[nn.Module], family: Family) -> type[ReducedAttention]:
@@ -144,6 +164,11 @@ def reduced_class(base: type[nn.Module], family: Family) -> type[ReducedAttentio
     if name not in _classes:
         _classes[name] = type(name, (ReducedAttention, base), {"family": family, "base": base})
     return _classes[name]
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    """x (..., D) with zeros behind it up to ``width``."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -7,13 +7,13 @@ mean over tokens is then the rise of the loss in nats per token (Kronecker-facto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lrc.moments.moment import product
+from lrc.moments.moment import add_gram, whole
 from lrc.ranks import Ranks
 
 
@@ -42,10 +42,10 @@ class GradientMoment:
     queries: Tensor | None
     tokens: int
 
-    def to(self, device: torch.device) -> GradientMoment:
-        """The same on a device."""
-        queries = None if self.queries is None else self.queries.to(device)
-        return GradientMoment({r: g.to(device) for r, g in self.outputs.items()}, queries, self.tokens)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> GradientMoment:
+        """The same with every tensor where ``move`` puts it."""
+        queries = None if self.queries is None else move(self.queries)
+        return GradientMoment({role: move(g) for role, g in self.outputs.items()}, queries, self.tokens)
 
     @property
     def finite(self) -> bool:
@@ -83,7 +83,7 @@ class GradientSum:
         share = scale.float().square().reciprocal()
         for role, gradient in gradients.items():
             rows = gradient.flatten(0, -2)
-            self._outputs[role] += product(rows, rows).mul_(share)
+            add_gram(self._outputs[role], rows, share)
         if queries is not None and self._queries is not None:
             self._queries += self._of_queries(*queries).mul_(share)
         some = next(iter(gradients.values())) if queries is None else queries[0]
@@ -96,7 +96,7 @@ class GradientSum:
 
     def moment(self) -> GradientMoment:
         """The means so far."""
-        outputs = {role: total / self._tokens for role, total in self._outputs.items()}
+        outputs = {role: whole(total / self._tokens) for role, total in self._outputs.items()}
         return GradientMoment(
             outputs, None if self._queries is None else self._queries / self._tokens, self._tokens
         )

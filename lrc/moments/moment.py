@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lrc.ranks import Ranks
 
+GRAM_BLOCK = 2048  # columns; a product of fewer rows runs below the speed of a GPU
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -46,7 +48,7 @@ class MomentSum:
     def add(self, x: Tensor) -> None:
         """Count the rows of x (..., width)."""
         rows = x.reshape(-1, x.shape[-1])
-        self._second += product(rows, rows)
+        add_gram(self._second, rows)
         self._first += rows.sum(dim=0, dtype=torch.float32)
         self._tokens += rows.shape[0]
 
@@ -57,7 +59,26 @@ class MomentSum:
 
     def moment(self) -> Moment:
         """The means so far."""
-        return Moment(self._second / self._tokens, self._first / self._tokens, self._tokens)
+        return Moment(whole(self._second / self._tokens), self._first / self._tokens, self._tokens)
+
+
+def add_gram(total: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
+    """Add rowsᵀ rows, times a ``factor`` (), to the upper triangle of a float32 total (n, n), for rows (tokens, n).
+
+    Blocks of columns are multiplied by those from them on alone, which is a little more than half the work for wide
+    rows. What is below the blocks of the diagonal is left as it is, until ``whole``.
+    """
+    for start in range(0, rows.shape[1], GRAM_BLOCK):
+        end = start + GRAM_BLOCK
+        block = product(rows[:, start:end], rows[:, start:])
+        total[start:end, start:] += block if factor is None else block.mul_(factor)
+
+
+def whole(gram: Tensor) -> Tensor:
+    """A symmetric matrix (n, n) of which ``add_gram`` summed the upper triangle, its lower one filled in place."""
+    for start in range(GRAM_BLOCK, gram.shape[0], GRAM_BLOCK):
+        gram[start : start + GRAM_BLOCK, :start] = gram[:start, start : start + GRAM_BLOCK].T
+    return gram
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lrc.families import Target
 
 Options = Mapping[str, Any]
+
+_ALIGNED, _WIDE = 8, 1024
+
+
+def even_step(full: int, step: int = 1) -> int:
+    """The step between sizes that are chosen for the user, of a target of size ``full`` with legal steps of ``step``.
+
+    Matrix units take rows of 16 bytes, eight half-precision numbers, and run other widths at half the speed or less.
+    Eight is under a hundredth of a wide target's size, and a coarse choice of a narrow one's.
+    """
+    return math.lcm(step, _ALIGNED) if full >= _WIDE else step
 
 
 class SizeRule(Protocol):
@@ -22,8 +34,8 @@ class SizeRule(Protocol):
     def nearest(self, target: Target, keep: float, options: Options) -> int:
         """A legal size whose parameter count is about ``keep`` times the target's.
 
-        Of a component it is the nearest, which may keep more; of factors the largest that keeps no more. It is the
-        smallest legal one where that is above.
+        Of a component it is the nearest, which may keep more; of factors the largest that keeps no more; of wide
+        targets a multiple of eight (``even_step``). It is the smallest legal one where that is above.
         """
         ...
 
@@ -45,8 +57,8 @@ class ComponentRank:
         return target.full
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        steps = round(keep * target.full / target.step)
-        return min(max(steps, 1) * target.step, target.full)
+        step = even_step(target.full, target.step)
+        return min(max(round(keep * target.full / step), 1) * step, target.full)
 
     def parameters(self, target: Target, size: int, options: Options) -> int:
         return size * target.unit
@@ -72,7 +84,8 @@ class PairRank:
         return target.full
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        return max(int(keep * target.parameters / target.unit), 1)
+        rank, step = int(keep * target.parameters / target.unit), even_step(target.full)
+        return max(rank - rank % step if rank > step else rank, 1)
 
     def parameters(self, target: Target, size: int, options: Options) -> int:
         return size * target.unit

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from lrc.benchmark.bench import Bench, Row
+from lrc.benchmark.measure import Measured
 from lrc.check import Check
 from lrc.checkpoint.sizes import Size
 from lrc.evaluation.bootstrap import RESAMPLES, Estimate
@@ -163,12 +165,55 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     yield (
         f"GPU memory for lrc compress: about {_bytes(memory.peak)}, an estimate ({memory.samples} blocks, "
         f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
-        f"{_bytes(least.peak)} with --states host or disk, where hidden states then take {_bytes(memory.states)}; "
+        f"{_bytes(least.peak)} with --states host or disk, where hidden states then take {_bytes(memory.states)}"
+        f"{f' and gradients {_bytes(memory.gradients)}' if memory.gradients else ''}; "
         "perplexity is measured with the model whole where it fits, else a layer at a time"
     )
-    if memory.gradients_host:
-        yield f"host memory for gradients: about {_bytes(memory.gradients_host)}"
     yield from _warnings(check.warnings)
+
+
+def speeds(found: Bench) -> Iterator[RenderableType]:
+    """Tokens per second and memory by case, of one model or of two with their ratios."""
+    models = [side for side in (found.of, found.against) if side]
+    for title, side in zip(("model", "against"), models, strict=False):
+        how = f"{side.merged} merged products" if side.merged else "products one by one"
+        yield f"{title}: {side.name}, {_bytes(side.weight_bytes)} of weights, {how}"
+    pair = found.against is not None
+    ratios = ["ratio:r", "expected:r", "of it:r"] if pair else []
+    headings = ("model", "against") if pair else ("model",)
+    speed = _table(
+        "case", *(f"tokens/s, {h}:r" for h in headings), *ratios, *(f"ms, {h}:r" for h in headings)
+    )
+    memory = _table(
+        "case", *(f"KV cache, {h}:r" for h in headings), *(f"device peak, {h}:r" for h in headings)
+    )
+    for row in found.rows:
+        sides = [side for side in (row.ours, row.theirs) if side]
+        steps = found.new_tokens if row.case.phase == "decode" else 1
+        speed.add_row(
+            str(row.case),
+            *map(_speed, sides),
+            *_ratios(row),
+            *(f"{1e3 * s.seconds / steps:.4g}" for s in sides),
+        )
+        memory.add_row(
+            str(row.case),
+            *(f"{_bytes(s.kv_bytes)}, {s.kv_bytes_per_token:,} a token" for s in sides),
+            *("" if s.peak_bytes is None else _bytes(s.peak_bytes) for s in sides),
+        )
+    yield speed
+    yield memory
+    yield (
+        f"{found.device}, {found.dtype}; medians of {found.rows[0].ours.samples} samples and half the distance of "
+        f"their quartiles; a sample of decode is {found.new_tokens} tokens; ms is the time to the first token, or of a "
+        "step"
+    )
+    if pair:
+        yield (
+            "expected: the ratio of operations (prefill) or of bytes read (decode), which is how much faster the model "
+            "would be if nothing else took time"
+        )
+    yield from _warnings(found.warnings)
 
 
 def integrity(found: Integrity) -> Iterator[RenderableType]:
@@ -190,6 +235,15 @@ def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[Renderabl
 def _bits(p: Perplexity) -> str:
     bits = "" if p.bits_per_byte is None else f" ({p.bits_per_byte:.4f} bits per byte)"
     return f"{p.value:.5g}{bits}"
+
+
+def _speed(side: Measured) -> str:
+    value = side.tokens_per_second
+    return f"{value:,.0f} ±{side.spread / 2:.1%}" if value >= 1000 else f"{value:.4g} ±{side.spread / 2:.1%}"
+
+
+def _ratios(row: Row) -> list[str]:
+    return [f"{ratio:.3f}" for ratio in (row.speedup, row.expected, row.reached) if ratio is not None]
 
 
 def _once(values: Iterable[object]) -> str:

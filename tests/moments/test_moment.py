@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from lrc.moments import moment
 from lrc.moments.moment import Moment, MomentSum, product
 
 CPU = torch.device("cpu")
@@ -43,6 +44,18 @@ def test_half_precision_is_only_that_of_the_inputs(tokens, dtype):
         total.add(block)
     assert total.moment().second.dtype == torch.float32
     close(total.moment(), moment_of(tokens.to(dtype)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [3, 4, 9])
+def test_wide_sums_are_made_of_their_upper_blocks(width, monkeypatch):
+    monkeypatch.setattr(moment, "GRAM_BLOCK", 4)
+    x = torch.randn(5, 30, width, generator=torch.Generator().manual_seed(0)) + 1
+    total = MomentSum(width, CPU)
+    for block in x:
+        total.add(block)
+    found = total.moment().second
+    close(total.moment(), moment_of(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.tril(-4), found.triu(4).T)
 
 
 def test_long_sums_do_not_stall():

@@ -17,9 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from lrc import refit
 from lrc.checkpoint.staging import staging
 from lrc.compressor import Compressor
 from lrc.job import prepare
+from lrc.moments import moment
 from lrc.stopwatch import Stopwatch
 from lrc.stream import ModelStream
 
@@ -94,6 +96,12 @@ def test_counts_are_those_of_a_run(
     kv_heads: int,
 ) -> None:
     monkeypatch.setattr("lrc.gradients._KEEP_ALL", 0)  # inputs of some layers are computed again
+    for name, module, value in (
+        ("DIRECTIONS", refit, 16),
+        ("GRAM_BLOCK", moment, 48),
+    ):  # as wide models need them
+        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(scaling, name, value)
     model = tiny_checkpoint("llama", num_hidden_layers=5, num_key_value_heads=kv_heads)
     plan = tmp_path / "plan.yaml"
     calibration = {"samples": 16, "gradient_samples": 6, "seq_len": 64}

@@ -1,0 +1,112 @@
+"""Times models against each other: samples in turn, medians, quartiles, and memory."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from lrc.benchmark.cases import Case
+from lrc.benchmark.steps import Decode, Prefill
+from lrc.benchmark.work import cache_bytes, weigh, work_of
+
+_WARM = 2  # samples that do not count
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model in one case. ``seconds``: median and quartiles of a sample of ``tokens``; ``work`` of a step, see
+    ``lrc.benchmark.work``; ``peak_bytes``: of the device with this model alone, None on a CPU.
+    """
+
+    tokens: int
+    samples: int
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+    work: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    peak_bytes: int | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """By the median."""
+        return self.tokens / self.seconds
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles over the median."""
+        return (self.high_seconds - self.low_seconds) / self.seconds
+
+
+@torch.no_grad()
+def measure(
+    models: Sequence[PreTrainedModel],
+    cases: Sequence[Case],
+    *,
+    new_tokens: int,
+    repeats: int,
+    advance: Callable[[], object] = lambda: None,
+) -> list[list[Measured]]:
+    """Every model in every case: by case, then by model. A case's samples are taken of the models in turn."""
+    weights = [weigh(model) for model in models]
+    found = []
+    for case in cases:
+        runs, peaks = [], []
+        for model, weight in zip(models, weights, strict=True):
+            before = _start_counting(model.device)
+            run = Prefill(model, case) if case.phase == "prefill" else Decode(model, case, new_tokens)
+            for _ in range(_WARM):
+                run.seconds()
+            peaks.append(None if before is None else weight.bytes + _peak(model.device) - before)
+            runs.append(run)
+        seconds = [[run.seconds() for run in runs] for _ in range(repeats)]
+        rows = []
+        for run, weight, peak, taken in zip(runs, weights, peaks, zip(*seconds, strict=True), strict=True):
+            held = cache_bytes(run.cache)
+            low, median, high = _quartiles(taken)
+            rows.append(
+                Measured(
+                    tokens=run.tokens,
+                    samples=len(taken),
+                    seconds=median,
+                    low_seconds=low,
+                    high_seconds=high,
+                    work=work_of(case, weight, run.cache),
+                    kv_bytes=held,
+                    kv_bytes_per_token=held // (case.batch * case.length),
+                    peak_bytes=peak,
+                )
+            )
+        found.append(rows)
+        del runs, run
+        if case.mode == "compile":
+            torch.compiler.reset()  # what was compiled holds the shapes and the memory of this case
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        advance()
+    return found
+
+
+def _quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    if len(seconds) == 1:
+        return seconds[0], seconds[0], seconds[0]
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return low, median, high
+
+
+def _start_counting(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device)

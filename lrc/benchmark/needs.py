@@ -1,0 +1,104 @@
+"""Bytes that a benchmark needs on a device, from headers alone, and whether they are free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lrc.benchmark.cases import Case
+from lrc.checkpoint.headers import read_headers
+from lrc.errors import UserError
+from lrc.families import family_of
+from lrc.hub.loader import causal_config
+from lrc.modules.attention import STEP
+from lrc.room import free_bytes
+
+_SHARE = 0.9  # of what is free: libraries' workspaces and fragments are in no count
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes: its weights, a token's keys and values, a token's activations in a layer, its logits."""
+
+    name: str
+    positions: int
+    weights: int
+    kv: int
+    activations: int
+    logits: int
+
+    def held(self, case: Case) -> int:
+        """Bytes that stay as long as the case is measured."""
+        return case.batch * case.length * self.kv
+
+    def passing(self, case: Case) -> int:
+        """Bytes that a step takes besides, about."""
+        tokens = case.length if case.phase == "prefill" else 1
+        return case.batch * (tokens * self.activations + self.logits)
+
+    def alone(self, case: Case) -> int:
+        """Bytes with no other model there."""
+        return self.weights + self.held(case) + self.passing(case)
+
+
+def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, *, trusted: bool) -> Needs:
+    """What a checkpoint's model takes when it runs in ``dtype``; of activations the most that a layer holds at once."""
+    config = causal_config(folder, trust_remote_code=trusted)
+    family_of(config.model_type)
+    stored = read_headers(sorted(folder.glob("*.safetensors"))).values()
+    weights = sum(
+        t.bytes // t.dtype.itemsize * dtype.itemsize if t.dtype.is_floating_point else t.bytes for t in stored
+    )
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    full = getattr(config, "head_dim", None) or hidden // heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    step = STEP.get(device.type, 1)
+    table = (getattr(config, "quantization_config", None) or {}).get("modules", {})
+    reduced = [(e["qk"], e["v"]) for e in table.values() if e["kind"] == "attention"]
+    widths = [*reduced, *[(full, full)] * (config.num_hidden_layers - len(reduced))]
+    kept = sum(width + -width % step for pair in widths for width in pair)
+    return Needs(
+        name=name,
+        positions=config.max_position_embeddings,
+        weights=weights,
+        kv=kept * kv_heads * dtype.itemsize,
+        activations=max(2 * hidden + 6 * inner, 14 * hidden) * dtype.itemsize + 8 * hidden,
+        logits=config.vocab_size * (dtype.itemsize + 4),
+    )
+
+
+def fit_together(sides: Sequence[Needs], cases: Sequence[Case], device: torch.device) -> bool:
+    """Whether all models fit on the device at once with what the cases take; False if only one at a time does.
+
+    Raises UserError where one does not fit even alone, with the bytes that it needs and the nearest case that fits.
+    """
+    free = free_bytes(device)
+    room = int(_SHARE * free)
+    for side in sides:
+        for case in cases:
+            if (needed := side.alone(case)) <= room:
+                continue
+            raise UserError(
+                f"the benchmark of {side.name} needs about {needed:,} bytes on {device} for {case.phase} {case.shape} "
+                f"({side.weights:,} of weights, {side.held(case):,} of keys and values, {side.passing(case):,} of "
+                f"activations); {free:,} are free, of which it takes {_SHARE:.0%}; {_nearest(side, case, room)}"
+            )
+    weights = sum(side.weights for side in sides)
+    most = max(
+        sum(side.held(case) for side in sides) + max(side.passing(case) for side in sides) for case in cases
+    )
+    return weights + most <= room
+
+
+def _nearest(side: Needs, case: Case, room: int) -> str:
+    """The largest smaller batch that fits, or what to do where none does."""
+    one = side.alone(replace(case, batch=1)) - side.weights
+    if batch := max(room - side.weights, 0) // one:
+        return f"the nearest is --{case.phase} {batch}x{case.length}"
+    if side.weights < room:
+        return f"not even --{case.phase} 1x{case.length} fits; try fewer tokens"
+    return "the weights alone do not fit; the nearest is a larger device, or --dtype with fewer bytes"

@@ -1,0 +1,129 @@
+"""Steps of a model that can be run again and again: a prefill, or tokens of a decode, in one of the modes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from lrc.benchmark.cases import Case
+from lrc.errors import UserError
+
+_WARM = 3  # steps before a capture, in which kernels are chosen and workspaces made
+
+
+class Steps:
+    """``run`` does what a sample is timed of, ``tokens`` tokens; ``cache`` holds the keys and values of it."""
+
+    cache: Any
+    tokens: int
+
+    def __init__(self, model: PreTrainedModel, case: Case) -> None:
+        self.model, self.device = model, model.device
+        self.forward: Any = torch.compile(model, dynamic=False) if case.mode == "compile" else model
+        generator = torch.Generator().manual_seed(0)
+        shape = (case.batch, case.length if case.phase == "prefill" else 1)
+        vocab = model.config.get_text_config().vocab_size
+        self.ids = torch.randint(vocab, shape, generator=generator).to(self.device)
+
+    def run(self) -> None:
+        """Run the steps, without waiting for the device."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What comes before a sample and is not part of it."""
+
+    def seconds(self) -> float:
+        """Seconds of one sample, the device's queue drained before and after."""
+        self.prepare()
+        _wait(self.device)
+        start = time.perf_counter()
+        self.run()
+        _wait(self.device)
+        return time.perf_counter() - start
+
+
+class Prefill(Steps):
+    """Reads all tokens of a batch into a new cache and says the most likely next ones."""
+
+    def __init__(self, model: PreTrainedModel, case: Case) -> None:
+        super().__init__(model, case)
+        self.tokens = case.batch * case.length
+        self.run()
+
+    def prepare(self) -> None:
+        self.cache = None  # the next one has its memory
+
+    def run(self) -> None:
+        found = self.forward(input_ids=self.ids, use_cache=True, logits_to_keep=1)
+        found.logits[:, -1].argmax(-1)
+        self.cache = found.past_key_values
+
+
+class Decode(Steps):
+    """Writes ``new_tokens`` tokens one by one, the last of which attends to ``case.length``; the cache is static.
+
+    What was before them is noise: it takes as long as text. Raises UserError where the model cannot be captured.
+    """
+
+    def __init__(self, model: PreTrainedModel, case: Case, new_tokens: int) -> None:
+        super().__init__(model, case)
+        self.new_tokens, self.tokens = new_tokens, case.batch * new_tokens
+        self.start = case.length - new_tokens
+        self.cache = StaticCache(config=model.config, max_cache_len=case.length)
+        self._step(model)  # layers differ in width: the cache takes its shapes from the first keys and values
+        if not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
+            raise UserError(
+                "this transformers counts the tokens of a static cache elsewhere than lrc bench looks for them; "
+                "pip install --upgrade transformers"
+            )
+        for layer in self.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        self.prepare()
+        self._once: Callable[[], object] = lambda: self._step(self.forward)
+        if case.mode != "eager" and self.device.type == "cuda":
+            self._once = self._captured()
+
+    def prepare(self) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.start)
+            if hasattr(layer, "cumulative_length_int"):
+                layer.cumulative_length_int = self.start
+
+    def run(self) -> None:
+        for _ in range(self.new_tokens):
+            self._once()
+
+    def _step(self, forward: Any) -> None:
+        found = forward(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
+        self.ids.copy_(found.logits[:, -1:].argmax(-1))
+
+    def _captured(self) -> Callable[[], object]:
+        """The step as a CUDA graph, which starts all its kernels at once."""
+        side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM):
+                self.prepare()
+                self._step(self.forward)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.prepare()
+        try:
+            with torch.cuda.graph(graph):
+                self._step(self.forward)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"a step of {type(self.model).__name__} cannot be captured in a CUDA graph ({reason}); the nearest is "
+                "--mode eager"
+            ) from error
+        return graph.replay
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,167 @@
+"""Linear maps that read one input, run as one product; their parameters stay, as views into what is multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrc.modules.low_rank import LowRankLinear
+
+
+class SharedInput:
+    """Projections of one input: a single product for dense ones and first factors, then the second factors.
+
+    The members' own parameters become views into the matrices that are multiplied, so that no weight is held twice, and
+    a state dict, a save and an optimizer's step see what they would without it. Neighbours whose second factors are of
+    one shape run as one batched product where ``batched``. It is for inference: ``holds`` says whether the members are
+    what they were when they were merged, and whoever calls runs them one by one where it does not.
+    """
+
+    def __init__(self, parent: nn.Module, names: Sequence[str], *, batched: bool = True) -> None:
+        members = [getattr(parent, name) for name in names]
+        self.names, self.batched = tuple(names), batched
+        firsts = [_first(member) for member in members]
+        self._places = [(parent, name, member) for name, member in zip(names, members, strict=True)]
+        self._places += [
+            (m, name, getattr(m, name)) for m in members if isinstance(m, LowRankLinear) for name in "AB"
+        ]
+        self._weight = _tie([linear.weight for linear in firsts])
+        self._bias = _tie_biases(firsts)
+        self._runs = _runs(members, batched)
+        self._widths = [sum(_first(m).out_features for m in run.members) for run in self._runs]
+        self._addresses = [
+            (parameter, parameter.data_ptr())
+            for _, _, module in self._places
+            for parameter in module.parameters(recurse=False)
+        ]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """The members' outputs for ``x`` (..., in)."""
+        inner = F.linear(x, self._weight, self._bias)
+        parts = inner.split(self._widths, dim=-1)
+        return [y for run, part in zip(self._runs, parts, strict=True) for y in run(part)]
+
+    def holds(self) -> bool:
+        """Whether the members are untouched: no gradient, adapter, hook or new weight that a merged product misses."""
+        return not torch.is_grad_enabled() and self._in_place() and self._tied()
+
+    def _in_place(self) -> bool:
+        return all(
+            owner._modules.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
+            for owner, name, module in self._places
+        )
+
+    @torch.compiler.assume_constant_result
+    def _tied(self) -> bool:
+        return all(parameter.data_ptr() == address for parameter, address in self._addresses)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are not merged, as their parameters have memory of their own."""
+        return type(None), ()
+
+
+class SharesInput(nn.Module):
+    """A module some of whose projections may be merged; moved to another device or precision, it merges them again."""
+
+    shared: SharedInput | None = None
+
+    def merge(self, names: Sequence[str], *, batched: bool = True) -> bool:
+        """Merge projections where they can be; says if it did."""
+        self.shared = SharedInput(self, names, batched=batched) if mergeable(self, names) else None
+        return self.shared is not None
+
+    def project(self, names: Sequence[str], x: Tensor) -> list[Tensor]:
+        """The outputs of projections of ``x``, by one product where they are merged."""
+        if self.shared is not None and self.shared.holds():
+            return self.shared(x)
+        return [getattr(self, name)(x) for name in names]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.shared is not None:
+            self.merge(self.shared.names, batched=self.shared.batched)
+        return self
+
+
+class _Run:
+    """Neighbours that are alike: dense ones, or low-rank ones whose second factors are of one shape."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        self.members = members
+        self._seconds = [member.B for member in members if isinstance(member, LowRankLinear)]
+        self._weight = None
+        if len(self._seconds) > 1:
+            out, rank = self._seconds[0].weight.shape
+            self._weight = _tie([linear.weight for linear in self._seconds]).view(-1, out, rank)
+
+    def __call__(self, inner: Tensor) -> Sequence[Tensor]:
+        if not self._seconds:
+            return inner.split([_first(member).out_features for member in self.members], dim=-1)
+        if self._weight is None:
+            return [self._seconds[0](inner)]
+        rows, (count, _, rank) = inner.shape[:-1], self._weight.shape
+        stacked = inner.flatten(0, -2).unflatten(-1, (count, rank)).transpose(0, 1)  # (member, tokens, rank)
+        found = torch.bmm(stacked, self._weight.transpose(1, 2)).unflatten(1, rows).unbind(0)
+        return [
+            y if linear.bias is None else y + linear.bias
+            for y, linear in zip(found, self._seconds, strict=True)
+        ]
+
+
+def _runs(members: Sequence[nn.Module], batched: bool) -> list[_Run]:
+    def shape(numbered: tuple[int, nn.Module]) -> Any:
+        number, member = numbered
+        if not isinstance(member, LowRankLinear):
+            return "dense"
+        return (member.out_features, member.rank) if batched else number
+
+    return [_Run([member for _, member in run]) for _, run in groupby(enumerate(members), shape)]
+
+
+def _first(member: nn.Module) -> nn.Linear:
+    """The linear of a member that reads the input."""
+    first = member.A if isinstance(member, LowRankLinear) else member
+    assert isinstance(first, nn.Linear)
+    return first
+
+
+def mergeable(parent: nn.Module, names: Sequence[str]) -> bool:
+    """Whether projections are dense or low-rank, on one device, of one precision and without hooks."""
+    linears = []
+    for name in names:
+        member = getattr(parent, name)
+        linears += [member.A, member.B] if type(member) is LowRankLinear else [member]
+        if member._forward_hooks or member._forward_pre_hooks or hasattr(member, "_hf_hook"):
+            return False
+    if len(names) < 2 or any(
+        type(linear) is not nn.Linear or hasattr(linear, "_hf_hook") for linear in linears
+    ):
+        return False
+    weights = [linear.weight for linear in linears]
+    alike = len({(weight.device, weight.dtype) for weight in weights}) == 1
+    return alike and not weights[0].is_meta
+
+
+def _tie(parameters: Sequence[Tensor]) -> Tensor:
+    """Put parameters of equal width into one matrix, of which each is then some rows."""
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, rows in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+        parameter.data = rows
+    return whole
+
+
+def _tie_biases(firsts: Sequence[nn.Linear]) -> Tensor | None:
+    """The biases of dense members in one vector, with zeros for the others; None where there is none."""
+    if all(linear.bias is None for linear in firsts):
+        return None
+    whole = firsts[0].weight.new_zeros(sum(linear.out_features for linear in firsts))
+    for linear, part in zip(firsts, whole.split([f.out_features for f in firsts]), strict=True):
+        if linear.bias is not None:
+            part.copy_(linear.bias.detach())
+            linear.bias.data = part
+    return whole

@@ -1,0 +1,45 @@
+"""``lrc bench``: figures as tables and as one document, and mistakes told before anything is measured."""
+
+from __future__ import annotations
+
+import json
+
+QUICK = ["--prefill", "1x8,2x8", "--decode", "2x8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
+
+
+def test_tables_and_documents(succeeds, tiny_checkpoint, work):
+    ours, theirs = tiny_checkpoint("llama", intermediate_size=16), tiny_checkpoint("llama")
+    printed = succeeds("bench", ours, "--against", theirs, *QUICK, "-o", "figures.json").stdout
+    assert f"model: {ours}, " in printed.replace("\n", "")
+    for words in (
+        "prefill 1x8 eager",
+        "decode 2x8 eager",
+        "tokens/s, against",
+        "expected",
+        "of it",
+        "KV cache, model",
+    ):
+        assert words in printed
+    written = json.loads((work / "figures.json").read_text(encoding="utf-8"))
+    assert [(row["phase"], row["batch"]) for row in written["rows"]] == [
+        ("prefill", 1),
+        ("prefill", 2),
+        ("decode", 2),
+    ]
+    shown = json.loads(succeeds("bench", ours, *QUICK, "--json").stdout)
+    assert shown.keys() == written.keys()
+    assert shown["against"] is None
+    assert shown["of"] == written["of"]
+
+
+def test_mistakes(fails, tiny_checkpoint):
+    model = tiny_checkpoint("llama")
+    quick = [*QUICK, "--device", "cpu"]
+    assert "unknown model 'tiny-lama'" in fails("bench", "tiny-lama")
+    assert "--prefill: '8' is not BATCHxTOKENS" in fails("bench", model, "--prefill", "8")
+    assert "--mode graphs is for GPUs" in fails("bench", model, *quick, "--mode", "graphs")
+    assert "there is no folder nowhere" in fails("bench", model, *quick, "-o", "nowhere/figures.json")
+    assert "--repeats 0: the smallest is 1" in fails("bench", model, *quick, "--repeats", "0")
+    message = fails("bench", model, *quick, "--decode", "4000000000000x8")
+    assert "bytes on cpu for decode 4000000000000x8" in message
+    assert "the nearest is --decode " in message
