@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from lrc.hub.register import install
 
 if TYPE_CHECKING:
+    from lrc.ablation import ablate
     from lrc.api import compress, evaluate
     from lrc.benchmark.bench import bench
+    from lrc.evaluating import evaluate_against
     from lrc.hub.loader import load
     from lrc.inspection.inspector import inspect_model
     from lrc.modules.fuse import fuse, unfuse
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "ablate",
     "bench",
     "compress",
     "evaluate",
+    "evaluate_against",
     "fuse",
     "inspect_model",
     "load",
@@ -28,9 +32,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ablate": "lrc.ablation",
     "bench": "lrc.benchmark.bench",
     "compress": "lrc.api",
     "evaluate": "lrc.api",
+    "evaluate_against": "lrc.evaluating",
     "fuse": "lrc.modules.fuse",
     "inspect_model": "lrc.inspection.inspector",
     "load": "lrc.hub.loader",

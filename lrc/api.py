@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -21,9 +20,11 @@ from lrc.checkpoint.shared import SharedStaging
 from lrc.checkpoint.staging import MANIFEST, check_output, staging
 from lrc.compressor import Compressor
 from lrc.curves import as_curves
-from lrc.errors import OutOfResources, UserError
-from lrc.evaluation.folder import evaluate_folder
-from lrc.evaluation.perplexity import DEFAULT_SEQ_LEN, Perplexity, count_windows
+from lrc.errors import UserError
+from lrc.evaluation.folder import Loading, evaluate_folder, find_loading
+from lrc.evaluation.passage import DEFAULT_SEQ_LEN, count_windows
+from lrc.evaluation.perplexity import Perplexity
+from lrc.evaluation.records import token_file
 from lrc.hub.names import default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
@@ -35,7 +36,7 @@ from lrc.report.html import html_page
 from lrc.report.markdown import model_card, report_page
 from lrc.report.outputs import read_beside
 from lrc.report.report import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
-from lrc.room import choose_place, known_place
+from lrc.room import choose_place, known_place, memory_advice
 from lrc.solve import reads_gradients
 from lrc.states import States
 from lrc.stopwatch import Stopwatch
@@ -155,7 +156,7 @@ def compress(
         advance = progress("compress", len(job.plan.layers))
         with watch.stage("load"):
             stream = ModelStream(job.reader, place, precision, kept_in, ranks=ranks)
-        with _memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
+        with memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
             Compressor(stream, job.plan, stage, watch).run(calibration.blocks, batch, lambda: advance(1))
         del stream
         refits = refit_records(job, own) if own else []
@@ -165,20 +166,16 @@ def compress(
             ranks.meet()
         perplexity = []
         if held_out:
+            loading = Loading(place, precision, None, stage.scratch, allow_pickle, trust_remote_code)
             advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
-            with watch.stage("evaluate"), _memory_advice(advice):
+            with watch.stage("evaluate"), memory_advice(advice):
                 pair = [
                     evaluate_folder(
                         path,
                         held_out,
-                        place,
-                        precision,
+                        loading,
                         data_dir=folder,
-                        streamed=None,
-                        scratch=stage.scratch,
                         max_windows=max_windows,
-                        allow_pickle=allow_pickle,
-                        trust_remote_code=trust_remote_code,
                         progress=progress,
                         ranks=ranks,
                     )
@@ -229,12 +226,13 @@ def evaluate(
     model: str | Path | None = None,
     ppl: str | Sequence[str] | None = None,
     *,
-    seq_len: int | None = None,
+    seq_len: int | Sequence[int] | None = None,
     max_windows: int | None = None,
     data_dir: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
     streamed: bool | None = None,
+    tokens: str | Path | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -244,32 +242,37 @@ def evaluate(
     """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
 
     The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
-    ``lrc.evaluation.perplexity``. ``streamed``: the model runs a layer at a time, which gives the same figure and needs
-    the memory of a layer (default: where it would not fit whole). ``ranks`` are the processes that share the work, as
-    for ``compress``. Raises UserError for a model or text that cannot be had.
+    ``lrc.evaluation.perplexity``. ``seq_len``: tokens of a window; of several lengths each has a figure, on the same
+    part of the text. ``streamed``: the model runs a layer at a time, which gives the same figure and needs the memory
+    of a layer (default: where it would not fit whole). ``tokens``: a file for the loss of each token, as
+    ``lrc.evaluation.records`` writes it. ``ranks`` are the processes that share the work, as for ``compress``. Raises
+    UserError for a model or text that cannot be had.
     """
     if model is None:
         path = newest_output(Path.cwd())
     else:
         path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
-    place = find_device(device, ranks)
-    # On a CPU half precision is slow, and rounds unlike a GPU.
-    as_stored = dtype is None and place.type != "cpu"
-    precision = None if as_stored else find_dtype(dtype, place, torch.float32)
-    with _memory_advice("--streamed, a shorter --seq-len, or --device cpu"):
+    loading = find_loading(
+        device,
+        dtype,
+        streamed,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        ranks=ranks,
+    )
+    with (
+        memory_advice("--streamed, a shorter --seq-len, or --device cpu"),
+        token_file(tokens, paired=False, ranks=ranks) as keep,
+    ):
         return evaluate_folder(
             path,
             [default_text(str(model or path))] if ppl is None else _specs(ppl),
-            place,
-            precision,
+            loading,
             data_dir=None if data_dir is None else Path(data_dir),
-            streamed=streamed,
-            scratch=Path(tempfile.gettempdir()),
             seq_len=seq_len,
             max_windows=max_windows,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
             progress=progress,
+            keep=keep,
             ranks=ranks,
         )
 
@@ -339,15 +342,6 @@ def _settings(
         "run": run,
         "versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}},
     }
-
-
-@contextmanager
-def _memory_advice(advice: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise OutOfResources(f"the GPU is out of memory; try {advice} ({reason})") from error
 
 
 def _device_name(device: torch.device) -> str:

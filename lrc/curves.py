@@ -8,18 +8,24 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
+from lrc import __version__
 from lrc.allocate import Curve
 from lrc.checkpoint.durable import write_text
 from lrc.errors import UserError
 from lrc.plan.document import dotted
 from lrc.plan.resolved import ResolvedPlan
+from lrc.plan.schema import Calibration
+from lrc.text.blocks import gradient_blocks, ids_sha256
 
 FORMAT = 4
+_PACKAGES = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,7 @@ _CURVES = TypeAdapter(Curves)
 
 def file_name(model: str, key: Mapping[str, Any]) -> str:
     """What curves are called: the model, the allocation, and a hash of the key, so that each key has its file."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return f"{model}.{key['allocation']}.{digest[:8]}.curves.json"
+    return f"{model}.{key['allocation']}.{digest(key)}.curves.json"
 
 
 def load_curves(path: Path) -> Curves:
@@ -105,6 +110,27 @@ def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
         for a in plan.unsized(index)
     }
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+
+
+def blocks_key(blocks: Tensor) -> str:
+    """What a key says of blocks (n, tokens): how many there are, how long, and the hash of their ids."""
+    return f"{blocks.shape[0]} x {blocks.shape[1]} {ids_sha256(blocks)}"
+
+
+def gradients_key(blocks: Tensor, settings: Calibration) -> str:
+    """What a key says of the gradients of calibration blocks: which of them, and the seed of the labels."""
+    chosen = gradient_blocks(blocks, settings.gradient_samples, settings.seed)
+    return f"{blocks_key(chosen)} seed {settings.seed}"
+
+
+def versions() -> dict[str, str]:
+    """What a key says of the code that measures."""
+    return {"lrc": __version__, **{name: version(name) for name in _PACKAGES}}
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """A few letters for a key, so that each has a file of its own."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _short(value: object) -> str:

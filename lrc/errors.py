@@ -22,6 +22,10 @@ class Lost(OutOfResources):
     """Another process of the run ended, or no longer answers."""
 
 
+class Paused(KeyboardInterrupt):
+    """Someone interrupted what the same command takes up again."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """End a message about an unknown word: the nearest choice if one is near, and the choices."""
     known = sorted(choices)

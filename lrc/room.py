@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 
 from lrc.checkpoint.headers import StoredTensor
-from lrc.errors import UserError, nearest
+from lrc.errors import OutOfResources, UserError, nearest
 from lrc.job import Job
 from lrc.memory import estimate_memory
 from lrc.states import PLACES, Place
@@ -67,3 +68,13 @@ def fits_whole(
     weights = sum(count * size for count, size in each)
     logits = _EVALUATED * vocab * max(size for _, size in each)
     return weights + 2 * logits <= _SHARE * free_bytes(device)
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Tell a GPU that is out of memory as OutOfResources, with what to try."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise OutOfResources(f"the GPU is out of memory; try {advice} ({reason})") from error

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lrc.errors import UserError
 from lrc.hub.loader import load
+from lrc.hub.tokenizer import start_tokens
 from lrc.job import Job, generating_batch
 from lrc.memory import generating_memory
 from lrc.ranks import ALONE, Ranks
@@ -128,10 +129,9 @@ def _write(model: PreTrainedModel, start: int, numbers: Tensor, advance: Callabl
 
 def start_token(job: Job) -> int:
     """The token that a text begins behind: config.json's, of the vocabulary; UserError where it names none."""
-    config, vocab = job.reader.config, job.reader.architecture.vocab
-    ends = config.eos_token_id
-    for token in (config.bos_token_id, *(ends if isinstance(ends, list) else [ends])):
-        if token is not None and 0 <= token < vocab:
+    vocab = job.reader.architecture.vocab
+    for token in start_tokens(job.reader.config):
+        if 0 <= token < vocab:
             return token
     raise UserError(
         f"{job.reader.folder / 'config.json'} names no bos_token_id or eos_token_id among the {vocab} tokens, and "

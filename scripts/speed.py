@@ -111,7 +111,7 @@ def evaluate(
     from transformers import AutoTokenizer
 
     import lrc
-    from lrc.evaluation.perplexity import perplexity, window_nll
+    from lrc.evaluation.perplexity import perplexity, window_losses
     from lrc.text.blocks import tokenize
     from lrc.text.source import read_text
 
@@ -121,7 +121,7 @@ def evaluate(
         ids = tokenize(tokenizer, read_text(data, "evaluation").text)[: windows * seq_len]
         cut = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
         seen: list[int] = []
-        window_nll(model, cut, progress=seen.append)  # warms up, and tells the batches
+        window_losses(model, cut, progress=seen.append)  # warms up, and tells the batches
 
         @torch.no_grad()
         def bare() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrc.allocate import Curve
+from lrc.assemble import assemble
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.families import Architecture
+from lrc.methods.contract import Solution
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.ranks import ALONE, Ranks
@@ -62,6 +64,14 @@ class Setting:
     def at_all_sizes(self, layer: int) -> LayerPlan:
         """One layer's assignments in all plans together."""
         return LayerPlan(layer, tuple(self.asked(layer).values()))
+
+    def reduced(
+        self, stream: ModelStream, index: int, state: Mapping[str, Tensor], solution: Solution
+    ) -> nn.Module:
+        """A layer, of its tensors by path, with nothing but one target solved, as a stream runs it on its device."""
+        dtype, skeleton = self.reader.dtype, stream.skeletons[index]
+        found = assemble(self.reader.architecture, skeleton, state, [solution], dtype)
+        return stream.filled(found.module, found.state)
 
     def gradients(
         self, stream: ModelStream, held: Callable[[int], nn.Module] | None = None

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lrc.allocate import Curve
 from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
-from lrc.assemble import assemble
 from lrc.collect import Statistics
 from lrc.errors import UserError
 from lrc.evaluation.nll import token_nll
@@ -124,9 +123,7 @@ class Sensitivity:
 
     def _alone(self, index: int, _: str, solution: Solution) -> float:
         """Nats per held-out token with nothing but one target of one layer shrunk."""
-        skeleton, dtype = self._stream.skeletons[index], self._stream.reader.dtype
-        reduced = assemble(self._architecture, skeleton, self._states[index], [solution], dtype)
-        layer = self._stream.filled(reduced.module, reduced.state)
+        layer = self._setting.reduced(self._stream, index, self._states[index], solution)
         hidden = (self._through(index, batch, layer) for batch in self._held)
         return self._loss(hidden, f"at layer {index}")
 
@@ -152,7 +149,7 @@ class Sensitivity:
         """Nats per held-out token from the states behind the last layer, by batch; ``tail`` in place of the model's."""
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
         for states, ids in zip(hidden, self._held_ids, strict=True):
-            total += token_nll((tail or self._tail)(states), ids).sum()
+            total += token_nll((tail or self._tail)(states), ids).double().sum()
         if not math.isfinite(loss := float(self._setting.ranks.total(total)) / self._tokens):
             raise UserError(f"the loss measured {where} is NaN or inf; try --dtype float32")
         return loss

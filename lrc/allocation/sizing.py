@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lrc import __version__
 from lrc.allocate import Curve
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.contract import Advance, Setting
 from lrc.budget import Budget, Spent, shortfalls, spend
-from lrc.curves import Curves, plan_sha256
+from lrc.curves import Curves, blocks_key, gradients_key, plan_sha256, versions
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job
 from lrc.memory import measuring_memory
@@ -26,14 +23,12 @@ from lrc.room import free_bytes
 from lrc.solve import reads_gradients
 from lrc.states import ON_DEVICE, States
 from lrc.template import templates
-from lrc.text.blocks import gradient_blocks, ids_sha256
 from lrc.texts import Texts
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
 HELD_OUT_SAMPLES = 8
-_PACKAGES = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -96,16 +91,14 @@ class Sizing:
         if allocator.keeps:
             key["keeps"] = list(self.keeps)
         if allocator.holds != "nothing":
-            key |= {"calibration": _ids(blocks), "dtype": str(self.dtype).removeprefix("torch.")}
+            key |= {"calibration": blocks_key(blocks), "dtype": str(self.dtype).removeprefix("torch.")}
             if allocator.losses or any(
                 reads_gradients(job.reader.architecture, job.plan) for job in self.jobs
             ):
-                settings = self.jobs[0].plan.plan.calibration
-                chosen = gradient_blocks(blocks, settings.gradient_samples, settings.seed)
-                key["gradients"] = f"{_ids(chosen)} seed {settings.seed}"
+                key["gradients"] = gradients_key(blocks, self.jobs[0].plan.plan.calibration)
         if texts.held_blocks is not None:
-            key["held-out"] = _ids(texts.held_blocks)
-        return key | {"versions": {"lrc": __version__, **{name: version(name) for name in _PACKAGES}}}
+            key["held-out"] = blocks_key(texts.held_blocks)
+        return key | {"versions": versions()}
 
     def curves(self, progress: Progress | None) -> Curves:
         """Find what sizes cost. Raises UserError where the device has not the memory for it."""
@@ -215,7 +208,3 @@ def sized_by(job: Job, smallest: Job, curves: Sequence[Curve]) -> tuple[Job, flo
 
 def _unseen(done: int) -> None:
     """Progress that nobody watches."""
-
-
-def _ids(blocks: Tensor) -> str:
-    return f"{blocks.shape[0]} x {blocks.shape[1]} {ids_sha256(blocks)}"

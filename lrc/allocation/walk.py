@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -32,13 +32,14 @@ class Visit:
 @dataclass(frozen=True)
 class Stop:
     """One layer, or None for what is outside of them: what the plans ask of it by target and size, and the problems by
-    target. ``done``: steps of the way up to here and with it.
+    target. ``done``: steps of the way up to here and with it. ``state``: the layer's tensors, none outside of them.
     """
 
     layer: int | None
     asked: Mapping[tuple[str, int], Assignment]
     problems: Mapping[str, Problem]
     done: int
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def visits(
@@ -79,7 +80,7 @@ def walk(setting: Setting) -> Iterator[Stop]:
     for visit in visits(stream, plans, batches, gradients, architecture.layers):
         found = asked[visit.index]
         problems = {target: pose(architecture, target, visit.state, visit.statistics) for target, _ in found}
-        yield Stop(visit.index, found, problems, visit.index + 1)
+        yield Stop(visit.index, found, problems, visit.index + 1, visit.state)
     if outside := setting.asked(None):
         problems = pose_outer(
             stream, {target for target, _ in outside}, setting.texts.calibration.blocks, batches

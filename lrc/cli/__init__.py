@@ -20,7 +20,7 @@ from lrc.cli.list import list_known
 from lrc.cli.plan import plan_model
 from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
 from lrc.cli.screen import complain
-from lrc.errors import UserError, nearest
+from lrc.errors import Paused, UserError, nearest
 
 _SPLIT = ("compress", "eval", "plan")  # over processes, where there are several; the first does the others
 # What does not parse; typer gives it no name of its own, and which click it is of depends on typer's version.
@@ -47,8 +47,8 @@ class _Verbs(TyperGroup):
         try:
             with _mistakes_told():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand == "compress"
+        except KeyboardInterrupt as error:
+            resumes = ctx.invoked_subcommand == "compress" or isinstance(error, Paused)
             then = "run the same command again to go on" if resumes else "the same command starts over"
             if speaks():
                 complain(f"interrupted; {then}")

@@ -1,7 +1,9 @@
-"""``lrc eval``: perplexity of a checkpoint, compressed or not, by itself or beside another."""
+"""``lrc eval``: perplexity and tasks of a checkpoint, by itself or beside another, and what shrinking parts costs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,10 +19,13 @@ from lrc.cli.options import (
     RemoteCode,
     Revision,
     Texts,
+    fractions,
+    lengths,
     names,
 )
 from lrc.cli.processes import processes
 from lrc.cli.screen import note, progress, quiet, show, show_json
+from lrc.errors import Paused, UserError
 
 
 def evaluate(
@@ -33,9 +38,73 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens of a window.", show_default="2048, or the limit of the shorter model"),
     ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Several lengths of windows, a figure for each on the same part of the text; --max-windows counts "
+            "those of the longest.",
+        ),
+    ] = None,
     max_windows: MaxWindows = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Another model, measured likewise.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Another model, usually the original, beside it token by token."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Keep the results of every token.")
+    ] = None,
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Perplexity with each projection and component alone shrunk in all layers, and a heat map.",
+            rich_help_panel="Ablation",
+        ),
+    ] = False,
+    keeps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F[,F...]",
+            help="Fractions of its weights that a target keeps.",
+            show_default="0.5,0.25,0.125",
+            rich_help_panel="Ablation",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What shrinks all that it can.",
+            show_default="a3 components, whitened_svd projections",
+            rich_help_panel="Ablation",
+        ),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA[=W],...",
+            help="Calibration texts, as for compress.",
+            show_default="wikitext2; builtin for the built-in models",
+            rich_help_panel="Ablation",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Measure anew, whatever results there are here.", rich_help_panel="Ablation"
+        ),
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="Tasks of lm-evaluation-harness, instead of a perplexity where no --ppl names one.",
+            rich_help_panel="Tasks",
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="Folder with YAML files of more tasks.", rich_help_panel="Tasks")
     ] = None,
     data_dir: DataDir = None,
     device: Device = None,
@@ -53,51 +122,101 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity of MODEL, and with --against that of another model beside it."""
+    """Measure MODEL by perplexity and tasks; what it lost of another model; or what shrinking each part alone costs."""
     quiet()
+    from lrc.ablation import ablate as measure_alone
     from lrc.api import evaluate as measure
     from lrc.api import newest_output
-    from lrc.evaluation.perplexity import shared_seq_len
-    from lrc.hub.names import default_text, resolve_model
+    from lrc.evaluating import evaluate_against, evaluate_tasks
+    from lrc.report.ablation import ablation_table
     from lrc.report.comparison import Comparison, Evaluated
-    from lrc.report.tables import perplexities
+    from lrc.report.tables import evaluation
 
     with processes() as ranks:
+        if context is not None and seq_len is not None:
+            raise UserError("--seq-len and --context contradict each other; write all lengths into --context")
+        if tasks_dir is not None and tasks is None:
+            raise UserError("--tasks-dir has no effect without --tasks; name tasks, or leave it out")
+        unlike = {"--against": against, "--context": context, "--tokens": tokens, "--tasks": tasks}
+        only = {"--keeps": keeps, "--method": method, "--calib": calib, "--fresh": fresh or None}
+        _check(ablate, unlike | {"--streamed/--whole": streamed}, only)
         if model is None:
             model = str(newest_output(Path.cwd()))
             if ranks.first:
                 note(f"evaluating {model}, the newest lrc output here")
-        texts = names(ppl) or [default_text(model)]
-        models = [(model, resolve_model(model, revision=revision, allow_pickle=allow_pickle).path)]
-        if against is not None:
-            models.append((against, resolve_model(against, allow_pickle=allow_pickle).path))
-            folders = [folder for _, folder in models]
-            seq_len = shared_seq_len(folders, seq_len, trust_remote_code=trust_remote_code)
-        with progress(ranks.first) as track:
-            found = [
-                Evaluated(
-                    name,
-                    measure(
-                        folder,
-                        texts,
-                        seq_len=seq_len,
-                        max_windows=max_windows,
-                        data_dir=data_dir,
-                        device=device,
-                        dtype=dtype,
-                        streamed=streamed,
-                        allow_pickle=allow_pickle,
-                        trust_remote_code=trust_remote_code,
-                        progress=track,
-                        ranks=ranks,
-                    ),
+        how = {
+            "device": device,
+            "dtype": dtype,
+            "revision": revision,
+            "allow_pickle": allow_pickle,
+            "trust_remote_code": trust_remote_code,
+            "ranks": ranks,
+        }
+        if ablate:
+            with progress(ranks.first) as track, _taken_up_again():
+                ablation = measure_alone(
+                    model,
+                    keeps=None if keeps is None else fractions("--keeps", keeps),
+                    method=method,
+                    ppl=_one(names(ppl)),
+                    seq_len=seq_len,
+                    max_windows=max_windows,
+                    calib=calib,
+                    data_dir=data_dir,
+                    fresh=fresh,
+                    progress=track,
+                    **how,
                 )
-                for name, folder in models
-            ]
+            if ranks.first and as_json:
+                show_json(ablation.as_dict())
+            elif ranks.first:
+                show(*ablation_table(ablation))
+            return
+        how["streamed"] = streamed
+        comparison = Comparison(Evaluated(model, []), Evaluated(against, []) if against else None)
+        scores = []
+        if tasks is not None:
+            models = [model, *([against] if against else [])]
+            scores = evaluate_tasks(models, names(tasks) or [], tasks_dir=tasks_dir, **how)
+        if tasks is None or ppl is not None:
+            with progress(ranks.first) as track:
+                measured = {
+                    "seq_len": seq_len if context is None else lengths("--context", context),
+                    "max_windows": max_windows,
+                    "data_dir": data_dir,
+                    "tokens": tokens,
+                    "progress": track,
+                }
+                if against is None:
+                    comparison = Comparison(Evaluated(model, measure(model, names(ppl), **measured, **how)))
+                else:
+                    comparison = evaluate_against(model, against, names(ppl), **measured, **how)
+        comparison = comparison.with_tasks(*scores)
         if not ranks.first:
             return
-        comparison = Comparison(*found)
         if as_json:
             show_json(comparison.as_dict())
         else:
-            show(*perplexities(comparison))
+            show(*evaluation(comparison))
+
+
+@contextmanager
+def _taken_up_again() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Paused from error
+
+
+def _check(ablate: bool, unlike: Mapping[str, object], only: Mapping[str, object]) -> None:
+    """Refuse options that say nothing with ``--ablate``, and those that say nothing without."""
+    given = [option for option, value in (unlike if ablate else only).items() if value is not None]
+    if given:
+        word = "with" if ablate else "without"
+        raise UserError(f"{' and '.join(given)}: no effect {word} --ablate; leave it out")
+
+
+def _one(texts: list[str] | None) -> str | None:
+    if texts and len(texts) > 1:
+        raise UserError(f"--ablate measures on one text, not {len(texts)}; run it again for each")
+    return texts[0] if texts else None

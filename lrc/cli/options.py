@@ -73,6 +73,16 @@ def names(listed: str | None) -> list[str] | None:
     return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
 
 
+def lengths(option: str, listed: str) -> list[int]:
+    """The whole numbers of an option's list with commas; UserError where one is none."""
+    found = []
+    for word in names(listed) or []:
+        if not word.isdecimal():
+            raise UserError(f"{option} {listed}: {word!r} is no whole number; write such as 512,1024")
+        found.append(int(word))
+    return found
+
+
 def fractions(option: str, listed: str) -> list[float]:
     """The numbers of an option's list with commas; UserError where one is none."""
     found = []

@@ -1,67 +1,131 @@
-"""Perplexity of a checkpoint in a folder, whose model is loaded for it, whole where it fits, and let go."""
+"""Models of checkpoints in folders, loaded to be evaluated, whole where they fit, and let go."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lrc.checkpoint.headers import read_headers
-from lrc.evaluation.perplexity import Perplexity, evaluate_perplexity
+from lrc.evaluation.perplexity import Keep, Perplexity, Progress, evaluate_perplexity
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load
 from lrc.hub.tokenizer import load_tokenizer
-from lrc.ranks import Ranks
+from lrc.job import find_device, find_dtype
+from lrc.ranks import ALONE, Ranks
 from lrc.room import fits_whole
 
-Progress = Callable[[str, int], Callable[[int], object]]
+if TYPE_CHECKING:
+    from lrc.evaluation.perplexity import Model
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded to be evaluated.
+
+    ``dtype``: what they run in, None being as they are stored. ``streamed``: a layer at a time, or whole; None is whole
+    where they fit. ``scratch``: where hidden states that are streamed and have no room in memory go.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    streamed: bool | None
+    scratch: Path
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+def find_loading(
+    device: str | None,
+    dtype: str | None,
+    streamed: bool | None,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    ranks: Ranks = ALONE,
+) -> Loading:
+    """How a user wants models loaded: on the device and in the precision named, by default as stored on a GPU.
+
+    Raises UserError as ``find_device`` and ``find_dtype`` do.
+    """
+    place = find_device(device, ranks)
+    # On a CPU half precision is slow, and rounds unlike a GPU.
+    as_stored = dtype is None and place.type != "cpu"
+    precision = None if as_stored else find_dtype(dtype, place, torch.float32)
+    scratch = Path(tempfile.gettempdir())
+    return Loading(place, precision, streamed, scratch, allow_pickle, trust_remote_code)
+
+
+def fit(folders: Iterable[Path], vocab: int, loading: Loading) -> bool:
+    """Whether the models of folders fit on the device at once, whole; pickled ones are taken to.
+
+    ``vocab``: entries of their vocabularies together, which say how large a batch's logits are.
+    """
+    stored = [*chain(*(read_headers(folder.glob("*.safetensors")).values() for folder in folders))]
+    return not stored or fits_whole(stored, vocab, loading.dtype, loading.device)
+
+
+@contextmanager
+def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[list[Model]]:
+    """The models of folders until the context closes, all at once: whole where all fit, else each a layer at a time.
+
+    ``vocab`` as for ``fit``. Raises UserError for a model that cannot be had.
+    """
+    trusted: dict[str, Any] = {
+        "allow_pickle": loading.allow_pickle,
+        "trust_remote_code": loading.trust_remote_code,
+    }
+    streamed = loading.streamed
+    if streamed is None:
+        streamed = not fit(folders, vocab, loading)
+    models: list[Model] = []
+    try:
+        for folder in folders:
+            models.append(
+                StreamedModel(folder, loading.device, loading.dtype, loading.scratch, **trusted)
+                if streamed
+                else load(folder, device=loading.device, dtype=loading.dtype or "auto", **trusted)
+            )
+        yield models
+    finally:
+        # Models hold references to themselves: only the collector frees the memory for the next one.
+        models.clear()
+        gc.collect()
 
 
 def evaluate_folder(
     path: Path,
     specs: list[str],
-    device: torch.device,
-    dtype: torch.dtype | None,
+    loading: Loading,
     *,
     data_dir: Path | None,
-    streamed: bool | None,
-    scratch: Path,
-    seq_len: int | None = None,
+    seq_len: int | Sequence[int] | None = None,
     max_windows: int | None,
-    allow_pickle: bool,
-    trust_remote_code: bool,
     progress: Progress | None,
+    keep: Keep | None = None,
     ranks: Ranks,
 ) -> list[Perplexity]:
-    """Perplexities of a folder's model on each text of ``specs``, run in ``dtype``, None being as it is stored.
+    """Perplexities of a folder's model on each text of ``specs``, as ``evaluate_perplexity`` has them.
 
-    ``streamed``: a layer at a time, or whole; None is whole where it fits. ``scratch``: where hidden states that are
-    streamed and have no room in memory go. Raises UserError for a model or a text that cannot be had.
+    Raises UserError for a model or a text that cannot be had.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    if streamed is None:
-        stored = read_headers(path.glob("*.safetensors")).values()
-        streamed = bool(stored) and not fits_whole(stored, len(tokenizer), dtype, device)
-    if streamed:
-        model = StreamedModel(path, device, dtype, scratch, **trusted)
-    else:
-        model = load(path, device=device, dtype=dtype or "auto", **trusted)
-    try:
+    tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
+    with loaded([path], len(tokenizer), loading) as models:
         return evaluate_perplexity(
-            model,
+            models[0],
             tokenizer,
             specs,
             data_dir=data_dir,
             seq_len=seq_len,
             max_windows=max_windows,
             progress=progress,
+            keep=keep,
             ranks=ranks,
         )
-    finally:
-        # Models hold references to themselves: only the collector frees the memory for the next one.
-        del model
-        gc.collect()

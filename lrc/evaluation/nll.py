@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,12 +12,19 @@ _CHUNK_BYTES = 2**28  # of the float32 copy that the softmax works on
 
 
 def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Nats of tokens 2..n of windows, (windows,) float64; logits (windows, n, vocab), ids (windows, n)."""
+    """Nats of tokens 2..n of windows, (windows, n - 1) float32; logits (windows, n, vocab), ids (windows, n)."""
     ids = ids.to(logits.device)
-    rows = max(_CHUNK_BYTES // (4 * logits.shape[-1]), 1)
-    sums = []
-    for window, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
-        pieces = zip(window.split(rows), targets.split(rows), strict=True)
-        losses = [F.cross_entropy(piece.float(), wanted, reduction="none") for piece, wanted in pieces]
-        sums.append(torch.cat(losses).double().sum())
-    return torch.stack(sums)
+    nll = torch.empty(len(ids), ids.shape[1] - 1, device=logits.device)
+    for window, rows in chunks(logits):
+        scored = logits[window, rows].float()
+        nll[window, rows] = F.cross_entropy(scored, ids[window, 1:][rows], reduction="none")
+    return nll
+
+
+def chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """Windows of logits (windows, n, vocab) and rows of them, without the last, which predicts nothing that is there;
+    as many at once as a float32 copy of bounded size holds."""
+    step = max(_CHUNK_BYTES // (4 * logits.shape[-1]), 1)
+    scored = logits.shape[1] - 1
+    for window in range(len(logits)):
+        yield from ((window, slice(start, min(start + step, scored))) for start in range(0, scored, step))

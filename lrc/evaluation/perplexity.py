@@ -13,31 +13,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lrc.errors import UserError
 from lrc.evaluation.nll import token_nll
+from lrc.evaluation.passage import Passage, choose_seq_len, choose_seq_lens, passages
 from lrc.evaluation.streamed import StreamedModel
 from lrc.ranks import ALONE, Ranks
-from lrc.text.blocks import batched, ids_sha256, tokenize, windows
-from lrc.text.source import Text, read_text
+from lrc.text.blocks import batched, ids_sha256, windows
+from lrc.text.source import read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model: TypeAlias = PreTrainedModel | StreamedModel
 
 PROTOCOL_VERSION = 1
-DEFAULT_SEQ_LEN = 2048
 _LOGIT_BYTES = 2**30  # of one batch, in the model's own dtype
 _BATCH_TOKENS = 2**14
 _CPU_BATCH_TOKENS = 2**11  # larger ones spend their time on fresh pages for the logits
 
 Advance = Callable[[int], object]
+Progress = Callable[[str, int], Advance]
+Keep = Callable[
+    [Passage, Mapping[str, Tensor]], object
+]  # takes a passage's results by token, each (windows, n - 1)
 
 
 @dataclass(frozen=True)
@@ -66,47 +72,43 @@ class Perplexity:
 
 
 def evaluate_perplexity(
-    model: PreTrainedModel | StreamedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     specs: list[str],
     *,
     data_dir: Path | None = None,
-    seq_len: int | None = None,
+    seq_len: int | Sequence[int] | None = None,
     max_windows: int | None = None,
     batch_size: int | None = None,
-    progress: Callable[[str, int], Advance] | None = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Perplexity]:
-    """Perplexity on each text named as in ``lrc.text.read_text``, in the order given; of several processes each has
-    the model, and runs its part of the windows.
+    """Perplexity on each text named as in ``lrc.text.read_text``, in the order given, in windows of each ``seq_len`` as
+    ``passages`` cuts them; of several processes each has the model, and runs its part of the windows.
 
     ``progress`` is called with a text's label and the number of this process's windows, and gives the function to call
-    with the windows done. Every text is read and cut before the model runs. Raises UserError as ``read_text`` and
-    ``perplexity`` do.
+    with the windows done; ``keep`` with each passage and what its tokens cost. Every text is read and cut before the
+    model runs. Raises UserError as ``read_text`` and ``passages`` do, and where a window is above the model's limit.
     """
-    length = choose_seq_len(model, seq_len)
+    lengths = choose_seq_lens([model.config], seq_len)
     texts = [read_text(spec, "evaluation", data_dir) for spec in specs]
-    ids = [tokenize(tokenizer, text.text) for text in texts]
-    counts = [count_windows(text, each, length, max_windows) for text, each in zip(texts, ids, strict=True)]
     return [
-        perplexity(
+        measure(
             model,
-            each,
-            data=text.label,
-            seq_len=length,
-            max_windows=max_windows,
+            passage,
             batch_size=batch_size,
-            progress=progress(text.label, len(ranks.mine(range(count)))) if progress else None,
+            progress=progress(passage.data, len(ranks.mine(passage.cut))) if progress else None,
             tokenizer=tokenizer,
-            notes=text.notes,
+            keep=keep,
             ranks=ranks,
         )
-        for text, each, count in zip(texts, ids, counts, strict=True)
+        for passage in passages(tokenizer, texts, lengths, max_windows)
     ]
 
 
 def perplexity(
-    model: PreTrainedModel | StreamedModel,
+    model: Model,
     ids: Tensor,
     *,
     data: str = "ids",
@@ -124,82 +126,91 @@ def perplexity(
     called with the windows done. Raises UserError where ``seq_len`` is above the model's limit or the text is
     shorter than one window.
     """
-    seq_len = choose_seq_len(model, seq_len)
-    cut = windows(ids, seq_len)[:max_windows]
-    mine = ranks.mine(cut)
+    cut = windows(ids, choose_seq_len(model.config, seq_len))[:max_windows]
+    passage = Passage(data, ids, cut, notes)
+    return measure(model, passage, batch_size=batch_size, progress=progress, tokenizer=tokenizer, ranks=ranks)
+
+
+def measure(
+    model: Model,
+    passage: Passage,
+    *,
+    batch_size: int | None = None,
+    progress: Advance | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    keep: Keep | None = None,
+    ranks: Ranks = ALONE,
+) -> Perplexity:
+    """Perplexity on the windows of a passage, of which each process runs its part."""
     start = time.perf_counter()
-    sums = ranks.woven(window_nll(model, mine, batch_size, progress).cpu())
+    nll = ranks.woven(window_losses(model, ranks.mine(passage.cut), batch_size, progress).cpu())
     seconds = time.perf_counter() - start
-    scored_bytes = ranks.total(count_scored_bytes(tokenizer, mine)) if tokenizer is not None else None
-    return summarise(
-        sums,
-        ids,
-        seq_len,
-        data=data,
-        dtype=model.dtype,
-        scored_bytes=scored_bytes,
-        seconds=seconds,
-        notes=notes,
-    )
+    if keep:
+        keep(passage, {"nll": nll})
+    return summarise(nll, passage, model.dtype, seconds, tokenizer, ranks)
 
 
 def summarise(
-    sums: Tensor,
-    ids: Tensor,
-    seq_len: int,
-    *,
-    data: str,
+    nll: Tensor,
+    passage: Passage,
     dtype: torch.dtype,
-    scored_bytes: int | None,
     seconds: float,
-    notes: tuple[str, ...] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
-    """The figures that follow from ``sums`` (windows,), the nats of the first windows of ids (tokens,)."""
-    tokens = len(sums) * (seq_len - 1)
-    nats = sums.double().sum()
+    """The figures that follow from ``nll`` (windows, seq_len - 1), the nats of a passage's scored tokens."""
+    scored_bytes = None
+    if tokenizer is not None:
+        scored_bytes = ranks.total(count_scored_bytes(tokenizer, ranks.mine(passage.cut)))
+    tokens, nats = nll.numel(), nll.double().sum(dim=1).sum()
     return Perplexity(
-        data=data,
+        data=passage.data,
         value=(nats / tokens).exp().item(),
         nats=nats.item(),
         tokens=tokens,
-        ids=len(ids),
-        windows=len(sums),
-        seq_len=seq_len,
+        ids=len(passage.ids),
+        windows=len(nll),
+        seq_len=passage.seq_len,
         dtype=str(dtype).removeprefix("torch."),
         bits_per_byte=nats.item() / math.log(2) / scored_bytes if scored_bytes else None,
         protocol=PROTOCOL_VERSION,
-        ids_sha256=ids_sha256(ids),
+        ids_sha256=ids_sha256(passage.ids),
         seconds=seconds,
         tokens_per_second=tokens / seconds,
-        notes=notes,
+        notes=passage.notes,
     )
 
 
-@torch.no_grad()
-def window_nll(
-    model: PreTrainedModel | StreamedModel,
-    cut: Tensor,
-    batch_size: int | None = None,
-    progress: Advance | None = None,
+def window_losses(
+    model: Model, cut: Tensor, batch_size: int | None = None, progress: Advance | None = None
 ) -> Tensor:
-    """Nats of tokens 2..n of windows (windows, seq_len): (windows,) float64 on the device of the logits."""
-    batch_size = batch_size or _batch_size(model, cut.shape[1])
+    """Nats of tokens 2..n of windows (windows, n): (windows, n - 1) float32 on the device of the logits."""
+    batch_size = batch_size or default_batch(model, cut.shape[1])
+    found = []
+    with closing(window_logits(model, cut, batch_size)) as logits:
+        for batch in batched(cut, batch_size):
+            found.append(token_nll(next(logits), batch))  # without a name, so that none waits beside the next
+            if progress:
+                progress(len(batch))
+    return torch.cat(found) if found else torch.empty(0, cut.shape[1] - 1)
+
+
+@torch.no_grad()
+def window_logits(model: Model, cut: Tensor, batch_size: int) -> Generator[Tensor]:
+    """Logits (windows, n, vocab) of ``batch_size`` windows (windows, n) at a time, in the model's own precision."""
     if isinstance(model, StreamedModel):
-        return model.window_nll(cut, batch_size, progress)
+        yield from model.logits(cut, batch_size)
+        return
     device = next(model.parameters()).device
     # one copy ahead of the loop, which then never waits for the device; offloaded models move inputs on
     cut = cut.to("cpu" if device.type == "meta" else device)
     training = model.training
     model.eval()
-    sums = []
     try:
         for batch in batched(cut, batch_size):
-            sums.append(token_nll(model(input_ids=batch, use_cache=False).logits, batch))
-            if progress:
-                progress(len(batch))
+            yield model(input_ids=batch, use_cache=False).logits
     finally:
         model.train(training)
-    return torch.cat(sums) if sums else torch.empty(0, dtype=torch.float64)
 
 
 def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
@@ -215,53 +226,8 @@ def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
     return sum(size(window) - size(window[:1]) for window in cut.tolist())
 
 
-def choose_seq_len(model: PreTrainedModel | StreamedModel, asked: int | None) -> int:
-    """The window asked for, else 2048 or the model's limit; UserError above that limit or below 2."""
-    return _window(_positions(model.config), asked)
-
-
-def shared_seq_len(folders: Iterable[Path], asked: int | None, *, trust_remote_code: bool = False) -> int:
-    """The window that the models in all the folders can be measured with, chosen as for one; reads no weight.
-
-    Raises UserError where a folder's config.json cannot be used, and as ``choose_seq_len`` does.
-    """
-    from transformers import AutoConfig
-
-    limits = []
-    for folder in folders:
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}"
-            ) from error
-        limits.append(_positions(config))
-    return _window(min((limit for limit in limits if limit is not None), default=None), asked)
-
-
-def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None) -> int:
-    """Windows that a text's ids are scored in; UserError where they do not fill one."""
-    try:
-        return len(windows(ids, seq_len)[:max_windows])
-    except UserError as error:
-        raise UserError(f"{text.label}: {error}") from None
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _window(limit: int | None, asked: int | None) -> int:
-    if asked is None:
-        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    if asked < 2:
-        raise UserError(f"seq_len {asked} leaves no token to score; the smallest is 2")
-    if limit is not None and asked > limit:
-        raise UserError(f"seq_len {asked} is longer than the model's {limit} positions; use {limit} or less")
-    return asked
-
-
-def _batch_size(model: PreTrainedModel | StreamedModel, seq_len: int) -> int:
+def default_batch(model: Model, seq_len: int) -> int:
+    """Windows that run at once unless the caller says how many: as many as keep the logits below 1 GiB."""
     window_bytes = seq_len * model.config.get_text_config().vocab_size * model.dtype.itemsize
     tokens = _CPU_BATCH_TOKENS if model.device.type == "cpu" else _BATCH_TOKENS
     return max(min(_LOGIT_BYTES // window_bytes, tokens // seq_len), 1)

@@ -1,8 +1,8 @@
-"""A model that is never whole in memory: it scores all windows of a text in one sweep, a decoder layer at a time."""
+"""A model that is never whole in memory: all windows of a text go through each layer while it is on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lrc.checkpoint.headers import check_shapes
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.evaluation.nll import token_nll
 from lrc.hub.quantizer import METHOD, LrcConfig
 from lrc.room import place_for
 from lrc.states import ON_DEVICE, States
@@ -51,24 +50,18 @@ class StreamedModel:
         return self._reader.config
 
     @torch.no_grad()
-    def window_nll(
-        self, cut: Tensor, batch_size: int, progress: Callable[[int], object] | None = None
-    ) -> Tensor:
-        """Nats of tokens 2..n of windows (windows, seq_len): (windows,) float64; ``progress`` as windows are scored."""
+    def logits(self, cut: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """Logits (windows, seq_len, vocab) of ``batch_size`` windows at a time, once all have gone through all layers;
+        windows (windows, seq_len) are in their order."""
         held = cut.numel() * self.config.hidden_size * self.dtype.itemsize
         stream = self._stream(States(place_for(held, self.device), self._scratch))
-        ids = batched(cut, batch_size)
-        batches = stream.embed(ids)
+        batches = stream.embed(batched(cut, batch_size))
         for index in range(len(stream.skeletons)):
             layer, _ = stream.layer(index)
             stream.advance(layer, index, batches)
-        tail, sums = stream.tail(), []
-        states = stream.passing(batch.hidden for batch in batches)
-        for (hidden,), each in zip(states, ids, strict=True):
-            sums.append(token_nll(tail(hidden), each))
-            if progress:
-                progress(len(each))
-        return torch.cat(sums) if sums else torch.empty(0, dtype=torch.float64)
+        tail = stream.tail()
+        for (hidden,) in stream.passing(batch.hidden for batch in batches):
+            yield tail(hidden)
 
     def _stream(self, states: States) -> ModelStream:
         return ModelStream(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lrc.errors import UserError
 
@@ -18,3 +19,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise UserError(
             f"{folder} has no tokenizer that works ({reason}); put the model's tokenizer.json there"
         ) from error
+
+
+def start_tokens(config: PreTrainedConfig) -> Iterator[int]:
+    """The tokens that a text may begin behind by a model's config.json: its start of a text, then its ends."""
+    ends = config.eos_token_id
+    yield from (
+        t for t in (config.bos_token_id, *(ends if isinstance(ends, list) else [ends])) if t is not None
+    )

@@ -11,8 +11,11 @@ from lrc.benchmark.bench import Bench, Row
 from lrc.benchmark.measure import Measured
 from lrc.check import Check
 from lrc.checkpoint.sizes import Size, byte_text
+from lrc.evaluation.bootstrap import RESAMPLES, Estimate
+from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
-from lrc.report.comparison import Comparison
+from lrc.evaluation.tasks import TaskScore
+from lrc.report.comparison import Comparison, Evaluated
 from lrc.report.groups import summarise
 from lrc.report.report import Report
 
@@ -57,8 +60,8 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield f"wrote {report.out}"
 
 
-def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
-    """Perplexity by text of one model, or of two with their ratio."""
+def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
+    """Perplexity by text and length and scores on tasks of one model, or of two with what one lost."""
     of, against = comparison.of, comparison.against
     yield f"model: {of.model}"
     if against is None:
@@ -80,7 +83,13 @@ def perplexities(comparison: Comparison) -> Iterator[RenderableType]:
                 "" if pair.ratio is None else f"{pair.ratio:.4f}",
                 *(_once(getattr(p, key) for p in both) for key in ("windows", "seq_len", "dtype")),
             )
-    yield table
+    if of.perplexity:
+        yield table
+    if any(pair.tokens for pair in comparison.pairs):
+        yield _token_by_token(comparison.pairs)
+        yield f"95 % intervals in brackets: {RESAMPLES:,} resamples of whole windows, both models' together"
+    if of.tasks:
+        yield _tasks(of, against)
     yield from _warnings(comparison.notes)
 
 
@@ -114,6 +123,58 @@ def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
             )
         yield table
         yield from _warnings(source.notes)
+
+
+def _tasks(of: Evaluated, against: Evaluated | None) -> Table:
+    """Scores with their standard errors, and where there is another model its own and the difference."""
+    table = _table(
+        "task",
+        "metric",
+        "shots:r",
+        "documents:r",
+        "model:r",
+        *(["against:r", "difference:r"] if against else []),
+    )
+    others = {(s.task, s.metric, s.filter): s for s in (against.tasks if against else [])}
+    for score in of.tasks:
+        name = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+        better = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
+        cells = [
+            score.task,
+            f"{name}{better}",
+            *("" if n is None else str(n) for n in (score.shots, score.documents)),
+        ]
+        cells.append(_score(score))
+        if other := others.get((score.task, score.metric, score.filter)):
+            cells += [_score(other), f"{score.value - other.value:+.4f}"]
+        table.add_row(*cells)
+    return table
+
+
+def _score(score: TaskScore) -> str:
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+
+
+def _token_by_token(pairs: Iterable[Pair]) -> Table:
+    """What the model loses of the one it is held against, on the same tokens."""
+    table = _table("text", "seq_len:r", "perplexity ratio:r", "KL, mean:r", "KL, 99 %:r", "top-1 agreement:r")
+    for pair in pairs:
+        if found := pair.tokens:
+            table.add_row(
+                pair.ours.data,
+                str(pair.ours.seq_len),
+                _interval(found.perplexity_ratio, "{:.4f}"),
+                _interval(found.kl_mean, "{:.4g}"),
+                _interval(found.kl_p99, "{:.4g}"),
+                _interval(found.top1_agreement, "{:.2%}"),
+            )
+    return table
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    ends = [end for end in (estimate.low, estimate.high) if end is not None]
+    within = f"\n[{', '.join(form.format(end) for end in ends)}]" if ends else ""
+    return f"{form.format(estimate.value)}{within}"
 
 
 def resolution(check: Check) -> Iterator[RenderableType]:

@@ -14,7 +14,7 @@ from lrc.allocation.contract import Setting, blank_curves
 from lrc.allocation.sensitivity import Sensitivity, passes
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
-from lrc.evaluation.perplexity import window_nll
+from lrc.evaluation.perplexity import window_losses
 from lrc.methods import methods
 from lrc.moments import COLLECTORS
 from lrc.plan.resolve import parse_plan, resolve
@@ -46,7 +46,7 @@ def sensitivity(folder: Path, held_out: Tensor, *plans: ResolvedPlan) -> Sensiti
 
 def loss(folder: Path, held_out: Tensor) -> float:
     model = lrc.load(folder, dtype=torch.float32)
-    return float(window_nll(model, held_out).sum()) / (held_out.numel() - len(held_out))
+    return float(window_losses(model, held_out).double().sum()) / (held_out.numel() - len(held_out))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lrc.allocate import allocate
 from lrc.allocation import predicted, sensitivity, uniform
 from lrc.allocation.contract import blank_curves, walk_steps
 from lrc.curves import plan_sha256
-from lrc.evaluation.perplexity import window_nll
+from lrc.evaluation.perplexity import window_losses
 from lrc.methods import methods
 from lrc.methods.contract import EmbeddingProblem
 from lrc.moments.moment import Moment
@@ -80,7 +80,7 @@ class ByHand:
             self.place(model).weight = weight
             if self.tied:
                 model.get_output_embeddings().weight = weight
-        return float(window_nll(model, held_out).sum()) / (held_out.numel() - len(held_out))
+        return float(window_losses(model, held_out).double().sum()) / (held_out.numel() - len(held_out))
 
     def lost(self, table: Tensor) -> float:
         """Squared error over squared size of what the table puts out, the mean of its uses."""

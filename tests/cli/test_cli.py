@@ -284,7 +284,7 @@ def test_what_cannot_be_taken_up_says_that_it_starts_over(
 
     # In this order: a module that is first imported here should have the name as it is.
     monkeypatch.setattr("lrc.planning.resolve_model", interrupt)
-    monkeypatch.setattr("lrc.hub.names.resolve_model", interrupt)
+    monkeypatch.setattr("lrc.api.resolve_model", interrupt)
     result = run(*verb)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted; the same command starts over\n"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 from typer.testing import Result
@@ -108,6 +109,67 @@ def test_compress_and_eval(argv: list[str], work: Path, together: Together, succ
         assert found[key] == pytest.approx(expected[key], rel=1e-6)
     for key in ("tokens", "windows", "ids_sha256"):
         assert found[key] == expected[key]
+
+
+def test_eval_against_another(
+    tiny_checkpoint: TinyCheckpoint, work: Path, together: Together, succeeds: Run
+) -> None:
+    models = ["eval", str(tiny_checkpoint("llama")), "--against", str(tiny_checkpoint("llama", seed=1))]
+    argv = [*models, "--ppl", str(work.parent / "text.txt"), "--device", "cpu", "--json"]
+    expected = json.loads(succeeds(*argv, "--tokens", "alone.parquet").stdout)
+    ended = together(verb, [*argv, "--tokens", "several.parquet"], size=3, cwd=work)
+    assert codes(ended) == [0, 0, 0], ended
+    only_the_first_spoke(ended)
+    found = json.loads(ended[0].out)
+    for name, estimate in expected["tokens"][0].items():
+        assert found["tokens"][0][name] == pytest.approx(estimate, rel=1e-5), name
+    ours, theirs = (pq.read_table(work / f"{name}.parquet").to_pydict() for name in ("several", "alone"))
+    for name in ("text", "seq_len", "window", "position", "token", "agree"):
+        assert ours[name] == theirs[name]
+    for name in ("nll", "nll_against", "kl"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5)
+    refused = together(verb, [*argv, "--tokens", "here.csv"], cwd=work)
+    assert codes(refused) == [2, 2]
+    only_the_first_spoke(refused)
+
+
+def ablation(argv: list[str]) -> None:
+    """``lrc eval --ablate`` on four calibration blocks, as one of several processes runs it."""
+    import lrc.ablation
+
+    lrc.ablation._HEAD = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
+    verb(argv)
+
+
+def test_an_ablation(
+    tiny_checkpoint: TinyCheckpoint,
+    work: Path,
+    together: Together,
+    succeeds: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = str(work.parent / "text.txt")
+    argv = [
+        "eval",
+        "--ablate",
+        str(tiny_checkpoint("llama")),
+        "--keeps",
+        "0.5",
+        "--ppl",
+        text,
+        "--calib",
+        text,
+    ]
+    argv += ["--device", "cpu", "--json"]
+    ended = together(ablation, argv, cwd=work)
+    assert codes(ended) == [0, 0], ended
+    only_the_first_spoke(ended)
+    monkeypatch.setattr("lrc.ablation._HEAD", "format: 1\nrefit: none\ncalibration: {samples: 4}\n")
+    found, expected = json.loads(ended[0].out), json.loads(succeeds(*argv, "--fresh").stdout)
+    assert found["file"] == expected["file"]
+    for ours, theirs in zip(found["results"], expected["results"], strict=True):
+        assert ours["nats"] == pytest.approx(theirs["nats"], rel=1e-3)
+        assert (ours["target"], ours["kept"]) == (theirs["target"], theirs["kept"])
 
 
 def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_bytes(

@@ -14,7 +14,7 @@ import lrc.evaluation.folder
 import lrc.room
 from lrc.api import compress, evaluate
 from lrc.errors import UserError
-from lrc.evaluation.perplexity import window_nll
+from lrc.evaluation.perplexity import window_losses
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load
 
@@ -53,7 +53,7 @@ def scores(folder: Path, dtype: torch.dtype, scratch: Path) -> list[torch.Tensor
     """Nats of windows by the whole model and by the streamed one."""
     cut = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(1))
     models = (load(folder, dtype=dtype), StreamedModel(folder, CPU, dtype, scratch))
-    return [window_nll(model, cut, batch_size=2) for model in models]
+    return [window_losses(model, cut, batch_size=2) for model in models]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,117 @@
+"""Holds a model against another, and puts tasks to models: what ``lrc eval --against`` and ``--tasks`` call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrc.errors import UserError
+from lrc.evaluation.folder import find_loading
+from lrc.evaluation.pair import evaluate_pair
+from lrc.evaluation.passage import choose_seq_lens, read_config
+from lrc.evaluation.perplexity import Progress
+from lrc.evaluation.records import token_file
+from lrc.evaluation.tasks import Tasks, TaskScore
+from lrc.hub.names import default_text, resolve_model
+from lrc.ranks import ALONE, Ranks
+from lrc.report.comparison import Comparison, Evaluated
+from lrc.room import memory_advice
+from lrc.text.source import read_text
+
+
+def evaluate_against(
+    model: str | Path,
+    against: str | Path,
+    ppl: str | Sequence[str] | None = None,
+    *,
+    seq_len: int | Sequence[int] | None = None,
+    max_windows: int | None = None,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    streamed: bool | None = None,
+    tokens: str | Path | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> Comparison:
+    """A model beside the one it is held ``against``, usually its original, on the same windows of each text.
+
+    Besides both perplexities it has what ``lrc.evaluation.pair.TokenByToken`` says, where the two read the text as the
+    same tokens; else bits per byte alone compare. ``revision`` is of ``model``; a length in ``seq_len`` is one that
+    both can be measured with. Both models are loaded at once: whole where both fit, else both a layer at a time. The
+    rest is as for ``lrc.evaluate``. Raises UserError for a model or text that cannot be had, and where ``tokens`` are
+    to be kept of models whose tokens differ.
+    """
+    ours, theirs = (
+        resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path,
+        resolve_model(str(against), allow_pickle=allow_pickle).path,
+    )
+    configs = [read_config(folder, trust_remote_code=trust_remote_code) for folder in (ours, theirs)]
+    lengths = choose_seq_lens(configs, seq_len)
+    specs = default_text(str(model)) if ppl is None else ppl
+    folder = None if data_dir is None else Path(data_dir)
+    texts = [read_text(spec, "evaluation", folder) for spec in ([specs] if isinstance(specs, str) else specs)]
+    loading = find_loading(
+        device,
+        dtype,
+        streamed,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        ranks=ranks,
+    )
+    with (
+        memory_advice("--streamed, a shorter --seq-len, or --device cpu"),
+        token_file(tokens, paired=True, ranks=ranks) as keep,
+    ):
+        pairs = evaluate_pair(
+            (ours, theirs),
+            texts,
+            lengths,
+            loading,
+            max_windows=max_windows,
+            progress=progress,
+            keep=keep,
+            ranks=ranks,
+        )
+    of, held = (
+        Evaluated(str(name), [getattr(pair, side) for pair in pairs])
+        for name, side in ((model, "ours"), (against, "theirs"))
+    )
+    return Comparison(of, held, pairs)
+
+
+def evaluate_tasks(
+    models: Sequence[str | Path],
+    tasks: str | Sequence[str],
+    *,
+    tasks_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    streamed: bool | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    ranks: Ranks = ALONE,
+) -> list[list[TaskScore]]:
+    """Scores of each model on tasks of lm-evaluation-harness, which come from ``tasks_dir`` too; whole models alone.
+
+    ``revision`` is of the first. Raises UserError where the harness is not installed, for a task or data that cannot be
+    had, a model that does not fit whole, and of several processes.
+    """
+    if not ranks.alone:
+        raise UserError("--tasks runs in one process; start the command without a launcher")
+    folders = [
+        resolve_model(str(model), revision=None if i else revision, allow_pickle=allow_pickle).path
+        for i, model in enumerate(models)
+    ]
+    loading = find_loading(
+        device, dtype, streamed, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    found = Tasks(
+        [tasks] if isinstance(tasks, str) else tasks, None if tasks_dir is None else Path(tasks_dir)
+    )
+    with memory_advice("--dtype bfloat16, or --device cpu"):
+        return [found.evaluate(folder, loading) for folder in folders]

@@ -1,0 +1,107 @@
+"""Results by token as a Parquet file, which is there whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from lrc.checkpoint.durable import put, sync
+from lrc.errors import OutOfResources, UserError
+from lrc.evaluation.passage import Passage
+from lrc.evaluation.perplexity import Keep
+from lrc.ranks import ALONE, Ranks
+
+_ROWS = 2**18  # of a row group, about: whole windows
+_PLACE = {
+    "text": pa.dictionary(pa.int32(), pa.string()),
+    "seq_len": pa.int32(),
+    "window": pa.int32(),
+    "position": pa.int32(),
+    "token": pa.int32(),
+}
+_RESULTS = {"nll": pa.float32(), "nll_against": pa.float32(), "kl": pa.float32(), "agree": pa.bool_()}
+
+
+@contextmanager
+def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -> Iterator[Keep | None]:
+    """A function that adds the results of a passage's tokens to a Parquet file, which has its name once the context
+    closes without an error; None without a ``path``. Of several processes the first writes.
+
+    Columns: ``text`` and ``seq_len`` of the passage, ``window``, ``position`` of the token in it from 0 (the first is
+    not scored), ``token``, its id, and ``nll``; if ``paired``, ``nll_against``, ``kl`` and ``agree`` as
+    ``lrc.evaluation.divergence.Divergence`` has them. Row groups are written as passages come. Raises UserError where
+    no such file can be, and OutOfResources where the disk has no room.
+    """
+    if path is None:
+        yield None
+        return
+    path = Path(path)
+    _check(path)
+    if not ranks.first:
+        yield lambda passage, results: None
+        return
+    schema = pa.schema({**_PLACE, **(_RESULTS if paired else {"nll": _RESULTS["nll"]})})
+    partial = path.with_name(f".{path.name}.partial")
+    with _written(path):
+        writer = pq.ParquetWriter(partial, schema)
+
+    def add(passage: Passage, results: Mapping[str, Tensor]) -> None:
+        windows = max(_ROWS // (passage.seq_len - 1), 1)
+        for start in range(0, len(passage.cut), windows):
+            rows = slice(start, start + windows)
+            columns = _place(passage, rows) | {name: _column(x[rows]) for name, x in results.items()}
+            with _written(path):
+                writer.write_table(pa.table(columns, schema))
+
+    try:
+        yield add
+        with _written(path):
+            writer.close()
+            sync(partial)
+            put(partial, path)
+    finally:
+        with suppress(OSError):  # of the same disk as before
+            writer.close()
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutOfResources(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _check(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder")
+    if path.suffix != ".parquet":
+        raise UserError(f"--tokens {path} writes Parquet; name the file {path.with_suffix('.parquet')}")
+
+
+def _place(passage: Passage, rows: slice) -> dict[str, pa.Array]:
+    ids = passage.cut[rows, 1:]
+    count, length = ids.shape
+    windows = torch.arange(len(passage.cut), dtype=torch.int32)[rows]
+    positions = torch.arange(1, length + 1, dtype=torch.int32)
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * ids.numel(), pa.int32()), [passage.data])
+    return {
+        "text": text,
+        "seq_len": pa.array([passage.seq_len] * ids.numel(), pa.int32()),
+        "window": _column(windows[:, None].expand(count, length)),
+        "position": _column(positions.expand(count, length)),
+        "token": _column(ids.int()),
+    }
+
+
+def _column(values: Tensor) -> pa.Array:
+    return pa.array(values.reshape(-1).numpy())

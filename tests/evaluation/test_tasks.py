@@ -1,0 +1,125 @@
+"""Tasks of lm-evaluation-harness on a loaded model: a local task, its scores worked out from the logits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lrc
+import lrc.room
+from lrc.errors import UserError
+from lrc.evaluating import evaluate_tasks
+from lrc.hub.names import resolve_model
+from lrc.hub.tokenizer import load_tokenizer
+from lrc.launcher import Place
+from lrc.ranks import Ranks
+
+QUESTIONS = [
+    ("The ship was out at", ["sea", "the of", "xylophone"], 0),
+    ("She shut the door and went", ["of", "up the stairs", "seven"], 1),
+    ("He had never been so", ["happy in his life", "and"], 0),
+    ("It was a very", ["cold day", "cold the"], 1),
+]
+TASK = """
+task: endings
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{endings}}}}"
+doc_to_target: "{{{{right}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 2}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the YAML of a task, whose data lie beside it."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    found = tmp_path / "tasks"
+    found.mkdir()
+    rows = [{"start": s, "endings": e, "right": r} for s, e, r in QUESTIONS]
+    (found / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (found / "endings.yaml").write_text(TASK.format(data=found / "data.jsonl"), encoding="utf-8")
+    return found
+
+
+def by_hand(model: Path | str) -> float:
+    """The share of questions whose right ending is the likeliest, each ending run by itself."""
+    path = resolve_model(str(model)).path
+    loaded, tokenizer = lrc.load(path, dtype=torch.float32), load_tokenizer(path)
+    right = 0
+    for start, endings, which in QUESTIONS:
+        scores = []
+        for ending in endings:
+            prompt, ids = (
+                tokenizer(text, return_tensors="pt").input_ids for text in (start, f"{start} {ending}")
+            )
+            with torch.no_grad():
+                logs = loaded(ids).logits[0, :-1].log_softmax(-1)
+            scores.append(logs.gather(1, ids[0, 1:, None])[prompt.shape[1] - 1 :].sum())
+        right += int(torch.stack(scores).argmax()) == which
+    return right / len(QUESTIONS)
+
+
+def test_scores_are_what_the_logits_say_and_come_again(folder: Path) -> None:
+    models = ["tiny-gpt2", "tiny-llama", "tiny-gpt2"]
+    found = evaluate_tasks(models, "endings", tasks_dir=folder, device="cpu")
+    assert found[0] == found[2]
+    for model, scores in zip(models, found, strict=True):
+        (score,) = scores
+        assert score.value == by_hand(model)
+        assert (score.task, score.metric, score.filter) == ("endings", "acc", "none")
+        assert (score.documents, score.shots, score.version) == (4, 0, "2")
+        assert score.higher_is_better
+    assert 0 < found[0][0].value < 1
+
+
+def test_a_compressed_model_takes_them_too(folder: Path, tiny_checkpoint, tmp_path: Path) -> None:
+    text, plan = tmp_path / "text.txt", tmp_path / "plan.yaml"
+    text.write_text("It was a bright cold day in April, and nobody counted. " * 20, encoding="utf-8")
+    plan.write_text(
+        "format: 1\nkeep: 0.5\nprojections: {embed: {method: svd, rank: 9}}\n"
+        "calibration: {samples: 4, seq_len: 48}\n",
+        encoding="utf-8",
+    )
+    source = tiny_checkpoint("llama", tie_word_embeddings=True)
+    lrc.compress(source, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu")
+    ((score,),) = evaluate_tasks([tmp_path / "out"], ["endings"], tasks_dir=folder, device="cpu")
+    assert score.value == by_hand(tmp_path / "out")
+
+
+def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*names: str, **options: object) -> str:
+        with pytest.raises(UserError) as error:
+            evaluate_tasks(["tiny-gpt2"], names, **{"tasks_dir": folder, "device": "cpu", **options})  # type: ignore[arg-type]
+        return str(error.value)
+
+    assert "--tasks and --streamed contradict" in refused("endings", streamed=True)
+    assert "--tasks runs in one process" in refused("endings", ranks=Ranks(Place(0, 2, 0)))
+    assert "no task is named" in refused()
+    assert f"--tasks-dir {folder / 'none'} is not a folder" in refused("endings", tasks_dir=folder / "none")
+    (folder / "data.jsonl").unlink()
+    told = refused("endings")
+    assert told.startswith("endings cannot be had (")
+    assert "by --tasks-dir" in told
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lm_eval.tasks", None)
+        assert refused("endings").endswith("not installed: pip install 'lrc[tasks]'")
+
+
+def test_a_model_that_does_not_fit_whole_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lrc.room, "free_bytes", lambda device: 100_000)
+    with pytest.raises(UserError, match=r"tasks run on a whole model, and .* does not fit on cpu"):
+        evaluate_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, device="cpu")
+
+
+def test_an_unknown_task_is_told_with_the_nearest(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"has no task 'endigns'; did you mean 'endings'"):
+        evaluate_tasks(["tiny-gpt2"], "endigns", tasks_dir=folder, device="cpu")
