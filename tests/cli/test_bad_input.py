@@ -493,7 +493,8 @@ def test_unknown_list(fails: Fails) -> None:
     [
         (
             ("chek",),
-            "there is no verb 'chek'; did you mean 'check'? known: check, compare, compress, eval, inspect, list, plan",
+            "there is no verb 'chek'; did you mean 'check'? known: "
+            "bench, check, compare, compress, eval, inspect, list, plan",
         ),
         (("plan", "m", "--kepp", "0.8"), "lrc plan has no option --kepp; did you mean '--keep'? known: "),
         (("--jsn",), "lrc has no option --jsn; known: --version"),
