@@ -113,6 +113,10 @@ def _off(x: Tensor) -> Tensor:
     return held
 
 
-@cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return _queue(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _queue(gpu: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(gpu)

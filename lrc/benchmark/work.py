@@ -27,17 +27,16 @@ class Weights:
 def weigh(model: Any) -> Weights:
     """Count a model's weights. Tables of embeddings are looked up, not read, but for one that is the head's weight."""
     head, read, products = model.get_output_embeddings(), 0, 0
-    in_head = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    in_head = set() if head is None else set(head.modules())
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
         for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
+            # A weight that a factorized embedding and the head share is read once and multiplied by both.
+            read += parameter.nbytes if id(parameter) not in seen else 0
             seen.add(id(parameter))
-            read += parameter.nbytes
-            if parameter.ndim > 1 and id(parameter) not in in_head:
+            if parameter.ndim > 1 and module not in in_head:
                 products += parameter.numel()
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     in_last = 0 if head is None else sum(p.numel() for p in head.parameters() if p.ndim > 1)

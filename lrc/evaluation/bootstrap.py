@@ -12,7 +12,8 @@ from torch import Tensor
 from lrc.text.blocks import seed_for
 
 RESAMPLES = 1000
-CONFIDENCE = 0.95
+TAILS = (0.025, 0.975)
+FEW = 30  # windows, below which an interval holds the truth less often than it says
 _SEED = 0
 _CELLS = 2**24  # of a table of resamples by tokens
 
@@ -82,7 +83,6 @@ class Bootstrap:
     def _estimate(self, value: float, resampled: Tensor) -> Estimate:
         if self._counts.shape[1] < 2:
             return Estimate(value, None, None)
-        tail = (1 - CONFIDENCE) / 2
         # An interpolation between two that are infinite would be none.
-        low, high = np.quantile(resampled.numpy(), [tail, 1 - tail], method="inverted_cdf")
+        low, high = np.quantile(resampled.numpy(), TAILS, method="inverted_cdf")
         return Estimate(value, float(low), float(high))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrc.errors import UserError
-from lrc.evaluation.bootstrap import Bootstrap, Estimate
+from lrc.evaluation.bootstrap import FEW, Bootstrap, Estimate
 from lrc.evaluation.divergence import Divergence, divergence
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.passage import Passage, passages
@@ -88,7 +89,23 @@ class Pair:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the ratio has to know."""
-        return () if self.refused is None else (f"{self.ours.data}: {self.refused}",)
+        if self.refused is not None:
+            return (f"{self.ours.data}: {self.refused}{self._scored_bytes}",)
+        if self.tokens and 1 < self.ours.windows < FEW:
+            return (
+                f"{self.ours.data}: {self.ours.windows} windows are few for an interval, which holds the truth less "
+                f"often than it says below {FEW}",
+            )
+        return ()
+
+    @property
+    def _scored_bytes(self) -> str:
+        """Over how much of the text the bits per byte are, where each model has windows of its own."""
+        figures = [f for f in (self.ours, self.theirs) if f.bits_per_byte]
+        if self.same_tokens or len(figures) < 2:
+            return ""
+        sizes = (round(f.nats / math.log(2) / f.bits_per_byte) for f in figures if f.bits_per_byte)
+        return " over {:,} and {:,} bytes of the text".format(*sizes)
 
 
 def evaluate_pair(

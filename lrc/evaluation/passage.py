@@ -42,8 +42,9 @@ def passages(
 ) -> list[Passage]:
     """Every text in windows of every length, the lengths of a text together.
 
-    Windows of all lengths are of the same tokens: those that whole windows of the longest hold, the first
-    ``max_windows`` of these where that is given. Raises UserError where a text does not fill one.
+    Windows of all lengths are of the same stretch, but for the rest where a length does not divide it: what whole
+    windows of the longest hold, the first ``max_windows`` of these where that is given. Raises UserError where a text
+    does not fill one.
     """
     found = []
     for text in texts:

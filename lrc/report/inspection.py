@@ -93,13 +93,13 @@ class Held:
     """A target of an output held against the original: as it is stored, refits included.
 
     ``reconstruction``: ‖W − W'‖ / ‖W‖ in the Frobenius norm; of qk the norms are of W_qᵀ W_k over all heads (with
-    rotary positions at distance zero), of ov of O V; None for an MLP, which is no product. ``data_error``:
-    (E‖y − y'‖² / E‖y‖²)^½ by the moments, of qk that of the scores of queries and keys that are independent; None where
-    the stored tensors are no map of the original's. ``overlap``: mean squared cosine of the principal angles (Björck
-    and Golub 1973) between the inputs that are kept and the best ones of the same rank, both whitened by the moment,
-    and ``angle`` the largest in degrees; of an MLP the share of its neurons that are among those with the largest
-    (C_ii)^½ ‖w_i‖. ``measured`` is by running both on the same tokens; ``kl`` so of qk, in nats. ``recorded_`` are what
-    the output's manifest says of it before its refit.
+    rotary positions at distance zero), of ov of O V; None for an MLP, which is no product. ``data_error``: (E‖y − y'‖²
+    / E‖y‖²)^½ by the moments, y in the second without its bias, of qk that of the scores of queries and keys that are
+    independent; None where the stored tensors are no map of the original's. ``overlap``: mean squared cosine of the
+    principal angles (Björck and Golub 1973) between the inputs that are kept and the best ones of the same rank, both
+    whitened by the moment, and ``angle`` the largest in degrees; of an MLP the share of its neurons that are among
+    those with the largest (C_ii)^½ ‖w_i‖. ``measured`` is by running both on the same tokens; ``kl`` so of qk, in nats.
+    ``recorded_`` are what the output's manifest says of it before its refit.
     """
 
     method: str
