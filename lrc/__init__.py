@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lrc.inspection.inspector import inspect_model
     from lrc.modules.fuse import fuse, unfuse
     from lrc.planning import make_plan
+    from lrc.report.report import read_report
 
 __all__ = [
     "__version__",
@@ -27,6 +28,7 @@ __all__ = [
     "inspect_model",
     "load",
     "make_plan",
+    "read_report",
     "unfuse",
 ]
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ _HOMES = {
     "inspect_model": "lrc.inspection.inspector",
     "load": "lrc.hub.loader",
     "make_plan": "lrc.planning",
+    "read_report": "lrc.report.report",
     "unfuse": "lrc.modules.fuse",
 }
 

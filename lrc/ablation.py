@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lrc.allocation.contract import Advance, Setting
 from lrc.allocation.walk import walk
-from lrc.checkpoint.durable import write_text
+from lrc.checkpoint.durable import write_text, written
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.curves import blocks_key, digest, gradients_key, versions
-from lrc.errors import OutOfResources, UserError, nearest
+from lrc.errors import UserError, nearest
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.nll import token_nll
 from lrc.evaluation.passage import choose_seq_lens, passages
@@ -103,7 +103,7 @@ def ablate(
     some = next(iter(jobs.values()))[0]
     tokenizer = load_tokenizer(found.path, trust_remote_code=trust_remote_code)
     data = None if data_dir is None else Path(data_dir)
-    (length,) = choose_seq_lens([reader.config], seq_len)
+    (length,) = choose_seq_lens([("the model", reader.config)], seq_len)
     text = read_text(ppl or default_text(found.source), "evaluation", data)
     (passage,) = passages(tokenizer, [text], [length], max_windows)
     watch = Stopwatch(place)
@@ -142,7 +142,7 @@ def ablate(
     missing = [[job for job in group if _shrinks(job) and known.of(_asked(job)) is None] for group in groups]
     steps = reader.architecture.layers * sum(map(bool, missing))
     advance = progress("ablate", steps) if progress else _unseen
-    advice = f"--batch-size below {batch}, a shorter --seq-len, or fewer calibration samples"
+    advice = f"{f'--batch-size below {batch}, ' if batch > 1 else ''}a shorter --seq-len, or --device cpu"
     with memory_advice(advice):
         if known.dense is None:
             with watch.stage("dense"):
@@ -244,7 +244,7 @@ def choose_targets(architecture: Architecture, method: str | None) -> dict[str, 
     Raises UserError for an unknown method, and for one that solves none.
     """
     if method is not None and method not in methods():
-        raise UserError(f"unknown method {method!r}; {nearest(method, methods())}")
+        raise UserError(f"--method: unknown method {method!r}; {nearest(method, methods())}")
     found = {}
     for target in architecture.targets:
         component = target in COMPONENTS
@@ -351,10 +351,8 @@ def _kept(results: _Results, file: Path, ranks: Ranks) -> _Results:
 
 
 def _write(file: Path, text: str) -> None:
-    try:
+    with written(file):
         write_text(file, text)
-    except OSError as error:
-        raise OutOfResources(f"{file} cannot be written: {error.strerror}") from error
 
 
 def _unseen(done: int) -> None:

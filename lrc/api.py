@@ -44,7 +44,7 @@ from lrc.stream import ModelStream
 from lrc.synthetic import synthesize
 from lrc.text.blocks import tokenize
 from lrc.text.mixture import Calibration
-from lrc.text.source import read_text
+from lrc.text.source import named_texts, read_text
 from lrc.texts import draw_texts
 from lrc.tokens import too_few
 
@@ -248,6 +248,7 @@ def evaluate(
     ``lrc.evaluation.records`` writes it. ``ranks`` are the processes that share the work, as for ``compress``. Raises
     UserError for a model or text that cannot be had.
     """
+    named = None if ppl is None else named_texts(ppl)
     if model is None:
         path = newest_output(Path.cwd())
     else:
@@ -266,7 +267,7 @@ def evaluate(
     ):
         return evaluate_folder(
             path,
-            [default_text(str(model or path))] if ppl is None else _specs(ppl),
+            named or [default_text(str(model or path))],
             loading,
             data_dir=None if data_dir is None else Path(data_dir),
             seq_len=seq_len,

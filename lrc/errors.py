@@ -29,6 +29,7 @@ class Paused(KeyboardInterrupt):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """End a message about an unknown word: the nearest choice if one is near, and the choices."""
     known = sorted(choices)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    cutoff = 0.6 if len(word) > 2 else 0.5  # of two letters one may be wrong
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known) or 'none'}"

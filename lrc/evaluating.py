@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lrc.errors import UserError
@@ -16,7 +16,7 @@ from lrc.hub.names import default_text, resolve_model
 from lrc.ranks import ALONE, Ranks
 from lrc.report.comparison import Comparison, Evaluated
 from lrc.room import memory_advice
-from lrc.text.source import read_text
+from lrc.text.source import named_texts, read_text
 
 
 def evaluate_against(
@@ -45,15 +45,15 @@ def evaluate_against(
     rest is as for ``lrc.evaluate``. Raises UserError for a model or text that cannot be had, and where ``tokens`` are
     to be kept of models whose tokens differ.
     """
+    named = None if ppl is None else named_texts(ppl)
     ours, theirs = (
         resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path,
         resolve_model(str(against), allow_pickle=allow_pickle).path,
     )
     configs = [read_config(folder, trust_remote_code=trust_remote_code) for folder in (ours, theirs)]
-    lengths = choose_seq_lens(configs, seq_len)
-    specs = default_text(str(model)) if ppl is None else ppl
+    lengths = choose_seq_lens(zip((str(model), str(against)), configs, strict=True), seq_len)
     folder = None if data_dir is None else Path(data_dir)
-    texts = [read_text(spec, "evaluation", folder) for spec in ([specs] if isinstance(specs, str) else specs)]
+    texts = [read_text(spec, "evaluation", folder) for spec in named or [default_text(str(model))]]
     loading = find_loading(
         device,
         dtype,
@@ -83,7 +83,7 @@ def evaluate_against(
     return Comparison(of, held, pairs)
 
 
-def evaluate_tasks(
+def prepare_tasks(
     models: Sequence[str | Path],
     tasks: str | Sequence[str],
     *,
@@ -95,11 +95,13 @@ def evaluate_tasks(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     ranks: Ranks = ALONE,
-) -> list[list[TaskScore]]:
-    """Scores of each model on tasks of lm-evaluation-harness, which come from ``tasks_dir`` too; whole models alone.
+) -> Callable[[], list[list[TaskScore]]]:
+    """The function that scores each model on tasks of lm-evaluation-harness, which come from ``tasks_dir`` too; whole
+    models alone.
 
-    ``revision`` is of the first. Raises UserError where the harness is not installed, for a task or data that cannot be
-    had, a model that does not fit whole, and of several processes.
+    ``revision`` is of the first. What can be known before a model is loaded is known when the function is given: raises
+    UserError where the harness is not installed, for a task or data that cannot be had, a model that does not fit
+    whole, and of several processes.
     """
     if not ranks.alone:
         raise UserError("--tasks runs in one process; start the command without a launcher")
@@ -113,5 +115,11 @@ def evaluate_tasks(
     found = Tasks(
         [tasks] if isinstance(tasks, str) else tasks, None if tasks_dir is None else Path(tasks_dir)
     )
-    with memory_advice("--dtype bfloat16, or --device cpu"):
-        return [found.evaluate(folder, loading) for folder in folders]
+    for folder in folders:
+        found.check(folder, loading)
+
+    def evaluate() -> list[list[TaskScore]]:
+        with memory_advice("--dtype bfloat16, or --device cpu"):
+            return [found.evaluate(folder, loading) for folder in folders]
+
+    return evaluate

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +11,10 @@ from lrc.allocate import Curve
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Limits, Progress, Sizing, blank_curves, buy, default_samples
 from lrc.budget import Budget, Spent, read_budgets
-from lrc.checkpoint.durable import write_text
+from lrc.checkpoint.durable import check_file, write_text, written
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.curves import Curves, file_name, load_curves
-from lrc.errors import OutOfResources, UserError, nearest
+from lrc.errors import UserError, nearest
 from lrc.estimate import output_size
 from lrc.families import Target
 from lrc.hub.names import resolve_model
@@ -97,7 +95,7 @@ def make_plan(
     keeps = sorted(KEEPS if keeps is None else keeps)
     _check_limits(name, limits, keeps)
     paths = [out.with_name(f"{out.stem}-{b.keep:g}{out.suffix}") if budgets[1:] else out for b in budgets]
-    _check_files([*paths, *([] if curves is None else [Path(curves)])], paths)
+    _check_files(paths, None if curves is None else Path(curves))
     found = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle)
     reader = CheckpointReader(found.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     jobs = templates(found, reader, text, source, keeps)
@@ -143,12 +141,12 @@ def make_plan(
         with watch.stage("measure"):
             known = sizing.curves(progress)
         if store and ranks.first:
-            with _written(store):
+            with written(store):
                 known.save(store)
     with watch.stage("allocate"):
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
     for path, budget, each in zip(paths, budgets, spent, strict=True) if ranks.first else ():
-        with _written(path):
+        with written(path):
             write_text(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(
         model=found.source,
@@ -165,14 +163,6 @@ def make_plan(
         peak_bytes=watch.peak_bytes,
         warnings=[*overruled, *dict.fromkeys(w for each in spent for w in each.job.plan.warnings), *of_texts],
     )
-
-
-@contextmanager
-def _written(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutOfResources(f"{file} cannot be written: {error.strerror}") from error
 
 
 def _allocation_of(plan: Plan) -> str:
@@ -234,14 +224,11 @@ def _check_limits(name: str, limits: Limits, keeps: Sequence[float]) -> None:
         )
 
 
-def _check_files(files: Sequence[Path], plans: Sequence[Path]) -> None:
-    for file in files:
-        if not file.parent.is_dir():
-            raise UserError(f"{file} cannot be written: there is no folder {file.parent}")
-        with _written(file), tempfile.TemporaryFile(dir=file.parent):
-            pass  # whether it can be should be known now, not after the measurement
-        if file.is_dir():
-            raise UserError(f"{file} cannot be written: it is a folder")
+def _check_files(plans: Sequence[Path], curves: Path | None) -> None:
+    for plan in plans:
+        check_file("-o", plan)
+    if curves is not None:
+        check_file("--curves", curves)
     for plan in plans:
         if plan.exists() and _MADE not in plan.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{plan} is there and was not made by lrc plan; name another file with -o")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import lrc
 import lrc.ablation
@@ -138,9 +139,9 @@ def test_another_file_is_not_overwritten(tiny_checkpoint, ablate):
         ({"keeps": [0.5, 1.0]}, "--keeps 0.5,1: fractions are distinct, above 0 and below 1"),
         ({"keeps": []}, "--keeps : fractions"),
         ({"keeps": [0.5, 0.5]}, "--keeps 0.5,0.5: fractions are distinct"),
-        ({"method": "a4"}, "unknown method 'a4'; known: a3, monarch"),
+        ({"method": "a4"}, "--method: unknown method 'a4'; did you mean 'a3'? known: a3, monarch"),
         ({"out": "nowhere"}, "nowhere is not a folder"),
-        ({"seq_len": 65}, "seq_len 65 is longer than the model's 64 positions; use 64 or less"),
+        ({"seq_len": 65}, "--seq-len 65 is longer than the 64 positions of the model; use 64 or less"),
     ],
 )
 def test_mistakes(options, told, tiny_checkpoint, ablate, tmp_path):
@@ -172,3 +173,14 @@ def test_what_rounds_to_whole_costs_nothing(tiny_checkpoint, ablate):
     assert result.kept == 1
     assert result.nats == pytest.approx(found.dense.nats / found.dense.tokens, abs=1e-7)
     assert math.isclose(result.increase, 0, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "told"), [(2, "try --batch-size below 2, a"), (1, "try a")])
+def test_a_full_gpu_is_told_with_what_the_verb_takes(batch_size, told, tiny_checkpoint, ablate, monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lrc.ablation.losses", full)
+    with pytest.raises(UserError) as error:
+        ablate(tiny_checkpoint("llama"), keeps=[0.5], method="svd", batch_size=batch_size)
+    assert f"{told} shorter --seq-len, or --device cpu (CUDA out of memory)" in str(error.value)

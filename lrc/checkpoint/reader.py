@@ -45,7 +45,7 @@ class CheckpointReader:
         method = self.raw_config.get("quantization_config", {}).get("quant_method", "quantized")
         if "quantization_config" in self.raw_config and method != quantized:
             raise UserError(
-                f"{folder} is a {method} checkpoint already; compress the full-precision original"
+                f"{folder} is a compressed checkpoint already ({method}); name the full-precision original"
             )
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
         self._check_causal()

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli.options import AsJson, Device, Dtype, Model, RemoteCode, Revision, names
-from lrc.cli.screen import progress, quiet, show, show_json
-from lrc.errors import UserError
+from lrc.cli.screen import progress, quiet, show, show_json, wrote
 
 
 def bench_model(
@@ -62,12 +61,13 @@ def bench_model(
     quiet()
     from lrc.benchmark.bench import bench
     from lrc.benchmark.cases import parse_shapes
+    from lrc.checkpoint.durable import check_file, write_text, written
     from lrc.report.tables import speeds
 
-    if out is not None and not out.absolute().parent.is_dir():  # known now, not after minutes
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None:
+        check_file("-o", out)
     shapes = [
-        parse_shapes(option, names(listed))
+        parse_shapes(option, names(option, listed))
         for option, listed in (("--prefill", prefill), ("--decode", decode))
     ]
     with progress() as track:
@@ -76,7 +76,7 @@ def bench_model(
             against,
             prefill=shapes[0],
             decode=shapes[1],
-            modes=names(mode),
+            modes=names("--mode", mode),
             new_tokens=new_tokens,
             repeats=repeats,
             device=device,
@@ -87,8 +87,11 @@ def bench_model(
             progress=track,
         )
     if out is not None:
-        out.write_text(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with written(out):
+            write_text(out, json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n")
     if as_json:
         show_json(found.as_dict())
-    else:
-        show(*speeds(found))
+        return
+    show(*speeds(found))
+    if out is not None:
+        wrote(out)

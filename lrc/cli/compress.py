@@ -32,7 +32,10 @@ from lrc.errors import UserError
 def compress_model(
     model: Model,
     plan: PlanName,
-    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="./MODEL-PLAN")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", help="Output folder.", show_default="./MODEL-PLAN"),
+    ] = None,
     calib: Calibration = None,
     ppl: Texts = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
@@ -75,7 +78,7 @@ def compress_model(
                 plan,
                 out=out,
                 calib=calib,
-                ppl=[] if no_eval else names(ppl),
+                ppl=[] if no_eval else names("--ppl", ppl),
                 data_dir=data_dir,
                 device=device,
                 dtype=dtype,

@@ -24,7 +24,7 @@ from lrc.cli.options import (
     names,
 )
 from lrc.cli.processes import processes
-from lrc.cli.screen import note, progress, quiet, show, show_json
+from lrc.cli.screen import note, progress, quiet, show, show_json, wrote
 from lrc.errors import Paused, UserError
 
 
@@ -36,7 +36,9 @@ def evaluate(
     ppl: Texts = None,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window.", show_default="2048, or the limit of the shorter model"),
+        typer.Option(
+            min=2, help="Tokens of a window.", show_default="2048, or the limit of the shorter model"
+        ),
     ] = None,
     context: Annotated[
         str | None,
@@ -58,7 +60,8 @@ def evaluate(
         bool,
         typer.Option(
             "--ablate",
-            help="Perplexity with each projection and component alone shrunk in all layers, and a heat map.",
+            help="Perplexity with each projection and component of MODEL, an original, alone shrunk in all layers, and "
+            "a heat map.",
             rich_help_panel="Ablation",
         ),
     ] = False,
@@ -77,6 +80,15 @@ def evaluate(
             metavar="NAME",
             help="What shrinks all that it can.",
             show_default="a3 components, whitened_svd projections",
+            rich_help_panel="Ablation",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Calibration blocks at once.",
+            show_default="by their length",
             rich_help_panel="Ablation",
         ),
     ] = None,
@@ -104,7 +116,8 @@ def evaluate(
         ),
     ] = None,
     tasks_dir: Annotated[
-        Path | None, typer.Option(help="Folder with YAML files of more tasks.", rich_help_panel="Tasks")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with YAML files of more tasks.", rich_help_panel="Tasks"),
     ] = None,
     data_dir: DataDir = None,
     device: Device = None,
@@ -127,7 +140,7 @@ def evaluate(
     from lrc.ablation import ablate as measure_alone
     from lrc.api import evaluate as measure
     from lrc.api import newest_output
-    from lrc.evaluating import evaluate_against, evaluate_tasks
+    from lrc.evaluating import evaluate_against, prepare_tasks
     from lrc.report.ablation import ablation_table
     from lrc.report.comparison import Comparison, Evaluated
     from lrc.report.tables import evaluation
@@ -138,8 +151,23 @@ def evaluate(
         if tasks_dir is not None and tasks is None:
             raise UserError("--tasks-dir has no effect without --tasks; name tasks, or leave it out")
         unlike = {"--against": against, "--context": context, "--tokens": tokens, "--tasks": tasks}
-        only = {"--keeps": keeps, "--method": method, "--calib": calib, "--fresh": fresh or None}
+        only = {"--keeps": keeps, "--method": method, "--batch-size": batch_size, "--calib": calib}
+        only |= {"--fresh": fresh or None}
         _check(ablate, unlike | {"--streamed/--whole": streamed}, only)
+        if tasks is not None and ppl is None:
+            texts = {
+                "--seq-len": seq_len,
+                "--context": context,
+                "--max-windows": max_windows,
+                "--tokens": tokens,
+                "--data-dir": data_dir,
+            }
+            if given := [option for option, value in texts.items() if value is not None]:
+                raise UserError(
+                    f"{' and '.join(given)}: no effect with --tasks alone; name a text with --ppl, or leave it out"
+                )
+        if ablate and model is None:  # an output, which the newest here is, cannot be
+            raise UserError("--ablate needs MODEL, an original: lrc eval --ablate MODEL")
         if model is None:
             model = str(newest_output(Path.cwd()))
             if ranks.first:
@@ -158,11 +186,12 @@ def evaluate(
                     model,
                     keeps=None if keeps is None else fractions("--keeps", keeps),
                     method=method,
-                    ppl=_one(names(ppl)),
+                    ppl=_one(names("--ppl", ppl)),
                     seq_len=seq_len,
                     max_windows=max_windows,
                     calib=calib,
                     data_dir=data_dir,
+                    batch_size=batch_size,
                     fresh=fresh,
                     progress=track,
                     **how,
@@ -171,14 +200,16 @@ def evaluate(
                 show_json(ablation.as_dict())
             elif ranks.first:
                 show(*ablation_table(ablation))
+                wrote(*([ablation.file] if ablation.measured else []), ablation.picture)
             return
         how["streamed"] = streamed
         comparison = Comparison(Evaluated(model, []), Evaluated(against, []) if against else None)
-        scores = []
+        score = None
         if tasks is not None:
             models = [model, *([against] if against else [])]
-            scores = evaluate_tasks(models, names(tasks) or [], tasks_dir=tasks_dir, **how)
+            score = prepare_tasks(models, names("--tasks", tasks) or [], tasks_dir=tasks_dir, **how)
         if tasks is None or ppl is not None:
+            specs = names("--ppl", ppl)
             with progress(ranks.first) as track:
                 measured = {
                     "seq_len": seq_len if context is None else lengths("--context", context),
@@ -188,16 +219,19 @@ def evaluate(
                     "progress": track,
                 }
                 if against is None:
-                    comparison = Comparison(Evaluated(model, measure(model, names(ppl), **measured, **how)))
+                    comparison = Comparison(Evaluated(model, measure(model, specs, **measured, **how)))
                 else:
-                    comparison = evaluate_against(model, against, names(ppl), **measured, **how)
-        comparison = comparison.with_tasks(*scores)
+                    comparison = evaluate_against(model, against, specs, **measured, **how)
+        if score is not None:  # last, as they take the longest
+            comparison = comparison.with_tasks(*score())
         if not ranks.first:
             return
         if as_json:
             show_json(comparison.as_dict())
-        else:
-            show(*evaluation(comparison))
+            return
+        show(*evaluation(comparison))
+        if tokens is not None:
+            wrote(tokens)
 
 
 @contextmanager

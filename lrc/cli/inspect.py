@@ -21,7 +21,7 @@ from lrc.cli.options import (
     fractions,
     names,
 )
-from lrc.cli.screen import progress, quiet, show, show_json, warn
+from lrc.cli.screen import progress, quiet, show, show_json, warn, wrote
 
 
 def inspect(
@@ -61,7 +61,7 @@ def inspect(
     calib: Calibration = None,
     samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 32,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of a block.", show_default="2048, or the model's limit")
+        int | None, typer.Option(min=2, help="Tokens of a block.", show_default="2048, or the model's limit")
     ] = None,
     data_dir: DataDir = None,
     device: Device = None,
@@ -94,9 +94,9 @@ def inspect(
             model,
             against=against,
             keeps=None if keeps is None else fractions("--keeps", keeps),
-            method_names=names(methods),
+            method_names=names("--methods", methods),
             layers=layers,
-            targets=names(targets),
+            targets=names("--targets", targets),
             tables=tables,
             gradients=gradients,
             calib=calib,
@@ -118,4 +118,4 @@ def inspect(
         show_json(found)
     else:
         show(*inspection_tables(found, by_layer=layers is not None))
-        show(*(f"wrote {path}" for path in written))
+        wrote(*written)

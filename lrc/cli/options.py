@@ -35,7 +35,9 @@ Calibration = Annotated[
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with the data sets, instead of the hub.", show_default="the variable LRC_DATA_DIR"
+        metavar="DIR",
+        help="Folder with the data sets, instead of the hub.",
+        show_default="the variable LRC_DATA_DIR",
     ),
 ]
 Device = Annotated[
@@ -58,7 +60,7 @@ States = Annotated[
 MaxWindows = Annotated[
     int | None, typer.Option(min=1, help="Windows of each perplexity text.", show_default="all")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, on the hub, of MODEL alone.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin), as weights alone.")
 ]
@@ -68,15 +70,19 @@ RemoteCode = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
-def names(listed: str | None) -> list[str] | None:
-    """The items of a list with commas; None where none is given."""
-    return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
+def names(option: str, listed: str | None) -> list[str] | None:
+    """The items of an option's list with commas; None where none is given, UserError where it is empty."""
+    if listed is None:
+        return None
+    if found := [name.strip() for name in listed.split(",") if name.strip()]:
+        return found
+    raise UserError(f"{option} {listed!r} is empty; name something, or leave it out")
 
 
 def lengths(option: str, listed: str) -> list[int]:
-    """The whole numbers of an option's list with commas; UserError where one is none."""
+    """The whole numbers of an option's list with commas; UserError where one is none, or there is none."""
     found = []
-    for word in names(listed) or []:
+    for word in names(option, listed) or []:
         if not word.isdecimal():
             raise UserError(f"{option} {listed}: {word!r} is no whole number; write such as 512,1024")
         found.append(int(word))
@@ -84,9 +90,9 @@ def lengths(option: str, listed: str) -> list[int]:
 
 
 def fractions(option: str, listed: str) -> list[float]:
-    """The numbers of an option's list with commas; UserError where one is none."""
+    """The numbers of an option's list with commas; UserError where one is none, or there is none."""
     found = []
-    for word in names(listed) or []:
+    for word in names(option, listed) or []:
         try:
             found.append(float(word))
         except ValueError:

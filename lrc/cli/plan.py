@@ -75,7 +75,7 @@ def plan_model(
         ),
     ] = None,
     held_out_samples: Annotated[
-        int | None, typer.Option(help="Blocks of it, from the start.", show_default="8")
+        int | None, typer.Option(min=1, help="Blocks of it, from the start.", show_default="8")
     ] = None,
     keeps: Annotated[
         str | None,

@@ -30,6 +30,12 @@ def note(message: str) -> None:
     Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
 
 
+def wrote(*paths: object) -> None:
+    """Files that a verb wrote, told on stderr."""
+    for path in paths:
+        note(f"wrote {path}")
+
+
 def warn(message: str) -> None:
     """Something that may surprise in the result, told on stderr while there is time to stop."""
     note(f"warning: {message}")
@@ -85,15 +91,21 @@ def quiet() -> None:
     """Keep the libraries' own bars and warnings off the screen; what matters of them comes as an error."""
     import warnings
 
-    from datasets.utils.logging import disable_progress_bar
+    from datasets.utils import logging as datasets_logging
     from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     warnings.filterwarnings(
         "ignore", module=r"(torch|transformers|huggingface_hub|datasets|accelerate)(\..*)?$"
     )
-    logging.set_verbosity_error()
+    for each in (
+        logging,
+        hub_logging,
+        datasets_logging,
+    ):  # of the hub, a line for each time that it tries again
+        each.set_verbosity_error()
     logging.disable_progress_bar()
-    disable_progress_bar()
+    datasets_logging.disable_progress_bar()
     if not Console(stderr=True).is_terminal:  # on a terminal, gigabytes from the hub should be seen to come
         disable_progress_bars()

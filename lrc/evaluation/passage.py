@@ -56,23 +56,32 @@ def passages(
 
 def choose_seq_len(config: PreTrainedConfig, asked: int | None) -> int:
     """The window asked for, else 2048 or the model's limit; UserError above that limit or below 2."""
-    return _window(_positions(config), asked)
+    (length,) = choose_seq_lens([("the model", config)], asked)
+    return length
 
 
 def choose_seq_lens(
-    configs: Iterable[PreTrainedConfig], asked: int | Sequence[int] | None
+    models: Iterable[tuple[str, PreTrainedConfig]], asked: int | Sequence[int] | None
 ) -> tuple[int, ...]:
-    """The lengths of windows that models of all these configs can be measured with, chosen as for one.
+    """The lengths of windows that all models, each a name and a config, can be measured with, chosen as for one.
 
     Raises UserError as ``choose_seq_len`` does, and where a length comes twice or there is none.
     """
-    limits = [limit for limit in map(_positions, configs) if limit is not None]
-    lengths = [asked] if asked is None or isinstance(asked, int) else list(asked)
+    limits = [(limit, name) for name, config in models if (limit := _positions(config)) is not None]
+    limit, name = min(limits, default=(None, ""))
+    if asked is None:
+        return (min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN),)
+    option, lengths = ("--seq-len", [asked]) if isinstance(asked, int) else ("--context", [*asked])
+    listed = f"{option} {','.join(map(str, lengths))}"
     if not lengths or len(set(lengths)) < len(lengths):
-        raise UserError(
-            f"context lengths are distinct, such as 512,1024,2048, not {','.join(map(str, lengths))!r}"
-        )
-    return tuple(_window(min(limits, default=None), length) for length in lengths)
+        raise UserError(f"{listed}: lengths of windows are distinct, such as 512,1024,2048")
+    for length in lengths:
+        told = listed if len(lengths) == 1 else f"{listed}: {length}"
+        if length < 2:
+            raise UserError(f"{told} leaves no token to score; the smallest is 2")
+        if limit is not None and length > limit:
+            raise UserError(f"{told} is longer than the {limit} positions of {name}; use {limit} or less")
+    return tuple(lengths)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -95,13 +104,3 @@ def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None
 
 def _positions(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _window(limit: int | None, asked: int | None) -> int:
-    if asked is None:
-        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    if asked < 2:
-        raise UserError(f"seq_len {asked} leaves no token to score; the smallest is 2")
-    if limit is not None and asked > limit:
-        raise UserError(f"seq_len {asked} is longer than the model's {limit} positions; use {limit} or less")
-    return asked

@@ -91,7 +91,7 @@ def evaluate_perplexity(
     with the windows done; ``keep`` with each passage and what its tokens cost. Every text is read and cut before the
     model runs. Raises UserError as ``read_text`` and ``passages`` do, and where a window is above the model's limit.
     """
-    lengths = choose_seq_lens([model.config], seq_len)
+    lengths = choose_seq_lens([("the model", model.config)], seq_len)
     texts = [read_text(spec, "evaluation", data_dir) for spec in specs]
     return [
         measure(

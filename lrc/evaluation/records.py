@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lrc.checkpoint.durable import put, sync
-from lrc.errors import OutOfResources, UserError
+from lrc.checkpoint.durable import check_file, put, sync, written
+from lrc.errors import UserError
 from lrc.evaluation.passage import Passage
 from lrc.evaluation.perplexity import Keep
 from lrc.ranks import ALONE, Ranks
@@ -36,7 +36,7 @@ def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -
     Columns: ``text`` and ``seq_len`` of the passage, ``window``, ``position`` of the token in it from 0 (the first is
     not scored), ``token``, its id, and ``nll``; if ``paired``, ``nll_against``, ``kl`` and ``agree`` as
     ``lrc.evaluation.divergence.Divergence`` has them. Row groups are written as passages come. Raises UserError where
-    no such file can be, and OutOfResources where the disk has no room.
+    no such file can be or one is there that holds anything else, and OutOfResources where the disk has no room.
     """
     if path is None:
         yield None
@@ -48,7 +48,7 @@ def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -
         return
     schema = pa.schema({**_PLACE, **(_RESULTS if paired else {"nll": _RESULTS["nll"]})})
     partial = path.with_name(f".{path.name}.partial")
-    with _written(path):
+    with written(path):
         writer = pq.ParquetWriter(partial, schema)
 
     def add(passage: Passage, results: Mapping[str, Tensor]) -> None:
@@ -56,12 +56,12 @@ def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -
         for start in range(0, len(passage.cut), windows):
             rows = slice(start, start + windows)
             columns = _place(passage, rows) | {name: _column(x[rows]) for name, x in results.items()}
-            with _written(path):
+            with written(path):
                 writer.write_table(pa.table(columns, schema))
 
     try:
         yield add
-        with _written(path):
+        with written(path):
             writer.close()
             sync(partial)
             put(partial, path)
@@ -71,21 +71,20 @@ def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutOfResources(f"{path} cannot be written: {error.strerror or error}") from error
-
-
 def _check(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UserError(f"{path} cannot be written: it is a folder")
+    check_file("--tokens", path)
     if path.suffix != ".parquet":
         raise UserError(f"--tokens {path} writes Parquet; name the file {path.with_suffix('.parquet')}")
+    if path.exists() and not _ours(path):
+        raise UserError(f"--tokens {path} is there and was not made by lrc eval; name another file")
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file has the columns of the results by token."""
+    try:
+        return {*_PLACE, "nll"} <= {*pq.read_schema(path).names}
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _place(passage: Passage, rows: slice) -> dict[str, pa.Array]:

@@ -24,6 +24,7 @@ from lrc.hub.tokenizer import load_tokenizer, start_tokens
 
 _BATCH = 8  # requests at once
 _SEED = 1234  # the harness's own
+_UNVERSIONED = "Yaml"  # what the harness puts where a task's metadata have none
 _NEAR = 3  # names to offer for an unknown one, of thousands
 
 
@@ -32,7 +33,8 @@ class TaskScore:
     """One metric of a task or of a group of tasks.
 
     ``filter``: what the harness did to the model's answers first. ``stderr``: its standard error over documents, None
-    where the harness gives none. ``documents``: None for a group.
+    where the harness gives none. ``documents``: None for a group. ``version``: None where the task's metadata have
+    none.
     """
 
     task: str
@@ -73,18 +75,29 @@ class Tasks:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
 
+    def check(self, folder: Path, loading: Loading) -> None:
+        """Raise UserError where a folder's model does not fit whole, or a layer at a time is asked for."""
+        if loading.streamed:
+            raise UserError("--tasks and --streamed contradict each other: tasks run on a whole model")
+        tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
+        if loading.streamed is None and not fit([folder], len(tokenizer), loading):
+            raise UserError(
+                f"tasks run on a whole model, and {folder} does not fit on {loading.device}; try --dtype bfloat16 or "
+                "another --device, or --whole to load it all the same"
+            )
+
     def evaluate(self, folder: Path, loading: Loading) -> list[TaskScore]:
         """Scores of a folder's model, which is loaded whole and let go; examples in prompts are those of a fixed seed.
 
-        Raises UserError where it does not fit, or a layer at a time is asked for.
+        Raises UserError as ``check`` does.
         """
         from lm_eval import evaluate
         from lm_eval.models import huggingface
 
         harness_model: Any = huggingface.HFLM  # a decorator hides what it takes
 
+        self.check(folder, loading)
         tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
-        _check_whole(folder, len(tokenizer), loading)
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         with loaded([folder], len(tokenizer), replace(loading, streamed=False)) as models, _aside():
@@ -130,16 +143,6 @@ def _named(manager: Any, name: str) -> list[str]:
     raise UserError(f"lm-evaluation-harness has no task {name!r}; {hint}tasks of your own lie in --tasks-dir")
 
 
-def _check_whole(folder: Path, vocab: int, loading: Loading) -> None:
-    if loading.streamed:
-        raise UserError("--tasks and --streamed contradict each other: tasks run on a whole model")
-    if loading.streamed is None and not fit([folder], vocab, loading):
-        raise UserError(
-            f"tasks run on a whole model, and {folder} does not fit on {loading.device}; try --dtype bfloat16 or "
-            "another --device, or --whole to load it all the same"
-        )
-
-
 def _start(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that stands before an empty prompt where the tokenizer has none; None where it has."""
     if tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None:
@@ -165,7 +168,7 @@ def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
                 higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
                 shots=found["n-shot"].get(task),
                 documents=found["n-samples"].get(task, {}).get("effective"),
-                version=None if version is None else str(version),
+                version=None if version in (None, _UNVERSIONED) else str(version),
             )
 
 

@@ -100,16 +100,16 @@ def ablation_table(ablation: Ablation) -> Iterator[RenderableType]:
     yield table
     yield f"calibration: {ablation.calibration}"
     yield f"results: {ablation.file} ({ablation.measured} of {len(ablation.results)} measured in this run)"
-    yield f"heat map: {ablation.picture}"
-    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in ablation.seconds.items())
+    if ablation.seconds:  # of what was measured
+        yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in ablation.seconds.items())
     yield from (f"warning: {warning}" for warning in ablation.warnings)
 
 
 def percent(increase: float) -> str:
-    """An increase in few characters: +3.2 %, +150 %, 41x."""
+    """An increase in few characters: +3.2 %, +150.0 %, 41x."""
     if not increase < 10:  # so that NaN and infinity are told, too
         return f"{increase + 1:.3g}x"
-    return f"{100 * increase:+.3g} %" if abs(increase) >= 5e-6 else "+0 %"
+    return f"{round(100 * increase, 1) or 0.0:+.1f} %"  # no -0.0
 
 
 def _exp(nats: float) -> float:

@@ -128,14 +128,17 @@ def read_outputs(folders: Sequence[Path]) -> list[Source]:
     Raises UserError that names every folder without a report, and for a report that cannot be used.
     """
     by_source: dict[str, list[Output]] = {}
-    for output in _read(folders):
+    advice = (
+        "and only those can be compared (lrc eval MODEL --against MODEL holds other models beside each other)"
+    )
+    for output in _read(folders, advice):
         by_source.setdefault(output.report.fingerprint, []).append(output)
     return [as_source(found) for found in by_source.values()]
 
 
 def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[Output]:
     """Outputs to stand beside one of a ``model``; UserError as above, and where one is of another."""
-    outputs = _read(folders)
+    outputs = _read(folders, "so name the folder of one, or leave it out", "--beside: ")
     others = [
         f"{each.folder} (of {each.report.model})"
         for each in outputs
@@ -143,7 +146,7 @@ def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[O
     ]
     if others:
         raise UserError(
-            f"not made from {model} as it is now, so not to be shown beside it: {', '.join(others)}"
+            f"--beside: not made from {model} as it is now, so not to be shown beside it: {', '.join(others)}"
         )
     return outputs
 
@@ -178,13 +181,12 @@ def short(labels: Sequence[str]) -> list[str]:
     return ["".join(words[alike:]) for words in parted]
 
 
-def _read(folders: Sequence[Path]) -> list[Output]:
+def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output]:
     once = list({folder.resolve(): folder for folder in folders}.values())
     without = [str(folder) for folder in once if not (folder / REPORT).is_file()]
     if without:
         raise UserError(
-            f"no {REPORT} in {', '.join(without)}; lrc compress writes one into each of its outputs, and only those "
-            "can be compared (lrc eval MODEL --against MODEL holds other models beside each other)"
+            f"{option}no {REPORT} in {', '.join(without)}; lrc compress writes one into each of its outputs, {advice}"
         )
     reports = [read_report(folder) for folder in once]
     return [Output(*each) for each in zip(_labels(once), map(str, once), reports, strict=True)]

@@ -181,9 +181,9 @@ class Report:
 REPORTS: TypeAdapter[Report] = TypeAdapter(Report)
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: str | Path) -> Report:
     """The report of an output folder; UserError where there is none, or it cannot be used."""
-    path = folder / REPORT
+    path = Path(folder) / REPORT
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

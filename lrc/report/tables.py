@@ -97,8 +97,17 @@ def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
     """Outputs beside their original, a table a source."""
     for source in sources:
         before = source.before
-        heads = [heading for text in source.texts for heading in (f"{text.text}:r", "ratio:r")]
-        table = _table("output", "method", "keep:r", "bytes:r", "ratio:r", "KV/token:r", *heads, "seconds:r")
+        heads = [
+            heading
+            for text in source.texts
+            for heading in (
+                f"perplexity, {text.text}\n{text.dense.windows} x {text.dense.seq_len} tokens:r",
+                "ratio:r",
+            )
+        ]
+        table = _table(
+            "output", "method", "keep:r", "size:r", "ratio:r", "KV cache, bytes/token:r", *heads, "seconds:r"
+        )
         dense = [cell for text in source.texts for cell in (f"{text.dense.value:.4g}", "1.000")]
         size = (byte_text(before.bytes), "1.000", f"{before.kv_bytes_per_token:,}")
         table.add_row(source.model, "", "100.0%", *size, *dense, "")

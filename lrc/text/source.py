@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,14 @@ class Text:
     def label(self) -> str:
         """``wikitext2:test``, or the file's path."""
         return f"{self.name}:{self.split}" if self.split else self.name
+
+
+def named_texts(ppl: str | Sequence[str]) -> list[str]:
+    """The texts to evaluate on that a user names, one or several; UserError where none is named."""
+    found = [ppl] if isinstance(ppl, str) else [*ppl]
+    if not found:
+        raise UserError("ppl names no text; name one, such as wikitext2, or leave it out")
+    return found
 
 
 def read_text(spec: str, use: Use, data_dir: Path | None = None) -> Text:

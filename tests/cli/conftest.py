@@ -18,11 +18,14 @@ PLAN = "format: 1\nkeep: 0.5\nmethod: a3\ncalibration: {samples: 4}\n"
 
 @pytest.fixture(scope="module", autouse=True)
 def loud() -> Iterator[None]:
-    """Gives transformers its voice back, which the verbs take from it."""
+    """Gives the libraries their voice back, which the verbs take from them."""
+    from datasets.utils import logging as datasets_logging
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     yield
-    logging.set_verbosity_warning()
+    for each in (logging, datasets_logging, hub_logging):
+        each.set_verbosity_warning()
 
 
 @pytest.fixture

@@ -162,7 +162,8 @@ def test_no_tokenizer(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
 def test_a_compressed_checkpoint(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
     model = tiny_checkpoint("llama")
     edit_config(model, quantization_config={"quant_method": "lrc"})
-    assert f"{model} is a lrc checkpoint already" in refuses(model)
+    told = f"{model} is a compressed checkpoint already (lrc); name the full-precision original"
+    assert told in refuses(model)
 
 
 # Code inside checkpoints

@@ -9,7 +9,9 @@ QUICK = ["--prefill", "1x8,2x8", "--decode", "2x8", "--new-tokens", "2", "--repe
 
 def test_tables_and_documents(succeeds, tiny_checkpoint, work):
     ours, theirs = tiny_checkpoint("llama", intermediate_size=16), tiny_checkpoint("llama")
-    printed = succeeds("bench", ours, "--against", theirs, *QUICK, "-o", "figures.json").stdout
+    result = succeeds("bench", ours, "--against", theirs, *QUICK, "-o", "figures.json")
+    assert result.stderr == "wrote figures.json\n"
+    printed = result.stdout
     assert f"model: {ours}, " in printed.replace("\n", "")
     for words in (
         "prefill 1x8 eager",
@@ -39,6 +41,9 @@ def test_mistakes(fails, tiny_checkpoint):
     assert "--prefill: '8' is not BATCHxTOKENS" in fails("bench", model, "--prefill", "8")
     assert "--mode graphs is for GPUs" in fails("bench", model, *quick, "--mode", "graphs")
     assert "there is no folder nowhere" in fails("bench", model, *quick, "-o", "nowhere/figures.json")
+    assert "-o . cannot be written: it is a folder" in fails("bench", model, *quick, "-o", ".")
+    assert "--mode '' is empty" in fails("bench", model, *quick, "--mode", "")
+    assert "--prefill '' is empty; name something, or leave it out" in fails("bench", model, "--prefill", "")
     assert "--repeats 0: the smallest is 1" in fails("bench", model, *quick, "--repeats", "0")
     message = fails("bench", model, *quick, "--decode", "4000000000000x8")
     assert "bytes on cpu for decode 4000000000000x8" in message

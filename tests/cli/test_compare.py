@@ -38,6 +38,9 @@ def test_outputs_stand_beside_each_other(succeeds: Run, outputs: list[str], work
         assert f"{report.perplexity[0].after.value:.4g}" in shown.stdout
         assert f"{report.after.bytes / report.before.bytes:.3f}" in shown.stdout
     assert shown.stderr == "wrote compare.html\n"
+    (figure,) = reports[0].perplexity
+    for told in ("perplexity, ", f"{figure.after.windows} x {figure.after.seq_len} tokens", "KV cache,"):
+        assert told in shown.stdout
     page = (work / "compare.html").read_text(encoding="utf-8")
     assert {"dense", "half", "third"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", page))
 
@@ -65,6 +68,9 @@ def test_what_cannot_be_compared_is_refused(
     assert "cannot be written" in fails("compare", *outputs, "-o", ".")
     argv = ["compress", model, "--plan", "svd-2x", "--no-eval", "--device", "cpu", "--out", "new"]
     assert f"not made from {model} as it is now" in fails(*argv, "--beside", outputs[0])
-    assert f"no report.json in {model}" in fails(*argv, "--beside", model)
+    message = fails(*argv, "--beside", model)
+    assert f"--beside: no report.json in {model}; " in message
+    assert "name the folder of one, or leave it out" in message
+    assert "lrc eval" not in message
     (work / outputs[0] / "report.json").write_text("{", encoding="utf-8")
     assert "out-half/report.json is damaged, it is no JSON" in fails("compare", *outputs)

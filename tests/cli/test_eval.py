@@ -47,7 +47,7 @@ def test_a_window_beyond_either_model_is_told_first(
 ) -> None:
     short = tiny_checkpoint("llama", max_position_embeddings=32)
     argv = ["eval", tiny_checkpoint("llama"), "--against", short, "--ppl", tmp_path / "text.txt"]
-    assert "seq_len 48 is longer than the model's 32 positions" in fails(*argv, "--seq-len", 48)
+    assert f"--seq-len 48 is longer than the 32 positions of {short}; use" in fails(*argv, "--seq-len", 48)
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -144,13 +144,16 @@ def test_a_table_by_context_length(succeeds: Run, tiny_checkpoint: TinyCheckpoin
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--context", "16,96"], "seq_len 96 is longer than the model's 64 positions; use 64 or less"),
-        (["--context", "16,16"], "context lengths are distinct"),
+        (["--context", "16,96"], "--context 16,96: 96 is longer than the 64 positions of "),
+        (["--context", "16,16"], "--context 16,16: lengths of windows are distinct"),
+        (["--context", ""], "--context '' is empty; name something, or leave it out"),
+        (["--ppl", ""], "--ppl '' is empty; name something, or leave it out"),
+        (["--seq-len", "1"], "see lrc eval --help"),
         (["--context", "16,many"], "--context 16,many: 'many' is no whole number; write such as 512,1024"),
         (["--context", "16", "--seq-len", "16"], "--seq-len and --context contradict each other"),
         (
             ["--tokens", "nowhere/t.parquet"],
-            "nowhere/t.parquet cannot be written: there is no folder nowhere",
+            "--tokens nowhere/t.parquet cannot be written: there is no folder nowhere",
         ),
         (["--tokens", "t.csv"], "--tokens t.csv writes Parquet; name the file t.parquet"),
     ],
@@ -239,6 +242,49 @@ def test_tasks_of_both_models(
     assert "top-1 agreement" in printed
 
 
+def test_perplexity_comes_before_the_tasks(
+    fails: Fails, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*_: Any) -> None:
+        raise AssertionError("tasks are run")
+
+    monkeypatch.setattr("lrc.evaluation.tasks.Tasks.evaluate", evaluate)
+    argv = ["eval", "tiny-gpt2", "--device", "cpu", "--tasks", "endings", "--tasks-dir", tasks_dir, "--ppl"]
+    assert "unknown text 'wikitext3'" in fails(*argv, "wikitext3")
+    assert "--seq-len 4096 is longer than" in fails(*argv, tmp_path / "text.txt", "--seq-len", 4096)
+    assert "--tokens t.csv writes Parquet" in fails(*argv, tmp_path / "text.txt", "--tokens", "t.csv")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_tasks_are_known_before_perplexity_is_measured(fails: Fails, tasks_dir: Path, tmp_path: Path) -> None:
+    argv = ["eval", "tiny-gpt2", "--against", "tiny-gpt2", "--device", "cpu", "--ppl", tmp_path / "text.txt"]
+    assert "has no task 'endigns'" in fails(*argv, "--tasks-dir", tasks_dir, "--tasks", "endigns")
+    assert "--tasks '' is empty" in fails(*argv, "--tasks", "")
+    told = fails(*argv, "--tasks-dir", tasks_dir, "--tasks", "endings", "--streamed")
+    assert "--tasks and --streamed contradict each other" in told
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--seq-len", 16],
+        ["--context", 16],
+        ["--max-windows", 1],
+        ["--tokens", "t.parquet"],
+        ["--data-dir", "."],
+    ],
+)
+def test_options_of_texts_with_tasks_alone(fails: Fails, options: list[object]) -> None:
+    told = f"{options[0]}: no effect with --tasks alone; name a text with --ppl, or leave it out"
+    assert told in fails("eval", "tiny-gpt2", "--tasks", "endings", *options)
+
+
+def test_files_are_told_on_stderr(succeeds: Run, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    argv = ["eval", tiny_checkpoint("llama"), "--ppl", tmp_path / "text.txt", "--device", "cpu"]
+    assert succeeds(*argv, "--tokens", "t.parquet").stderr == "wrote t.parquet\n"
+    assert succeeds(*argv, "--tokens", "t.parquet", "--json").stderr == ""
+
+
 def test_tasks_without_the_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     told = "tasks are run by lm-evaluation-harness, which is not installed: pip install 'lrc[tasks]'\n"
@@ -265,7 +311,10 @@ def ablation(
 def test_an_ablation_prints_and_draws(succeeds: Run, ablation: list[object], work: Path) -> None:
     found = json.loads(succeeds(*ablation, "--json").stdout)
     assert found["measured"] == len(found["results"]) == 20
-    printed = succeeds(*ablation).stdout
+    result = succeeds(*ablation, "--batch-size", 2)
+    assert result.stderr == f"wrote {found['picture']}\n"  # of results there were none to add
+    printed = result.stdout
+    assert "seconds: \n" not in printed
     assert f"{found['dense']['value']:.5g}" in printed
     for result in found["results"]:
         row = next(line for line in printed.splitlines() if f" {result['target']} " in line)
@@ -300,15 +349,22 @@ def test_an_interrupted_ablation_says_that_it_goes_on(
         (["--against", "tiny-gpt2"], "--against: no effect with --ablate; leave it out"),
         (["--tokens", "t.parquet", "--streamed"], "--tokens and --streamed/--whole: no effect with --ablate"),
         (["--ppl", "builtin,ptb"], "--ablate measures on one text, not 2; run it again for each"),
+        (["--keeps", ""], "--keeps '' is empty; name something, or leave it out"),
         (["--keeps", "half"], "--keeps half: 'half' is not a number"),
         (["--keeps", "2"], "--keeps 2: fractions are distinct, above 0 and below 1"),
-        (["--method", "svt"], "unknown method 'svt'; did you mean 'svd'?"),
+        (["--method", "svt"], "--method: unknown method 'svt'; did you mean 'svd'?"),
     ],
 )
 def test_mistakes_in_an_ablation(fails: Fails, ablation: list[object], options: list[str], told: str) -> None:
     assert told in fails(*ablation, *options)
 
 
-@pytest.mark.parametrize("option", [["--keeps", "0.5"], ["--method", "svd"], ["--fresh"]])
+def test_an_ablation_names_its_model(fails: Fails) -> None:
+    assert "--ablate needs MODEL, an original: lrc eval --ablate MODEL" in fails("eval", "--ablate")
+
+
+@pytest.mark.parametrize(
+    "option", [["--keeps", "0.5"], ["--method", "svd"], ["--batch-size", "2"], ["--fresh"]]
+)
 def test_options_of_an_ablation_alone(fails: Fails, option: list[str]) -> None:
     assert f"{option[0]}: no effect without --ablate; leave it out" in fails("eval", "tiny-gpt2", *option)

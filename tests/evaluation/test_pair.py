@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -133,12 +134,31 @@ def test_tokens_of_one_model_are_kept_too(both, text, tmp_path):
 
 def test_an_evaluation_that_stops_leaves_no_file_and_the_earlier_one(both, text, tmp_path, monkeypatch):
     kept = tmp_path / "tokens.parquet"
-    kept.write_text("earlier")
+    lrc.evaluate(both[0], str(text), seq_len=40, device="cpu", tokens=kept)
+    earlier = kept.read_bytes()
     monkeypatch.setattr(lrc.evaluation.records.pq.ParquetWriter, "write_table", _no_space)
     with pytest.raises(UserError, match=r"tokens\.parquet cannot be written: No space left on device"):
         evaluate_against(*both, ppl=str(text), seq_len=40, device="cpu", tokens=kept)
-    assert kept.read_text() == "earlier"
+    assert kept.read_bytes() == earlier
     assert sorted(p.name for p in tmp_path.iterdir() if "tokens" in p.name) == ["tokens.parquet"]
+
+
+@pytest.mark.parametrize("other", [b"notes", pa.table({"nll": [1.0]})])
+def test_a_file_that_is_no_evaluation_s_stays(both, text, tmp_path, other):
+    kept = tmp_path / "tokens.parquet"
+    kept.write_bytes(other) if isinstance(other, bytes) else pq.write_table(other, kept)
+    before = kept.read_bytes()
+    with pytest.raises(UserError, match=r"--tokens .*tokens\.parquet is there and was not made by lrc eval"):
+        lrc.evaluate(both[0], str(text), seq_len=40, device="cpu", tokens=kept)
+    assert kept.read_bytes() == before
+
+
+def test_no_text_is_a_mistake(both):
+    for measured in (lambda: lrc.evaluate(both[0], []), lambda: evaluate_against(*both, ppl=[])):
+        with pytest.raises(
+            UserError, match="ppl names no text; name one, such as wikitext2, or leave it out"
+        ):
+            measured()
 
 
 def _no_space(*_):

@@ -46,12 +46,19 @@ def test_a_text_shorter_than_the_longest_is_told(tokenizer):
 
 
 def test_lengths_are_bounded_by_the_shorter_model():
-    configs = [GPT2Config(n_positions=64), GPT2Config(n_positions=32)]
-    assert choose_seq_lens(configs, None) == (32,)
-    assert choose_seq_lens(configs, (32, 8)) == (32, 8)
-    with pytest.raises(UserError, match="seq_len 48 is longer than the model's 32 positions; use 32 or less"):
-        choose_seq_lens(configs, [8, 48])
-    with pytest.raises(UserError, match="context lengths are distinct, such as 512,1024,2048, not '8,8'"):
-        choose_seq_lens(configs, [8, 8])
-    with pytest.raises(UserError, match="context lengths are distinct"):
-        choose_seq_lens(configs, [])
+    models = [("long", GPT2Config(n_positions=64)), ("short", GPT2Config(n_positions=32))]
+    assert choose_seq_lens(models, None) == (32,)
+    assert choose_seq_lens(models, (32, 8)) == (32, 8)
+    with pytest.raises(
+        UserError, match=r"^--seq-len 48 is longer than the 32 positions of short; use 32 or less$"
+    ):
+        choose_seq_lens(models, 48)
+    told = "--context 8,48: 48 is longer than the 32 positions of short; use 32 or less"
+    with pytest.raises(UserError, match=f"^{told}$"):
+        choose_seq_lens(models, [8, 48])
+    with pytest.raises(
+        UserError, match="--context 8,8: lengths of windows are distinct, such as 512,1024,2048"
+    ):
+        choose_seq_lens(models, [8, 8])
+    with pytest.raises(UserError, match="lengths of windows are distinct"):
+        choose_seq_lens(models, [])

@@ -141,9 +141,9 @@ def test_the_window_is_bounded_by_the_model(model):
     assert perplexity(model, ids).seq_len == 64
     model.config.max_position_embeddings = 32
     assert perplexity(model, ids).seq_len == 32
-    with pytest.raises(UserError, match="seq_len 33 is longer than the model's 32 positions; use 32 or less"):
+    with pytest.raises(UserError, match="--seq-len 33 is longer than the 32 positions of the model"):
         perplexity(model, ids, seq_len=33)
-    with pytest.raises(UserError, match="seq_len 1 leaves no token to score"):
+    with pytest.raises(UserError, match="--seq-len 1 leaves no token to score"):
         perplexity(model, ids, seq_len=1)
     with pytest.raises(UserError, match="the text has 31 tokens, fewer than one window of 32"):
         perplexity(model, ids[:31])

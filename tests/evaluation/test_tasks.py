@@ -12,7 +12,7 @@ import torch
 import lrc
 import lrc.room
 from lrc.errors import UserError
-from lrc.evaluating import evaluate_tasks
+from lrc.evaluating import prepare_tasks
 from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.launcher import Place
@@ -70,7 +70,7 @@ def by_hand(model: Path | str) -> float:
 
 def test_scores_are_what_the_logits_say_and_come_again(folder: Path) -> None:
     models = ["tiny-gpt2", "tiny-llama", "tiny-gpt2"]
-    found = evaluate_tasks(models, "endings", tasks_dir=folder, device="cpu")
+    found = prepare_tasks(models, "endings", tasks_dir=folder, device="cpu")()
     assert found[0] == found[2]
     for model, scores in zip(models, found, strict=True):
         (score,) = scores
@@ -79,6 +79,14 @@ def test_scores_are_what_the_logits_say_and_come_again(folder: Path) -> None:
         assert (score.documents, score.shots, score.version) == (4, 0, "2")
         assert score.higher_is_better
     assert 0 < found[0][0].value < 1
+
+
+def test_a_task_without_metadata_has_no_version(folder: Path) -> None:
+    path = folder / "endings.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(x for x in lines if not x.startswith("metadata:")), encoding="utf-8")
+    ((score,),) = prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, device="cpu")()
+    assert score.version is None
 
 
 def test_a_compressed_model_takes_them_too(folder: Path, tiny_checkpoint, tmp_path: Path) -> None:
@@ -91,14 +99,14 @@ def test_a_compressed_model_takes_them_too(folder: Path, tiny_checkpoint, tmp_pa
     )
     source = tiny_checkpoint("llama", tie_word_embeddings=True)
     lrc.compress(source, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu")
-    ((score,),) = evaluate_tasks([tmp_path / "out"], ["endings"], tasks_dir=folder, device="cpu")
+    ((score,),) = prepare_tasks([tmp_path / "out"], ["endings"], tasks_dir=folder, device="cpu")()
     assert score.value == by_hand(tmp_path / "out")
 
 
 def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*names: str, **options: object) -> str:
         with pytest.raises(UserError) as error:
-            evaluate_tasks(["tiny-gpt2"], names, **{"tasks_dir": folder, "device": "cpu", **options})  # type: ignore[arg-type]
+            prepare_tasks(["tiny-gpt2"], names, **{"tasks_dir": folder, "device": "cpu", **options})  # type: ignore[arg-type]
         return str(error.value)
 
     assert "--tasks and --streamed contradict" in refused("endings", streamed=True)
@@ -117,9 +125,9 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_does_not_fit_whole_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lrc.room, "free_bytes", lambda device: 100_000)
     with pytest.raises(UserError, match=r"tasks run on a whole model, and .* does not fit on cpu"):
-        evaluate_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, device="cpu")
+        prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, device="cpu")
 
 
 def test_an_unknown_task_is_told_with_the_nearest(folder: Path) -> None:
     with pytest.raises(UserError, match=r"has no task 'endigns'; did you mean 'endings'"):
-        evaluate_tasks(["tiny-gpt2"], "endigns", tasks_dir=folder, device="cpu")
+        prepare_tasks(["tiny-gpt2"], "endigns", tasks_dir=folder, device="cpu")

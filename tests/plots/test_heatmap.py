@@ -19,7 +19,7 @@ def drawn() -> str:
 def test_every_figure_stands_in_it_as_text() -> None:
     root = ElementTree.fromstring(drawn().encode())
     texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    told = ["+20 %", "+50 %", "-0.1 %", "42x", "nanx", "infx"]
+    told = ["+20.0 %", "+50.0 %", "-0.1 %", "42x", "nanx", "infx"]
     for text in (*told, "qk", "mlp", "down", "0.5 (2x)", "0.25 (4x)", "Rise of $x"):
         assert text in texts
     assert root.attrib["aria-label"] == "A & B"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import lrc
 from lrc.errors import UserError
 from lrc.report.report import REPORT, REPORT_VERSION, Report, read_report
 from lrc.report.schema import report_schema
@@ -23,6 +24,7 @@ def test_a_report_is_read_back_as_it_was(make_report: Callable[..., Report], tmp
     report = make_report(warnings=["Größe 名 <b>"], allocation={"cost": 1.5})
     (tmp_path / REPORT).write_text(report.to_json(), encoding="utf-8")
     assert read_report(tmp_path) == report
+    assert lrc.read_report(str(tmp_path)) == report
 
 
 def test_figures_that_json_has_not_are_read_back(worst: Report) -> None:
