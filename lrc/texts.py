@@ -71,7 +71,8 @@ def draw_texts(
         None if samples is None else _held_out(job, held_out, folder)
     )  # known to be there before any is generated
     settings = job.plan.plan.calibration
-    mixture = read_mixture(calib or settings.data or default_text(job.model.source))
+    planned = settings.data or default_text(job.model.source)
+    mixture = read_mixture(planned if calib is None else calib)
     calibration = mixture.draw(tokenizer, settings.samples, job.plan.seq_len, settings.seed, folder, generate)
     if text is None or samples is None:
         return Texts(calibration)
@@ -81,7 +82,8 @@ def draw_texts(
 
 
 def _held_out(job: Job, named: str | None, folder: Path | None) -> Text:
-    spec = named or ("builtin:train" if job.model.builtin else "wikitext2:validation")
+    default = "builtin:train" if job.model.builtin else "wikitext2:validation"
+    spec = default if named is None else named
     # A bare name means the test split to eval; nothing is chosen on that unasked.
     if spec in DATASETS and "validation" in DATASETS[spec].splits:
         spec = f"{spec}:validation"

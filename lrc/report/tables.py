@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lrc.catalogue import Item
     from lrc.integrity import Integrity
-    from lrc.report.outputs import Source
+    from lrc.report.outputs import OnText, Source
 
 
 def summary(report: Report) -> Iterator[RenderableType]:
@@ -97,14 +97,7 @@ def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
     """Outputs beside their original, a table a source."""
     for source in sources:
         before = source.before
-        heads = [
-            heading
-            for text in source.texts
-            for heading in (
-                f"perplexity, {text.text}\n{text.dense.windows} x {text.dense.seq_len} tokens:r",
-                "ratio:r",
-            )
-        ]
+        heads = [heading for text in source.texts for heading in (f"{_measured_on(text)}:r", "ratio:r")]
         table = _table(
             "output", "method", "keep:r", "size:r", "ratio:r", "KV cache, bytes/token:r", *heads, "seconds:r"
         )
@@ -132,6 +125,12 @@ def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
             )
         yield table
         yield from _warnings(source.notes)
+
+
+def _measured_on(text: OnText) -> str:
+    """What a column holds; a name that stands for several texts says their windows itself."""
+    windows = f"\n{text.dense.windows} x {text.dense.seq_len} tokens" if text.text == text.dense.data else ""
+    return f"perplexity, {text.text}{windows}"
 
 
 def _tasks(of: Evaluated, against: Evaluated | None) -> Table:

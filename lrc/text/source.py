@@ -80,7 +80,7 @@ def _path(spec: str, use: Use) -> Path:
     if name == SYNTHETIC:
         raise UserError(f"no text {spec!r}: {SYNTHETIC}, which has no splits, is for calibration alone")
     path = Path(spec).expanduser()
-    if not (path.exists() or os.sep in spec or path.suffix in _FILE_SUFFIXES):
+    if not spec or not (path.exists() or os.sep in spec or path.suffix in _FILE_SUFFIXES):
         known = [*DATASETS, SYNTHETIC] if use == "calibration" else DATASETS
         raise UserError(f"unknown text {spec!r}: {nearest(name, known)}; or a path to a text file")
     return path

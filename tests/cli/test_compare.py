@@ -24,7 +24,7 @@ def outputs(succeeds: Run, tiny_checkpoint: Callable[..., Path], work: Path, tmp
         plan.write_text(
             f"format: 1\nkeep: {keep}\nmethod: svd\ncalibration: {{samples: 4}}\n", encoding="utf-8"
         )
-        argv = ["compress", model, "--plan", plan, "--out", name, "--calib", tmp_path / "text.txt"]
+        argv = ["compress", model, "--plan", plan, "-o", name, "--calib", tmp_path / "text.txt"]
         beside = ["--beside", "out-half"] if name == "out-third" else []
         succeeds(*argv, "--ppl", tmp_path / "text.txt", "--device", "cpu", *beside)
     return ["out-half", "out-third"]
