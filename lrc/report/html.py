@@ -168,16 +168,24 @@ def _targets(report: Report) -> Table:
     rows = [
         [
             g.target,
-            g.method,
-            f"{g.layers}",
-            g.size_text,
-            f"{g.kept / g.whole:.1%}",
             g.predicted_text,
             g.measured_text,
+            f"{g.kept / g.whole:.1%}",
+            g.size_text,
+            g.method,
+            f"{g.layers}",
         ]
         for g in summarise(report.targets)
     ]
-    heads = ("target", "method", "layers:n", "size:n", "kept:n", "predicted error:n", "measured error:n")
+    heads = (
+        "target",
+        "predicted error:n",
+        "measured error:n",
+        "kept:n",
+        "size:n:m",
+        "method",
+        "layers:n:m",
+    )
     return Table(columns(*heads), rows)
 
 
@@ -189,16 +197,17 @@ def _every(report: Report) -> Table:
         options = ", ".join(f"{name} {value}" for name, value in record.options.items())
         numerics = ", ".join(f"{name} {value:.3g}" for name, value in record.numerics.items())
         kept_part = f"{record.kept / record.whole:.1%}"
-        cells = [f"{record.size}", kept_part, group.predicted_text, group.measured_text, options, numerics]
-        rows.append([layer, record.target, record.method, *cells])
+        errors_of = [group.predicted_text, group.measured_text]
+        how = [f"{record.size}", record.method, options, numerics]
+        rows.append([layer, record.target, *errors_of, kept_part, *how])
     heads = (
         "layer:n",
         "target",
-        "method",
-        "size:n",
-        "kept:n",
         "predicted:n",
         "measured:n",
+        "kept:n",
+        "size:n:m",
+        "method",
         "options:w",
         "numerics:w",
     )
