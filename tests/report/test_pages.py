@@ -80,9 +80,11 @@ def test_what_overflows_or_overlaps_is_seen(browser: ModuleType, tmp_path: Path)
         <text x="5" y="60" style="font-size: 12px; fill: #eee">faint</text>
         <text x="5" y="80" style="font-size: 5px">small</text>
         <text x="90" y="50" style="font-size: 12px">outside</text></svg>
-        <svg viewBox="0 0 100 100" width="200" height="200" data-picture="cut"><defs><path id="mark" d="M-4 -4H4V4H-4z"/>
+        <svg viewBox="0 0 100 100" width="200" height="200" data-picture="cut">
+        <defs><path id="mark" d="M-4 -4H4V4H-4z"/>
         <clipPath id="panel"><rect x="20" y="20" width="60" height="60"/></clipPath></defs>
-        <g clip-path="url(#panel)"><use href="#mark" x="50" y="50"/><use href="#mark" x="50" y="22"/></g></svg></body>""",
+        <g clip-path="url(#panel)"><use href="#mark" x="50" y="50"/><use href="#mark" x="50" y="22"/></g></svg>
+        </body>""",
         encoding="utf-8",
     )
     seen = browser.look(page, browser.PHONE).found
