@@ -20,9 +20,9 @@ _FEWEST = 3  # samples that have quartiles
 
 @dataclass(frozen=True)
 class Measured:
-    """One model in one case. ``seconds``: median and quartiles of a sample of ``tokens``, those None of fewer than three
-    samples; ``work`` of a step, see ``lrc.benchmark.work``; ``peak_bytes``: of the device with this model alone, None
-    on a CPU.
+    """One model in one case. ``seconds``: median and quartiles of a sample of ``tokens``, which are None of fewer than
+    three samples; ``work`` of a step, see ``lrc.benchmark.work``; ``peak_bytes``: of the device with this model alone,
+    None on a CPU.
     """
 
     tokens: int

@@ -264,8 +264,14 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    least, most = (f"{value:.2g}" for value in (min(values), max(values)))
+    least, most = (_two_digits(value) for value in (min(values), max(values)))
     return least if least == most else f"{least} to {most}"
+
+
+def _two_digits(value: float) -> str:
+    """510 and 0.0012, and in powers of ten what is longer."""
+    rounded = f"{value:.2g}"
+    return f"{float(rounded):g}" if 1e-4 <= abs(value) < 1e5 else rounded
 
 
 def _root_mean_square(values: Sequence[float]) -> float:

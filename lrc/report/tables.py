@@ -16,7 +16,7 @@ from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import TaskScore
 from lrc.report.comparison import Comparison, Evaluated
-from lrc.report.groups import summarise
+from lrc.report.groups import size_unit, summarise
 from lrc.report.report import Report
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def summary(report: Report) -> Iterator[RenderableType]:
     """What a compression did and what it cost."""
     targets = _table(
-        "target", "method", "layers:r", "rank:r", "kept:r", "predicted error:r", "measured error:r"
+        "target", "method", "layers:r", "size:r", "kept:r", "predicted error:r", "measured error:r"
     )
     for group in summarise(report.targets):
         targets.add_row(
@@ -51,8 +51,9 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield cost
     if report.scale is not None:
         yield f"scale: {report.scale.text}"
-    yield f"calibration: {report.calibration.data} ({report.calibration.samples} blocks)"
-    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    samples = report.calibration.samples
+    yield f"calibration: {report.calibration.data} ({samples} block{'s' * (samples != 1)})"
+    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
     yield "peak memory: " + ", ".join(
         f"{place} {byte_text(size)}" for place, size in report.peak_bytes.items()
     )
@@ -179,13 +180,13 @@ def _interval(estimate: Estimate, form: str) -> str:
 
 def resolution(check: Check) -> Iterator[RenderableType]:
     """What a plan comes to for a model."""
-    targets = _table("layers", "target", "method", "rank:r", "kept in each:r", "of:r", "keep:r")
+    targets = _table("layers", "target", "method", "size:r", "kept in each:r", "of:r", "keep:r")
     for row in check.targets:
         targets.add_row(
             row.layers,
             row.target,
             row.method,
-            str(row.size),
+            f"{row.size}{size_unit(row.target)}",
             f"{row.kept:,}",
             f"{row.whole:,}",
             f"{row.kept / row.whole:.1%}",

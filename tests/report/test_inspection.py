@@ -92,7 +92,7 @@ def test_spectra_are_means_and_ranks_a_range() -> None:
 
 def test_moments_are_ranges() -> None:
     (row,) = moments_table(inspection().moments, by_layer=False).rows
-    assert row == ["attn_in, centred", "32", "30-32", "1e+03 to inf", "9e+02", "1e-06", "1,000"]
+    assert row == ["attn_in, centred", "32", "30-32", "1000 to inf", "900", "1e-06", "1,000"]
     assert [r[0] for r in moments_table(inspection().moments, by_layer=True).rows] == [
         "0 attn_in, centred",
         "1 attn_in, centred",
