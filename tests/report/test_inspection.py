@@ -39,7 +39,7 @@ ONE = Inspected(
     SPECTRUM,
     replace(SPECTRUM, effective_rank=4.0),
     [ESTIMATE],
-    [Choice(0.6, "svd", 0.3, "relative error", "w")],
+    [Choice(0.6, "svd", 0.3, "relative error", "w", 0.6)],
     HELD,
 )
 OTHER = replace(
@@ -48,7 +48,7 @@ OTHER = replace(
     plain=replace(SPECTRUM, effective_rank=7.0, rank_99=8),
     whitened=replace(SPECTRUM, rank_99=8),
     estimates=[replace(ESTIMATE, error=0.4, loss=0.02), replace(ESTIMATE, method="whitened_svd", error=0.2)],
-    choices=[Choice(0.6, "whitened_svd", 0.2, "relative error", "less")],
+    choices=[Choice(0.6, "whitened_svd", 0.2, "relative error", "less", 0.6)],
     held=replace(HELD, size=3, data_error=0.4, overlap=0.7, reconstruction=None),
 )
 MOMENT = Conditioning(0, "attn_in", 32, 1000, True, 1e3, 9e2, 1e-6, 32)
