@@ -91,4 +91,5 @@ def _held_out(job: Job, named: str | None, folder: Path | None) -> Text:
 
 
 def _named(label: str, blocks: Tensor) -> str:
-    return f"{label} ({blocks.shape[0]} blocks of {blocks.shape[1]} tokens)"
+    count, length = blocks.shape
+    return f"{label} ({count} block{'s' * (count != 1)} of {length} tokens)"

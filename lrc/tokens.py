@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lrc.families import Architecture
 from lrc.plan.resolved import ResolvedPlan
 from lrc.solve import gradients_needed
 
 
 def too_few(
-    architecture: Architecture, plan: ResolvedPlan, samples: int, *, losses: bool = False
+    architecture: Architecture,
+    plan: ResolvedPlan,
+    samples: int,
+    *,
+    losses: bool = False,
+    targets: Collection[str] | None = None,
 ) -> list[str]:
     """A warning where moments of ``samples`` calibration blocks have fewer tokens than rows, and one for gradients'.
 
-    ``losses``: gradients are read of every target, as an allocation by predicted losses does.
+    ``losses``: gradients are read of every target, as an allocation by predicted losses does. ``targets``: those whose
+    moments are taken, where that is not only of what the plan does something to.
     """
     asked = plan.plan.calibration.gradient_samples
     found = []
-    tokens, width = samples * plan.seq_len, _width(architecture, plan)
+    if targets is None:
+        targets = {a.target for layer in plan.layers for a in layer.assignments}
+        targets |= {assignment.target for assignment in plan.outer}
+    tokens, width = samples * plan.seq_len, _width(architecture, targets)
     if tokens < width:
         found.append(f"calibration has {tokens} tokens for moments of {width} dimensions; use more samples")
     tokens, width = min(asked, samples) * plan.seq_len, _gradient_width(architecture, plan, losses)
@@ -26,12 +37,11 @@ def too_few(
     return found
 
 
-def _width(architecture: Architecture, plan: ResolvedPlan) -> int:
-    """Inputs of the widest projection that anything is done to."""
-    targets = {a.target for layer in plan.layers for a in layer.assignments}
-    roles = {role for target in targets for role in architecture.targets[target].matrices}
-    widths = [architecture.matrices[role].columns for role in roles]
-    return max([0, *widths, architecture.hidden if plan.outer else 0])
+def _width(architecture: Architecture, targets: Collection[str]) -> int:
+    """Inputs of the widest projection of the targets."""
+    inside = [architecture.targets[target] for target in targets if target in architecture.targets]
+    widths = [architecture.matrices[role].columns for target in inside for role in target.matrices]
+    return max([0, *widths, architecture.hidden if len(inside) < len(targets) else 0])
 
 
 def _gradient_width(architecture: Architecture, plan: ResolvedPlan, losses: bool) -> int:

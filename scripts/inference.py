@@ -104,7 +104,7 @@ def main(
         "compressed",
         "ratio",
         "expected",
-        "of it",
+        "reached",
         "KV bytes a token",
     ]
     typer.echo(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
@@ -140,7 +140,10 @@ def note(message: str, started: float) -> None:
 def line(name: str, row: Row) -> str:
     """A row of the table: medians, with half the distance of the quartiles."""
     assert row.theirs is not None
-    speeds = [f"{s.tokens_per_second:,.0f} ±{s.spread / 2:.1%}" for s in (row.theirs, row.ours)]
+    speeds = [
+        f"{side.tokens_per_second:,.0f}" + ("" if side.spread is None else f" ±{side.spread / 2:.1%}")
+        for side in (row.theirs, row.ours)
+    ]
     ratios = [f"{ratio:.3f}" for ratio in (row.speedup, row.expected, row.reached) if ratio is not None]
     kv = f"{row.theirs.kv_bytes_per_token:,} to {row.ours.kv_bytes_per_token:,}"
     return f"| {' | '.join([name, str(row.case), *speeds, *ratios, kv])} |"

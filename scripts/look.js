@@ -38,5 +38,16 @@ for (const svg of page.querySelectorAll("svg")) {
     }
   });
 }
+for (const mark of page.querySelectorAll("svg [clip-path] use, svg use[clip-path]")) {
+  const svg = mark.ownerSVGElement, by = mark.closest("[clip-path]").getAttribute("clip-path");
+  const clip = svg.querySelector(by.slice(4, -1).replace(/"/g, "") + " rect");
+  if (!clip) continue;
+  const whole = svg.getBoundingClientRect(), scale = whole.width / svg.viewBox.baseVal.width;
+  const left = whole.left + scale * clip.x.baseVal.value, top = whole.top + scale * clip.y.baseVal.value;
+  const right = left + scale * clip.width.baseVal.value, bottom = top + scale * clip.height.baseVal.value;
+  const box = mark.getBoundingClientRect();
+  if (box.left < left - 0.5 || box.right > right + 0.5 || box.top < top - 0.5 || box.bottom > bottom + 0.5)
+    found.push("a mark is cut in the picture " + svg.dataset.picture);
+}
 const dark = view.matchMedia("(prefers-color-scheme: dark)").matches;
 result.textContent = JSON.stringify({width, height: page.documentElement.scrollHeight, dark, paper, texts, found});

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lrc import __version__
 from lrc.benchmark.cases import Case, make_cases
 from lrc.benchmark.measure import Measured, measure
-from lrc.benchmark.needs import fit_together, needs_of
+from lrc.benchmark.needs import CONVERT, fit_together, needs_of
 from lrc.benchmark.work import weigh
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
@@ -142,8 +142,8 @@ def bench(
     """
     place = find_device(device)
     names = [str(name) for name in (model, against) if name is not None]
-    folders = [resolve_model(str(model), revision=revision).path]
-    folders += [resolve_model(str(against)).path] if against is not None else []
+    folders = [resolve_model(str(model), revision=revision, remedy=CONVERT).path]
+    folders += [resolve_model(str(against), remedy=CONVERT).path] if against is not None else []
     for name, number in (("--new-tokens", new_tokens), ("--repeats", repeats)):
         if number < 1:
             raise UserError(f"{name} {number}: the smallest is 1")

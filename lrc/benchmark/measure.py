@@ -15,19 +15,21 @@ from lrc.benchmark.steps import Decode, Prefill
 from lrc.benchmark.work import cache_bytes, weigh, work_of
 
 _WARM = 2  # samples that do not count
+_FEWEST = 3  # samples that have quartiles
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model in one case. ``seconds``: median and quartiles of a sample of ``tokens``; ``work`` of a step, see
-    ``lrc.benchmark.work``; ``peak_bytes``: of the device with this model alone, None on a CPU.
+    """One model in one case. ``seconds``: median and quartiles of a sample of ``tokens``, which are None of fewer than
+    three samples; ``work`` of a step, see ``lrc.benchmark.work``; ``peak_bytes``: of the device with this model alone,
+    None on a CPU.
     """
 
     tokens: int
     samples: int
     seconds: float
-    low_seconds: float
-    high_seconds: float
+    low_seconds: float | None
+    high_seconds: float | None
     work: int
     kv_bytes: int
     kv_bytes_per_token: int
@@ -39,8 +41,10 @@ class Measured:
         return self.tokens / self.seconds
 
     @property
-    def spread(self) -> float:
+    def spread(self) -> float | None:
         """Distance of the quartiles over the median."""
+        if self.low_seconds is None or self.high_seconds is None:
+            return None
         return (self.high_seconds - self.low_seconds) / self.seconds
 
 
@@ -94,9 +98,9 @@ def measure(
     return found
 
 
-def _quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    if len(seconds) == 1:
-        return seconds[0], seconds[0], seconds[0]
+def _quartiles(seconds: Sequence[float]) -> tuple[float | None, float, float | None]:
+    if len(seconds) < _FEWEST:
+        return None, statistics.median(seconds), None
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return low, median, high
 

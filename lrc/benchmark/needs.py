@@ -16,6 +16,9 @@ from lrc.hub.loader import causal_config
 from lrc.modules.attention import STEP
 from lrc.room import free_bytes
 
+CONVERT = (
+    "lrc bench reads no pickled ones; convert them to safetensors, as transformers' save_pretrained does"
+)
 _SHARE = 0.9  # of what is free: libraries' workspaces and fragments are in no count
 
 
@@ -45,10 +48,16 @@ class Needs:
 
 
 def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, *, trusted: bool) -> Needs:
-    """What a checkpoint's model takes when it runs in ``dtype``; of activations the most that a layer holds at once."""
+    """What a checkpoint's model takes when it runs in ``dtype``; of activations the most that a layer holds at once.
+
+    Raises UserError for a model that cannot be run, and for one without safetensors.
+    """
     config = causal_config(folder, trust_remote_code=trusted)
     family_of(config.model_type)
-    stored = read_headers(sorted(folder.glob("*.safetensors"))).values()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{name} has no safetensors weights; {CONVERT}")
+    stored = read_headers(files).values()
     weights = sum(
         t.bytes // t.dtype.itemsize * dtype.itemsize if t.dtype.is_floating_point else t.bytes for t in stored
     )

@@ -57,7 +57,7 @@ def bench_model(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure tokens per second, time to the first token, weights, KV cache and peak memory of MODEL."""
+    """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
     quiet()
     from lrc.benchmark.bench import bench
     from lrc.benchmark.cases import parse_shapes

@@ -10,7 +10,6 @@ import typer
 from lrc.cli.options import (
     AllowPickle,
     AsJson,
-    Calibration,
     DataDir,
     Device,
     Dtype,
@@ -58,7 +57,15 @@ def inspect(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="What errors cost the loss too, by a sweep back.")
     ] = False,
-    calib: Calibration = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA[=W],...",
+            help="Texts to take moments of, with weights or without: as for lrc eval --ppl, or synthetic, which the "
+            "model itself writes.",
+            show_default="wikitext2, for a built-in its own text",
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 32,
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a block.", show_default="2048, or the model's limit")

@@ -11,6 +11,7 @@ from lrc.errors import UserError, nearest
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = ("tiny-gpt2", "tiny-llama")
+ALLOW_PICKLE = "its pickled ones are read only with --allow-pickle"
 SHORT_NAMES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -53,11 +54,13 @@ class ResolvedModel:
         return Path(self.source).resolve().name
 
 
-def resolve_model(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> ResolvedModel:
+def resolve_model(
+    name: str, *, revision: str | None = None, allow_pickle: bool = False, remedy: str = ALLOW_PICKLE
+) -> ResolvedModel:
     """Find a model's folder, downloading it from the hub if it is not there yet.
 
-    Weights that are pickled (``.bin``) are downloaded only if ``allow_pickle``. Raises UserError for a name
-    that is none of these, and for a repository that cannot be had.
+    Weights that are pickled (``.bin``) are downloaded only if ``allow_pickle``; ``remedy`` is what to do where there
+    are no others. Raises UserError for a name that is none of these, and for a repository that cannot be had.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -69,7 +72,7 @@ def resolve_model(name: str, *, revision: str | None = None, allow_pickle: bool 
     if name in BUILTIN:
         return ResolvedModel(ASSETS / name, name, builtin=True)
     if name in SHORT_NAMES or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        return _download(SHORT_NAMES.get(name, name), revision, allow_pickle)
+        return _download(SHORT_NAMES.get(name, name), revision, allow_pickle, remedy)
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"there is no folder {name}")
     raise UserError(
@@ -85,7 +88,7 @@ def default_text(model: str) -> str:
     return "builtin" if model in BUILTIN else "wikitext2"
 
 
-def _download(repository: str, revision: str | None, allow_pickle: bool) -> ResolvedModel:
+def _download(repository: str, revision: str | None, allow_pickle: bool, remedy: str) -> ResolvedModel:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -122,8 +125,6 @@ def _download(repository: str, revision: str | None, allow_pickle: bool) -> Reso
     else:
         path = Path(folder)
         if not any(path.glob("*.safetensors")) and not allow_pickle:
-            raise UserError(
-                f"{what} has no safetensors weights; its pickled ones are read only with --allow-pickle"
-            )
+            raise UserError(f"{what} has no safetensors weights; {remedy}")
         return ResolvedModel(path, repository, path.name)
     raise UserError(message)

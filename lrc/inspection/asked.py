@@ -10,6 +10,7 @@ from lrc.families import Architecture, Target
 from lrc.inspection.candidates import TABLE_COLLECTORS, Candidate, candidates
 from lrc.methods import Method, methods
 from lrc.moments import COLLECTORS
+from lrc.plan.resolved import LayerPlan
 from lrc.plan.schema import matched_layers
 
 
@@ -21,6 +22,12 @@ class Asked:
     inside: list[Target]
     outside: list[Target]
     candidates: Mapping[str, list[Candidate]]
+
+    @property
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """Everything that methods could do to the targets of the layers."""
+        chosen = tuple(one.assignment for target in self.inside for one in self.candidates[target.name])
+        return tuple(LayerPlan(index, chosen) for index in self.layers)
 
 
 def find_asked(

@@ -7,12 +7,14 @@ projections only as nats of the loss, which add up; without gradients the defaul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lrc.families import Architecture
 from lrc.methods import Method
 from lrc.report.inspection import Choice, Estimate, Unit
 
 TIE = 0.01  # of the least error: what is nearer to it goes by what it costs to run
+ALIKE = 0.01  # of the larger kept fraction: what two keep that differ by more is told beside their errors
 _BLIND = ("weight", "data", "loss")  # by how little of the calibration text a method goes
 
 
@@ -38,6 +40,7 @@ def choose(
     best = min(tied, key=lambda each: _cost_to_run(each, target, methods))
     rest = [each for each in ordered if each is not best]
     error = _error(best, unit)
+    other = rest[0] if rest else best
     if not rest:
         reason = f"{_figure(error, unit)}; no other method that could be estimated solves {target}"
     elif len(tied) > 1:
@@ -52,7 +55,8 @@ def choose(
             f"{_figure(error, unit)} against {_figure(_error(rest[0], unit), unit)} by {rest[0].method}, "
             "the next best"
         )
-    return Choice(keep, best.method, error, unit, reason)
+    reason += _kept(_fraction(best), _fraction(other))
+    return Choice(keep, best.method, error, unit, reason, _fraction(best))
 
 
 def choose_component(
@@ -67,6 +71,8 @@ def choose_component(
     By nats of the loss where both have them; else as plans do that leave the component unnamed.
     """
     roles = architecture.family.component(component)  # type: ignore[arg-type]
+    sizes = {role: architecture.targets[role].parameters for role in roles}
+    kept = sum(parts[role].kept * size for role, size in sizes.items()) / sum(sizes.values())
     shared: dict[str, list[str]] = {}
     for role in roles:
         shared.setdefault(parts[role].method, []).append(role)
@@ -77,16 +83,21 @@ def choose_component(
         if whole.error <= summed * (1 + TIE):
             tie = whole.error > summed * (1 - TIE)
             why = ", a tie, and as one it takes no more steps than dense" if tie else ""
-            reason = f"{figures[0]} as one against {figures[1]} for {one_by_one}{why}"
-            return Choice(whole.keep, whole.method, whole.error, whole.unit, reason)
-        reason = f"{figures[1]} one by one against {figures[0]} as one by {whole.method}"
-        return Choice(whole.keep, one_by_one, summed, whole.unit, reason)
+            reason = (
+                f"{figures[0]} as one against {figures[1]} for {one_by_one}{why}{_kept(whole.kept, kept)}"
+            )
+            return replace(whole, reason=reason)
+        reason = (
+            f"{figures[1]} one by one against {figures[0]} as one by {whole.method}{_kept(kept, whole.kept)}"
+        )
+        return Choice(whole.keep, one_by_one, summed, whole.unit, reason, kept)
     solver = methods[whole.method].solvers[component]
     unlike = "errors of the component and of its projections are of other things, which --gradients compares"
     if solver.rotary is not None and architecture.family.rotary != "none":
         reason = f"{whole.method} leaves {component} to its projections where positions are rotary; {unlike}"
-        return Choice(whole.keep, one_by_one, max(c.error for c in parts.values()), "relative error", reason)
-    return Choice(whole.keep, whole.method, whole.error, whole.unit, f"{whole.reason}; {unlike}")
+        most = max(choice.error for choice in parts.values())
+        return Choice(whole.keep, one_by_one, most, "relative error", reason, kept)
+    return replace(whole, reason=f"{whole.reason}; {unlike}")
 
 
 def _error(estimate: Estimate, unit: Unit) -> float:
@@ -107,6 +118,17 @@ def _why(best: tuple[int, int, str], other: tuple[int, int, str]) -> str:
     if best[0] < other[0]:
         return "takes fewer steps to run"
     return "goes by less of the calibration text" if best[1] < other[1] else "comes first by its name"
+
+
+def _fraction(estimate: Estimate) -> float:
+    return estimate.kept / estimate.whole
+
+
+def _kept(best: float, other: float) -> str:
+    """What both keep, where that differs: an error at fewer weights is no worse for being larger."""
+    if abs(best - other) <= ALIKE * max(best, other):
+        return ""
+    return f"; they keep {best:.1%} and {other:.1%}"
 
 
 def _figure(error: float, unit: Unit) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,6 @@ from lrc.methods.contract import Prediction, Problem, Solution
 from lrc.moments.observe import observe
 from lrc.outer import pose_outer
 from lrc.plan.data import DataLike
-from lrc.plan.resolved import LayerPlan
 from lrc.report.inspection import Conditioning, Estimate, Held, Inspected, Inspection, Unit
 from lrc.room import choose_place, known_place
 from lrc.solve import pose, read_gradients, site_of
@@ -89,7 +89,8 @@ def inspect_model(
     place, waiting = find_device(device), known_place(states)
     output = None
     if against is not None:
-        output = Output(Path(against).expanduser(), reader, place, trust_remote_code=trust_remote_code)
+        folder = Path(against).expanduser()
+        output = Output(folder, reader, str(model), place, trust_remote_code=trust_remote_code)
     precision = find_dtype(dtype, place, reader.dtype)
     text = base_text(reader.architecture, samples, seq_len, gradients=gradients)
     (job,) = templates(found, reader, text, "lrc inspect", [0.5])
@@ -106,11 +107,14 @@ def inspect_model(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    folder = None if data_dir is None else Path(data_dir)
+    data = None if data_dir is None else Path(data_dir)
     with watch.stage("text"):
-        texts = draw_texts(job, tokenizer, calib, None, None, folder, generate)
+        texts = draw_texts(job, tokenizer, calib, None, None, data, generate)
     blocks = texts.calibration.blocks
-    warnings = [*texts.warnings, *too_few(reader.architecture, job.plan, len(blocks), losses=gradients)]
+    looked_at = replace(job.plan, layers=asked.plans if gradients else (), outer=())
+    names = {target.name for target in (*asked.inside, *asked.outside)}
+    few = too_few(reader.architecture, looked_at, len(blocks), losses=gradients, targets=names)
+    warnings = [*texts.warnings, *few]
     if warn:
         for warning in warnings:
             warn(warning)
@@ -165,8 +169,7 @@ class Inspector:
         """Look at everything asked for, from token blocks (n, tokens)."""
         asked, stream = self._asked, self._stream
         advance = progress("inspect", len(asked.layers) + bool(asked.outside)) if progress else lambda _: None
-        chosen = tuple(one.assignment for t in asked.inside for one in asked.candidates[t.name])
-        plans = {index: LayerPlan(index, chosen) for index in asked.layers}
+        plans = {plan.index: plan for plan in asked.plans}
         sites = {site_of(self._architecture, target.name) for target in asked.inside}
         swept = {}
         if gradients:

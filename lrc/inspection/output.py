@@ -27,11 +27,18 @@ _NOTHING = Prediction(0.0, 0.0, "output")
 class Output:
     """What a compression of a model wrote: its records by layer and target, and its tensors a layer at a time.
 
-    Raises UserError where ``folder`` is no lrc output, and where it is one of another model than that of ``source``.
+    Raises UserError where ``folder`` is no lrc output, and where it is one of another model than that of ``source``,
+    which the user called ``name``.
     """
 
     def __init__(
-        self, folder: Path, source: CheckpointReader, device: torch.device, *, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        source: CheckpointReader,
+        name: str,
+        device: torch.device,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self._folder, self._source, self._device = folder, source, device
         manifest = _manifest(folder)
@@ -39,7 +46,7 @@ class Output:
         if model["fingerprint"] != source.fingerprint:
             raise UserError(
                 f"{folder} was made of {model['source']} (fingerprint {model['fingerprint'][:12]}), and "
-                f"{source.folder} has other weights or another config.json ({source.fingerprint[:12]}); name the "
+                f"{name} has other weights or another config.json ({source.fingerprint[:12]}); name the "
                 "model that it was made of"
             )
         self._reader = CheckpointReader(folder, quantized=METHOD, trust_remote_code=trust_remote_code)

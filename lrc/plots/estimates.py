@@ -30,7 +30,8 @@ def estimates(
         for axes, (target, lines) in zip(grid.flat, panels, strict=False):
             for method, points in lines.items():
                 colour, marker = looks[method]
-                axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker)
+                line = axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker)
+                line[0].set(clip_on=False, zorder=3)  # a mark on an edge is whole
             axes.set_title(target)
             axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
             axes.set_ylim(bottom=0)

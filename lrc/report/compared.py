@@ -53,28 +53,30 @@ def _picture(name: str, source: Source, text: OnText) -> Picture:
 
 
 def _table(source: Source) -> Table:
-    heads = ["output:w", "method", "keep:n", "bytes:n", "of dense:n", "KV per token:n"]
+    heads = ["output:w"]
     for text in source.texts:
         heads += [f"{text.text}:n", "× dense:n"]
-    return Table(columns(*heads, "seconds:n"), list(_rows(source)))
+    heads += ["bytes:n", "of dense:n:m", "KV per token:n:m", "keep:n:m", "method:m", "seconds:n:m"]
+    return Table(columns(*heads), list(_rows(source)))
 
 
 def _rows(source: Source) -> Iterator[list[str]]:
     before = source.before
-    dense = ["dense", "", "100%", byte_text(before.bytes), "1.000", f"{before.kv_bytes_per_token:,}"]
-    yield [*dense, *(cell for text in source.texts for cell in (f"{text.dense.value:.4g}", "1.000")), ""]
+    quality = [cell for text in source.texts for cell in (f"{text.dense.value:.4g}", "1.000")]
+    size = [byte_text(before.bytes), "1.000", f"{before.kv_bytes_per_token:,}"]
+    yield ["dense", *quality, *size, "100%", "", ""]
     for i, output in enumerate(source.outputs):
         after = output.report.after
         size = [byte_text(after.bytes), f"{after.bytes / before.bytes:.3f}", f"{after.kv_bytes_per_token:,}"]
-        quality = list[str]()
+        quality = []
         for text in source.texts:
             change = text.changes.get(i)
             quality += ["", ""] if change is None else [f"{change.after.value:.4g}", f"{change.ratio:.3f}"]
         yield [
             output.label,
-            output.method,
-            f"{output.report.keep:.1%}",
-            *size,
             *quality,
+            *size,
+            f"{output.report.keep:.1%}",
+            output.method,
             f"{output.seconds:.1f}",
         ]

@@ -34,8 +34,9 @@ class Group:
 
     @property
     def size_text(self) -> str:
-        """The size, or the smallest and the largest."""
-        return f"{self.smallest}" if self.smallest == self.largest else f"{self.smallest}-{self.largest}"
+        """The size, or the smallest and the largest, and what there is so many of where that is no rank."""
+        span = f"{self.smallest}" if self.smallest == self.largest else f"{self.smallest}-{self.largest}"
+        return span + size_unit(self.target)
 
     @property
     def predicted_text(self) -> str:
@@ -51,6 +52,11 @@ class Group:
         if self.kl is not None:
             return f"{self.kl:.2g} nats KL"
         return "" if self.measured is None else f"{self.measured:.4f}"
+
+
+def size_unit(target: str) -> str:
+    """What follows the size of a target: nothing where it is a rank."""
+    return {"mlp": " neurons", "qk": " per head", "ov": " per head"}.get(target, "")
 
 
 def summarise(records: Iterable[TargetRecord]) -> list[Group]:

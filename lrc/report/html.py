@@ -16,7 +16,7 @@ from lrc.plots.errors import drawable, errors
 from lrc.plots.kept import Row, kept
 from lrc.plots.stages import stages
 from lrc.report.groups import summarise
-from lrc.report.markdown import ERRORS, refit_cells
+from lrc.report.markdown import error_note, refit_cells
 from lrc.report.outputs import Output, Source, as_source, points
 from lrc.report.page import Picture, Table, columns, render
 from lrc.report.report import Report, TargetRecord
@@ -41,7 +41,7 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
         parts=[*_kept(report), *comparable],
         part_notes=left,
         targets=_targets(report),
-        error_note=ERRORS,
+        error_note=error_note(report.targets),
         every=_every(report),
         refits=_refits(report),
         run=[_stages(report)],
@@ -92,7 +92,7 @@ def _sizes(report: Report) -> Table:
         for name, shown, old, new in (
             ("parameters", "{:,}".format, before.parameters, after.parameters),
             ("bytes", byte_text, before.bytes, after.bytes),
-            ("KV cache, per token", byte_text, before.kv_bytes_per_token, after.kv_bytes_per_token),
+            ("KV cache, bytes per token", "{:,}".format, before.kv_bytes_per_token, after.kv_bytes_per_token),
         )
     ]
     for change in report.perplexity:
@@ -125,9 +125,9 @@ def _kept(report: Report) -> Iterator[Picture]:
         rows.append(Row(target, fractions, [record and record.method for record in here], size))
     if rows:
         caption = (
-            "Weights kept of each target, by layer, as a part of the whole light bar; at the right the rank, for mlp "
-            "the neurons."
+            "Weights kept of each target, by layer, as a part of the whole light bar; at the right the rank"
         )
+        caption += ", for mlp the neurons." if "mlp" in by_target else "."
         if any(None in row.methods for row in rows):
             caption += " Grey: whole in that layer, or reduced there as part of another target."
         yield Picture(Markup(kept("kept", rows)), caption)
@@ -168,16 +168,24 @@ def _targets(report: Report) -> Table:
     rows = [
         [
             g.target,
-            g.method,
-            f"{g.layers}",
-            g.size_text,
-            f"{g.kept / g.whole:.1%}",
             g.predicted_text,
             g.measured_text,
+            f"{g.kept / g.whole:.1%}",
+            g.size_text,
+            g.method,
+            f"{g.layers}",
         ]
         for g in summarise(report.targets)
     ]
-    heads = ("target", "method", "layers:n", "size:n", "kept:n", "predicted error:n", "measured error:n")
+    heads = (
+        "target",
+        "predicted error:n",
+        "measured error:n",
+        "kept:n",
+        "size:n:m",
+        "method",
+        "layers:n:m",
+    )
     return Table(columns(*heads), rows)
 
 
@@ -189,16 +197,17 @@ def _every(report: Report) -> Table:
         options = ", ".join(f"{name} {value}" for name, value in record.options.items())
         numerics = ", ".join(f"{name} {value:.3g}" for name, value in record.numerics.items())
         kept_part = f"{record.kept / record.whole:.1%}"
-        cells = [f"{record.size}", kept_part, group.predicted_text, group.measured_text, options, numerics]
-        rows.append([layer, record.target, record.method, *cells])
+        errors_of = [group.predicted_text, group.measured_text]
+        how = [group.size_text, record.method, options, numerics]
+        rows.append([layer, record.target, *errors_of, kept_part, *how])
     heads = (
         "layer:n",
         "target",
-        "method",
-        "size:n",
-        "kept:n",
         "predicted:n",
         "measured:n",
+        "kept:n",
+        "size:n:m",
+        "method",
         "options:w",
         "numerics:w",
     )
@@ -216,7 +225,7 @@ def _refits(report: Report) -> Table | None:
 def _stages(report: Report) -> Picture:
     peaks = ", ".join(f"{place} {byte_text(size)}" for place, size in report.peak_bytes.items())
     return Picture(
-        Markup(stages("stages", report.seconds, report.device_bytes)),
+        Markup(stages("stages", report.stages, report.device_bytes)),
         f"{sum(report.seconds.values()):,.1f} seconds in all. Peak memory of the run: {peaks}.",
     )
 
@@ -226,7 +235,7 @@ def _stage_table(report: Report) -> Table:
     rows = [
         [name, f"{seconds:.2f}", f"{seconds / whole:.1%}"]
         + ([byte_text(report.device_bytes.get(name, 0))] if report.device_bytes else [])
-        for name, seconds in report.seconds.items()
+        for name, seconds in report.stages.items()
     ]
     heads = ["stage", "seconds:n", "of all:n", *(["device memory:n"] if report.device_bytes else [])]
     return Table(columns(*heads), rows)

@@ -40,7 +40,10 @@ def inspection_tables(found: Inspection, *, by_layer: bool) -> Iterator[Renderab
 
 def heading(found: Inspection) -> str:
     """What was looked at, in a line."""
-    return f"{found.model}: layers {spans(found.layers) or 'none'}; moments of {found.calibration}"
+    layers = f"layer{'s' * (len(found.layers) > 1)} {spans(found.layers)}" if found.layers else "no layers"
+    outside = list(dict.fromkeys(each.target for each in found.targets if each.layer is None))
+    looked_at = ", ".join(outside if outside and not found.layers else [layers, *outside])
+    return f"{found.model}: {looked_at}; moments of {found.calibration}"
 
 
 def grouped(targets: Iterable[Inspected], *, by_layer: bool) -> dict[str, list[Inspected]]:
@@ -85,7 +88,15 @@ def spectra_table(groups: Groups) -> Table:
                 _span([s.rank_99 for s in whitened]),
             ]
         )
-    headings = columns("target", "full:n", "effective:n", "whitened:n", "stable:n", "whitened:n", "99 %:n")
+    headings = columns(
+        "target",
+        "full:n",
+        "effective:n",
+        "effective, whitened:n",
+        "stable:n:m",
+        "stable, whitened:n:m",
+        "99 %, whitened:n",
+    )
     caption = "effective and stable rank, plain and whitened, and the rank of 99 % of the energy, whitened"
     return Table(headings, rows, caption)
 
@@ -107,7 +118,13 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
         for name, each in groups.items()
     ]
     headings = columns(
-        "moment", "width:n", "numerical rank:n", "condition number:n", "damped:n", "damping:n", "tokens:n"
+        "moment",
+        "width:n:m",
+        "numerical rank:n",
+        "condition number:n",
+        "damped:n",
+        "damping:n:m",
+        "tokens:n:m",
     )
     return Table(headings, rows, "moments of what is read")
 
@@ -162,12 +179,12 @@ def held_table(groups: Groups) -> Table:
                 [
                     name,
                     method,
-                    _span(sizes) if sizes else "",
-                    f"{sum(h.kept for h in held) / sum(h.whole for h in held):.1%}",
-                    _folded([h.reconstruction for h in held]),
-                    _folded([h.data_error for h in held]),
                     _folded([h.kl if measured else h.measured for h in held], measured),
+                    _folded([h.data_error for h in held]),
+                    _folded([h.reconstruction for h in held]),
                     _folded([h.overlap for h in held], fold=_mean),
+                    f"{sum(h.kept for h in held) / sum(h.whole for h in held):.1%}",
+                    _span(sizes) if sizes else "",
                     _folded([h.recorded_predicted for h in held], predicted),
                     _folded([h.recorded_measured for h in held], measured),
                 ]
@@ -175,12 +192,12 @@ def held_table(groups: Groups) -> Table:
     headings = columns(
         "target",
         "method",
-        "size:n",
-        "kept:n",
-        "‖W−W'‖/‖W‖:n",
-        "data error:n",
         "measured:n",
-        "overlap:n",
+        "data error:n",
+        "‖W−W'‖/‖W‖:n",
+        "overlap:n:m",
+        "kept:n",
+        "size:n:m",
         "recorded predicted:n",
         "recorded measured:n",
     )
@@ -247,8 +264,14 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    least, most = (f"{value:.2g}" for value in (min(values), max(values)))
+    least, most = (_two_digits(value) for value in (min(values), max(values)))
     return least if least == most else f"{least} to {most}"
+
+
+def _two_digits(value: float) -> str:
+    """510 and 0.0012, and in powers of ten what is longer."""
+    rounded = f"{value:.2g}"
+    return f"{float(rounded):g}" if 1e-4 <= abs(value) < 1e5 else rounded
 
 
 def _root_mean_square(values: Sequence[float]) -> float:

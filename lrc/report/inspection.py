@@ -78,7 +78,8 @@ class Choice:
     """What ``auto`` takes at a kept fraction, by the least ``error`` in ``unit``, and why in one sentence.
 
     ``method`` of a component that goes by its projections names the method of each; ``error`` is then the sum of theirs
-    in nats, or the largest of theirs where that is no sum.
+    in nats, or the largest of theirs where that is no sum. ``kept``: the fraction of the target's weights that the size
+    really keeps, as sizes are whole numbers.
     """
 
     keep: float
@@ -86,6 +87,7 @@ class Choice:
     error: float
     unit: Unit
     reason: str
+    kept: float
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.refit import RefitRecord
 from lrc.report.groups import summarise
-from lrc.report.report import CalibrationRecord, Report
+from lrc.report.report import CalibrationRecord, Report, TargetRecord
 from lrc.scale import LogitScale
 
 _SIZES = (
     ("parameters", "parameters"),
     ("bytes", "bytes"),
     ("KV cache, bytes per token", "kv_bytes_per_token"),
-)
-ERRORS = (
-    "Errors are of each target alone, before the refit; measured ones come from running the original and the "
-    "reduced module on one calibration block of every eight, those of an embedding and a head from counts and "
-    "moments of all, where they are one as a mean over both uses. A plain number is a relative error, root mean"
-    " square over the layers: of the target's output or, predicted for qk, of the attention scores. Nats KL are"
-    " the divergence of the attention distribution from the original's, mean over queries, heads and layers, "
-    "measured on the first of those blocks."
 )
 
 
@@ -98,10 +91,32 @@ def _body(report: Report) -> list[str]:
         )
     lines += [
         "",
-        ERRORS,
+        error_note(report.targets),
         "",
     ]
     return [*lines, *_scale(report.scale)]
+
+
+def error_note(records: Sequence[TargetRecord]) -> str:
+    """What the errors of a report's targets are."""
+    tables, scores = any(r.layer is None for r in records), any(r.target == "qk" for r in records)
+    note = (
+        "Errors are of each target alone, before the refit; measured ones come from running the original and the "
+        "reduced module on one calibration block of every eight"
+    )
+    if tables:
+        note += (
+            ", those of an embedding and a head from counts and moments of all, where they are one as a mean over "
+            "both uses"
+        )
+    note += ". A plain number is a relative error, root mean square over the layers, of the target's output"
+    note += " or, predicted for qk, of the attention scores." if scores else "."
+    if any(r.predicted.metric == "kl" or r.measured.kl is not None for r in records):
+        note += (
+            " Nats KL are the divergence of the attention distribution from the original's, mean over queries, heads "
+            "and layers, measured on the first of those blocks."
+        )
+    return note
 
 
 def _cell(text: str) -> str:
@@ -148,11 +163,14 @@ def refit_cells(refit: RefitRecord) -> list[str]:
 def _calibration(record: CalibrationRecord) -> list[str]:
     """What moments were taken of, in a sentence."""
     drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
-    return [f"Calibrated on {record.samples} blocks of {record.seq_len} tokens: {drawn}.", ""]
+    return [
+        f"Calibrated on {record.samples} block{'s' * (record.samples != 1)} of {record.seq_len} tokens: {drawn}.",
+        "",
+    ]
 
 
 def _provenance(report: Report) -> list[str]:
-    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
     peaks = ", ".join(f"{name} {byte_text(size)}" for name, size in report.peak_bytes.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     record = report.calibration

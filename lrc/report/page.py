@@ -18,10 +18,16 @@ from lrc.plots.theme import css
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; ``kind`` ``n`` holds numbers, flush right, ``w`` words that wrap."""
+    """A heading; ``kind`` ``n`` holds numbers, flush right, ``w`` words that wrap; ``minor``: not on a phone."""
 
     heading: str
     kind: str = ""
+    minor: bool = False
+
+    @property
+    def classes(self) -> str:
+        """Those of its cells."""
+        return f"{self.kind} {'m' * self.minor}".strip()
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,13 @@ class Picture:
 
 
 def columns(*headings: str) -> list[Column]:
-    """Columns by their headings, those that end in ``:n`` or ``:w`` of that kind."""
-    kinds = [heading[-1] if heading.endswith((":n", ":w")) else "" for heading in headings]
-    return [
-        Column(heading[:-2] if kind else heading, kind) for heading, kind in zip(headings, kinds, strict=True)
-    ]
+    """Columns by their headings, those that end in ``:n`` or ``:w`` of that kind, with ``:m`` after it minor."""
+    found = []
+    for heading in headings:
+        name = heading.removesuffix(":m")
+        kind = name[-1] if name.endswith((":n", ":w")) else ""
+        found.append(Column(name[:-2] if kind else name, kind, minor=name != heading))
+    return found
 
 
 def render(template: str, **values: Any) -> str:

@@ -20,6 +20,7 @@ from lrc.scale import LogitScale
 
 REPORT = "report.json"
 REPORT_VERSION = 2
+_RAN = 1e-3  # seconds
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,11 @@ class Report:
     def methods(self) -> list[str]:
         """The methods used, in the order in which they first stand."""
         return list(dict.fromkeys(record.method for record in self.targets))
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of the stages that ran, in their order: one that had nothing to do is over in microseconds."""
+        return {stage: seconds for stage, seconds in self.seconds.items() if seconds >= _RAN}
 
     @property
     def sentence(self) -> str:

@@ -16,7 +16,7 @@ from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import TaskScore
 from lrc.report.comparison import Comparison, Evaluated
-from lrc.report.groups import summarise
+from lrc.report.groups import size_unit, summarise
 from lrc.report.report import Report
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def summary(report: Report) -> Iterator[RenderableType]:
     """What a compression did and what it cost."""
     targets = _table(
-        "target", "method", "layers:r", "rank:r", "kept:r", "predicted error:r", "measured error:r"
+        "target", "method", "layers:r", "size:r", "kept:r", "predicted error:r", "measured error:r"
     )
     for group in summarise(report.targets):
         targets.add_row(
@@ -51,8 +51,9 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield cost
     if report.scale is not None:
         yield f"scale: {report.scale.text}"
-    yield f"calibration: {report.calibration.data} ({report.calibration.samples} blocks)"
-    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    samples = report.calibration.samples
+    yield f"calibration: {report.calibration.data} ({samples} block{'s' * (samples != 1)})"
+    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
     yield "peak memory: " + ", ".join(
         f"{place} {byte_text(size)}" for place, size in report.peak_bytes.items()
     )
@@ -187,13 +188,13 @@ def _interval(estimate: Estimate, form: str) -> str:
 
 def resolution(check: Check) -> Iterator[RenderableType]:
     """What a plan comes to for a model."""
-    targets = _table("layers", "target", "method", "rank:r", "kept in each:r", "of:r", "keep:r")
+    targets = _table("layers", "target", "method", "size:r", "kept in each:r", "of:r", "keep:r")
     for row in check.targets:
         targets.add_row(
             row.layers,
             row.target,
             row.method,
-            str(row.size),
+            f"{row.size}{size_unit(row.target)}",
             f"{row.kept:,}",
             f"{row.whole:,}",
             f"{row.kept / row.whole:.1%}",
@@ -221,13 +222,16 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
         how = f"{side.merged} merged products" if side.merged else "products one by one"
         yield f"{title}: {side.name}, {byte_text(side.weight_bytes)} of weights, {how}"
     pair = found.against is not None
-    ratios = ["ratio:r", "expected:r", "of it:r"] if pair else []
+    peaks = any(row.ours.peak_bytes is not None for row in found.rows)
+    ratios = ["ratio:r", "expected:r", "reached:r"] if pair else []
     headings = ("model", "against") if pair else ("model",)
     speed = _table(
         "case", *(f"tokens/s, {h}:r" for h in headings), *ratios, *(f"ms, {h}:r" for h in headings)
     )
     memory = _table(
-        "case", *(f"KV cache, {h}:r" for h in headings), *(f"device peak, {h}:r" for h in headings)
+        "case",
+        *(f"KV cache, {h}:r" for h in headings),
+        *(f"device peak, {h}:r" for h in headings if peaks),
     )
     for row in found.rows:
         sides = [side for side in (row.ours, row.theirs) if side]
@@ -241,19 +245,22 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
         memory.add_row(
             str(row.case),
             *(f"{byte_text(s.kv_bytes)}, {s.kv_bytes_per_token:,} a token" for s in sides),
-            *("" if s.peak_bytes is None else byte_text(s.peak_bytes) for s in sides),
+            *(byte_text(s.peak_bytes) for s in sides if s.peak_bytes is not None),
         )
     yield speed
     yield memory
+    first = found.rows[0].ours
+    samples = f"medians of {first.samples} samples" if first.samples > 1 else "one sample"
+    if first.spread is not None:
+        samples += " ± half the distance of their quartiles"
     yield (
-        f"{found.device}, {found.dtype}; medians of {found.rows[0].ours.samples} samples and half the distance of "
-        f"their quartiles; a sample of decode is {found.new_tokens} tokens; ms is the time to the first token, or of a "
-        "step"
+        f"{found.device}, {found.dtype}; {samples}; a sample of decode is {found.new_tokens} "
+        f"token{'s' * (found.new_tokens > 1)}; ms is the time to the first token, or of a step"
     )
     if pair:
         yield (
             "expected: the ratio of operations (prefill) or of bytes read (decode), which is how much faster the model "
-            "would be if nothing else took time"
+            "would be if nothing else took time; reached: the ratio over that"
         )
     yield from _warnings(found.warnings)
 
@@ -281,7 +288,8 @@ def _bits(p: Perplexity) -> str:
 
 def _speed(side: Measured) -> str:
     value = side.tokens_per_second
-    return f"{value:,.0f} ±{side.spread / 2:.1%}" if value >= 1000 else f"{value:.4g} ±{side.spread / 2:.1%}"
+    spread = "" if side.spread is None else f" ±{side.spread / 2:.1%}"
+    return (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}") + spread
 
 
 def _ratios(row: Row) -> list[str]:

@@ -60,6 +60,7 @@ def test_a_model_beside_its_original(pair: tuple[Path, Path]) -> None:
     assert document["version"] == 1
     assert [row["expected_of"] for row in document["rows"]] == ["operations", "bytes"]
     assert document["rows"][0]["ours"]["tokens_per_second"] == found.rows[0].ours.tokens_per_second
+    assert document["rows"][0]["ours"]["spread"] is None  # of two samples
 
 
 def test_a_model_alone(tiny_checkpoint: TinyCheckpoint) -> None:
@@ -131,6 +132,17 @@ def test_a_device_that_is_too_small(pair: tuple[Path, Path], monkeypatch: pytest
     assert "the weights alone do not fit" in refused(side.weights)
     monkeypatch.setattr(needs, "free_bytes", lambda device: int(needed / 0.9) + 2)
     assert fit_together([side], [case], CPU)
+
+
+def test_pickled_weights_are_to_be_converted(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder = tiny_checkpoint("llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError) as caught:
+        lrc.bench(folder, **SHAPES, **QUICK)
+    assert f"{folder} has no safetensors weights; lrc bench reads no pickled ones; convert them" in str(
+        caught.value
+    )
+    assert "--allow-pickle" not in str(caught.value)  # which lrc bench does not have
 
 
 def test_needs_are_of_what_is_stored(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,10 @@ def test_samples_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(advanced) == 2
     for case, sides in zip(cases, found, strict=True):
         for side in sides:
+            assert side.low_seconds is not None
+            assert side.high_seconds is not None
             assert side.low_seconds <= side.seconds <= side.high_seconds
+            assert side.spread == (side.high_seconds - side.low_seconds) / side.seconds
             assert side.tokens == 2 * (8 if case.phase == "prefill" else 3)
             assert side.tokens_per_second == side.tokens / side.seconds
             assert (side.samples, side.peak_bytes) == (4, None)
@@ -115,4 +118,6 @@ def test_samples_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quartiles() -> None:
     assert measuring._quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
-    assert measuring._quartiles([7.0]) == (7.0, 7.0, 7.0)
+    assert measuring._quartiles([1.0, 2.0, 4.0]) == (1.5, 2.0, 3.0)
+    assert measuring._quartiles([5.0, 7.0]) == (None, 6.0, None)  # of two there are none
+    assert measuring._quartiles([7.0]) == (None, 7.0, None)

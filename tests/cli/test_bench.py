@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+
+from rich.table import Table
+
+import lrc
+from lrc.report.tables import speeds
 
 QUICK = ["--prefill", "1x8,2x8", "--decode", "2x8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
 
@@ -18,10 +24,13 @@ def test_tables_and_documents(succeeds, tiny_checkpoint, work):
         "decode 2x8 eager",
         "tokens/s, against",
         "expected",
-        "of it",
+        "reached",
         "KV cache, model",
     ):
         assert words in printed
+    assert "device peak" not in printed  # a CPU has none to tell
+    assert "±" not in printed  # two samples have no quartiles
+    assert "medians of 2 samples;" in printed
     written = json.loads((work / "figures.json").read_text(encoding="utf-8"))
     assert [(row["phase"], row["batch"]) for row in written["rows"]] == [
         ("prefill", 1),
@@ -32,6 +41,20 @@ def test_tables_and_documents(succeeds, tiny_checkpoint, work):
     assert shown.keys() == written.keys()
     assert shown["against"] is None
     assert shown["of"] == written["of"]
+
+
+def test_quartiles_and_peaks_where_there_are_some(tiny_checkpoint):
+    quick = {"prefill": [(1, 8)], "decode": [], "new_tokens": 2, "device": "cpu"}
+    alone = lrc.bench(tiny_checkpoint("llama"), repeats=3, **quick)
+    parts = list(speeds(alone))
+    told = " ".join(part for part in parts if isinstance(part, str))
+    assert "medians of 3 samples ± half the distance of their quartiles" in told
+    speed = next(part for part in parts if isinstance(part, Table))
+    assert any("±" in str(cell) for cell in speed.columns[1].cells)
+    on_gpu = replace(alone.rows[0], ours=replace(alone.rows[0].ours, peak_bytes=3 * 2**30))
+    memory = [part for part in speeds(replace(alone, rows=[on_gpu])) if isinstance(part, Table)][1]
+    assert [column.header for column in memory.columns] == ["case", "KV cache, model", "device peak, model"]
+    assert list(memory.columns[2].cells) == ["3 GiB"]
 
 
 def test_mistakes(fails, tiny_checkpoint):

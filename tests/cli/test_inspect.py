@@ -34,6 +34,10 @@ def test_by_target_and_layer_by_layer(succeeds, tiny_checkpoint, quick):
     assert "next best" in detail
 
 
+def test_help_speaks_of_no_plan(succeeds):
+    assert "plan" not in succeeds("inspect", "--help").stdout
+
+
 def test_json_is_all_of_stdout(succeeds, tiny_checkpoint, quick):
     found = json.loads(succeeds("inspect", tiny_checkpoint("gpt2"), *quick, "--tables", "--json").stdout)
     assert (found["version"], found["layers"]) == (1, [0, 1])
@@ -49,7 +53,10 @@ def test_beside_an_output(succeeds, fails, tiny_checkpoint, quick, tmp_path):
     ).stdout
     assert "against out, as it is stored, on the same tokens" in printed
     assert "two_sided_svd" in printed
-    assert f"out was made of {model}" in fails("inspect", other, *quick, "--against", "out")
+    told = fails("inspect", other, *quick, "--against", "out")
+    assert f"out was made of {model}" in told
+    builtin = fails("inspect", "tiny-gpt2", *quick, "--against", "out")
+    assert "and tiny-gpt2 has other weights" in builtin  # as it was named, not where it is
     assert f"{other} is no lrc output" in fails("inspect", model, *quick, "--against", other)
 
 

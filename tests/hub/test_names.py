@@ -65,6 +65,8 @@ def test_pickled_weights_only_if_asked_for(hub: dict[str, Any]) -> None:
     (hub["folder"] / "model.safetensors").unlink()
     with pytest.raises(UserError, match="org/name has no safetensors weights"):
         resolve_model("org/name")
+    with pytest.raises(UserError, match="has no safetensors weights; convert them"):
+        resolve_model("org/name", remedy="convert them")
     assert resolve_model("org/name", allow_pickle=True).path == hub["folder"]
     assert "*.bin" in hub["call"]["allow_patterns"]
 

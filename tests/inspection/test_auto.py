@@ -60,8 +60,8 @@ def test_a_tie_of_equal_steps_goes_to_what_reads_less_of_the_text() -> None:
 def test_components_go_by_nats_or_by_the_default(tiny_checkpoint: Any) -> None:
     llama, gpt2 = (CheckpointReader(tiny_checkpoint(f)).architecture for f in ("llama", "gpt2"))
 
-    def one(method: str, error: float, unit: Any = "nats of loss") -> Choice:
-        return Choice(0.6, method, error, unit, "why")
+    def one(method: str, error: float, unit: Any = "nats of loss", kept: float = 0.6) -> Choice:
+        return Choice(0.6, method, error, unit, "why", kept)
 
     parts = {"q": one("svd", 0.03), "k": one("whitened_svd", 0.02)}
     found = choose_component(llama, "qk", one("a3", 0.06), parts, methods())
@@ -79,3 +79,25 @@ def test_components_go_by_nats_or_by_the_default(tiny_checkpoint: Any) -> None:
     assert "--gradients" in found.reason
     found = choose_component(gpt2, "qk", whole, parts, methods())
     assert (found.method, found.error, found.unit) == ("a3", 0.06, "nats KL")
+    parts = {"q": one("svd", 0.3, kept=0.5), "k": one("svd", 0.2, kept=0.6)}
+    found = choose_component(llama, "qk", one("a3", 0.1), parts, methods())
+    assert found.kept == 0.6
+    # 32 rows of queries and 16 of keys: (2 * 0.5 + 0.6) / 3
+    assert found.reason.endswith("for q and k by svd; they keep 60.0% and 53.3%")
+    found = choose_component(llama, "qk", one("a3", 0.9), parts, methods())
+    assert found.kept == pytest.approx(1.6 / 3)
+    assert found.reason.endswith("as one by a3; they keep 53.3% and 60.0%")
+
+
+@pytest.mark.parametrize(("kept", "told"), [(59, "; they keep 60.0% and 59.0%"), (60, "")])
+def test_kept_fractions_that_differ_are_told(kept: int, told: str) -> None:
+    other = replace(BASE, method="whitened_svd", kept=kept, error=0.4)
+    found = choose("q", 0.6, [BASE, other], methods())
+    assert found is not None
+    assert found.kept == 0.6
+    assert (
+        found.reason == f"0.3 relative error against 0.4 relative error by whitened_svd, the next best{told}"
+    )
+    tie = choose("q", 0.6, [BASE, replace(other, error=0.3)], methods())
+    assert tie is not None
+    assert tie.reason.endswith(f"it goes by less of the calibration text{told}")

@@ -110,8 +110,24 @@ def test_the_record_is_json_with_a_version(tiny_checkpoint: Any, inspected: Any)
     assert set(read) == set(asdict(found))
     assert {e["method"] for e in read["targets"][0]["estimates"]} <= set(methods())
     assert read["warnings"] == []
-    few = inspected(folder, targets=["q"], samples=1)
-    assert few.warnings == ["calibration has 32 tokens for moments of 128 dimensions; use more samples"]
+
+
+def test_few_tokens_are_told_by_the_widest_moment_that_is_taken(tiny_checkpoint: Any, inspected: Any) -> None:
+    folder = tiny_checkpoint("gpt2")
+
+    def told(tokens: int, **options: Any) -> list[str]:
+        return inspected(folder, samples=1, seq_len=tokens, keeps=[0.5], **options).warnings
+
+    narrow = ["calibration has 16 tokens for moments of 32 dimensions; use more samples"]
+    wide = ["calibration has 32 tokens for moments of 128 dimensions; use more samples"]
+    assert told(16, targets=["q"]) == told(16, targets=["embed"]) == narrow
+    assert told(32, targets=["q", "embed"]) == told(32, targets=["embed"], gradients=True) == []
+    assert told(32, targets=["fc_out"], method_names=["svd"]) == wide  # its spectrum is whitened all the same
+    assert told(32, targets=["fc_out"], gradients=True) == wide
+    assert told(16, targets=["ov"], gradients=True) == [
+        *narrow,
+        "gradients are of 16 tokens for moments of 32 dimensions; use more samples",
+    ]
 
 
 def test_an_output_of_something_else_is_refused(
@@ -127,7 +143,7 @@ def test_an_output_of_something_else_is_refused(
     read = json.loads(manifest.read_text(encoding="utf-8"))
     manifest.write_text(json.dumps({**read, "targets": [{}]}), encoding="utf-8")
     with pytest.raises(UserError, match=r"lrc\.json is damaged"):
-        Output(out, CheckpointReader(folder), CPU)
+        Output(out, CheckpointReader(folder), "it", CPU)
     manifest.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"lrc\.json is damaged"):
-        Output(out, CheckpointReader(folder), CPU)
+        Output(out, CheckpointReader(folder), "it", CPU)

@@ -64,3 +64,12 @@ def test_estimates_have_a_line_a_method() -> None:
     assert {"q", "qk, nats KL", "svd", "whitened_svd", "a3", "predicted error"} <= set(words(picture))
     assert strokes(picture, 1) >= 2
     assert strokes(picture, 2) >= 2
+
+
+def test_marks_of_estimates_are_whole() -> None:
+    tree = ElementTree.fromstring(estimates("e", [("q", {"svd": [(0.4, 0.3), (1.0, 0.0)]})], "error"))
+    svg = "{http://www.w3.org/2000/svg}"
+    clipped = [each for each in tree.iter() if each.get("clip-path")]
+    assert clipped  # the lines of the grid are
+    assert not [use for each in clipped for use in each.iter(f"{svg}use")]
+    assert len([use for use in tree.iter(f"{svg}use") if "--series-1" in use.get("style", "")]) >= 2

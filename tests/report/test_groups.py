@@ -89,8 +89,8 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         versions={},
     )
     page = report_page(report)
-    assert "| qk | a3 | 2 | 4 | 50.0% | 0.11 nats KL | 0.25 nats KL |" in page
-    assert "| qk | a3 | 1 | 4 | 50.0% | 0.2000 | 0.5 nats KL |" in page
+    assert "| qk | a3 | 2 | 4 per head | 50.0% | 0.11 nats KL | 0.25 nats KL |" in page
+    assert "| qk | a3 | 1 | 4 per head | 50.0% | 0.2000 | 0.5 nats KL |" in page
     assert "Calibrated on 3 blocks of 8 tokens: 2 of a, 1 of b." in page
     assert (
         "- Calibration: data a=2,b=1, samples 3, seq_len 8, seed 0, ids_sha256 0a; data a, blocks 2, weight 2; "

@@ -145,6 +145,18 @@ def test_figures_that_are_none_are_told_beside_the_pictures(worst: Report) -> No
     assert page.has("Predicted and measured in units of their own, so in no picture: up (output), q (loss).")
 
 
+def test_sizes_say_what_they_are_of(make_report: MakeReport) -> None:
+    report = make_report()
+    page = html_page(report)
+    assert '<td class="n m">64 per head</td>' in page
+    assert '<td class="n m">64 neurons</td>' in page
+    assert "at the right the rank, for mlp the neurons." in page
+    for cell in ("KV cache, bytes per token", "524,288", "262,144"):
+        assert f">{cell}</td>" in page
+    others = html_page(make_report(targets=[replace(report.targets[0], target="q", method="svd")]))
+    assert "neurons" not in others
+
+
 def test_memory_of_the_device_is_there_where_there_is_one(make_report: MakeReport) -> None:
     assert "device memory" not in html_page(make_report())
     page = html_page(make_report(device_bytes={"load": 2**30, "solve": 3 * 2**30}))

@@ -19,6 +19,7 @@ from lrc.report.inspected import (
     error_of,
     estimate_tables,
     grouped,
+    heading,
     held_table,
     inspection_tables,
     loss_of,
@@ -38,7 +39,7 @@ ONE = Inspected(
     SPECTRUM,
     replace(SPECTRUM, effective_rank=4.0),
     [ESTIMATE],
-    [Choice(0.6, "svd", 0.3, "relative error", "w")],
+    [Choice(0.6, "svd", 0.3, "relative error", "w", 0.6)],
     HELD,
 )
 OTHER = replace(
@@ -47,7 +48,7 @@ OTHER = replace(
     plain=replace(SPECTRUM, effective_rank=7.0, rank_99=8),
     whitened=replace(SPECTRUM, rank_99=8),
     estimates=[replace(ESTIMATE, error=0.4, loss=0.02), replace(ESTIMATE, method="whitened_svd", error=0.2)],
-    choices=[Choice(0.6, "whitened_svd", 0.2, "relative error", "less")],
+    choices=[Choice(0.6, "whitened_svd", 0.2, "relative error", "less", 0.6)],
     held=replace(HELD, size=3, data_error=0.4, overlap=0.7, reconstruction=None),
 )
 MOMENT = Conditioning(0, "attn_in", 32, 1000, True, 1e3, 9e2, 1e-6, 32)
@@ -83,12 +84,15 @@ def test_groups_by_target_or_by_layer() -> None:
 
 
 def test_spectra_are_means_and_ranks_a_range() -> None:
-    assert spectra_table(GROUPS).rows[0] == ["q", "8", "6.5", "5.0", "2.00", "2.00", "7-8"]
+    table = spectra_table(GROUPS)
+    assert table.rows[0] == ["q", "8", "6.5", "5.0", "2.00", "2.00", "7-8"]
+    headings = [column.heading for column in table.columns]
+    assert len(set(headings)) == len(headings)  # of two that are alike nobody knows which is which
 
 
 def test_moments_are_ranges() -> None:
     (row,) = moments_table(inspection().moments, by_layer=False).rows
-    assert row == ["attn_in, centred", "32", "30-32", "1e+03 to inf", "9e+02", "1e-06", "1,000"]
+    assert row == ["attn_in, centred", "32", "30-32", "1000 to inf", "900", "1e-06", "1,000"]
     assert [r[0] for r in moments_table(inspection().moments, by_layer=True).rows] == [
         "0 attn_in, centred",
         "1 attn_in, centred",
@@ -121,17 +125,24 @@ def test_auto_counts_the_layers_where_they_differ() -> None:
 
 def test_an_output_beside_the_original() -> None:
     (row,) = held_table(GROUPS).rows
-    assert row == ["q", "svd", "2-3", "60.0%", "0.5000", "0.3536", "0.3000", "0.8000", "0.3000", "0.3100"]
+    assert row == ["q", "svd", "0.3000", "0.3536", "0.5000", "0.8000", "60.0%", "2-3", "0.3000", "0.3100"]
     kl = replace(HELD, measured=None, kl=0.02, recorded_predicted=0.01, recorded_unit="nats KL")
     (row,) = held_table({"qk": [replace(ONE, held=kl)]}).rows
-    assert row[6:] == ["0.02 nats KL", "0.9000", "0.01 nats KL", "0.31 nats KL"]
+    assert (row[2], *row[8:]) == ("0.02 nats KL", "0.01 nats KL", "0.31 nats KL")
 
 
 def test_all_of_it_in_order() -> None:
     printed = [part for part in inspection_tables(inspection(), by_layer=True) if isinstance(part, str)]
-    assert printed[0] == "model <&>: layers 0-1; moments of text (4 blocks of 32 tokens)"
+    assert printed[0] == "model <&>: layers 0-1, embed; moments of text (4 blocks of 32 tokens)"
     assert "layer 1 q at 0.6: whitened_svd: less" in printed
     assert printed[-2:] == ["seconds: solve 1.2", "warning: few tokens"]
+
+
+def test_what_was_looked_at_is_named() -> None:
+    of = "; moments of text (4 blocks of 32 tokens)"
+    table = replace(ONE, layer=None, target="embed")
+    assert heading(inspection(targets=[ONE], layers=[0])) == f"model <&>: layer 0{of}"
+    assert heading(inspection(targets=[table], layers=[])) == f"model <&>: embed{of}"
 
 
 def test_a_folder_with_all_of_it(tmp_path: Path) -> None:

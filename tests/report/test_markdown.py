@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lrc.report.markdown import model_card, report_page
+from lrc.report.html import html_page
+from lrc.report.markdown import error_note, model_card, report_page
 from lrc.report.report import Report
 
 
@@ -26,6 +27,28 @@ def test_a_name_with_a_bar_breaks_no_table(worst: Report) -> None:
     page = report_page(replace(worst, perplexity=[named]))
     (row,) = [line for line in page.splitlines() if line.startswith("| perplexity")]
     assert row.replace("\\|", "").count("|") == 5
+
+
+def test_errors_are_explained_where_there_are_such(make_report: Callable[..., Report]) -> None:
+    records = make_report().targets
+    whole = error_note([*records, replace(records[1], target="embed", layer=None)])
+    sentences = (
+        "Nats KL are",
+        "predicted for qk, of the attention scores",
+        "those of an embedding and a head",
+    )
+    assert all(sentence in whole for sentence in sentences)
+    alone = error_note([record for record in records if record.target == "ov"])
+    assert not any(sentence in alone for sentence in sentences)
+    assert alone.endswith("a relative error, root mean square over the layers, of the target's output.")
+
+
+def test_stages_that_did_not_run_are_left_out(make_report: Callable[..., Report]) -> None:
+    report = make_report(seconds={"load": 0.5, "gradients": 7e-5, "write": 0.002})
+    assert report.stages == {"load": 0.5, "write": 0.002}
+    for page in (report_page(report), html_page(report)):
+        assert "gradients" not in page.replace("gradient_samples", "")
+    assert "- Seconds: load 0.5, write 0.0\n" in report_page(report)
 
 
 def test_the_card_has_the_plan_as_it_was_written(make_report: Callable[..., Report]) -> None:

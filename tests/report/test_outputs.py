@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_what_has_no_place_is_told(written: Written, make_report: MakeReport, ma
     assert page.count("<svg") == 3
     assert "<i>gpt2" not in page
     assert "&lt;i&gt;gpt2" in page
+
+
+def test_on_a_phone_perplexity_is_in_sight(written: Written, make_report: MakeReport) -> None:
+    page = compared_page(read_outputs(written(a=make_report(), b=make_report())))
+    heads = re.findall(r'<th scope="col"(?: class="([^"]+)")?>([^<]*)</th>', page)
+    assert [heading for _, heading in heads[:4]] == ["output", "wikitext2:test", "× dense", "bytes"]
+    left_out = [heading for classes, heading in heads if "m" in classes.split()]
+    assert left_out == ["of dense", "KV per token", "keep", "method", "seconds"]
+    assert page.count('<td class="n m">') == 4 * 3  # the dense model and both outputs
+    assert 'class="beside"' not in page  # there are no notes, so no gap for them
+    unmeasured = compared_page(read_outputs(written(c=make_report(), d=make_report(perplexity=[]))))
+    assert '<div class="beside"><p class="note">without a perplexity: d</p></div>' in unmeasured
 
 
 def test_json_has_every_figure(written: Written, make_report: MakeReport) -> None:

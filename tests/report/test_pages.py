@@ -79,15 +79,23 @@ def test_what_overflows_or_overlaps_is_seen(browser: ModuleType, tmp_path: Path)
         <text x="5" y="20" style="font-size: 12px">first</text><text x="8" y="22" style="font-size: 12px">second</text>
         <text x="5" y="60" style="font-size: 12px; fill: #eee">faint</text>
         <text x="5" y="80" style="font-size: 5px">small</text>
-        <text x="90" y="50" style="font-size: 12px">outside</text></svg></body>""",
+        <text x="90" y="50" style="font-size: 12px">outside</text></svg>
+        <svg viewBox="0 0 100 100" width="200" height="200" data-picture="cut">
+        <defs><path id="mark" d="M-4 -4H4V4H-4z"/>
+        <clipPath id="panel"><rect x="20" y="20" width="60" height="60"/></clipPath></defs>
+        <g clip-path="url(#panel)"><use href="#mark" x="50" y="50"/><use href="#mark" x="50" y="22"/></g></svg>
+        </body>""",
         encoding="utf-8",
     )
-    found = " ".join(browser.look(page, browser.PHONE).found)
+    seen = browser.look(page, browser.PHONE).found
+    assert len([each for each in seen if "is cut" in each]) == 1  # the other mark is whole
+    found = " ".join(seen)
     for told in (
         "out of the page: P too wide a line",
         "on one another: text first and text second",
         "too faint: text faint",
         "too small: text small",
         "out of its picture: text outside",
+        "a mark is cut in the picture cut",
     ):
         assert told in found
