@@ -185,7 +185,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "is a gptq checkpoint already"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is a compressed checkpoint already \(gptq\)"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
     ],
