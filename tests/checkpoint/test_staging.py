@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lrc.checkpoint import durable
 from lrc.checkpoint import staging as module
 from lrc.checkpoint.staging import MANIFEST, Staging, staging
-from lrc.errors import UserError
+from lrc.errors import Resumable, UserError
 
 KEY = {"plan": {"keep": 0.5}, "seed": 0}
 
@@ -238,6 +238,26 @@ def test_a_part_without_its_record_is_not_finished(out, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             stage.settle()
         assert not stage.has("rest")
+
+
+def test_a_changed_source_is_told_before_settings_that_follow_from_it(out):
+    """Text that the model writes is other text once a weight is another."""
+    (source := out.with_name("source")).mkdir()
+    (file := source / "weights").write_bytes(b"one")
+
+    def opened(key: dict[str, Any]) -> Any:
+        return staging(out, key, source=source, files=[file], fresh=False, force=False)
+
+    with opened(KEY) as stage:
+        stage.write("rest", {"a": torch.ones(3)}, {})
+    file.write_bytes(b"two")
+    with pytest.raises(Resumable, match="weights is not what it was"), opened({**KEY, "calibration": "b"}):
+        pass
+    with pytest.raises(Resumable, match="weights is not what it was"), opened(KEY):
+        pass
+    file.write_bytes(b"one")
+    with opened(KEY) as stage:
+        assert stage.has("rest")
 
 
 def test_other_settings_are_named_and_need_fresh(out):
