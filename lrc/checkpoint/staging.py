@@ -237,10 +237,9 @@ def staging(
         if fresh or not journal.exists():
             _clear(work)
         elif changed := _changed(json.loads(journal.read_text(encoding="utf-8")), key):
-            with watching(
-                source, files, work / _SOURCES
-            ):  # text that the model writes changes with its weights
-                pass
+            if "model" not in changed:  # but perhaps its weights, and with them the text that it writes
+                with watching(source, files, work / _SOURCES):
+                    pass
             raise UserError(
                 f"an unfinished run of {out} had other settings ({', '.join(changed)}); "
                 "pass --fresh to start over, or the same settings to go on"
