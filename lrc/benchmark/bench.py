@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,8 @@ def bench(
         ]
         merged = [merge(one) if fuse and _compressed(one) else 0 for one in loaded]
         models += [(weigh(one).bytes, count) for one, count in zip(loaded, merged, strict=True)]
-        step = len(group)
-        measured.append(
-            measure(loaded, cases, new_tokens=new_tokens, repeats=repeats, advance=lambda: track(step))  # noqa: B023
-        )
+        advance = partial(track, len(group))
+        measured.append(measure(loaded, cases, new_tokens=new_tokens, repeats=repeats, advance=advance))
         del loaded
         gc.collect()
         if place.type == "cuda":

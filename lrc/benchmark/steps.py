@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from lrc.errors import UserError
 _WARM = 3  # steps before a capture, in which kernels are chosen and workspaces made
 
 
-class Steps:
+class Steps(ABC):
     """``run`` does what a sample is timed of, ``tokens`` tokens; ``cache`` holds the keys and values of it."""
 
     cache: Any
@@ -29,9 +30,9 @@ class Steps:
         vocab = model.config.get_text_config().vocab_size
         self.ids = torch.randint(vocab, shape, generator=generator).to(self.device)
 
+    @abstractmethod
     def run(self) -> None:
         """Run the steps, without waiting for the device."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """What comes before a sample and is not part of it."""
