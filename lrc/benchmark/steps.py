@@ -34,8 +34,9 @@ class Steps(ABC):
     def run(self) -> None:
         """Run the steps, without waiting for the device."""
 
+    @abstractmethod
     def prepare(self) -> None:
-        """What comes before a sample and is not part of it."""
+        """Do what comes before a sample and is not part of it."""
 
     def seconds(self) -> float:
         """Seconds of one sample, the device's queue drained before and after."""
