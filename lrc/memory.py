@@ -175,8 +175,9 @@ def estimate_memory(
         stages["gradients"] = _gradients(run)
     if job.plan.outer:
         stages["outer"] = _outer(run) + run.gradients(layers)
-    for index, layer in enumerate(layers):
-        later = run.gradients(layers[index + 1 :])
+    later = run.gradients(layers)
+    for layer in layers:
+        later -= run.gradients([layer])
         for stage, held in _layer(run, layer).items():
             stages[stage] = max(stages.get(stage, 0), held + later)
     if job.plan.plan.scales:
