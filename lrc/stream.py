@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from lrc.errors import UserError
 from lrc.modules.table import Table, apply_table
 from lrc.ranks import ALONE, Ranks
 from lrc.states import ON_DEVICE, States, send
+
+_HANDS = (
+    8  # threads that check and pin a layer's tensors; a launcher leaves each process one for sums on the host
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class ModelStream:
         self.states, self.ranks = states, ranks
         self._residual, self._table = residual, table or {}
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._hands = ThreadPoolExecutor(_HANDS if device.type == "cuda" else 1, thread_name_prefix="hand")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._last = -1
         layers = self._meta_model().get_submodule(reader.family.layers)
@@ -141,11 +147,15 @@ class ModelStream:
     def _read(self, index: int) -> dict[str, Tensor]:
         """The tensors of a layer on the host, pinned where a GPU takes them from there without waiting."""
         tensors = self.reader.layer(index)
-        _check_finite(tensors, f"layer {index}: ")
+        found = self._hands.map(partial(self._read_one, index), tensors.keys(), tensors.values())
+        return dict(zip(tensors, found, strict=True))
+
+    def _read_one(self, index: int, name: str, tensor: Tensor) -> Tensor:
+        _check_finite({name: tensor}, f"layer {index}: ")
         if self.device.type != "cuda":
-            return tensors
+            return tensor
         with torch.cuda.device(self.device):  # another thread would make itself at home on the first GPU
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            return tensor.pin_memory()
 
     def tail(self, head: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
         """What follows the last layer: hidden states (..., hidden) to logits (..., vocab), by the final norm and head.
