@@ -49,6 +49,7 @@ class Family:
     dropout: str = "attention_dropout"  # attribute of the attention module: the rate on the attention weights
     output_dropout: str | None = None  # module of the attention, behind its output projection
     activation: str = "act_fn"  # attribute of a gated MLP
+    norm_epsilon: str | None = None  # attribute of a root-mean-square norm; None for others
     stale: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and no module reads
     unsupported: Mapping[str, object] = field(
         default_factory=dict

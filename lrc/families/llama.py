@@ -21,5 +21,6 @@ FAMILY = Family(
     final_norm="model.norm",
     embedding="model.embed_tokens",
     rotary="half",
+    norm_epsilon="variance_epsilon",
     stale=("rotary_emb.inv_freq",),
 )

@@ -1,4 +1,4 @@
-"""Makes a model faster to run: projections that read one input become one product, in attention and in the MLP."""
+"""Makes a model faster to run: projections of one input become one product, and norms one kernel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrc.families import Family, family_of
 from lrc.modules.attention import ReducedAttention, run_stock, run_whole
+from lrc.modules.norm import FusedRMSNorm, fuse_norm, unfuse_norm
 from lrc.modules.shared_input import SharesInput, mergeable
 
 
@@ -31,24 +32,32 @@ class GatedMLP(SharesInput):
 def fuse(model: nn.Module, *, batched: bool = True) -> int:
     """Merge, for inference, queries with keys and values and the gate with its partner; how many products came of it.
 
-    The weights, their names and what is saved stay as they are: parameters become views into the merged matrices. With
-    gradients, an adapter, a hook or another weight on one of them a module runs them one by one, as before. Copies of
-    the model are not merged. ``batched``: second factors of one shape run as one product too. Raises UserError for a
-    model of a family that lrc does not know.
+    Root-mean-square norms become one kernel each. The weights, their names and what is saved stay as they are:
+    parameters become views into the merged matrices. With gradients, an adapter, a hook or another weight on one of
+    them a module runs them one by one, as before. Copies of the model are not merged. ``batched``: second factors of
+    one shape run as one product too. Raises UserError for a model of a family that lrc does not know.
     """
     config: Any = model.config
     family, count = family_of(config.model_type), 0
-    for path, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for path, module in modules:
         if path.endswith(f".{family.attention}"):
             count += _fuse_attention(module, family, batched)
         elif path.endswith(f".{family.mlp}") and len(family.mlp_inputs) > 1:
             count += _fuse_mlp(module, family, batched)
+    if family.norm_epsilon is not None:
+        norms = {type(module) for path, module in modules if path.endswith(f".{family.mlp_norm}")}
+        for _, module in modules:
+            if type(module) in norms - {FusedRMSNorm}:
+                fuse_norm(module, family.norm_epsilon)
     return count
 
 
 def unfuse(model: nn.Module) -> None:
     """Run every projection by itself again, each with memory of its own."""
     for module in list(model.modules()):
+        if isinstance(module, FusedRMSNorm):
+            unfuse_norm(module)
         if not isinstance(module, SharesInput) or module.shared is None:
             continue
         for name in module.shared.names:

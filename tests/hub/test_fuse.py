@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lrc
 from lrc.modules import attention
+from lrc.modules.norm import FusedRMSNorm, fuse_norm, unfuse_norm
 from lrc.modules.shared_input import SharesInput
 
 Make = Callable[..., Any]
@@ -98,6 +101,33 @@ def test_an_original_is_fused_too_and_gets_its_own_classes_back(tiny_checkpoint:
     assert (
         lrc.fuse(AutoModelForCausalLM.from_pretrained(tiny_checkpoint("gpt2"))) == 0
     )  # stored as one already
+
+
+@pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("gpt2", 0)])
+def test_root_mean_square_norms_become_one_kernel(tiny_checkpoint: Make, family: str, norms: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(family)).eval()
+    lrc.fuse(model)
+    lrc.fuse(model)
+    assert sum(isinstance(module, FusedRMSNorm) for module in model.modules()) == norms
+
+
+def test_a_fused_norm_is_the_familys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm: Any = LlamaRMSNorm(48, eps=0.1)  # large enough to be seen
+    nn.init.normal_(norm.weight)
+    inputs = torch.randn(3, 5, 48)
+    expected = norm(inputs)
+    rounded = norm(inputs.bfloat16())
+    fuse_norm(norm, "variance_epsilon")
+    kernels: list[int] = []
+    monkeypatch.setattr(F, "rms_norm", lambda *given, run=F.rms_norm: kernels.append(1) or run(*given))
+    torch.testing.assert_close(norm(inputs), expected)
+    assert kernels == [1]
+    assert torch.equal(norm(inputs.bfloat16()), rounded)  # in another precision as before
+    assert kernels == [1]
+    torch.testing.assert_close(norm.bfloat16()(inputs.bfloat16()).float(), expected, atol=0.05, rtol=0.02)
+    unfuse_norm(norm)
+    assert type(norm) is LlamaRMSNorm
+    assert not {"epsilon", "stock"} & vars(norm).keys()
 
 
 def test_a_saved_model_is_the_same(compressed: Make, tmp_path: Any) -> None:
