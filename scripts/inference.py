@@ -2,12 +2,13 @@
 
     python scripts/inference.py llama-7b --keeps 0.8,0.6 --methods a3,whitened_svd      # the table of the README
     python scripts/inference.py llama-7b --layers 8 --modes graphs,compile              # with fused kernels besides
-    python scripts/inference.py llama-7b --fusion none,first,both                       # what merging products brings
+    python scripts/inference.py llama-7b --fusion none,first,both                       # what merging brings
+    python scripts/inference.py llama-7b --fuse-dense                                   # and what it brings to both
     python scripts/inference.py tiny --device cpu --write outputs                       # to try it, and keep the models
 
 The weights are drawn where they run. A compressed model has the modules that ``lrc compress`` would store for the plan
-``{format: 1, keep: KEEP, method: METHOD}``; as in ``lrc bench``, its products of one input are merged, while the dense
-model runs as transformers runs it, and samples of both are taken in turn.
+``{format: 1, keep: KEEP, method: METHOD}``. As in ``lrc bench`` it is fused (``lrc.fuse``), while the dense model runs
+as transformers runs it unless ``--fuse-dense`` is there, and samples of both are taken in turn.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main(
         str | None, typer.Option(help="As --mode of lrc bench.", show_default="graphs on a GPU")
     ] = None,
     fusion: Annotated[str, typer.Option(help=f"Products that are merged: {', '.join(FUSIONS)}.")] = "both",
+    fuse_dense: Annotated[bool, typer.Option("--fuse-dense", help="Have the dense model fused too.")] = False,
     new_tokens: Annotated[int, typer.Option(help="Tokens of a sample of decode.")] = 8,
     repeats: Annotated[int, typer.Option(help="Samples of each model, in turn.")] = 7,
     layers: Annotated[int | None, typer.Option(help="As many layers instead of all.")] = None,
@@ -89,6 +91,8 @@ def main(
     config = configuration(shape, layers, dtype)
     torch.manual_seed(0)
     dense = draw(config, DTYPES[dtype], place)
+    if fuse_dense:
+        fuse(dense)
     cases = make_cases(
         parse_shapes("--prefill", prefill.split(",")),
         parse_shapes("--decode", decode.split(",")),
@@ -100,7 +104,7 @@ def main(
     head = [
         "model",
         "case",
-        "dense, tokens/s",
+        f"dense{' and fused' if fuse_dense else ''}, tokens/s",
         "compressed",
         "ratio",
         "expected",
