@@ -137,15 +137,18 @@ class ModelStream:
         UserError where a weight is NaN or inf.
         """
         (following, tensors), self._ahead = self._ahead or (None, None), None
-        found = tensors.result() if tensors and following == index else self._read(index)
+        found = tensors.result() if tensors and following == index else self.read(index)
         step, self._last = (-1 if index == self._last - 1 else 1), index
         if 0 <= index + step < len(self.skeletons):
-            self._ahead = (index + step, self._reads.submit(self._read, index + step))
+            self._ahead = (index + step, self._reads.submit(self.read, index + step))
         state = {name: self.fetch(tensor) for name, tensor in found.items()}
         return self.materialize(index, state), state
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a layer on the host, pinned where a GPU takes them from there without waiting."""
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a layer on the host, pinned where a GPU takes them from there without waiting.
+
+        Raises UserError where a weight is NaN or inf.
+        """
         tensors = self.reader.layer(index)
         found = self._hands.map(partial(self._read_one, index), tensors.keys(), tensors.values())
         return dict(zip(tensors, found, strict=True))

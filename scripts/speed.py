@@ -5,6 +5,7 @@
     python scripts/speed.py compress llama-7b --ways "a3,a3 on 2 processes" --data data/wikitext2-raw/train.txt
     python scripts/speed.py evaluate llama-7b --data data/wikitext2-raw/valid.txt     # beside a bare forward loop
     python scripts/speed.py profile llama-7b --data data/wikitext2-raw/train.txt      # kernels, stage by stage
+    OMP_NUM_THREADS=1 python scripts/speed.py read llama-7b --layers 6                # layers to pinned memory
 
 A row of ``compress`` is one ``lrc compress`` in a process of its own: its wall time from start to exit, the stages and
 the peak of its report, and what ``lrc check`` estimates. The checkpoint was just written and is in the page cache,
@@ -178,6 +179,23 @@ def profile(
         with torch.profiler.profile(activities=kinds) as profiler:
             lrc.compress(str(model), out=Path(scratch) / "out", **options)
     _show_kernels(profiler, rows)
+
+
+@app.command()
+def read(shape: Shape, layers: Layers = None, work: Work = None, device: Device = "cuda") -> None:
+    """Bytes a second of layers on their way from the page cache to pinned memory, checked, in two passes over them."""
+    from lrc.checkpoint.reader import CheckpointReader
+    from lrc.stream import ModelStream
+
+    with _checkpoint(shape, layers, work, device) as folder:
+        stream = ModelStream(CheckpointReader(folder), torch.device(device), torch.bfloat16)
+        for number in range(2):
+            speeds = []
+            for index in range(len(stream.skeletons)):
+                start = time.perf_counter()
+                size = sum(tensor.nbytes for tensor in stream.read(index).values())
+                speeds.append(size / 1e9 / (time.perf_counter() - start))
+            typer.echo(f"pass {number + 1}: {' '.join(f'{speed:.1f}' for speed in speeds)} GB/s")
 
 
 @contextmanager
