@@ -17,6 +17,7 @@ from lrc.moments.attention import AttentionMoment, AttentionSum
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.moment import Moment, MomentSum
 from lrc.moments.observe import Call
+from lrc.plan.resolved import LayerPlan
 from lrc.stream import ModelStream
 
 
@@ -35,13 +36,14 @@ class LayerSums:
     def __init__(
         self,
         stream: ModelStream,
-        index: int,
+        plan: LayerPlan,
         layer: nn.Module,
         state: Mapping[str, Tensor],
         sites: set[str],
         collectors: set[str],
     ) -> None:
-        self._stream, self._index, self._state = stream, index, state
+        self._stream, self._index, self._state = stream, plan.index, state
+        self._first_token = plan.first_token
         self._architecture = stream.reader.architecture
         self._sites = {site: path for site, path in self._architecture.family.sites.items() if site in sites}
         widths = {site: self._architecture.site_width(site) for site in self._sites}
@@ -71,7 +73,7 @@ class LayerSums:
     def add(self, calls: Mapping[str, Call]) -> None:
         """Count the tokens of one call of the layer."""
         for site in self._sites:
-            self._moments[site].add(self._stream.cast(calls[site].input))
+            self._moments[site].add(self._stream.cast(calls[site].input), self._first_token)
         if self._attention:
             self._add_attention(self._attention, calls["attention"])
 

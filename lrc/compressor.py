@@ -148,7 +148,7 @@ class Compressor:
             reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, roles)
             self._stream.filled(reduced.module, reduced.state)
         with self._watch.stage("measure"):
-            measured = self._measure(layer, state, plan.index, solutions, passed.measured)
+            measured = self._measure(layer, state, plan, solutions, passed.measured)
             records = _records(plan, solutions, measured)
             middles = passed.middles
             del solutions, passed  # in float64, and moments; their tensors are in the reduced layer now
@@ -177,16 +177,18 @@ class Compressor:
         self,
         layer: nn.Module,
         state: Mapping[str, Tensor],
-        index: int,
+        plan: LayerPlan,
         solutions: Mapping[str, Solution],
         batches: Sequence[Batch],
     ) -> dict[str, Measured]:
         """What the solutions really do to the outputs of the original layer."""
-        measure = LayerMeasure(self._stream, index, state, solutions, opens=self._opens)
+        measure = LayerMeasure(
+            self._stream, plan.index, state, solutions, first_token=plan.first_token, opens=self._opens
+        )
         states = self._stream.passing(batch.hidden for batch in batches)
         for batch, (hidden,) in zip(batches, states, strict=True):
             with observe(layer, measure.watched) as calls:
-                self._stream.run(layer, index, batch, hidden)
+                self._stream.run(layer, plan.index, batch, hidden)
             measure.add(calls)
         return measure.results()
 

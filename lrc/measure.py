@@ -29,7 +29,8 @@ class Measured:
 class LayerMeasure:
     """One layer with each of its solutions put in alone, compared with the original batch by batch.
 
-    ``opens``: whether the first block measured is among this process's, which is where attention is compared.
+    ``opens``: whether the first block measured is among this process's, which is where attention is compared. The first
+    token of a block counts as ``first_token`` in errors, as it does in the moments that they are predicted from.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class LayerMeasure:
         state: Mapping[str, Tensor],
         solutions: Mapping[str, Solution],
         *,
+        first_token: int = 1,
         opens: bool = True,
     ) -> None:
         self._stream, self._architecture = stream, stream.reader.architecture
@@ -53,7 +55,7 @@ class LayerMeasure:
         self._sums = {
             target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions
         }
-        self._opens = opens
+        self._opens, self._first_token = opens, first_token
         self._kl: float | None = None
         self._tokens = 0
 
@@ -67,7 +69,8 @@ class LayerMeasure:
     def add(self, calls: Mapping[str, Call]) -> None:
         """Count the tokens of one call of the original layer."""
         family = self._architecture.family
-        self._tokens += calls["attention"].input.shape[:-1].numel()
+        blocks, tokens, _ = calls["attention"].input.shape
+        self._tokens += blocks * (tokens + self._first_token - 1)
         with self._stream.precision():
             for target, alone in self._alone.items():
                 if target == "qk":
@@ -102,7 +105,11 @@ class LayerMeasure:
 
     def _count(self, target: str, old: Tensor, new: Tensor, bias: Tensor | None) -> None:
         change, size = new.float() - old.float(), old.float() if bias is None else old.float() - bias.float()
-        self._sums[target] += torch.stack([change.square().sum(), size.square().sum()])
+        self._sums[target] += torch.stack([self._total(each.square()) for each in (change, size)])
+
+    def _total(self, squares: Tensor) -> Tensor:
+        """The sum of squares (blocks, tokens, out) over all tokens."""
+        return squares.sum() + (self._first_token - 1) * squares[:, 0].sum()
 
     def _attention_kl(self, reduced: nn.Module, call: Call) -> float:
         """Mean KL divergence, over queries and heads of the first block, of the attention distribution."""

@@ -95,7 +95,7 @@ def layer_sums(
 ) -> LayerSums:
     """What a layer's solvers read of its activations, and the moments at ``sites`` beside; nothing counted yet."""
     needed, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
-    return LayerSums(stream, plan.index, layer, state, needed.union(sites), collectors)
+    return LayerSums(stream, plan, layer, state, needed.union(sites), collectors)
 
 
 def read_statistics(

@@ -188,8 +188,10 @@ def biased(tiny_checkpoint: Any) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llama+"])
 @pytest.mark.parametrize("method", METHODS)
-def test_predicted_is_measured(biased, out, family, method, all_measured):
-    run = compress(biased(family), out("o"), f"keep: 0.5\nmethod: {method}\nrefit: none")
+@pytest.mark.parametrize("first_token", [1, 20])
+def test_predicted_is_measured(biased, out, family, method, first_token, all_measured):
+    body = f"keep: 0.5\nmethod: {method}\nrefit: none\ncalibration: {{first_token: {first_token}}}"
+    run = compress(biased(family), out("o"), body)
     architecture = CheckpointReader(run.source).architecture
     expected, component = list(architecture.matrices), method == "a3" and architecture.family.rotary == "none"
     if method == "a3":  # whose errors are of the queries and keys where it has these one by one
@@ -202,6 +204,21 @@ def test_predicted_is_measured(biased, out, family, method, all_measured):
             assert measured["error"] == pytest.approx(predicted["error"], rel=1e-3)
             assert measured["reference"] == pytest.approx(predicted["reference"], rel=1e-3)
     assert len(run.records) == architecture.layers * (len(expected) + component)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_tokens_that_count_more_lose_less(tiny_checkpoint, out, family, all_measured):
+    """Of the MLP, which moments alone decide here."""
+    first = blocks(4, tokens=4)[:, :1]  # the same few in all blocks, and blocks too long for them to count
+    ids, lost = torch.cat((first, blocks(4, tokens=64)[:, 1:]), dim=1), {}
+    body = "refit: none\ncomponents: {mlp: {keep: 0.3, metric: output}}"
+    for times in (1, 1000):
+        plan = f"{body}\ncalibration: {{first_token: {times}}}"
+        run = compress(tiny_checkpoint(family), out(f"{times}"), plan, ids=ids)
+        states = [outputs(folder, ids).hidden_states[1] for folder in (run.source, run.out)]
+        lost[times] = (states[0] - states[1]).square().sum(-1).mean(0)  # by position, behind the first layer
+    assert lost[1000][0] < 0.8 * lost[1][0]
+    assert lost[1000][1:].mean() >= lost[1][1:].mean()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llama+"])

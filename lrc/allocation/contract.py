@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,7 +63,7 @@ class Setting:
 
     def at_all_sizes(self, layer: int) -> LayerPlan:
         """One layer's assignments in all plans together."""
-        return LayerPlan(layer, tuple(self.asked(layer).values()))
+        return replace(self.plans[0].layers[layer], assignments=tuple(self.asked(layer).values()))
 
     def reduced(
         self, stream: ModelStream, index: int, state: Mapping[str, Tensor], solution: Solution

@@ -14,7 +14,7 @@ GRAM_BLOCK = 2048  # columns; a product of fewer rows runs below the speed of a 
 
 @dataclass(frozen=True)
 class Moment:
-    """E[x xᵀ] (n, n) and E[x] (n,) of the ``tokens`` inputs seen at a site."""
+    """E[x xᵀ] (n, n) and E[x] (n,) of the inputs seen at a site, which count as ``tokens``."""
 
     second: Tensor
     mean: Tensor
@@ -45,12 +45,16 @@ class MomentSum:
         self._first = torch.zeros(width, device=device)
         self._tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Count the rows of x (..., width)."""
-        rows = x.reshape(-1, x.shape[-1])
-        add_gram(self._second, rows)
-        self._first += rows.sum(dim=0, dtype=torch.float32)
-        self._tokens += rows.shape[0]
+    def add(self, x: Tensor, first_token: int = 1) -> None:
+        """Count the tokens of x (..., tokens, width), the first ones as ``first_token`` each."""
+        self._count(x.reshape(-1, x.shape[-1]), 1)
+        if first_token > 1:
+            self._count(x[..., 0, :].reshape(-1, x.shape[-1]), first_token - 1)
+
+    def _count(self, rows: Tensor, times: int) -> None:
+        add_gram(self._second, rows, times)
+        self._first += times * rows.sum(dim=0, dtype=torch.float32)
+        self._tokens += times * rows.shape[0]
 
     def reduce(self, ranks: Ranks) -> None:
         """Add what the other processes have counted."""
@@ -62,8 +66,8 @@ class MomentSum:
         return Moment(whole(self._second / self._tokens), self._first / self._tokens, self._tokens)
 
 
-def add_gram(total: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
-    """Add rowsᵀ rows, times a ``factor`` (), to the upper triangle of a float32 total (n, n), for rows (tokens, n).
+def add_gram(total: Tensor, rows: Tensor, factor: Tensor | int = 1) -> None:
+    """Add rowsᵀ rows, times a ``factor``, to the upper triangle of a float32 total (n, n), for rows (tokens, n).
 
     Blocks of columns are multiplied by those from them on alone, which is a little more than half the work for wide
     rows. What is below the blocks of the diagonal is left as it is, until ``whole``.
@@ -71,7 +75,7 @@ def add_gram(total: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
     for start in range(0, rows.shape[1], GRAM_BLOCK):
         end = start + GRAM_BLOCK
         block = product(rows[:, start:end], rows[:, start:])
-        total[start:end, start:] += block if factor is None else block.mul_(factor)
+        total[start:end, start:] += block if isinstance(factor, int) and factor == 1 else block.mul_(factor)
 
 
 def whole(gram: Tensor) -> Tensor:

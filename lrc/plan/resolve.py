@@ -61,7 +61,8 @@ def resolve(
         asked = levels.layer(index)
         wishes = sorted(asked.wishes, key=lambda wish: order.index(wish.target))
         assignments = [assigner.assign(wish, index) for wish in wishes]
-        layers.append(LayerPlan(index, tuple(a for a in assignments if a)))
+        first = plan.calibration.first_token
+        layers.append(LayerPlan(index, tuple(a for a in assignments if a), first))
         for path, message in asked.left_whole.items():
             assigner.warn(path, message, index)
     moments = {"moments"} & set(collectors)

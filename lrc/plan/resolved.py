@@ -25,10 +25,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is done to one decoder layer; what has no assignment stays as it is."""
+    """What is done to one decoder layer; what has no assignment stays as it is.
+
+    ``first_token``: what the first token of a block counts for in what is observed of the layer, in tokens.
+    """
 
     index: int
     assignments: tuple[Assignment, ...]
+    first_token: int = 1
 
     @property
     def targets(self) -> set[str]:

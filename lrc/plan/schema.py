@@ -201,13 +201,14 @@ class Calibration(Strict):
     """The texts that moments are taken of; ``seq_len`` None means the model's limit, at most 2048.
 
     Methods that need gradients have them from ``gradient_samples`` of the blocks, drawn by the seed, or from all blocks
-    where there are fewer.
+    where there are fewer. The first token of a block counts as ``first_token`` tokens in the moments of activations.
     """
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None
     samples: Annotated[int | Literal["all"], PlainValidator(_samples)] = 128
     seq_len: Annotated[int, PlainValidator(_at_least(2))] | None = None
     gradient_samples: Annotated[int, PlainValidator(_at_least(1))] = 32
+    first_token: Annotated[int, PlainValidator(_at_least(1))] = 1
     seed: Annotated[int, PlainValidator(_at_least(0))] = 0
 
 

@@ -96,6 +96,11 @@ def test_a_file_of_curves_is_for_one_key(work: Path, succeeds: Any, fails: Any, 
         assert "mine.json was measured with other settings: calibration (there 3 x 48 " in message
         assert "Name another file with --curves, or leave it out" in message
     assert "dtype (there float32, here bfloat16)" in fails(*model, "--dtype", "bfloat16")
+    base = (work / "base.yaml").read_text(encoding="utf-8")
+    assert "calibration: {" in base
+    first = base.replace("calibration: {", "calibration: {first_token: 8, ")
+    (work / "first.yaml").write_text(first, encoding="utf-8")
+    assert "settings: first token (there 1, here 8). " in fails(*model, "--base", "first.yaml")
     message = fails("plan", "tiny-llama", *model[2:])
     assert "model (there tiny-gpt2 " in message
     assert ", here tiny-llama " in message

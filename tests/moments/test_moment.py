@@ -46,6 +46,13 @@ def test_half_precision_is_only_that_of_the_inputs(tokens, dtype):
     close(total.moment(), moment_of(tokens.to(dtype)), rtol=1e-5, atol=1e-5)
 
 
+def test_first_tokens_count_as_if_they_were_there_so_often(tokens):
+    total, expected = MomentSum(5, CPU), torch.cat((tokens.flatten(0, 1), *[tokens[:, 0]] * 3))
+    total.add(tokens[:3], first_token=4)
+    total.add(tokens[3:], first_token=4)
+    close(total.moment(), moment_of(expected), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [3, 4, 9])
 def test_wide_sums_are_made_of_their_upper_blocks(width, monkeypatch):
     monkeypatch.setattr(moment, "GRAM_BLOCK", 4)

@@ -13,6 +13,7 @@ from lrc.hub.names import ASSETS
 from lrc.linalg import eliminate
 from lrc.moments.attention import QUERIES, AttentionSum
 from lrc.moments.observe import observe
+from lrc.plan.resolved import LayerPlan
 from lrc.stream import ModelStream
 from lrc.text.blocks import tokenize
 
@@ -89,7 +90,7 @@ def grams_of_the_built_in_model() -> Tensor:
     found = []
     for index in range(reader.architecture.layers):
         layer, state = stream.layer(index)
-        sums = LayerSums(stream, index, layer, state, {"attn_in"}, {"attention"})
+        sums = LayerSums(stream, LayerPlan(index, ()), layer, state, {"attn_in"}, {"attention"})
         with observe(layer, sums.watched) as calls:
             batch.hidden = stream.run(layer, index, batch, batch.hidden)
         sums.add(calls)

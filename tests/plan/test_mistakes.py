@@ -291,6 +291,10 @@ CASES = {
         "calibration: {gradient_samples: 0}",
         ["3: calibration.gradient_samples: 0 is too small; the smallest is 1"],
     ),
+    "first tokens that do not count": (
+        "calibration: {first_token: 0}",
+        ["3: calibration.first_token: 0 is too small; the smallest is 1"],
+    ),
     "seed is true": ("calibration: {seed: true}", ["3: calibration.seed: True is not a whole number"]),
     "window longer than the model's": (
         "calibration: {seq_len: 512}",
