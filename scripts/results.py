@@ -144,6 +144,7 @@ SeqLen = Annotated[int, typer.Option(help="Tokens of a calibration block.")]
 Devices = Annotated[str | None, typer.Option(help="Such as cuda:0,cuda:1.")]
 Samples = Annotated[str, typer.Option(help="Calibration blocks, or all.")]
 GradientSamples = Annotated[int, typer.Option(help="Blocks that gradients are taken on.")]
+FirstToken = Annotated[int, typer.Option(help="What the first token of a block counts for.")]
 MaxWindows = Annotated[int | None, typer.Option(help="Evaluation windows of each text.")]
 Ppl = Annotated[str, typer.Option(help="Texts that perplexity is measured on, separated by commas.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the tables here.")]
@@ -169,6 +170,7 @@ def table(
     samples: Samples = "all",
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
+    first_token: FirstToken = 1,
     max_windows: MaxWindows = None,
     ppl: Ppl = PPL,
     devices: Devices = None,
@@ -180,7 +182,7 @@ def table(
     """Perplexity by kept weights: allocated sizes, beside the field at uniform sizes."""
     kept, texts = tuple(float(keep) for keep in keeps.split(",")), ppl.split(",")
     rounded = tuple(None if step == "default" else int(step) for step in steps.split(","))
-    calibration = _calibration(calib, samples, gradient_samples, seq_len)
+    calibration = _calibration(calib, samples, gradient_samples, seq_len, first_token)
     tasks = [
         Task(f"a3, {name}", {"method": "a3"}, kept, name, rounded, seed)
         for name in allocate.split(",")
@@ -215,6 +217,7 @@ def effects(
     samples: Samples = "all",
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
+    first_token: FirstToken = 1,
     max_windows: MaxWindows = None,
     ppl: Ppl = PPL,
     devices: Devices = None,
@@ -223,7 +226,7 @@ def effects(
     out: Out = None,
 ) -> None:
     """What each method and each option of a3 is worth at one size, uniform over the layers."""
-    calibration = _calibration(calib, samples, gradient_samples, seq_len)
+    calibration = _calibration(calib, samples, gradient_samples, seq_len, first_token)
     effects, texts = _effects(model), ppl.split(",")
     tasks = [Task(row, effects[row], (keep,), seed=seed) for row in rows or effects for seed in range(seeds)]
     with _folder(work) as kept_in:
@@ -254,13 +257,16 @@ def _legend(texts: Sequence[str]) -> str:
     return f"Perplexity on {' / '.join(texts)}, mean ± standard deviation over seeds where there are several."
 
 
-def _calibration(calib: str, samples: str, gradient_samples: int, seq_len: int) -> dict[str, Any]:
+def _calibration(
+    calib: str, samples: str, gradient_samples: int, seq_len: int, first_token: int
+) -> dict[str, Any]:
     texts = calib.split(",")
     return {
         "data": texts if texts[1:] else calib,
         "samples": samples if samples == "all" else int(samples),
         "seq_len": seq_len,
         "gradient_samples": gradient_samples,
+        "first_token": first_token,
     }
 
 
