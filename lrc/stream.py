@@ -22,9 +22,8 @@ from lrc.modules.table import Table, apply_table
 from lrc.ranks import ALONE, Ranks
 from lrc.states import ON_DEVICE, States, send
 
-_HANDS = (
-    8  # threads that check and pin a layer's tensors; a launcher leaves each process one for sums on the host
-)
+# Threads that check and pin a layer's tensors: a launcher leaves each process one for sums on the host.
+_HANDS = 8
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,14 @@ def fuse(model: nn.Module, *, batched: bool = True) -> int:
     if family.norm_epsilon is not None:
         norms = {type(module) for path, module in modules if path.endswith(f".{family.mlp_norm}")}
         for _, module in modules:
-            if type(module) in norms - {FusedRMSNorm}:
+            # An adapter may have put a module of its own around or in the place of a norm.
+            if type(module) in norms - {FusedRMSNorm} and family.norm_epsilon in vars(module):
                 fuse_norm(module, family.norm_epsilon)
     return count
 
 
 def unfuse(model: nn.Module) -> None:
-    """Run every projection by itself again, each with memory of its own."""
+    """Run every projection by itself again, each with memory of its own, and norms as the family does."""
     for module in list(model.modules()):
         if isinstance(module, FusedRMSNorm):
             unfuse_norm(module)

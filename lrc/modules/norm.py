@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 class FusedRMSNorm(nn.Module):
     """Stands in for a family's own norm, whose weight and attributes it has (arXiv:1910.07467, equation 4).
 
-    The norm is taken in float32 whatever comes in, and rounded once, behind the weight, not before it too.
+    Half precision is rounded once, behind the weight, not before it too. It is for inference: with gradients, and where
+    weight and input differ in precision, the family's own forward runs.
     """
 
     weight: nn.Parameter
@@ -19,7 +21,7 @@ class FusedRMSNorm(nn.Module):
     stock: type[nn.Module]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != self.weight.dtype:  # the kernel wants one
+        if torch.is_grad_enabled() or hidden_states.dtype != self.weight.dtype:
             return self.stock.forward(self, hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.epsilon)
 

@@ -27,7 +27,7 @@ class Assignment:
 class LayerPlan:
     """What is done to one decoder layer; what has no assignment stays as it is.
 
-    ``first_token``: what the first token of a block counts for in what is observed of the layer, in tokens.
+    ``first_token``: what the first token of a block counts for in the moments of its activations, in tokens.
     """
 
     index: int

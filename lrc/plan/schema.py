@@ -201,7 +201,8 @@ class Calibration(Strict):
     """The texts that moments are taken of; ``seq_len`` None means the model's limit, at most 2048.
 
     Methods that need gradients have them from ``gradient_samples`` of the blocks, drawn by the seed, or from all blocks
-    where there are fewer. The first token of a block counts as ``first_token`` tokens in the moments of activations.
+    where there are fewer. The first token of a block counts as ``first_token`` tokens in the moments of the activations
+    that projections of the layers read.
     """
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None

@@ -78,7 +78,10 @@ class CalibrationSource:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The blocks that moments were taken of, drawn by ``seed``; ``gradient_samples`` of them for gradients, if any."""
+    """The blocks that moments were taken of, drawn by ``seed``; ``gradient_samples`` of them for gradients, if any.
+
+    In moments and in errors the first token of a block counts as ``first_token``, if it does not count as one.
+    """
 
     data: str
     samples: int
@@ -87,6 +90,7 @@ class CalibrationRecord:
     sources: list[CalibrationSource]
     ids_sha256: str
     gradient_samples: int | None = None
+    first_token: int | None = None
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> CalibrationRecord:

@@ -111,6 +111,7 @@ def test_root_mean_square_norms_become_one_kernel(tiny_checkpoint: Make, family:
     assert sum(isinstance(module, FusedRMSNorm) for module in model.modules()) == norms
 
 
+@torch.no_grad()
 def test_a_fused_norm_is_the_familys_own(monkeypatch: pytest.MonkeyPatch) -> None:
     norm: Any = LlamaRMSNorm(48, eps=0.1)  # large enough to be seen
     nn.init.normal_(norm.weight)
@@ -123,6 +124,8 @@ def test_a_fused_norm_is_the_familys_own(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(norm(inputs), expected)
     assert kernels == [1]
     assert torch.equal(norm(inputs.bfloat16()), rounded)  # in another precision as before
+    with torch.enable_grad():  # and where it is trained
+        assert norm(inputs).requires_grad
     assert kernels == [1]
     torch.testing.assert_close(norm.bfloat16()(inputs.bfloat16()).float(), expected, atol=0.05, rtol=0.02)
     unfuse_norm(norm)
@@ -194,6 +197,18 @@ def test_adapters_are_not_passed_by(compressed: Make) -> None:
     lrc.fuse(whole)
     assert in_use(whole) == [True] * 4
     torch.testing.assert_close(logits(whole), after, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of what PEFT calls
+@pytest.mark.parametrize("saved", [["post_attention_layernorm"], ["post_attention_layernorm", "lm_head"]])
+def test_norms_that_an_adapter_trains_stay_as_they_are(compressed: Make, saved: list[str]) -> None:
+    peft = pytest.importorskip("peft")
+    model = lrc.load(compressed("llama", "attention").folder, dtype=torch.float32)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=saved, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    before = logits(adapted)
+    lrc.fuse(model)
+    torch.testing.assert_close(logits(adapted), before, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["attention", "all"])
