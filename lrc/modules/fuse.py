@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,12 +46,7 @@ def fuse(model: nn.Module, *, batched: bool = True) -> int:
             count += _fuse_attention(module, family, batched)
         elif path.endswith(f".{family.mlp}") and len(family.mlp_inputs) > 1:
             count += _fuse_mlp(module, family, batched)
-    if family.norm_epsilon is not None:
-        norms = {type(module) for path, module in modules if path.endswith(f".{family.mlp_norm}")}
-        for _, module in modules:
-            # An adapter may have put a module of its own around or in the place of a norm.
-            if type(module) in norms - {FusedRMSNorm} and family.norm_epsilon in vars(module):
-                fuse_norm(module, family.norm_epsilon)
+    _fuse_norms(modules, family)
     return count
 
 
@@ -93,6 +89,19 @@ def _fuse_mlp(module: Any, family: Family, batched: bool) -> bool:
         module.__class__ = GatedMLP
         module.family, module.stock = family, stock
     return module.merge(names, batched=batched)
+
+
+def _fuse_norms(modules: Sequence[tuple[str, nn.Module]], family: Family) -> None:
+    """Every norm of the class that layers have before their MLP, that of the attention and the last one too."""
+    if family.norm_epsilon is None:
+        return
+    norms = {type(module) for path, module in modules if path.endswith(f".{family.mlp_norm}")} - {
+        FusedRMSNorm
+    }
+    for _, module in modules:
+        # An adapter may have put a module of its own around or in the place of a norm.
+        if type(module) in norms and family.norm_epsilon in vars(module):
+            fuse_norm(module, family.norm_epsilon)
 
 
 def _mlp_names(family: Family) -> list[str]:
