@@ -89,14 +89,13 @@ class Tasks:
     def evaluate(self, folder: Path, loading: Loading) -> list[TaskScore]:
         """Scores of a folder's model, which is loaded whole and let go; examples in prompts are those of a fixed seed.
 
-        Raises UserError as ``check`` does.
+        ``check`` says whether it can be.
         """
         from lm_eval import evaluate
         from lm_eval.models import huggingface
 
         harness_model: Any = huggingface.HFLM  # a decorator hides what it takes
 
-        self.check(folder, loading)
         tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)

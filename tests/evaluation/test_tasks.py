@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,9 +105,10 @@ def test_a_compressed_model_takes_them_too(folder: Path, tiny_checkpoint, tmp_pa
 
 
 def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*names: str, **options: object) -> str:
+    def refused(*names: str, **options: Any) -> str:
+        asked: dict[str, Any] = {"tasks_dir": folder, "device": "cpu", **options}
         with pytest.raises(UserError) as error:
-            prepare_tasks(["tiny-gpt2"], names, **{"tasks_dir": folder, "device": "cpu", **options})  # type: ignore[arg-type]
+            prepare_tasks(["tiny-gpt2"], names, **asked)
         return str(error.value)
 
     assert "--tasks and --streamed contradict" in refused("endings", streamed=True)
