@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ import lrc  # noqa: F401
 from lrc.modules.low_rank import LowRankLinear
 from lrc.modules.monarch import MonarchLinear
 
-peft = pytest.importorskip("peft")
 # What PEFT calls in transformers is not ours to mend; it says fan_in_fan_out of every GPT-2.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore{which}")

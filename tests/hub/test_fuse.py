@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,6 @@ def test_copies_pickles_and_other_precisions(compressed: Make) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of what PEFT calls
 def test_adapters_are_not_passed_by(compressed: Make) -> None:
-    peft = pytest.importorskip("peft")
     model = lrc.load(compressed("llama", "attention").folder, dtype=torch.float32, fuse=True)
     before = logits(model)
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2, init_lora_weights=False)
@@ -202,7 +202,6 @@ def test_adapters_are_not_passed_by(compressed: Make) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of what PEFT calls
 @pytest.mark.parametrize("saved", [["post_attention_layernorm"], ["post_attention_layernorm", "lm_head"]])
 def test_norms_that_an_adapter_trains_stay_as_they_are(compressed: Make, saved: list[str]) -> None:
-    peft = pytest.importorskip("peft")
     model = lrc.load(compressed("llama", "attention").folder, dtype=torch.float32)
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=saved, init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
