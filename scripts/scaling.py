@@ -110,8 +110,8 @@ def h200(gpus: int) -> Rates:
         link=50e9,  # assumed: pinned copies over PCIe 5, which has 64e9
         states=50e9,
         disk=2.5e9,
-        # From the page cache through the search for NaN to pinned memory (scripts/speed.py read): a launcher of several
-        # processes leaves each one thread for sums on the host.
+        # From the page cache through the search for NaN to pinned memory, by a prototype of scripts/speed.py read: a
+        # launcher of several processes leaves each one thread for sums on the host.
         cache=17e9 if gpus == 1 else 9e9,
         write=1.4e9,
         network=300e9
