@@ -334,7 +334,7 @@ def _settings(
         "plan": {"source": job.plan_source, **job.plan.as_dict()},
         "calibration": {
             **calibration.as_dict(asked.seed),
-            **({"first_token": asked.first_token} if asked.first_token > 1 else {}),
+            "first_token": job.plan.first_token,
             **(
                 {"gradient_samples": min(asked.gradient_samples, len(calibration.blocks))}
                 if gradients

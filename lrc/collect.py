@@ -31,7 +31,7 @@ class Statistics:
 
 
 class LayerSums:
-    """Running sums over the calls of one original layer."""
+    """Running sums over the calls of one original layer; the first token of a block counts as ``first_token``."""
 
     def __init__(
         self,
@@ -41,9 +41,10 @@ class LayerSums:
         state: Mapping[str, Tensor],
         sites: set[str],
         collectors: set[str],
+        first_token: int,
     ) -> None:
         self._stream, self._index, self._state = stream, plan.index, state
-        self._first_token = plan.first_token
+        self._first_token = first_token
         self._architecture = stream.reader.architecture
         self._sites = {site: path for site, path in self._architecture.family.sites.items() if site in sites}
         widths = {site: self._architecture.site_width(site) for site in self._sites}

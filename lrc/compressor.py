@@ -159,7 +159,7 @@ class Compressor:
     def _pass_original(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Passed:
         """Take the original stream past a layer and see what its solvers and its refit need of it."""
         gradients = self._gradients.pop(plan.index, None)
-        sums = layer_sums(self._stream, plan, layer, state)
+        sums = layer_sums(self._stream, plan, layer, state, self._plan.first_token)
         middles, measured = [], []
         states = self._stream.passing(batch.hidden for batch in self._batches)
         for batch, held, (hidden,) in zip(self._batches, self._held, states, strict=True):
@@ -182,9 +182,8 @@ class Compressor:
         batches: Sequence[Batch],
     ) -> dict[str, Measured]:
         """What the solutions really do to the outputs of the original layer."""
-        measure = LayerMeasure(
-            self._stream, plan.index, state, solutions, first_token=plan.first_token, opens=self._opens
-        )
+        first_token = self._plan.first_token
+        measure = LayerMeasure(self._stream, plan.index, state, solutions, first_token, opens=self._opens)
         states = self._stream.passing(batch.hidden for batch in batches)
         for batch, (hidden,) in zip(batches, states, strict=True):
             with observe(layer, measure.watched) as calls:

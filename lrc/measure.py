@@ -39,8 +39,8 @@ class LayerMeasure:
         index: int,
         state: Mapping[str, Tensor],
         solutions: Mapping[str, Solution],
+        first_token: int,
         *,
-        first_token: int = 1,
         opens: bool = True,
     ) -> None:
         self._stream, self._architecture = stream, stream.reader.architecture

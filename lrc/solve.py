@@ -91,11 +91,15 @@ def layer_sums(
     plan: LayerPlan,
     layer: nn.Module,
     state: Mapping[str, Tensor],
+    first_token: int,
     sites: Collection[str] = (),
 ) -> LayerSums:
-    """What a layer's solvers read of its activations, and the moments at ``sites`` beside; nothing counted yet."""
+    """What a layer's solvers read of its activations, and the moments at ``sites`` beside; nothing counted yet.
+
+    The first token of a block counts as ``first_token`` in moments.
+    """
     needed, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
-    return LayerSums(stream, plan, layer, state, needed.union(sites), collectors)
+    return LayerSums(stream, plan, layer, state, needed.union(sites), collectors, first_token)
 
 
 def read_statistics(
@@ -105,13 +109,14 @@ def read_statistics(
     state: Mapping[str, Tensor],
     batches: Sequence[Batch],
     gradients: GradientMoment | None,
+    first_token: int,
     sites: Collection[str] = (),
 ) -> Statistics:
     """What ``layer_sums`` counts, from a run of the original on all batches, and what a sweep found.
 
     The batches stay where they are. Raises UserError where activations are NaN or inf.
     """
-    sums = layer_sums(stream, plan, layer, state, sites)
+    sums = layer_sums(stream, plan, layer, state, first_token, sites)
     for batch, (hidden,) in zip(batches, stream.passing(batch.hidden for batch in batches), strict=True):
         with observe(layer, sums.watched) as calls:
             stream.run(layer, plan.index, batch, hidden)

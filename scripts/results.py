@@ -36,9 +36,11 @@ PUBLISHED = {
     "ov": {"metric": "output", "subspace": "stacked", "refit": "none"},
     "mlp": {"metric": "output", "select": "score"},
 }
+# The field counts all tokens alike.
+ALIKE = {"refit": "none", "calibration": {"first_token": 1}}
 BASELINES: dict[str, dict[str, Any]] = {
-    "whitened_svd (SVD-LLM)": {"method": "whitened_svd", "refit": "none"},
-    "a3 as published": {"method": "a3", "components": PUBLISHED, "refit": "none"},
+    "whitened_svd (SVD-LLM)": {"method": "whitened_svd", **ALIKE},
+    "a3 as published": {"method": "a3", "components": PUBLISHED, **ALIKE},
 }
 
 
@@ -53,7 +55,7 @@ EFFECTS: dict[str, dict[str, Any]] = {
     "two_sided_svd": {"method": "two_sided_svd", "refit": "none"},
     "a3 as published, without the MLP refit": {
         **_a3(**{**PUBLISHED, "mlp": {**PUBLISHED["mlp"], "refit": "none"}}),
-        "refit": "none",
+        **ALIKE,
     },
     "a3": {"method": "a3"},
     "a3, refit: none": {"method": "a3", "refit": "none"},
@@ -144,7 +146,7 @@ SeqLen = Annotated[int, typer.Option(help="Tokens of a calibration block.")]
 Devices = Annotated[str | None, typer.Option(help="Such as cuda:0,cuda:1.")]
 Samples = Annotated[str, typer.Option(help="Calibration blocks, or all.")]
 GradientSamples = Annotated[int, typer.Option(help="Blocks that gradients are taken on.")]
-FirstToken = Annotated[int, typer.Option(help="What the first token of a block counts for.")]
+FirstToken = Annotated[int | None, typer.Option(help="What the first token of a block counts for.")]
 MaxWindows = Annotated[int | None, typer.Option(help="Evaluation windows of each text.")]
 Ppl = Annotated[str, typer.Option(help="Texts that perplexity is measured on, separated by commas.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the tables here.")]
@@ -170,7 +172,7 @@ def table(
     samples: Samples = "all",
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
-    first_token: FirstToken = 1,
+    first_token: FirstToken = None,
     max_windows: MaxWindows = None,
     ppl: Ppl = PPL,
     devices: Devices = None,
@@ -217,7 +219,7 @@ def effects(
     samples: Samples = "all",
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
-    first_token: FirstToken = 1,
+    first_token: FirstToken = None,
     max_windows: MaxWindows = None,
     ppl: Ppl = PPL,
     devices: Devices = None,
@@ -258,7 +260,7 @@ def _legend(texts: Sequence[str]) -> str:
 
 
 def _calibration(
-    calib: str, samples: str, gradient_samples: int, seq_len: int, first_token: int
+    calib: str, samples: str, gradient_samples: int, seq_len: int, first_token: int | None
 ) -> dict[str, Any]:
     texts = calib.split(",")
     return {
@@ -266,7 +268,7 @@ def _calibration(
         "samples": samples if samples == "all" else int(samples),
         "seq_len": seq_len,
         "gradient_samples": gradient_samples,
-        "first_token": first_token,
+        **({"first_token": first_token} if first_token else {}),
     }
 
 
@@ -322,7 +324,8 @@ def _figures(
         yield 1.0, Figure(task.row, 1.0, 1.0, _perplexity(setting.model, setting, common))
         return
     row = task.row if step is None else f"{task.row}, sizes in {step}s"
-    written = {"format": 1, **task.plan, "calibration": {**setting.calibration, "seed": task.seed}}
+    calibration = {**setting.calibration, **task.plan.get("calibration", {}), "seed": task.seed}
+    written = {"format": 1, **task.plan, "calibration": calibration}
     with tempfile.TemporaryDirectory() as scratch:
         base, folder = Path(scratch) / "base.yaml", Path(scratch) / "out"
         plans, before = [base] * len(keeps), {}

@@ -117,7 +117,7 @@ def whole_plan(source: Path, method: str, refit: str, targets: Sequence[str]) ->
         size = solver.size.full(architecture.targets[target], options)
         assignments.append(Assignment(target, method, size, options, 1, 1))
     layers = tuple(LayerPlan(i, tuple(assignments)) for i in range(architecture.layers))
-    return ResolvedPlan(Plan(format=1, refit=refit), layers, 32, 1, ())
+    return ResolvedPlan(Plan(format=1, refit=refit), layers, seq_len=32, first_token=1, whole=1, warnings=())
 
 
 @torch.no_grad()

@@ -199,7 +199,7 @@ def sums(ranks: Ranks, folder: Path, text: str, count: int) -> dict[str, Tensor]
         f"{index} {role}": tensor for index, g in gradients.items() for role, tensor in g.outputs.items()
     }
     found |= {f"{index} queries": g.queries for index, g in gradients.items() if g.queries is not None}
-    statistics = read_statistics(stream, plan, layer, state, batches, gradients[0])
+    statistics = read_statistics(stream, plan, layer, state, batches, gradients[0], first_token=8)
     for site, moment in statistics.moments.items():
         found |= {site: moment.second, f"{site} mean": moment.mean, f"{site} n": torch.tensor(moment.tokens)}
     if (attention := statistics.attention) is not None:

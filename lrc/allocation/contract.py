@@ -57,6 +57,11 @@ class Setting:
         """The model, layer by layer."""
         return ModelStream(self.reader, self.device, self.dtype, self.states, ranks=self.ranks)
 
+    @property
+    def first_token(self) -> int:
+        """What the first token of a block counts for in moments, as in a compression by the plans."""
+        return self.plans[0].first_token
+
     def asked(self, layer: int | None) -> dict[tuple[str, int], Assignment]:
         """Everything that the plans ask of one layer, or None for outside the layers, by target and size."""
         return {(a.target, a.size): a for plan in self.plans for a in plan.unsized(layer)}

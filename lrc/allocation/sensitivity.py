@@ -115,7 +115,8 @@ class Sensitivity:
 
     def _observe(self, plan: LayerPlan, gradients: GradientMoment | None) -> Statistics:
         layer, state = self._layers[plan.index], self._states[plan.index]
-        return read_statistics(self._stream, plan, layer, state, self._batches, gradients)
+        first_token = self._setting.first_token
+        return read_statistics(self._stream, plan, layer, state, self._batches, gradients, first_token)
 
     def _solution(self, index: int, statistics: Statistics, assignment: Assignment) -> Solution:
         problem = pose(self._architecture, assignment.target, self._states[index], statistics)

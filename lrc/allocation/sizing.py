@@ -92,7 +92,7 @@ class Sizing:
             key["keeps"] = list(self.keeps)
         if allocator.holds != "nothing":
             key |= {"calibration": blocks_key(blocks), "dtype": str(self.dtype).removeprefix("torch.")}
-            key["first token"] = self.jobs[0].plan.plan.calibration.first_token
+            key["first token"] = self.jobs[0].plan.first_token
             if allocator.losses or any(
                 reads_gradients(job.reader.architecture, job.plan) for job in self.jobs
             ):

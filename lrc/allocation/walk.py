@@ -48,6 +48,7 @@ def visits(
     batches: Sequence[Batch],
     gradients: dict[int, GradientMoment],
     end: int,
+    first_token: int,
     sites: Collection[str] = (),
 ) -> Iterator[Visit]:
     """Stop at every layer that has a plan, with what its solvers read and the moments at ``sites`` beside, and take the
@@ -61,7 +62,7 @@ def visits(
                 index,
                 layer,
                 state,
-                read_statistics(stream, plan, layer, state, batches, found, sites),
+                read_statistics(stream, plan, layer, state, batches, found, first_token, sites),
                 batches,
             )
             del found
@@ -77,7 +78,7 @@ def walk(setting: Setting) -> Iterator[Stop]:
     batches = stream.embed(batched(mine, setting.batch_size))
     asked = {index: found for index in range(architecture.layers) if (found := setting.asked(index))}
     plans = {index: setting.at_all_sizes(index) for index in asked}
-    for visit in visits(stream, plans, batches, gradients, architecture.layers):
+    for visit in visits(stream, plans, batches, gradients, architecture.layers, setting.first_token):
         found = asked[visit.index]
         problems = {target: pose(architecture, target, visit.state, visit.statistics) for target, _ in found}
         yield Stop(visit.index, found, problems, visit.index + 1, visit.state)

@@ -23,13 +23,14 @@ from lrc.inspection.estimate import choices, estimate, recorded, relative
 from lrc.inspection.fidelity import fidelity
 from lrc.inspection.output import REFIT, Output
 from lrc.inspection.spectrum import conditioning, spectra
-from lrc.job import Job, default_batch, find_device, find_dtype
+from lrc.job import default_batch, find_device, find_dtype
 from lrc.measure import LayerMeasure, Measured
 from lrc.methods import Method
 from lrc.methods.contract import Prediction, Problem, Solution
 from lrc.moments.observe import observe
 from lrc.outer import pose_outer
 from lrc.plan.data import DataLike
+from lrc.plan.resolved import ResolvedPlan
 from lrc.report.inspection import Conditioning, Estimate, Held, Inspected, Inspection, Unit
 from lrc.room import choose_place, known_place
 from lrc.solve import pose, read_gradients, site_of
@@ -122,8 +123,8 @@ def inspect_model(
     waits = choose_place(waiting, job, place, precision, batch, len(blocks))
     stream = ModelStream(reader, place, precision, States(waits, Path(tempfile.gettempdir())))
     with _memory_advice(batch):
-        inspector = Inspector(stream, asked, keeps, known, output, watch)
-        inspector.run(blocks, job, batch, gradients=gradients, progress=progress)
+        inspector = Inspector(stream, asked, keeps, known, output, job.plan, watch)
+        inspector.run(blocks, batch, gradients=gradients, progress=progress)
     return Inspection(
         model=found.source,
         fingerprint=reader.fingerprint,
@@ -156,15 +157,17 @@ class Inspector:
         keeps: Sequence[float],
         known: Mapping[str, Method],
         output: Output | None,
+        plan: ResolvedPlan,
         watch: Stopwatch,
     ) -> None:
         self._stream, self._asked, self._keeps, self._known = stream, asked, keeps, known
         self._output, self._watch, self._architecture = output, watch, stream.reader.architecture
+        self._plan = plan
         self.targets: list[Inspected] = []
         self.moments: list[Conditioning] = []
 
     def run(
-        self, blocks: torch.Tensor, job: Job, batch_size: int, *, gradients: bool, progress: Progress | None
+        self, blocks: torch.Tensor, batch_size: int, *, gradients: bool, progress: Progress | None
     ) -> None:
         """Look at everything asked for, from token blocks (n, tokens)."""
         asked, stream = self._asked, self._stream
@@ -175,12 +178,12 @@ class Inspector:
         if gradients:
             with self._watch.stage("gradients"):
                 swept = read_gradients(
-                    stream, plans.values(), job.plan.plan.calibration, blocks, batch_size, losses=True
+                    stream, plans.values(), self._plan.plan.calibration, blocks, batch_size, losses=True
                 )
         with self._watch.stage("embed"):
             batches = stream.embed(batched(blocks, batch_size))
         end = self._architecture.layers if asked.outside else max(asked.layers, default=-1) + 1
-        walk = visits(stream, plans, batches, swept, end, sites)
+        walk = visits(stream, plans, batches, swept, end, self._plan.first_token, sites)
         while True:
             with self._watch.stage("observe"):
                 visit = next(walk, None)
@@ -243,7 +246,7 @@ class Inspector:
             solutions = self._output.layer(visit.index, visit.state)
             names = {target.name for target in self._asked.inside}
             solutions = {name: solution for name, solution in solutions.items() if name in names}
-            measure = LayerMeasure(self._stream, visit.index, visit.state, solutions)
+            measure = LayerMeasure(self._stream, visit.index, visit.state, solutions, self._plan.first_token)
             for batch in visit.batches if solutions else ():
                 with observe(visit.layer, measure.watched) as calls:
                     self._stream.run(visit.layer, visit.index, batch, batch.hidden)

@@ -14,7 +14,7 @@ GRAM_BLOCK = 2048  # columns; a product of fewer rows runs below the speed of a 
 
 @dataclass(frozen=True)
 class Moment:
-    """E[x xᵀ] (n, n) and E[x] (n,) of the inputs seen at a site, which count as ``tokens``."""
+    """E[x xᵀ] (n, n) and E[x] (n,) of the inputs seen at a site, ``tokens`` of them."""
 
     second: Tensor
     mean: Tensor
@@ -44,26 +44,29 @@ class MomentSum:
         self._second = torch.zeros(width, width, device=device)
         self._first = torch.zeros(width, device=device)
         self._tokens = 0
+        self._weight = 0  # what they count for
 
     def add(self, x: Tensor, first_token: int = 1) -> None:
         """Count the tokens of x (..., tokens, width), the first ones as ``first_token`` each."""
-        self._count(x.reshape(-1, x.shape[-1]), 1)
+        rows = x.reshape(-1, x.shape[-1])
+        self._tokens += rows.shape[0]
+        self._count(rows, 1)
         if first_token > 1:
             self._count(x[..., 0, :].reshape(-1, x.shape[-1]), first_token - 1)
 
     def _count(self, rows: Tensor, times: int) -> None:
         add_gram(self._second, rows, times)
         self._first += times * rows.sum(dim=0, dtype=torch.float32)
-        self._tokens += times * rows.shape[0]
+        self._weight += times * rows.shape[0]
 
     def reduce(self, ranks: Ranks) -> None:
         """Add what the other processes have counted."""
         ranks.sum(self._second, self._first)
-        self._tokens = ranks.total(self._tokens)
+        self._tokens, self._weight = ranks.total(self._tokens), ranks.total(self._weight)
 
     def moment(self) -> Moment:
         """The means so far."""
-        return Moment(whole(self._second / self._tokens), self._first / self._tokens, self._tokens)
+        return Moment(whole(self._second / self._weight), self._first / self._weight, self._tokens)
 
 
 def add_gram(total: Tensor, rows: Tensor, factor: Tensor | int = 1) -> None:

@@ -17,6 +17,9 @@ from lrc.plan.solver import SolverData, find_solver
 from lrc.plan.unsized import refuse_no_budget, refuse_sizes
 
 MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
+PER_FIRST_TOKEN = (
+    256  # tokens of a block for which its first one counts once, where the plan leaves that open
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,7 @@ def resolve(
         asked = levels.layer(index)
         wishes = sorted(asked.wishes, key=lambda wish: order.index(wish.target))
         assignments = [assigner.assign(wish, index) for wish in wishes]
-        first = plan.calibration.first_token
-        layers.append(LayerPlan(index, tuple(a for a in assignments if a), first))
+        layers.append(LayerPlan(index, tuple(a for a in assignments if a)))
         for path, message in asked.left_whole.items():
             assigner.warn(path, message, index)
     moments = {"moments"} & set(collectors)
@@ -74,8 +76,9 @@ def resolve(
             assigner.warn(("keep",), "every layer stays whole", index)
     if plan.scale == "fitted" and plan.refit == "none":
         document.mistake(("scale",), "fitted needs 'refit: residual'; with 'refit: none' the nearest is none")
-    limit, seq_len = architecture.positions, plan.calibration.seq_len
-    if seq_len and seq_len > limit:
+    limit = architecture.positions
+    seq_len = plan.calibration.seq_len or min(limit, MAX_SEQ_LEN)
+    if seq_len > limit:
         message = f"{seq_len} is longer than the model reads; the nearest is {limit}"
         document.mistake(("calibration", "seq_len"), message)
     if not document.mistakes:
@@ -86,7 +89,8 @@ def resolve(
     return ResolvedPlan(
         plan=plan,
         layers=tuple(layers),
-        seq_len=seq_len or min(limit, MAX_SEQ_LEN),
+        seq_len=seq_len,
+        first_token=plan.calibration.first_token or max(1, seq_len // PER_FIRST_TOKEN),
         whole=count * architecture.layer_parameters,
         warnings=(*assigner.warnings(), *outside.warnings()),
         outer=outer,

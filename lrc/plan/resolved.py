@@ -25,14 +25,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is done to one decoder layer; what has no assignment stays as it is.
-
-    ``first_token``: what the first token of a block counts for in the moments of its activations, in tokens.
-    """
+    """What is done to one decoder layer; what has no assignment stays as it is."""
 
     index: int
     assignments: tuple[Assignment, ...]
-    first_token: int = 1
 
     @property
     def targets(self) -> set[str]:
@@ -64,6 +60,7 @@ def weights_of(part: str) -> str:
 class ResolvedPlan:
     """A plan and what it comes to; ``whole`` counts weights of the decoder's projections, biases aside.
 
+    ``seq_len``: tokens of a calibration block, whose first one counts as ``first_token`` tokens in moments.
     ``outer``: what is done to the embedding and the head, which ``kept`` and ``whole`` leave out. ``tables``: weights
     of those that the plan names. ``shared``: of these, the ones whose sizes an allocation finds, within a budget that
     they then share with the decoder.
@@ -72,6 +69,7 @@ class ResolvedPlan:
     plan: Plan
     layers: tuple[LayerPlan, ...]
     seq_len: int
+    first_token: int
     whole: int
     warnings: tuple[str, ...]
     outer: tuple[Assignment, ...] = ()
@@ -116,6 +114,7 @@ class ResolvedPlan:
         return {
             "plan": self.plan.model_dump(mode="json", exclude_none=True),
             "seq_len": self.seq_len,
+            "first_token": self.first_token,
             "layers": [asdict(layer) for layer in self.layers],
             "outer": [asdict(assignment) for assignment in self.outer],
             "kept": self.kept,

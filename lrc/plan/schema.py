@@ -202,14 +202,14 @@ class Calibration(Strict):
 
     Methods that need gradients have them from ``gradient_samples`` of the blocks, drawn by the seed, or from all blocks
     where there are fewer. The first token of a block counts as ``first_token`` tokens in the moments of the activations
-    that projections of the layers read.
+    that projections of the layers read; None means one for every 256 tokens of the block, and one at least.
     """
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None
     samples: Annotated[int | Literal["all"], PlainValidator(_samples)] = 128
     seq_len: Annotated[int, PlainValidator(_at_least(2))] | None = None
     gradient_samples: Annotated[int, PlainValidator(_at_least(1))] = 32
-    first_token: Annotated[int, PlainValidator(_at_least(1))] = 1
+    first_token: Annotated[int, PlainValidator(_at_least(1))] | None = None
     seed: Annotated[int, PlainValidator(_at_least(0))] = 0
 
 

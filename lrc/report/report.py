@@ -80,7 +80,7 @@ class CalibrationSource:
 class CalibrationRecord:
     """The blocks that moments were taken of, drawn by ``seed``; ``gradient_samples`` of them for gradients, if any.
 
-    In moments and in errors the first token of a block counts as ``first_token``, if it does not count as one.
+    In moments and in errors the first token of a block counts as ``first_token``.
     """
 
     data: str
@@ -89,8 +89,8 @@ class CalibrationRecord:
     seed: int
     sources: list[CalibrationSource]
     ids_sha256: str
+    first_token: int
     gradient_samples: int | None = None
-    first_token: int | None = None
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> CalibrationRecord:

@@ -90,7 +90,9 @@ def grams_of_the_built_in_model() -> Tensor:
     found = []
     for index in range(reader.architecture.layers):
         layer, state = stream.layer(index)
-        sums = LayerSums(stream, LayerPlan(index, ()), layer, state, {"attn_in"}, {"attention"})
+        sums = LayerSums(
+            stream, LayerPlan(index, ()), layer, state, {"attn_in"}, {"attention"}, first_token=1
+        )
         with observe(layer, sums.watched) as calls:
             batch.hidden = stream.run(layer, index, batch, batch.hidden)
         sums.add(calls)

@@ -207,6 +207,15 @@ def test_calibration_windows_default_to_the_models_limit(resolved: Resolved) -> 
     assert resolved("{format: 1, keep: 0.5}", "llama-8k").seq_len == 2048
 
 
+def test_first_tokens_count_for_one_in_so_many(resolved: Resolved) -> None:
+    for length, count in ((100, 1), (511, 1), (512, 2), (2048, 8)):
+        text = f"{{format: 1, keep: 0.5, calibration: {{seq_len: {length}}}}}"
+        assert resolved(text, "llama-8k").first_token == count
+    assert resolved("{format: 1, keep: 0.5}", "llama-8k").first_token == 8
+    plan = resolved("{format: 1, keep: 0.5, calibration: {first_token: 3}}", "llama-8k")
+    assert plan.first_token == plan.as_dict()["first_token"] == 3
+
+
 def test_options_are_complete_and_the_json_is_equal_for_equal_work(resolved: Resolved) -> None:
     one = resolved("{format: 1, keep: 0.5, components: {ov: {rounds: 2}}}")
     two = resolved("# the same, written otherwise\ncomponents:\n  ov:\n    rounds: 2\nkeep: 0.5\nformat: 1\n")

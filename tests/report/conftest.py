@@ -86,7 +86,7 @@ def make_report() -> MakeReport:
             refits=[RefitRecord(0, "o", 0.1, None, StreamError(0.125, 0.1), StreamError(0.15, 0.1234))],
             scale=LogitScale(0.93, 0.4, 0.375, 2048),
             calibration=CalibrationRecord(
-                "c4", 128, 2048, 0, [CalibrationSource("c4", 128, text_sha256="0a" * 32)], "0b" * 32, 32
+                "c4", 128, 2048, 0, [CalibrationSource("c4", 128, text_sha256="0a" * 32)], "0b" * 32, 8, 32
             ),
             allocation=None,
             device="cpu",

@@ -74,7 +74,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         ],
         scale=LogitScale(0.93, 0.4, 0.375, 2048),
         calibration=CalibrationRecord(
-            "a=2,b=1", 3, 8, 0, [CalibrationSource("a", 2, 2), CalibrationSource("b", 1, 1)], "0a"
+            "a=2,b=1", 3, 8, 0, [CalibrationSource("a", 2, 2), CalibrationSource("b", 1, 1)], "0a", 8
         ),
         allocation=None,
         batch_size=1,
@@ -93,8 +93,8 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "| qk | a3 | 1 | 4 per head | 50.0% | 0.2000 | 0.5 nats KL |" in page
     assert "Calibrated on 3 blocks of 8 tokens: 2 of a, 1 of b." in page
     assert (
-        "- Calibration: data a=2,b=1, samples 3, seq_len 8, seed 0, ids_sha256 0a; data a, blocks 2, weight 2; "
-        in page
+        "- Calibration: data a=2,b=1, samples 3, seq_len 8, seed 0, ids_sha256 0a, first_token 8; "
+        "data a, blocks 2, weight 2; " in page
     )
     assert "| 0 | o | 0.1 | 0.125 | 0.1 | 0.15 | 0.123 |" in page
     assert "| 1 | down | 0.1, raised to 0.2 | 0.5 | 0.25 |  |  |" in page
