@@ -126,6 +126,7 @@ def ablate(
         "model": reader.fingerprint,
         "text": blocks_key(passage.cut),
         "calibration": blocks_key(blocks),
+        "first token": some.plan.first_token,
         "gradients": gradients_key(blocks, some.plan.plan.calibration),
         "dtype": str(precision).removeprefix("torch."),
         "versions": versions(),

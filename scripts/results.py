@@ -36,11 +36,11 @@ PUBLISHED = {
     "ov": {"metric": "output", "subspace": "stacked", "refit": "none"},
     "mlp": {"metric": "output", "select": "score"},
 }
-# The field counts all tokens alike.
-ALIKE = {"refit": "none", "calibration": {"first_token": 1}}
+# The field refits nothing to the stream and counts all tokens alike.
+FIELD = {"refit": "none", "calibration": {"first_token": 1}}
 BASELINES: dict[str, dict[str, Any]] = {
-    "whitened_svd (SVD-LLM)": {"method": "whitened_svd", **ALIKE},
-    "a3 as published": {"method": "a3", "components": PUBLISHED, **ALIKE},
+    "whitened_svd (SVD-LLM)": {"method": "whitened_svd", **FIELD},
+    "a3 as published": {"method": "a3", "components": PUBLISHED, **FIELD},
 }
 
 
@@ -49,13 +49,13 @@ def _a3(**components: dict[str, Any]) -> dict[str, Any]:
 
 
 EFFECTS: dict[str, dict[str, Any]] = {
-    "svd": {"method": "svd", "refit": "none"},
-    "monarch": {"method": "monarch", "refit": "none"},
+    "svd": {"method": "svd", **FIELD},
+    "monarch": {"method": "monarch", **FIELD},
     **BASELINES,
     "two_sided_svd": {"method": "two_sided_svd", "refit": "none"},
     "a3 as published, without the MLP refit": {
         **_a3(**{**PUBLISHED, "mlp": {**PUBLISHED["mlp"], "refit": "none"}}),
-        **ALIKE,
+        **FIELD,
     },
     "a3": {"method": "a3"},
     "a3, refit: none": {"method": "a3", "refit": "none"},
@@ -146,7 +146,10 @@ SeqLen = Annotated[int, typer.Option(help="Tokens of a calibration block.")]
 Devices = Annotated[str | None, typer.Option(help="Such as cuda:0,cuda:1.")]
 Samples = Annotated[str, typer.Option(help="Calibration blocks, or all.")]
 GradientSamples = Annotated[int, typer.Option(help="Blocks that gradients are taken on.")]
-FirstToken = Annotated[int | None, typer.Option(help="What the first token of a block counts for.")]
+FirstToken = Annotated[
+    int | None,
+    typer.Option(help="What the first token of a block counts for, of the field too, which else has 1."),
+]
 MaxWindows = Annotated[int | None, typer.Option(help="Evaluation windows of each text.")]
 Ppl = Annotated[str, typer.Option(help="Texts that perplexity is measured on, separated by commas.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the tables here.")]
@@ -268,7 +271,7 @@ def _calibration(
         "samples": samples if samples == "all" else int(samples),
         "seq_len": seq_len,
         "gradient_samples": gradient_samples,
-        **({"first_token": first_token} if first_token else {}),
+        **({"first_token": first_token} if first_token is not None else {}),
     }
 
 
@@ -324,7 +327,7 @@ def _figures(
         yield 1.0, Figure(task.row, 1.0, 1.0, _perplexity(setting.model, setting, common))
         return
     row = task.row if step is None else f"{task.row}, sizes in {step}s"
-    calibration = {**setting.calibration, **task.plan.get("calibration", {}), "seed": task.seed}
+    calibration = {**task.plan.get("calibration", {}), **setting.calibration, "seed": task.seed}
     written = {"format": 1, **task.plan, "calibration": calibration}
     with tempfile.TemporaryDirectory() as scratch:
         base, folder = Path(scratch) / "base.yaml", Path(scratch) / "out"

@@ -48,7 +48,9 @@ def ablate(texts, tmp_path):
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of a test hold no more than a few calibration blocks."""
     monkeypatch.setattr(
-        lrc.ablation, "_HEAD", "format: 1\nrefit: none\ncalibration: {samples: 4, seq_len: 48}\n"
+        lrc.ablation,
+        "_HEAD",
+        "format: 1\nrefit: none\ncalibration: {samples: 4, seq_len: 48, first_token: 5}\n",
     )
 
 

@@ -147,7 +147,8 @@ def inspect_model(
 class Inspector:
     """Goes through a model once; ``targets`` and ``moments`` are what it found so far.
 
-    The device holds one layer with its moments, and what the largest solve takes.
+    The device holds one layer with its moments, and what the largest solve takes. Moments and gradients are taken as
+    ``plan`` says; its layers are not looked at.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 The loss is the sum of a block's nats, so that gradients are of the size of one token's loss. Tokens are taken as
 independent: of the gradients g_t and changes Δy_t of a block, E(Σ_t g_tᵀ Δy_t)² is read as Σ_t E(g_tᵀ Δy_t)². Half the
-mean over tokens is then the rise of the loss in nats per token (Kronecker-factored curvature, arXiv:1503.05671).
+mean over tokens is then the rise of the loss in nats per token (Kronecker-factored curvature, arXiv:1503.05671), in
+which first tokens weigh as they do in the moments C of the inputs.
 """
 
 from __future__ import annotations

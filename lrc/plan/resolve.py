@@ -17,9 +17,8 @@ from lrc.plan.solver import SolverData, find_solver
 from lrc.plan.unsized import refuse_no_budget, refuse_sizes
 
 MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
-PER_FIRST_TOKEN = (
-    256  # tokens of a block for which its first one counts once, where the plan leaves that open
-)
+# Where the plan leaves open what first tokens count for: one for so many tokens of a block.
+TOKENS_PER_FIRST = 256
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def resolve(
         plan=plan,
         layers=tuple(layers),
         seq_len=seq_len,
-        first_token=plan.calibration.first_token or max(1, seq_len // PER_FIRST_TOKEN),
+        first_token=plan.calibration.first_token or max(1, seq_len // TOKENS_PER_FIRST),
         whole=count * architecture.layer_parameters,
         warnings=(*assigner.warnings(), *outside.warnings()),
         outer=outer,

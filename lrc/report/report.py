@@ -19,7 +19,7 @@ from lrc.refit import RefitRecord
 from lrc.scale import LogitScale
 
 REPORT = "report.json"
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 _RAN = 1e-3  # seconds
 
 

@@ -20,12 +20,15 @@ from lrc.plan.size import ComponentRank
 BY_SCORE = "mlp: {metric: output, select: score}"  # neurons cut as published
 
 
+@pytest.mark.parametrize("first_token", [1, 20])
 def test_energy_is_the_share_of_the_output_that_is_lost(
-    tiny_checkpoint: Any, setting: Any, linear_inputs: Any
+    tiny_checkpoint: Any, setting: Any, linear_inputs: Any, blocks: Tensor, first_token: int
 ) -> None:
-    folder = tiny_checkpoint("llama")
+    folder, counts = tiny_checkpoint("llama"), torch.ones(blocks.shape, dtype=torch.int64)
+    counts[:, 0] = first_token
     first = f"match: 0, qk: keep-all, ov: keep-all, {BY_SCORE}"
-    plan = setting(folder, f"layers: [{{{first}}}, {{match: 1, method: whitened_svd}}]")
+    calibration = f"calibration: {{first_token: {first_token}}}"
+    plan = setting(folder, f"{calibration}\nlayers: [{{{first}}}, {{match: 1, method: whitened_svd}}]")
     done: list[int] = []
     found = predicted.energy_costs(plan, done.append)  # type: ignore[arg-type]
     assert found.unit == "relative squared error"
@@ -33,7 +36,8 @@ def test_energy_is_the_share_of_the_output_that_is_lost(
     whole = plan.plans[0].whole
     curves = {(curve.layer, curve.target): curve for curve in found.curves}
     assert list(curves) == [(0, "mlp"), *((1, role) for role in ("q", "k", "v", "o", "gate", "up", "down"))]
-    weights, inputs = load_file(folder / "model.safetensors"), linear_inputs(folder)
+    weights = load_file(folder / "model.safetensors")
+    inputs = {path: x.repeat_interleave(counts.flatten(), dim=0) for path, x in linear_inputs(folder).items()}
     # Whitened SVD loses the smallest eigenvalues of E[y yᵀ].
     for role, name in (("o", "self_attn.o_proj"), ("up", "mlp.up_proj")):
         y = inputs[f"model.layers.1.{name}"] @ weights[f"model.layers.1.{name}.weight"].double().T

@@ -23,7 +23,7 @@ from lrc.text.blocks import calibration_blocks, tokenize
 from lrc.text.mixture import Calibration, Source
 from lrc.texts import Texts
 
-CALIBRATION = "calibration: {samples: 4, seq_len: 32}"
+CALIBRATION = "calibration: {samples: 4, seq_len: 32, first_token: 5}"
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(80))
 
 

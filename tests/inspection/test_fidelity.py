@@ -63,8 +63,9 @@ def test_pairs_by_their_products_and_the_inputs_they_keep(
 
 
 def test_the_method_of_the_metric_keeps_the_best_inputs(
-    tiny_checkpoint: Any, inspected: Any, find: Any, output: Any
+    tiny_checkpoint: Any, inspected: Any, find: Any, output: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lrc.plan.resolve.TOKENS_PER_FIRST", 4)  # so that first tokens count as 8 throughout
     folder = tiny_checkpoint("gpt2")
     found = inspected(folder, against=output(folder, "keep: 0.5\nmethod: whitened_svd\nrefit: none"))
     for role in ("q", "k", "v", "o", "fc_in", "fc_out"):
