@@ -8,9 +8,9 @@ from lrc.hub.register import install
 
 if TYPE_CHECKING:
     from lrc.ablation import ablate
-    from lrc.api import compress, evaluate
     from lrc.benchmark.bench import bench
-    from lrc.evaluating import evaluate_against
+    from lrc.compressing import compress
+    from lrc.evaluating import evaluate, evaluate_against
     from lrc.hub.loader import load
     from lrc.inspection.inspector import inspect_model
     from lrc.modules.fuse import fuse, unfuse
@@ -36,8 +36,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ablate": "lrc.ablation",
     "bench": "lrc.benchmark.bench",
-    "compress": "lrc.api",
-    "evaluate": "lrc.api",
+    "compress": "lrc.compressing",
+    "evaluate": "lrc.evaluating",
     "evaluate_against": "lrc.evaluating",
     "fuse": "lrc.modules.fuse",
     "inspect_model": "lrc.inspection.inspector",

@@ -1,15 +1,16 @@
-"""Holds a model against another, and puts tasks to models: what ``lrc eval --against`` and ``--tasks`` call."""
+"""Measures a model, holds it against another, and puts tasks to models: what ``lrc eval`` calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lrc.checkpoint.staging import MANIFEST
 from lrc.errors import UserError
-from lrc.evaluation.folder import find_loading
+from lrc.evaluation.folder import evaluate_folder, find_loading
 from lrc.evaluation.pair import evaluate_pair
 from lrc.evaluation.passage import choose_seq_lens, read_config
-from lrc.evaluation.perplexity import Progress
+from lrc.evaluation.perplexity import Perplexity, Progress
 from lrc.evaluation.records import token_file
 from lrc.evaluation.tasks import Tasks, TaskScore
 from lrc.hub.names import default_text, resolve_model
@@ -17,6 +18,62 @@ from lrc.ranks import ALONE, Ranks
 from lrc.report.comparison import Comparison, Evaluated
 from lrc.room import memory_advice
 from lrc.text.source import named_texts, read_text
+
+
+def evaluate(
+    model: str | Path | None = None,
+    ppl: str | Sequence[str] | None = None,
+    *,
+    seq_len: int | Sequence[int] | None = None,
+    max_windows: int | None = None,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    streamed: bool | None = None,
+    tokens: str | Path | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Perplexity]:
+    """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
+
+    The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
+    ``lrc.evaluation.perplexity``. ``seq_len``: tokens of a window; of several lengths each has a figure, on the same
+    part of the text. ``streamed``: the model runs a layer at a time, which gives the same figure and needs the memory
+    of a layer (default: where it would not fit whole). ``tokens``: a file for the loss of each token, as
+    ``lrc.evaluation.records`` writes it. ``ranks`` are the processes that share the work, as for ``compress``. Raises
+    UserError for a model or text that cannot be had.
+    """
+    named = None if ppl is None else named_texts(ppl)
+    if model is None:
+        path = newest_output(Path.cwd())
+    else:
+        path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
+    loading = find_loading(
+        device,
+        dtype,
+        streamed,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        ranks=ranks,
+    )
+    with (
+        memory_advice("--streamed, a shorter --seq-len, or --device cpu"),
+        token_file(tokens, paired=False, ranks=ranks) as keep,
+    ):
+        return evaluate_folder(
+            path,
+            named or [default_text(str(model or path))],
+            loading,
+            data_dir=None if data_dir is None else Path(data_dir),
+            seq_len=seq_len,
+            max_windows=max_windows,
+            progress=progress,
+            keep=keep,
+            ranks=ranks,
+        )
 
 
 def evaluate_against(
@@ -123,3 +180,16 @@ def prepare_tasks(
             return [found.evaluate(folder, loading) for folder in folders]
 
     return evaluate
+
+
+def newest_output(folder: Path) -> Path:
+    """The lrc output below ``folder`` (three levels at most) that was finished last; UserError where there is none."""
+    manifests = [
+        path
+        for depth in ("", "*/", "*/*/", "*/*/*/")
+        for path in folder.glob(f"{depth}{MANIFEST}")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # unfinished or retired
+    ]
+    if not manifests:
+        raise UserError(f"there is no lrc output below {folder}; name a model, or run lrc compress first")
+    return max(manifests, key=lambda path: path.stat().st_mtime).parent

@@ -41,8 +41,8 @@ os.environ |= {
 import torch
 from random_checkpoint import SHAPES, TOKENIZER, TOKENIZER_FILES, configuration, write
 
-import lrc.api
 import lrc.cli
+import lrc.compressing
 import lrc.compressor
 import lrc.integrity
 from lrc.checkpoint import staging

@@ -135,7 +135,13 @@ def together(tmp_path: Path) -> Together:
     context = multiprocessing.get_context("forkserver")
     used = ("models.llama.modeling_llama", "models.gpt2.modeling_gpt2", "models.auto.tokenization_auto")
     context.set_forkserver_preload(
-        ["lrc.api", "lrc.cli", "lrc.report.tables", "datasets", *(f"transformers.{name}" for name in used)]
+        [
+            "lrc.compressing",
+            "lrc.cli",
+            "lrc.report.tables",
+            "datasets",
+            *(f"transformers.{name}" for name in used),
+        ]
     )
     numbers = count()
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lrc.api import compress
 from lrc.check import check
 from lrc.checkpoint.staging import staging
+from lrc.compressing import compress
 from lrc.compressor import Compressor
 from lrc.estimate import target_sizes
 from lrc.gradients import gradient_moments

@@ -39,7 +39,7 @@ LAYERS = (
     ("output", "allocation"),
     ("benchmark", "catalogue", "check", "integrity"),
     ("report",),
-    ("api", "planning", "evaluating", "ablation", "inspection"),
+    ("compressing", "evaluating", "planning", "ablation", "inspection"),
     ("cli", "__init__"),
     ("__main__",),
 )

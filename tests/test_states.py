@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lrc.room
-from lrc.api import compress
+from lrc.compressing import compress
 from lrc.errors import OutOfResources, UserError
 from lrc.job import Job, prepare
 from lrc.memory import estimate_memory

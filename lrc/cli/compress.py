@@ -66,7 +66,7 @@ def compress_model(
 ) -> None:
     """Compress MODEL by a plan into a new checkpoint, and report what it cost."""
     quiet()
-    from lrc.api import compress
+    from lrc.compressing import compress
     from lrc.report.tables import summary
 
     with processes() as ranks:

@@ -138,9 +138,8 @@ def evaluate(
     """Measure MODEL by perplexity and tasks; what it lost of another model; or what shrinking each part alone costs."""
     quiet()
     from lrc.ablation import ablate as measure_alone
-    from lrc.api import evaluate as measure
-    from lrc.api import newest_output
-    from lrc.evaluating import evaluate_against, prepare_tasks
+    from lrc.evaluating import evaluate as measure
+    from lrc.evaluating import evaluate_against, newest_output, prepare_tasks
     from lrc.report.ablation import ablation_table
     from lrc.report.comparison import Comparison, Evaluated
     from lrc.report.tables import evaluation

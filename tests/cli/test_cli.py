@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 import lrc.compressor
 from lrc import __version__
-from lrc.api import newest_output
 from lrc.checkpoint.staging import staging
 from lrc.cli import app, main
+from lrc.evaluating import newest_output
 from lrc.report.html import html_page
 from lrc.report.report import read_report
 
@@ -284,7 +284,7 @@ def test_what_cannot_be_taken_up_says_that_it_starts_over(
 
     # In this order: a module that is first imported here should have the name as it is.
     monkeypatch.setattr("lrc.planning.resolve_model", interrupt)
-    monkeypatch.setattr("lrc.api.resolve_model", interrupt)
+    monkeypatch.setattr("lrc.evaluating.resolve_model", interrupt)
     result = run(*verb)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted; the same command starts over\n"

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import lrc.evaluation.folder
 import lrc.room
-from lrc.api import compress, evaluate
+from lrc.compressing import compress
 from lrc.errors import UserError
+from lrc.evaluating import evaluate
 from lrc.evaluation.perplexity import window_losses
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.api import compress
+from lrc.compressing import compress
 from lrc.inspection.inspector import inspect_model
 from lrc.report.inspection import Inspected, Inspection
 

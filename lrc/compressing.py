@@ -1,4 +1,4 @@
-"""What ``import lrc`` and the command line call: a model and a plan to a compressed checkpoint and its report."""
+"""A model and a plan to a compressed checkpoint and its report: what ``lrc compress`` calls."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from lrc import __version__
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
 from lrc.checkpoint.shared import SharedStaging
-from lrc.checkpoint.staging import MANIFEST, check_output, staging
+from lrc.checkpoint.staging import check_output, staging
 from lrc.compressor import Compressor
 from lrc.curves import as_curves
-from lrc.errors import UserError
-from lrc.evaluation.folder import Loading, evaluate_folder, find_loading
+from lrc.evaluation.folder import Loading, evaluate_folder
 from lrc.evaluation.passage import DEFAULT_SEQ_LEN, count_windows
-from lrc.evaluation.perplexity import Perplexity
-from lrc.evaluation.records import token_file
-from lrc.hub.names import default_text, resolve_model
+from lrc.hub.names import default_text
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype, prepare
 from lrc.output import copied_files, logit_scale, refit_records, sizes, target_records, write_checkpoint
@@ -44,7 +41,7 @@ from lrc.stream import ModelStream
 from lrc.synthetic import synthesize
 from lrc.text.blocks import tokenize
 from lrc.text.mixture import Calibration
-from lrc.text.source import named_texts, read_text
+from lrc.text.source import read_text
 from lrc.texts import draw_texts
 from lrc.tokens import too_few
 
@@ -220,75 +217,6 @@ def compress(
         own.write_file("README.md", model_card(report))
         own.publish()
     return ranks.share(report)
-
-
-def evaluate(
-    model: str | Path | None = None,
-    ppl: str | Sequence[str] | None = None,
-    *,
-    seq_len: int | Sequence[int] | None = None,
-    max_windows: int | None = None,
-    data_dir: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    streamed: bool | None = None,
-    tokens: str | Path | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    ranks: Ranks = ALONE,
-) -> list[Perplexity]:
-    """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
-
-    The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
-    ``lrc.evaluation.perplexity``. ``seq_len``: tokens of a window; of several lengths each has a figure, on the same
-    part of the text. ``streamed``: the model runs a layer at a time, which gives the same figure and needs the memory
-    of a layer (default: where it would not fit whole). ``tokens``: a file for the loss of each token, as
-    ``lrc.evaluation.records`` writes it. ``ranks`` are the processes that share the work, as for ``compress``. Raises
-    UserError for a model or text that cannot be had.
-    """
-    named = None if ppl is None else named_texts(ppl)
-    if model is None:
-        path = newest_output(Path.cwd())
-    else:
-        path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
-    loading = find_loading(
-        device,
-        dtype,
-        streamed,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        ranks=ranks,
-    )
-    with (
-        memory_advice("--streamed, a shorter --seq-len, or --device cpu"),
-        token_file(tokens, paired=False, ranks=ranks) as keep,
-    ):
-        return evaluate_folder(
-            path,
-            named or [default_text(str(model or path))],
-            loading,
-            data_dir=None if data_dir is None else Path(data_dir),
-            seq_len=seq_len,
-            max_windows=max_windows,
-            progress=progress,
-            keep=keep,
-            ranks=ranks,
-        )
-
-
-def newest_output(folder: Path) -> Path:
-    """The lrc output below ``folder`` (three levels at most) that was finished last; UserError where there is none."""
-    manifests = [
-        path
-        for depth in ("", "*/", "*/*/", "*/*/*/")
-        for path in folder.glob(f"{depth}{MANIFEST}")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # unfinished or retired
-    ]
-    if not manifests:
-        raise UserError(f"there is no lrc output below {folder}; name a model, or run lrc compress first")
-    return max(manifests, key=lambda path: path.stat().st_mtime).parent
 
 
 def _allocate(
