@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from lrc.allocation.contract import Advance, Setting
@@ -22,11 +20,12 @@ from lrc.errors import UserError, nearest
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.nll import token_nll
 from lrc.evaluation.passage import choose_seq_lens, passages
-from lrc.evaluation.perplexity import Perplexity, Progress, measure
+from lrc.evaluation.perplexity import Progress, measure
 from lrc.families import Architecture
 from lrc.hub.names import ResolvedModel, default_text, resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.job import Job, default_batch, find_device, find_dtype
+from lrc.losses import Loss, Losses, load_losses
 from lrc.methods import methods
 from lrc.methods.contract import Solution
 from lrc.moments import COLLECTORS
@@ -51,7 +50,6 @@ KEEPS = (0.5, 0.25, 0.125)
 # reads no gradients.
 COMPONENT_METHOD, PROJECTION_METHOD = "a3", "whitened_svd"
 _HEAD = "format: 1\nrefit: none\n"
-_FORMAT = 1
 _COARSE = 0.1  # of the fraction asked for
 
 
@@ -133,7 +131,7 @@ def ablate(
     }
     ranks.agree(key)
     file = folder / f"{found.name}.ablation.{digest(key)}.json"
-    known = ranks.share(_known(file, key) if ranks.first and not fresh else None) or _Results(key)
+    known = ranks.share(load_losses(file, key) if ranks.first and not fresh else None) or Losses(key)
     waits = choose_place(None, some, place, precision, batch, len(ranks.mine(blocks)))
     # Each group takes one walk, so that moments are taken once for all of it, and is kept when it is done.
     groups = [
@@ -150,7 +148,9 @@ def ablate(
                 loading = Loading(place, precision, None, folder, allow_pickle, trust_remote_code)
                 with loaded([found.path], len(tokenizer), loading) as models:
                     dense = measure(models[0], passage, tokenizer=tokenizer, ranks=ranks)
-            known = _kept(replace(known, dense=dense), file, ranks)
+            known = replace(known, dense=dense)
+            if ranks.first:
+                known.save(file)
         for each in missing:
             if each:
                 setting = Setting(
@@ -165,8 +165,10 @@ def ablate(
                 )
                 with watch.stage("ablate"):
                     nats = losses(setting, passage.cut, folder, advance)
-                costs = [_Cost(**_asked(job), nats=value) for job, value in zip(each, nats, strict=True)]
-                known = _kept(replace(known, costs=[*known.costs, *costs]), file, ranks)
+                costs = [Loss(**_asked(job), nats=value) for job, value in zip(each, nats, strict=True)]
+                known = replace(known, losses=[*known.losses, *costs])
+                if ranks.first:
+                    known.save(file)
     assert known.dense is not None
     results = [_result(job, known) for each in jobs.values() for job in each]
     ablation = Ablation(
@@ -183,7 +185,8 @@ def ablate(
         warnings=[*dict.fromkeys([*passage.notes, *texts.warnings]), *_coarse(results)],
     )
     if ranks.first:
-        _write(Path(ablation.picture), picture(ablation))
+        with written(drawn := Path(ablation.picture)):
+            write_text(drawn, picture(ablation))
     return ablation
 
 
@@ -268,33 +271,6 @@ def _job(model: ResolvedModel, reader: CheckpointReader, target: str, method: st
     return Job(model, reader, text, source, plan)
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Loss per token in nats with one target shrunk, and by what."""
-
-    target: str
-    method: str
-    keep: float
-    options: dict[str, Any]
-    nats: float
-
-
-@dataclass(frozen=True)
-class _Results:
-    """What was measured under a ``key``, as the file has it."""
-
-    key: dict[str, Any]
-    dense: Perplexity | None = None
-    costs: list[_Cost] = field(default_factory=list)
-
-    def of(self, asked: Mapping[str, Any]) -> float | None:
-        """The loss of what is asked for, if it is known."""
-        return next((c.nats for c in self.costs if asked.items() <= asdict(c).items()), None)
-
-
-_RESULTS = TypeAdapter(_Results)
-
-
 def _asked(job: Job) -> dict[str, Any]:
     """Target, method, fraction and options of a job: what one cost is of."""
     (target, entry), *_ = (
@@ -311,7 +287,7 @@ def _shrinks(job: Job) -> bool:
     return bool(job.plan.layers[0].assignments)
 
 
-def _result(job: Job, known: _Results) -> Ablated:
+def _result(job: Job, known: Losses) -> Ablated:
     assert known.dense is not None
     asked, dense = _asked(job), known.dense.nats / known.dense.tokens
     nats = known.of(asked) if _shrinks(job) else dense
@@ -327,33 +303,6 @@ def _coarse(results: Sequence[Ablated]) -> list[str]:
         for r in results
         if abs(r.kept - r.keep) > _COARSE * r.keep
     ]
-
-
-def _known(file: Path, key: Mapping[str, Any]) -> _Results | None:
-    """The results of an earlier run; UserError where the file holds anything else, which nothing may overwrite."""
-    if not file.exists():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.pop("format", None) == _FORMAT and found.get("key") == key:
-            return _RESULTS.validate_json(json.dumps(found))
-    except (OSError, ValueError, ValidationError):
-        pass
-    raise UserError(
-        f"{file} holds no results of lrc eval --ablate for what its name says; remove it, or pass --fresh"
-    )
-
-
-def _kept(results: _Results, file: Path, ranks: Ranks) -> _Results:
-    """The results, once they are on the disk."""
-    if ranks.first:
-        _write(file, json.dumps({"format": _FORMAT, **asdict(results)}, indent=1) + "\n")
-    return results
-
-
-def _write(file: Path, text: str) -> None:
-    with written(file):
-        write_text(file, text)
 
 
 def _unseen(done: int) -> None:

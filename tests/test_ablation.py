@@ -128,7 +128,7 @@ def test_another_file_is_not_overwritten(tiny_checkpoint, ablate):
     source = tiny_checkpoint("llama")
     file = Path(ablate(source, keeps=[0.5], method="svd").file)
     kept = json.loads(file.read_text(encoding="utf-8"))
-    for text in ("not json", "[]", json.dumps(kept | {"key": {}}), json.dumps(kept | {"costs": [1]})):
+    for text in ("not json", "[]", json.dumps(kept | {"key": {}}), json.dumps(kept | {"losses": [1]})):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=r"holds no results of lrc eval --ablate .* or pass --fresh"):
             ablate(source, keeps=[0.5], method="svd")

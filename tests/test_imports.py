@@ -35,7 +35,7 @@ LAYERS = (
     ("room",),
     ("evaluation", "estimate", "synthetic"),
     ("outer",),
-    ("compressor", "curves", "budget", "texts", "tokens"),
+    ("compressor", "curves", "losses", "budget", "texts", "tokens"),
     ("output", "allocation"),
     ("benchmark", "catalogue", "check", "integrity"),
     ("report",),
