@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lrc.hub.register import install
+from lrc.run.versions import __version__
 
 if TYPE_CHECKING:
-    from lrc.ablation import ablate
-    from lrc.benchmark.bench import bench
-    from lrc.compressing import compress
-    from lrc.evaluating import evaluate, evaluate_against
     from lrc.hub.loader import load
-    from lrc.inspection.inspector import inspect_model
-    from lrc.modules.fuse import fuse, unfuse
-    from lrc.planning import make_plan
-    from lrc.report.report import read_report
+    from lrc.modules.fused.fuse import fuse, unfuse
+    from lrc.records.compression import read_report
+    from lrc.verbs.ablate import ablate
+    from lrc.verbs.bench import bench
+    from lrc.verbs.compress import compress
+    from lrc.verbs.evaluate import evaluate, evaluate_against
+    from lrc.verbs.inspect import inspect_model
+    from lrc.verbs.plan import make_plan
 
 __all__ = [
     "__version__",
@@ -31,20 +32,18 @@ __all__ = [
     "read_report",
     "unfuse",
 ]
-__version__ = "0.1.0"
-
 _HOMES = {
-    "ablate": "lrc.ablation",
-    "bench": "lrc.benchmark.bench",
-    "compress": "lrc.compressing",
-    "evaluate": "lrc.evaluating",
-    "evaluate_against": "lrc.evaluating",
-    "fuse": "lrc.modules.fuse",
-    "inspect_model": "lrc.inspection.inspector",
+    "ablate": "lrc.verbs.ablate",
+    "bench": "lrc.verbs.bench",
+    "compress": "lrc.verbs.compress",
+    "evaluate": "lrc.verbs.evaluate",
+    "evaluate_against": "lrc.verbs.evaluate",
+    "fuse": "lrc.modules.fused.fuse",
+    "inspect_model": "lrc.verbs.inspect",
     "load": "lrc.hub.loader",
-    "make_plan": "lrc.planning",
-    "read_report": "lrc.report.report",
-    "unfuse": "lrc.modules.fuse",
+    "make_plan": "lrc.verbs.plan",
+    "read_report": "lrc.records.compression",
+    "unfuse": "lrc.modules.fused.fuse",
 }
 
 

@@ -33,3 +33,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known) or 'none'}"
+
+
+def as_text_number(value: object) -> str:
+    """How a number that YAML takes for text has to be written; empty where the value is not one."""
+    try:
+        number = repr(float(value)) if isinstance(value, str) else "nan"
+    except ValueError:
+        return ""
+    if number in ("nan", "inf", "-inf"):
+        return ""
+    if "e" in number and "." not in number:  # YAML wants 1.0e-07 where Python writes 1e-07
+        number = number.replace("e", ".0e")
+    return f"{value!r} is text to YAML, not a number; write {number.removesuffix('.0')}"

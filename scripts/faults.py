@@ -42,9 +42,9 @@ import torch
 from random_checkpoint import SHAPES, TOKENIZER, TOKENIZER_FILES, configuration, write
 
 import lrc.cli
-import lrc.compressing
-import lrc.compressor
-import lrc.integrity
+import lrc.compression.loop
+import lrc.verbs.compress
+import lrc.verbs.verify
 from lrc.checkpoint import staging
 from lrc.checkpoint.headers import parse_header
 from lrc.hub.names import ASSETS
@@ -168,7 +168,7 @@ class Listener:
         self._text, self._number = "", 0
         self._act: Callable[[str], None] = lambda line: None
         sys.addaudithook(self._hear)
-        fsync, save, solve = os.fsync, staging.save_file, lrc.compressor.solve_layer
+        fsync, save, solve = os.fsync, staging.save_file, lrc.compression.loop.solve_layer
 
         def count_fsync(descriptor: int) -> None:
             self.note("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -182,7 +182,7 @@ class Listener:
             self.note("solve", f"{self._root}{plan.index}")
             return solve(architecture, plan, *rest)
 
-        os.fsync, staging.save_file, lrc.compressor.solve_layer = count_fsync, count_save, count_solve
+        os.fsync, staging.save_file, lrc.compression.loop.solve_layer = count_fsync, count_save, count_solve
 
     def at(self, text: str, number: int, act: Callable[[str], None]) -> None:
         """Do something before the ``number``-th operation whose line has a text in it."""

@@ -29,22 +29,22 @@ from random_checkpoint import SHAPES, STD, configuration
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lrc.assemble import assemble
-from lrc.benchmark.bench import Row
 from lrc.benchmark.cases import make_cases, parse_shapes
 from lrc.benchmark.measure import measure
 from lrc.benchmark.work import weigh
+from lrc.compression.assemble import assemble
 from lrc.families import Architecture, family_of
 from lrc.families.family import describe
 from lrc.hub.quantizer import FORMAT_VERSION, METHOD, replace_modules
-from lrc.job import DTYPES
 from lrc.methods import methods
 from lrc.methods.contract import Affine, Factors, Prediction, Solution
-from lrc.modules.fuse import fuse, unfuse
+from lrc.modules.fused.fuse import fuse, unfuse
 from lrc.modules.table import Table
 from lrc.moments import COLLECTORS
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import Assignment, ResolvedPlan
+from lrc.records.benchmark import Row
+from lrc.run.settings import DTYPES
 
 LOW_RANK = ("svd", "two_sided_svd", "whitened_svd")  # of single projections; components are a3's
 FUSIONS: dict[str, Callable[[PreTrainedModel], object]] = {

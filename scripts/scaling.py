@@ -6,7 +6,7 @@
     python scripts/scaling.py compare MODEL REPORT --plan PLAN      # beside a report.json made on this machine's CPU
 
 Shapes and ranks are those of ``lrc check``, which reads checkpoints of headers alone: sparse files of the right length.
-The count follows ``lrc.compressor``; tests/scripts/test_scaling.py holds it to what a run really does. What passes over
+The count follows the loop; tests/scripts/test_scaling.py holds it to what a run really does. What passes over
 activations and not over matrices is left out, but for what the measured rates have of it.
 """
 
@@ -29,11 +29,12 @@ import typer
 from random_checkpoint import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrc.gradients import stride
-from lrc.job import Job, default_batch, prepare
-from lrc.memory import estimate_memory
+from lrc.compression.refit import DIRECTIONS, RIDGES, held_out_blocks
+from lrc.estimate.memory import estimate_memory
 from lrc.moments.moment import GRAM_BLOCK
-from lrc.refit import DIRECTIONS, RIDGES, held_out_blocks
+from lrc.plan.job import Job, prepare
+from lrc.run.settings import default_batch
+from lrc.walk.backward import stride
 
 MODELS = {"7B": "llama-7b", "70B": "llama-70b", "405B": "llama-405b"}
 # One of 384 experts stands for all, of which eight are chosen, and for one that all tokens pass: as Kimi K2, but with
@@ -373,7 +374,7 @@ def _solves(shape: Shape) -> list[Work]:
 
 
 def _solve_pair(rows: int, columns: int, rank: int) -> Work:
-    """``lrc.linalg.best_pair`` for both moments, and what it says of its error."""
+    """``lrc.maths.linalg.best_pair`` for both moments, and what it says of its error."""
     near, far = min(rows, columns), max(rows, columns)
     inner = 2 * near * far**2 + 2 * near**2 * far + 4 * near**3 + 3 * near**2 * rank + 2 * rank * near * far
     balanced = 2 * rank**2 * (rows + 3 * columns)
@@ -650,7 +651,7 @@ class Held:
 
     @property
     def on_host(self) -> bool:
-        """Whether hidden states have to wait on the host, by the rule of ``lrc.memory.choose_place``."""
+        """Whether hidden states have to wait on the host, by the rule of ``lrc.estimate.memory.choose_place``."""
         return self.device > 0.8 * GPU_BYTES
 
 
@@ -667,7 +668,7 @@ def held(job: Job, shape: Shape) -> Held:
 
 
 def _of_experts(shape: Shape, stage: str) -> int:
-    """Bytes that all MLPs of a layer but one take, counted as ``lrc.memory`` counts the one."""
+    """Bytes that all MLPs of a layer but one take, counted as ``lrc.estimate.memory`` counts the one."""
     one, hidden, found = shape.mlps[-1], shape.hidden, 0
     more = sum(mlp.copies for mlp in shape.mlps) - 1
     weights, kept = 3 * hidden * one.width * shape.stored, 3 * hidden * one.kept

@@ -154,12 +154,12 @@ def profile(
 ) -> None:
     """What the device does in each stage: seconds in which it is busy, and the kernels that take most of them."""
     import lrc
-    import lrc.solve
-    from lrc.stopwatch import Stopwatch
+    import lrc.compression.solve
+    from lrc.run.stopwatch import Stopwatch
 
     activity = torch.profiler.ProfilerActivity
     plan = _plan(WAYS[_names(way)[0]], data, samples, seq_len)
-    timed, solved = Stopwatch.stage, lrc.solve.solve
+    timed, solved = Stopwatch.stage, lrc.compression.solve.solve
 
     @contextmanager
     def stage(self: Stopwatch, name: str) -> Iterator[None]:
@@ -174,7 +174,7 @@ def profile(
         (written := Path(scratch) / "plan.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
         options: dict[str, Any] = {"plan": str(written), "ppl": [], "device": device}
         lrc.compress(str(model), out=Path(scratch) / "warm", **options)
-        Stopwatch.stage, lrc.solve.solve = stage, solve  # type: ignore[method-assign]
+        Stopwatch.stage, lrc.compression.solve.solve = stage, solve  # type: ignore[method-assign]
         kinds = [activity.CPU] if device == "cpu" else [activity.CPU, activity.CUDA]
         with torch.profiler.profile(activities=kinds) as profiler:
             lrc.compress(str(model), out=Path(scratch) / "out", **options)
@@ -185,7 +185,7 @@ def profile(
 def read(shape: Shape, layers: Layers = None, work: Work = None, device: Device = "cuda") -> None:
     """Bytes a second of layers on their way from the page cache to pinned memory, checked, in two passes over them."""
     from lrc.checkpoint.reader import CheckpointReader
-    from lrc.stream import ModelStream
+    from lrc.walk.stream import ModelStream
 
     with _checkpoint(shape, layers, work, device) as folder:
         stream = ModelStream(CheckpointReader(folder), torch.device(device), torch.bfloat16)
@@ -254,8 +254,8 @@ def _compress(
     name: str, model: Path, data: str, samples: int, seq_len: int, cold: bool, device: str
 ) -> list[str]:
     """The cells of one whole command: its wall time and what its report says."""
-    from lrc.check import check
-    from lrc.job import prepare
+    from lrc.plan.job import prepare
+    from lrc.verbs.check import check
 
     way = WAYS[name]
     launcher = (

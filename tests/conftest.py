@@ -136,7 +136,7 @@ def together(tmp_path: Path) -> Together:
     used = ("models.llama.modeling_llama", "models.gpt2.modeling_gpt2", "models.auto.tokenization_auto")
     context.set_forkserver_preload(
         [
-            "lrc.compressing",
+            "lrc.verbs.compress",
             "lrc.cli",
             "lrc.report.tables",
             "datasets",

@@ -17,33 +17,36 @@ from lrc.families import families
 PACKAGE = Path(lrc.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# From the bottom up; a module imports from the layers below and from its own package.
+# From the bottom up; a module imports from the folders before its own, and from its own.
 LAYERS = (
-    ("errors",),
-    ("linalg", "discovery", "stopwatch", "launcher", "states", "plots"),
-    ("ranks",),
-    ("alternating",),
-    ("moments",),
-    ("families",),
-    ("modules", "plan.size"),
-    ("plan", "methods"),
-    ("checkpoint", "text"),
-    ("hub", "stream"),
-    ("refit", "scale", "collect", "gradients", "assemble", "job", "allocate"),
-    ("solve", "template", "workspace"),
-    ("measure", "memory"),
-    ("room",),
-    ("evaluation", "estimate", "synthetic"),
-    ("outer",),
-    ("compressor", "curves", "losses", "budget", "texts", "tokens"),
-    ("output", "allocation"),
-    ("benchmark", "catalogue", "check", "integrity"),
-    ("report",),
-    ("compressing", "evaluating", "planning", "ablation", "inspection"),
-    ("cli", "__init__"),
-    ("__main__",),
+    "errors",
+    "discovery",
+    "run",
+    "maths",
+    "families",
+    "text",
+    "moments",
+    "checkpoint",
+    "modules",
+    "methods",
+    "hub",
+    "plan",
+    "walk",
+    "compression",
+    "estimate",
+    "calibration",
+    "evaluation",
+    "allocation",
+    "benchmark",
+    "records",
+    "inspection",
+    "report",
+    "verbs",
+    "__init__",
+    "cli",
+    "__main__",
 )
-LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVELS = {name: level for level, name in enumerate(LAYERS)}
 FAMILY_ROOMS = ("lrc.families", "lrc.hub.names")
 
 
@@ -53,9 +56,10 @@ def module_name(path: Path) -> str:
 
 
 def unit(module: str) -> str:
-    """The name under which a module stands in LAYERS: its file, its package, or nothing known."""
+    """The name under which a module stands in LAYERS: its folder, or its file in the root; empty where in none."""
     inside = module.split(".")[1:]
-    return next((name for name in (".".join(inside[:2]), inside[0]) if name in LEVELS), "")
+    name = inside[0] if inside else "__init__"
+    return name if name in LEVELS else ""
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -66,14 +70,14 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             if node.module == "lrc":
-                yield from (f"lrc.{alias.name}" for alias in node.names if alias.name != "__version__")
+                yield from (f"lrc.{alias.name}" for alias in node.names)
             elif node.module and node.module.startswith("lrc."):
                 yield node.module
 
 
 def upward(importer: str, target: str) -> bool:
     """Whether an import is against the layers; inside one package it never is."""
-    if importer.split(".")[1] == target.split(".")[1]:
+    if unit(importer) == unit(target):
         return False
     return LEVELS[unit(target)] >= LEVELS[unit(importer)]
 
@@ -103,9 +107,27 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_the_layers_refuse_what_they_should() -> None:
     assert upward("lrc.methods.svd", "lrc.plan.schema")
-    assert upward("lrc.linalg", "lrc.moments.moment")
-    assert not upward("lrc.methods.svd", "lrc.plan.size")
-    assert not upward("lrc.plan.schema", "lrc.plan.size")
+    assert upward("lrc.maths.linalg", "lrc.moments.moment")
+    assert not upward("lrc.plan.schema", "lrc.methods.sizes")
+    assert not upward("lrc.methods.svd", "lrc.methods.sizes")
+
+
+def test_every_layer_is_there_and_the_root_is_small() -> None:
+    there = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert there == set(LAYERS)
+    assert sorted(path.name for path in PACKAGE.glob("*.py")) == [
+        "__init__.py",
+        "__main__.py",
+        "discovery.py",
+        "errors.py",
+    ]
+
+
+def test_nothing_in_the_root_bears_the_name_of_a_public_function() -> None:
+    names = {path.stem for path in PACKAGE.iterdir()}
+    assert not names & set(lrc.__all__) - {"__version__"}
 
 
 def test_family_names_stay_in_their_room() -> None:

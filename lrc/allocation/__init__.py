@@ -1,6 +1,6 @@
 """Allocations: ways to say what every size of every target costs, which decides how a budget is shared out.
 
-Each has a file here and a line below; ``lrc.allocate`` then spends the budget on its curves, whatever their unit.
+Each has a file here and a line below; ``spend`` then spends the budget on its curves, whatever their unit.
 """
 
 from __future__ import annotations

@@ -9,19 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lrc.allocate import Curve
-from lrc.assemble import assemble
+from lrc.allocation.spend import Curve
+from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
+from lrc.compression.assemble import assemble
 from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.methods.contract import Solution
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.ranks import ALONE, Ranks
-from lrc.solve import read_gradients, solver_of
-from lrc.states import ON_DEVICE, States
-from lrc.stream import ModelStream
-from lrc.texts import Texts
+from lrc.run.offload import ON_DEVICE, States
+from lrc.run.processes import ALONE, Ranks
+from lrc.walk.needs import solver_of
+from lrc.walk.stream import ModelStream
+from lrc.walk.walk import read_gradients
 
 Advance = Callable[[int], object]
 

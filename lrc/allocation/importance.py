@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from lrc.allocate import Curve
 from lrc.allocation.contract import Advance, Costs, Setting, blank_curves, every_size
-from lrc.allocation.walk import walk
+from lrc.allocation.spend import Curve
+from lrc.allocation.stops import walk
 from lrc.errors import UserError
 from lrc.families import Architecture
-from lrc.linalg import direction_scores
+from lrc.maths.linalg import direction_scores
 from lrc.methods.contract import Problem, ProjectionProblem
-from lrc.methods.pair import input_moment
+from lrc.methods.shared.pairs import input_moment
+from lrc.methods.sizes import PairRank
 from lrc.plan.resolved import ResolvedPlan
-from lrc.plan.size import PairRank
-from lrc.solve import solver_of
+from lrc.walk.needs import solver_of
 
 
 def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lrc.allocation.contract import Advance, Costs, Setting, Unit, blank_curves
-from lrc.allocation.walk import Stop, walk
+from lrc.allocation.stops import Stop, walk
+from lrc.compression.solve import solve
 from lrc.errors import UserError
 from lrc.methods.contract import Prediction
 from lrc.plan.resolved import Assignment
-from lrc.solve import solve
 
 
 def energy_costs(setting: Setting, advance: Advance) -> Costs:

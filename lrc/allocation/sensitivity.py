@@ -10,19 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lrc.allocate import Curve
 from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
-from lrc.collect import Statistics
+from lrc.allocation.spend import Curve
+from lrc.compression.solve import pose, solve
+from lrc.compression.tables import pose_outer, store_outer
 from lrc.errors import UserError
 from lrc.evaluation.nll import token_nll
 from lrc.families import Architecture
 from lrc.methods.contract import Solution
 from lrc.moments.gradient import GradientMoment
-from lrc.outer import pose_outer, store_outer
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.solve import pose, read_statistics, solve
-from lrc.stream import Batch
 from lrc.text.blocks import batched
+from lrc.walk.statistics import Statistics
+from lrc.walk.stream import Batch
+from lrc.walk.walk import read_statistics
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:

@@ -9,21 +9,23 @@ from typing import Any
 
 import torch
 
-from lrc.allocate import Curve
 from lrc.allocation import ALLOCATORS
+from lrc.allocation.budget import Budget, Spent, shortfalls, spend
 from lrc.allocation.contract import Advance, Setting
-from lrc.budget import Budget, Spent, shortfalls, spend
-from lrc.curves import Curves, blocks_key, gradients_key, plan_sha256, versions
+from lrc.allocation.curves import Curves, plan_sha256
+from lrc.allocation.spend import Curve
+from lrc.calibration.draw import Texts
+from lrc.calibration.key import blocks_key, gradients_key
 from lrc.errors import OutOfResources, UserError
-from lrc.job import Job
-from lrc.memory import measuring_memory
-from lrc.plan.size import even_step
-from lrc.ranks import ALONE, Ranks
-from lrc.room import free_bytes
-from lrc.solve import reads_gradients
-from lrc.states import ON_DEVICE, States
-from lrc.template import templates
-from lrc.texts import Texts
+from lrc.estimate.memory import measuring_memory
+from lrc.estimate.room import free_bytes
+from lrc.methods.sizes import even_step
+from lrc.plan.job import Job
+from lrc.plan.template import templates
+from lrc.run.offload import ON_DEVICE, States
+from lrc.run.processes import ALONE, Ranks
+from lrc.run.versions import versions
+from lrc.walk.needs import reads_gradients
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
@@ -35,7 +37,7 @@ HELD_OUT_SAMPLES = 8
 class Limits:
     """Sizes that a budget may buy: multiples of ``round_to``, from ``floor`` to ``cap`` of a target's weights.
 
-    Without ``round_to`` they are multiples of eight where a target is wide (``lrc.plan.size.even_step``). Without a
+    Without ``round_to`` they are multiples of eight where a target is wide (``lrc.methods.sizes.even_step``). Without a
     floor it is the smallest size whose cost is known; at a cap of 1 a target may stay whole.
     """
 
@@ -99,7 +101,7 @@ class Sizing:
                 key["gradients"] = gradients_key(blocks, self.jobs[0].plan.plan.calibration)
         if texts.held_blocks is not None:
             key["held-out"] = blocks_key(texts.held_blocks)
-        return key | {"versions": versions()}
+        return key | {"versions": versions("torch", "transformers")}
 
     def curves(self, progress: Progress | None) -> Curves:
         """Find what sizes cost. Raises UserError where the device has not the memory for it."""

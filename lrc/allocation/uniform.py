@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lrc.allocate import Curve
 from lrc.allocation.contract import Advance, Costs, Setting, blank_curves, every_size
+from lrc.allocation.spend import Curve
 from lrc.families import Architecture
 from lrc.plan.resolved import ResolvedPlan
 

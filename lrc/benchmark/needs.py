@@ -11,10 +11,10 @@ import torch
 from lrc.benchmark.cases import Case
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
+from lrc.estimate.room import free_bytes
 from lrc.families import family_of
 from lrc.hub.loader import causal_config
 from lrc.modules.attention import STEP
-from lrc.room import free_bytes
 
 CONVERT = (
     "lrc bench reads no pickled ones; convert them to safetensors, as transformers' save_pretrained does"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lrc.checkpoint.staging import Staging
-from lrc.ranks import Ranks
+from lrc.run.processes import Ranks
 
 
 class SharedStaging:

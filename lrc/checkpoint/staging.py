@@ -29,7 +29,7 @@ from lrc.checkpoint.hashes import file_sha256, tensor_sha256
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.checkpoint.sources import Sources, watching
 from lrc.errors import OutOfResources, Resumable, UserError
-from lrc.states import on_host
+from lrc.run.offload import on_host
 
 _SINGLE_FILE_BYTES = 2 * 1024**3
 MANIFEST = "lrc.json"

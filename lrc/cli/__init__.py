@@ -9,7 +9,6 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from lrc import __version__
 from lrc.cli.bench import bench_model
 from lrc.cli.check import check_model
 from lrc.cli.compare import compare_outputs
@@ -21,6 +20,7 @@ from lrc.cli.plan import plan_model
 from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
 from lrc.cli.screen import complain
 from lrc.errors import Paused, UserError, nearest
+from lrc.run.versions import __version__
 
 _SPLIT = ("compress", "eval", "plan")  # over processes, where there are several; the first does the others
 # What does not parse; typer gives it no name of its own, and which click it is of depends on typer's version.

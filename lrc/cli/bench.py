@@ -59,10 +59,10 @@ def bench_model(
 ) -> None:
     """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
     quiet()
-    from lrc.benchmark.bench import bench
     from lrc.benchmark.cases import parse_shapes
     from lrc.checkpoint.durable import check_file, write_text, written
     from lrc.report.tables import speeds
+    from lrc.verbs.bench import bench
 
     if out is not None:
         check_file("-o", out)

@@ -34,9 +34,9 @@ def check_model(
     if plan is None:
         _verify(model, trust_remote_code=trust_remote_code, as_json=as_json)
         return
-    from lrc.check import check
-    from lrc.job import prepare
+    from lrc.plan.job import prepare
     from lrc.report.tables import resolution
+    from lrc.verbs.check import check
 
     job = prepare(
         model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
@@ -51,8 +51,8 @@ def check_model(
 def _verify(model: str, *, trust_remote_code: bool, as_json: bool) -> None:
     """Show that an output is sound; the damage of one that is not is a mistake to be told."""
     from lrc.checkpoint.staging import MANIFEST
-    from lrc.integrity import verify
     from lrc.report.tables import integrity
+    from lrc.verbs.verify import verify
 
     folder = Path(model).expanduser()
     if not (folder / MANIFEST).is_file():

@@ -66,8 +66,8 @@ def compress_model(
 ) -> None:
     """Compress MODEL by a plan into a new checkpoint, and report what it cost."""
     quiet()
-    from lrc.compressing import compress
     from lrc.report.tables import summary
+    from lrc.verbs.compress import compress
 
     with processes() as ranks:
         if no_eval and ppl is not None:

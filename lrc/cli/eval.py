@@ -137,12 +137,12 @@ def evaluate(
 ) -> None:
     """Measure MODEL by perplexity and tasks; what it lost of another model; or what shrinking each part alone costs."""
     quiet()
-    from lrc.ablation import ablate as measure_alone
-    from lrc.evaluating import evaluate as measure
-    from lrc.evaluating import evaluate_against, newest_output, prepare_tasks
+    from lrc.records.comparison import Comparison, Evaluated
     from lrc.report.ablation import ablation_table
-    from lrc.report.comparison import Comparison, Evaluated
     from lrc.report.tables import evaluation
+    from lrc.verbs.ablate import ablate as measure_alone
+    from lrc.verbs.evaluate import evaluate as measure
+    from lrc.verbs.evaluate import evaluate_against, newest_output, prepare_tasks
 
     with processes() as ranks:
         if context is not None and seq_len is not None:

@@ -90,9 +90,9 @@ def inspect(
 ) -> None:
     """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""
     quiet()
-    from lrc.inspection.inspector import inspect_model
     from lrc.report.inspected import inspection_tables
     from lrc.report.inspection_page import check_folder, write_inspection
+    from lrc.verbs.inspect import inspect_model
 
     if out is not None:
         check_folder(out)

@@ -21,8 +21,8 @@ def list_known(
 ) -> None:
     """List methods, allocations, families, kinds, plans, data sets and models, each with one line and its source."""
     quiet()
-    from lrc.catalogue import catalogue
     from lrc.report.tables import catalogue_tables
+    from lrc.verbs.list import catalogue
 
     found = catalogue(group)
     if as_json:

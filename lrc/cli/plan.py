@@ -132,8 +132,8 @@ def plan_model(
 ) -> None:
     """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
     quiet()
-    from lrc.planning import make_plan
     from lrc.report.planning import pictures
+    from lrc.verbs.plan import make_plan
 
     with processes() as ranks:
         kept, measured = (

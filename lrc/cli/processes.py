@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from lrc.errors import Lost
-from lrc.launcher import place
+from lrc.run.launcher import place
 
 if TYPE_CHECKING:
-    from lrc.ranks import Ranks
+    from lrc.run.processes import Ranks
 
 MISTAKE, INTERRUPTED = 2, 130
 
@@ -30,7 +30,7 @@ def processes() -> Iterator[Ranks]:
     A UserError in one of them is raised in all, and ``Lost`` in the first to miss another; the rest then leave without
     a word. A launcher that misses one stops the others by SIGTERM.
     """
-    from lrc.ranks import AGAIN, ALONE, launched
+    from lrc.run.processes import AGAIN, ALONE, launched
 
     def stop(*_: object) -> None:
         raise Lost(

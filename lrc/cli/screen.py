@@ -52,7 +52,7 @@ def show(*parts: RenderableType) -> None:
 
 def show_json(document: Any) -> None:
     """Print a result as the one JSON document of a run."""
-    from lrc.report.report import plain
+    from lrc.records.compression import plain
 
     value = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
     print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))

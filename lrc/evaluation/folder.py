@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lrc.checkpoint.headers import read_headers
+from lrc.estimate.room import fits_whole
 from lrc.evaluation.perplexity import Keep, Perplexity, Progress, evaluate_perplexity
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load
 from lrc.hub.tokenizer import load_tokenizer
-from lrc.job import find_device, find_dtype
-from lrc.ranks import ALONE, Ranks
-from lrc.room import fits_whole
+from lrc.run.processes import ALONE, Ranks
+from lrc.run.settings import find_device, find_dtype
 
 if TYPE_CHECKING:
     from lrc.evaluation.perplexity import Model

@@ -28,8 +28,8 @@ from lrc.evaluation.perplexity import (
     window_logits,
 )
 from lrc.hub.tokenizer import load_tokenizer
-from lrc.ranks import Ranks
-from lrc.stopwatch import Stopwatch
+from lrc.run.processes import Ranks
+from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
 from lrc.text.source import Text
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lrc.evaluation.nll import token_nll
 from lrc.evaluation.passage import Passage, choose_seq_len, choose_seq_lens, passages
 from lrc.evaluation.streamed import StreamedModel
-from lrc.ranks import ALONE, Ranks
+from lrc.run.processes import ALONE, Ranks
 from lrc.text.blocks import batched, ids_sha256, windows
 from lrc.text.source import read_text
 

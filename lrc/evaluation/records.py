@@ -15,7 +15,7 @@ from lrc.checkpoint.durable import check_file, put, sync, written
 from lrc.errors import UserError
 from lrc.evaluation.passage import Passage
 from lrc.evaluation.perplexity import Keep
-from lrc.ranks import ALONE, Ranks
+from lrc.run.processes import ALONE, Ranks
 
 _ROWS = 2**18  # of a row group, about: whole windows
 _PLACE = {

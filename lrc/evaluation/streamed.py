@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lrc.checkpoint.headers import check_shapes
 from lrc.checkpoint.reader import CheckpointReader
+from lrc.estimate.room import place_for
 from lrc.hub.quantizer import METHOD, LrcConfig
-from lrc.room import place_for
-from lrc.states import ON_DEVICE, States
-from lrc.stream import ModelStream
+from lrc.run.offload import ON_DEVICE, States
 from lrc.text.blocks import batched
+from lrc.walk.stream import ModelStream
 
 
 class StreamedModel:

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.hub.names import resolve_model
-from lrc.modules.fuse import fuse as merge
+from lrc.modules.fused.fuse import fuse as merge
 
 
 def load(

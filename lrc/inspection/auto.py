@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lrc.families import Architecture
 from lrc.methods import Method
-from lrc.report.inspection import Choice, Estimate, Unit
+from lrc.records.inspection import Choice, Estimate, Unit
 
 TIE = 0.01  # of the least error: what is nearer to it goes by what it costs to run
 ALIKE = 0.01  # of the larger kept fraction: what two keep that differ by more is told beside their errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lrc.compression.solve import solve
 from lrc.families import Architecture
 from lrc.inspection.auto import choose, choose_component
 from lrc.inspection.candidates import Candidate
@@ -12,9 +13,8 @@ from lrc.methods import Method
 from lrc.methods.contract import Affine, Factors, Prediction, Problem
 from lrc.modules import kinds
 from lrc.modules.embedding import EMBEDDING
-from lrc.plan.layers import COMPONENTS
-from lrc.report.inspection import Choice, Estimate, Unit
-from lrc.solve import solve
+from lrc.plan.precedence import COMPONENTS
+from lrc.records.inspection import Choice, Estimate, Unit
 
 
 def estimate(problem: Problem, candidate: Candidate) -> Estimate:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.linalg import damped_cholesky, data_error
+from lrc.maths.linalg import damped_cholesky, data_error
 from lrc.methods.a3 import attention_output, diagonal_blocks
 from lrc.methods.contract import (
     Affine,
@@ -21,9 +21,9 @@ from lrc.methods.contract import (
     QKProblem,
     Solution,
 )
-from lrc.methods.embedding import table_error
-from lrc.methods.pair import input_moment
-from lrc.methods.scores import by_head
+from lrc.methods.shared.pairs import input_moment
+from lrc.methods.shared.scores import by_head
+from lrc.methods.shared.tables import table_error
 from lrc.modules import kinds
 from lrc.modules.low_rank import LowRankLinear
 from lrc.moments.moment import Moment
@@ -34,7 +34,7 @@ _ROUNDING = 0.02
 
 @dataclass(frozen=True)
 class Fidelity:
-    """See ``lrc.report.inspection.Held``; None for what is not defined."""
+    """See ``lrc.records.inspection.Held``; None for what is not defined."""
 
     reconstruction: float | None = None
     data_error: float | None = None

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.assemble import restore
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import MANIFEST
+from lrc.compression.assemble import restore
 from lrc.errors import UserError
 from lrc.families import canonical
 from lrc.hub.quantizer import METHOD, LrcConfig

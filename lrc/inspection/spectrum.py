@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrc.linalg import damped_cholesky, product_singular_values, singular_values
+from lrc.maths.linalg import damped_cholesky, product_singular_values, singular_values
 from lrc.methods.a3 import attention_output, diagonal_blocks
 from lrc.methods.contract import (
     EmbeddingProblem,
@@ -15,10 +15,10 @@ from lrc.methods.contract import (
     ProjectionProblem,
     QKProblem,
 )
-from lrc.methods.pair import input_moment
-from lrc.methods.scores import by_head, output_moment
+from lrc.methods.shared.pairs import input_moment
+from lrc.methods.shared.scores import by_head, output_moment
 from lrc.moments.moment import Moment
-from lrc.report.inspection import Conditioning, Spectrum
+from lrc.records.inspection import Conditioning, Spectrum
 
 POINTS = 64  # of a curve of energy
 _MOST = 0.99

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lrc.alternating import Maps, joint_rows, shared_rows
 from lrc.families import Heads
-from lrc.linalg import (
+from lrc.maths.alternating import Maps, joint_rows, shared_rows
+from lrc.maths.linalg import (
     best_projector,
     data_error,
     eliminate_columns,
@@ -19,10 +19,10 @@ from lrc.linalg import (
     regress_kept,
 )
 from lrc.methods.contract import Affine, MLPProblem, OVProblem, Prediction, QKProblem, Solution, solves
-from lrc.methods.pair import errors
-from lrc.methods.scores import ScoreMetric, best_map, fitted_map, kept_pairs
+from lrc.methods.shared.pairs import errors
+from lrc.methods.shared.scores import ScoreMetric, best_map, fitted_map, kept_pairs
+from lrc.methods.sizes import ComponentRank
 from lrc.moments.moment import Moment
-from lrc.plan.size import ComponentRank
 
 PAPER = "A3, arXiv:2505.12942"
 Refit = Literal["least_squares", "none"]

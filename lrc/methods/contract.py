@@ -15,9 +15,9 @@ from typing import Any, Literal, get_type_hints
 from torch import Tensor
 
 from lrc.families import Heads
+from lrc.methods.sizes import SizeRule
 from lrc.moments.attention import AttentionMoment
 from lrc.moments.moment import Moment
-from lrc.plan.size import SizeRule
 
 Metric = Literal["weight", "data", "loss"]
 

@@ -9,10 +9,10 @@ from annotated_types import Ge
 from torch import Tensor
 
 from lrc.families import Target
-from lrc.linalg import DAMPING, best_pair, damped, damped_cholesky
+from lrc.maths.linalg import DAMPING, best_pair, damped, damped_cholesky
 from lrc.methods.contract import Factors, ProjectionProblem, Solution, solves
-from lrc.methods.pair import corrected_bias, input_moment, predicted
-from lrc.plan.size import Options
+from lrc.methods.shared.pairs import corrected_bias, input_moment, predicted
+from lrc.methods.sizes import Options
 
 BLOCKS = 4
 Blocks = Annotated[int, Ge(1)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lrc.linalg import best_pair
+from lrc.maths.linalg import best_pair
 from lrc.methods.contract import EmbeddingProblem, ProjectionProblem, Solution, solves
-from lrc.methods.embedding import table_solution
-from lrc.methods.pair import pair_solution
-from lrc.plan.size import PairRank
+from lrc.methods.shared.pairs import pair_solution
+from lrc.methods.shared.tables import table_solution
+from lrc.methods.sizes import PairRank
 
 
 @solves("projection", size=PairRank(), metric="weight", paper="Eckart and Young 1936; Mirsky 1960")

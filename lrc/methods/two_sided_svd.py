@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lrc.methods.contract import ProjectionProblem, Solution, solves
-from lrc.methods.pair import input_moment, pair_solution
-from lrc.plan.size import PairRank
+from lrc.methods.shared.pairs import input_moment, pair_solution
+from lrc.methods.sizes import PairRank
 
 
 @solves(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from lrc.alternating import shared_table
-from lrc.linalg import best_projector
+from lrc.maths.alternating import shared_table
+from lrc.maths.linalg import best_projector
 from lrc.methods.contract import EmbeddingProblem, ProjectionProblem, Solution, solves
-from lrc.methods.embedding import references, table_solution
-from lrc.methods.pair import input_moment, pair_solution
-from lrc.plan.size import PairRank
+from lrc.methods.shared.pairs import input_moment, pair_solution
+from lrc.methods.shared.tables import references, table_solution
+from lrc.methods.sizes import PairRank
 
 
 @solves(

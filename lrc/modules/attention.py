@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lrc.errors import UserError
 from lrc.families import Family, families
-from lrc.modules.shared_input import SharesInput
+from lrc.modules.fused.shared_input import SharesInput
 
 PREFIX = "Lrc"
 # Widths of heads that fused kernels take are multiples of it. Others get zeros, before they are cached: without a fused

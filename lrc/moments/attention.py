@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.ranks import ALONE, Ranks
+from lrc.run.processes import ALONE, Ranks
 
 QUERIES = 16
 SAMPLES = 1024  # queries kept of a key head

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrc.moments.moment import add_gram, whole
-from lrc.ranks import Ranks
+from lrc.run.processes import Ranks
 
 
 @dataclass(frozen=True)

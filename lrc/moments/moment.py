@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.ranks import Ranks
+from lrc.run.processes import Ranks
 
 GRAM_BLOCK = 2048  # columns; a product of fewer rows runs below the speed of a GPU
 

@@ -45,19 +45,6 @@ def dotted(path: Path) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
-def as_text_number(value: object) -> str:
-    """How a number that YAML takes for text has to be written; empty where the value is not one."""
-    try:
-        number = repr(float(value)) if isinstance(value, str) else "nan"
-    except ValueError:
-        return ""
-    if number in ("nan", "inf", "-inf"):
-        return ""
-    if "e" in number and "." not in number:  # YAML wants 1.0e-07 where Python writes 1e-07
-        number = number.replace("e", ".0e")
-    return f"{value!r} is text to YAML, not a number; write {number.removesuffix('.0')}"
-
-
 def read_document(text: str, source: str) -> Document:
     """Read one YAML mapping; duplicate keys and keys without a value become mistakes of the document.
 

@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from lrc.errors import nearest
-from lrc.plan.document import as_text_number
+from lrc.errors import as_text_number, nearest
 from lrc.plan.solver import SolverData
 
 

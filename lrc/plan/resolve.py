@@ -6,11 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from lrc.errors import nearest
+from lrc.errors import as_text_number, nearest
 from lrc.families import Architecture
-from lrc.plan.document import Document, Path, as_text_number, dotted, read_document
-from lrc.plan.layers import COMPONENTS, Levels, Methods, Wish, spans
+from lrc.plan.document import Document, Path, dotted, read_document
 from lrc.plan.options import read_options
+from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan, read_plan
 from lrc.plan.solver import SolverData, find_solver

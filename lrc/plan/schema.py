@@ -16,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from lrc.errors import nearest
-from lrc.plan.data import Data, Misplaced, check_data
-from lrc.plan.document import Document, Path, as_text_number
+from lrc.errors import as_text_number, nearest
+from lrc.plan.document import Document, Path
+from lrc.text.spec import Data, Misplaced, check_data
 
 WHOLE = "keep-all"
 OUTSIDE = ("embed", "lm_head")  # projections outside the decoder layers

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from lrc.families import Heads
-from lrc.plan.size import SizeRule
+from lrc.methods.sizes import SizeRule
 
 
 class OptionData(Protocol):

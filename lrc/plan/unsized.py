@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lrc.plan.document import Document, Path
-from lrc.plan.layers import Methods
+from lrc.plan.precedence import Methods
 from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan
 
 

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lrc.evaluation.perplexity import Perplexity
-from lrc.plots.heatmap import heatmap
+from lrc.report.plots.heatmap import heatmap
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-
-@dataclass(frozen=True)
-class Ablated:
-    """One target shrunk in all layers at once by ``method``, all else whole: to ``kept`` of its weights, asked for
-    ``keep``. ``nats``: the loss per token then, ``perplexity`` its exponential and ``increase`` that over the dense
-    model's, less one.
-    """
-
-    target: str
-    method: str
-    keep: float
-    kept: float
-    nats: float
-    perplexity: float
-    increase: float
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """The cost of each target alone at each kept fraction, on the text that ``dense`` was measured on.
-
-    ``file``: where what was measured is kept, to be used again; ``measured``: how many of ``results`` this run found.
-    ``picture``: the heat map.
-    """
-
-    model: str
-    dense: Perplexity
-    results: list[Ablated]
-    keeps: list[float]
-    calibration: str
-    file: str
-    picture: str
-    measured: int
-    seconds: dict[str, float]
-    peak_bytes: dict[str, int]
-    warnings: list[str]
-
-    @property
-    def targets(self) -> dict[str, str]:
-        """The method of every target, in order."""
-        return {result.target: result.method for result in self.results}
-
-    def at(self, target: str, keep: float) -> Ablated:
-        """The result of one target at one fraction."""
-        return next(r for r in self.results if (r.target, r.keep) == (target, keep))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return asdict(self)
+from lrc.records.ablation import Ablation
 
 
 def picture(ablation: Ablation) -> str:
@@ -76,11 +24,6 @@ def picture(ablation: Ablation) -> str:
         title=f"Rise of perplexity ({ablation.dense.value:.4g} dense), one target alone",
         label=f"Rise of perplexity of {ablation.model} on {ablation.dense.data} with one target alone shrunk",
     )
-
-
-def ablated(target: str, method: str, keep: float, kept: float, nats: float, dense: float) -> Ablated:
-    """The figures that follow from the loss per token with one target shrunk, and that of the ``dense`` model."""
-    return Ablated(target, method, keep, kept, nats, _exp(nats), _exp(nats - dense) - 1)
 
 
 def ablation_table(ablation: Ablation) -> Iterator[RenderableType]:
@@ -110,7 +53,3 @@ def percent(increase: float) -> str:
     if not increase < 10:  # so that NaN and infinity are told, too
         return f"{increase + 1:.3g}x"
     return f"{round(100 * increase, 1) or 0.0:+.1f} %"  # no -0.0
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan

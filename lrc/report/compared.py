@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from lrc.checkpoint.sizes import byte_text
-from lrc.plots.cost import cost, front
 from lrc.report.outputs import OnText, Source, points
 from lrc.report.page import Picture, Table, columns, render
+from lrc.report.plots.cost import cost, front
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lrc.measure import Measured
+from lrc.compression.measure import Measured
 from lrc.methods.contract import Prediction
-from lrc.report.report import TargetRecord
+from lrc.records.compression import TargetRecord
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 from markupsafe import Markup
 
 from lrc.checkpoint.sizes import byte_text
-from lrc.plots.cost import cost
-from lrc.plots.errors import drawable, errors
-from lrc.plots.kept import Row, kept
-from lrc.plots.stages import stages
+from lrc.records.compression import Report, TargetRecord
 from lrc.report.groups import summarise
 from lrc.report.markdown import error_note, refit_cells
 from lrc.report.outputs import Output, Source, as_source, points
 from lrc.report.page import Picture, Table, columns, render
-from lrc.report.report import Report, TargetRecord
+from lrc.report.plots.cost import cost
+from lrc.report.plots.errors import drawable, errors
+from lrc.report.plots.kept import Row, kept
+from lrc.report.plots.stages import stages
 
 _UNITS = {"relative": "relative to the output", "kl": "nats KL"}
 

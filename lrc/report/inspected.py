@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table as Screen
 
 from lrc.methods import methods
-from lrc.plan.layers import spans
-from lrc.report.inspection import Conditioning, Estimate, Held, Inspected, Inspection
+from lrc.plan.precedence import spans
+from lrc.records.inspection import Conditioning, Estimate, Held, Inspected, Inspection
 from lrc.report.page import Table, columns
 
 if TYPE_CHECKING:

@@ -9,10 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from lrc.errors import OutOfResources, UserError
-from lrc.plots.estimates import Points, estimates
-from lrc.plots.rank_map import rank_map
-from lrc.plots.spectrum import Curve, spectra
-from lrc.plots.theme import standalone
+from lrc.records.inspection import Inspection, Spectrum
 from lrc.report.inspected import (
     Groups,
     auto_table,
@@ -27,8 +24,11 @@ from lrc.report.inspected import (
     reasons_table,
     spectra_table,
 )
-from lrc.report.inspection import Inspection, Spectrum
 from lrc.report.page import Picture, Table, render
+from lrc.report.plots.estimates import Points, estimates
+from lrc.report.plots.rank_map import rank_map
+from lrc.report.plots.spectrum import Curve, spectra
+from lrc.report.plots.theme import standalone
 
 
 @dataclass(frozen=True)

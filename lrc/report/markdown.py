@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from lrc.checkpoint.sizes import Size, byte_text
-from lrc.refit import RefitRecord
+from lrc.compression.logit_scale import LogitScale
+from lrc.compression.refit import RefitRecord
+from lrc.records.compression import CalibrationRecord, Report, TargetRecord
 from lrc.report.groups import summarise
-from lrc.report.report import CalibrationRecord, Report, TargetRecord
-from lrc.scale import LogitScale
 
 _SIZES = (
     ("parameters", "parameters"),

@@ -12,8 +12,8 @@ from typing import Any
 from lrc.checkpoint.sizes import Size
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
-from lrc.plots.cost import Point
-from lrc.report.report import REPORT, PerplexityChange, Report, read_report
+from lrc.records.compression import REPORT, PerplexityChange, Report, read_report
+from lrc.report.plots.cost import Point
 
 _SAME = 1e-3  # relative, between perplexities of one dense model on one text on several machines
 

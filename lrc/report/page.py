@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lrc.plots.theme import css
+from lrc.report.plots.theme import css
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lrc.benchmark.bench import Bench, Row
 from lrc.benchmark.measure import Measured
-from lrc.check import Check
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.evaluation.bootstrap import RESAMPLES, Estimate
 from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import TaskScore
-from lrc.report.comparison import Comparison, Evaluated
+from lrc.records.benchmark import Bench, Row
+from lrc.records.check import Check
+from lrc.records.comparison import Comparison, Evaluated
+from lrc.records.compression import Report
 from lrc.report.groups import size_unit, summarise
-from lrc.report.report import Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lrc.catalogue import Item
-    from lrc.integrity import Integrity
+    from lrc.records.catalogue import Item
+    from lrc.records.integrity import Integrity
     from lrc.report.outputs import OnText, Source
 
 

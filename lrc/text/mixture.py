@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lrc.errors import UserError
-from lrc.plan.data import Data, DataLike, check_data
 from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize, windows
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.source import check_text, read_text
+from lrc.text.spec import Data, DataLike, check_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from lrc.allocation.contract import Setting
+from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.gradients import gradient_moments
 from lrc.methods import methods
 from lrc.moments import COLLECTORS
 from lrc.moments.gradient import GradientMoment, Wanted
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
-from lrc.stream import ModelStream
 from lrc.text.mixture import Calibration, Source
-from lrc.texts import Texts
+from lrc.walk.backward import gradient_moments
+from lrc.walk.stream import ModelStream
 
 
 def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lrc.allocate import allocate
 from lrc.allocation import importance
 from lrc.allocation.sizing import Limits
+from lrc.allocation.spend import allocate
 from lrc.errors import UserError
 from lrc.moments.gradient import GradientMoment
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lrc.allocate import allocate
 from lrc.allocation import predicted
+from lrc.allocation.spend import allocate
 from lrc.errors import UserError
 from lrc.methods import Method, methods
 from lrc.methods.contract import Prediction, Problem, Solution, solves
-from lrc.plan.size import ComponentRank
+from lrc.methods.sizes import ComponentRank
 
 BY_SCORE = "mlp: {metric: output, select: score}"  # neurons cut as published
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from lrc.allocate import Curve, allocate
 from lrc.allocation import ALLOCATORS, uniform
 from lrc.allocation.contract import blank_curves
 from lrc.allocation.sizing import Limits
+from lrc.allocation.spend import Curve, allocate
 from lrc.errors import UserError
 from lrc.plan.schema import ALLOCATIONS
 

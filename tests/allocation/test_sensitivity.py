@@ -12,6 +12,7 @@ from torch import Tensor
 import lrc
 from lrc.allocation.contract import Setting, blank_curves
 from lrc.allocation.sensitivity import Sensitivity, passes
+from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
@@ -21,7 +22,6 @@ from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.text.blocks import calibration_blocks, tokenize
 from lrc.text.mixture import Calibration, Source
-from lrc.texts import Texts
 
 CALIBRATION = "calibration: {samples: 4, seq_len: 32, first_token: 5}"
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(80))

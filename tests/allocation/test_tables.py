@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.allocate import allocate
 from lrc.allocation import predicted, sensitivity, uniform
 from lrc.allocation.contract import blank_curves, walk_steps
-from lrc.curves import plan_sha256
+from lrc.allocation.curves import plan_sha256
+from lrc.allocation.spend import allocate
 from lrc.evaluation.perplexity import window_losses
 from lrc.methods import methods
 from lrc.methods.contract import EmbeddingProblem

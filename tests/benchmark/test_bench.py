@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 
 import lrc
-from lrc.benchmark import bench as benching
 from lrc.benchmark import needs
 from lrc.benchmark.cases import Case
 from lrc.benchmark.needs import fit_together, needs_of
 from lrc.errors import UserError
 from lrc.modules import attention
+from lrc.verbs import bench as benching
 
 TinyCheckpoint = Callable[..., Path]
 QUICK: dict[str, Any] = {"new_tokens": 2, "repeats": 2, "device": "cpu"}

@@ -15,7 +15,7 @@ from lrc.benchmark.cases import Case
 from lrc.benchmark.measure import measure
 from lrc.benchmark.steps import Decode, Prefill, Steps
 from lrc.benchmark.work import cache_bytes, weigh, work_of
-from lrc.modules.fuse import fuse
+from lrc.modules.fused.fuse import fuse
 
 LLAMA = LlamaConfig(
     vocab_size=64,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from lrc.cli import main
-from lrc.compressor import Compressor
+from lrc.compression.loop import Compressor
 
 Run = Callable[..., Result]
 Fails = Callable[..., str]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import Result
 
-import lrc.synthetic
-from lrc.compressor import Compressor
+import lrc.calibration.synthetic
+from lrc.compression.loop import Compressor
 from lrc.text.blocks import ids_sha256
 
 Run = Callable[..., Result]
@@ -115,7 +115,7 @@ def test_mistakes_leave_nothing_behind(
     assert "synthetic, which has no splits, is for calibration alone" in fails(
         "eval", model, "--ppl", "synthetic"
     )
-    monkeypatch.setattr(lrc.synthetic, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(lrc.calibration.synthetic, "free_bytes", lambda device: 1000)
     argv[3] = "own.yaml"
     assert "synthetic calibration text is written by the whole model on cpu" in fails(*argv)
 

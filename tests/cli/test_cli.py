@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-import lrc.compressor
+import lrc.compression.loop
 from lrc import __version__
 from lrc.checkpoint.staging import staging
 from lrc.cli import app, main
-from lrc.evaluating import newest_output
+from lrc.records.compression import read_report
 from lrc.report.html import html_page
-from lrc.report.report import read_report
+from lrc.verbs.evaluate import newest_output
 
 Run = Callable[..., Result]
 Fails = Callable[..., str]
@@ -258,13 +258,13 @@ def killed(
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of each layer that is solved."""
     layers: list[int] = []
-    solve = lrc.compressor.solve_layer
+    solve = lrc.compression.loop.solve_layer
 
     def count(architecture: Any, plan: Any, *rest: Any) -> Any:
         layers.append(plan.index)
         return solve(architecture, plan, *rest)
 
-    monkeypatch.setattr(lrc.compressor, "solve_layer", count)
+    monkeypatch.setattr(lrc.compression.loop, "solve_layer", count)
     return layers
 
 
@@ -283,8 +283,8 @@ def test_what_cannot_be_taken_up_says_that_it_starts_over(
         raise KeyboardInterrupt
 
     # In this order: a module that is first imported here should have the name as it is.
-    monkeypatch.setattr("lrc.planning.resolve_model", interrupt)
-    monkeypatch.setattr("lrc.evaluating.resolve_model", interrupt)
+    monkeypatch.setattr("lrc.verbs.plan.resolve_model", interrupt)
+    monkeypatch.setattr("lrc.verbs.evaluate.resolve_model", interrupt)
     result = run(*verb)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted; the same command starts over\n"
@@ -390,7 +390,7 @@ def test_a_failure_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.Mon
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lrc.job.find_plan", broken)
+    monkeypatch.setattr("lrc.plan.job.find_plan", broken)
     result = run("check", "tiny-gpt2", "--plan", "a3-2x")
     assert result.exit_code == 1
     assert isinstance(result.exception, RuntimeError)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from lrc.report.report import read_report
+from lrc.records.compression import read_report
 
 Run = Callable[..., Result]
 

@@ -23,7 +23,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*_: Any, **__: Any) -> None:
         raise AssertionError("a model is measured")
 
-    monkeypatch.setattr("lrc.evaluating.evaluate_pair", measure)
+    monkeypatch.setattr("lrc.verbs.evaluate.evaluate_pair", measure)
 
 
 def swap_tokens(folder: Path) -> None:
@@ -302,7 +302,7 @@ def ablation(
 ) -> list[object]:
     """``lrc eval --ablate`` of a tiny checkpoint, on four calibration blocks."""
     head = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
-    monkeypatch.setattr("lrc.ablation._HEAD", head)
+    monkeypatch.setattr("lrc.inspection.ablation._HEAD", head)
     text = tmp_path / "text.txt"
     argv = ["eval", "--ablate", tiny_checkpoint("llama"), "--ppl", text, "--calib", text, "--device", "cpu"]
     return [*argv, "--keeps", "0.5,0.25"]
@@ -337,7 +337,7 @@ def test_an_interrupted_ablation_says_that_it_goes_on(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lrc.ablation.losses", interrupt)
+    monkeypatch.setattr("lrc.inspection.ablation.losses", interrupt)
     result = run(*ablation)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted; run the same command again to go on\n"

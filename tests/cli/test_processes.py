@@ -34,7 +34,7 @@ PLAN = (
 def verb(argv: Sequence[str], fault: tuple[int, str] | None = None) -> None:
     """A verb, as the command line runs it; ``fault`` is a rank and what befalls it before the last of three layers."""
     from lrc.cli import main
-    from lrc.compressor import Compressor
+    from lrc.compression.loop import Compressor
     from lrc.errors import OutOfResources
 
     layer = Compressor._layer
@@ -135,9 +135,9 @@ def test_eval_against_another(
 
 def ablation(argv: list[str]) -> None:
     """``lrc eval --ablate`` on four calibration blocks, as one of several processes runs it."""
-    import lrc.ablation
+    import lrc.verbs.ablate
 
-    lrc.ablation._HEAD = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
+    lrc.inspection.ablation._HEAD = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
     verb(argv)
 
 
@@ -164,7 +164,9 @@ def test_an_ablation(
     ended = together(ablation, argv, cwd=work)
     assert codes(ended) == [0, 0], ended
     only_the_first_spoke(ended)
-    monkeypatch.setattr("lrc.ablation._HEAD", "format: 1\nrefit: none\ncalibration: {samples: 4}\n")
+    monkeypatch.setattr(
+        "lrc.inspection.ablation._HEAD", "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
+    )
     found, expected = json.loads(ended[0].out), json.loads(succeeds(*argv, "--fresh").stdout)
     assert found["file"] == expected["file"]
     for ours, theirs in zip(found["results"], expected["results"], strict=True):

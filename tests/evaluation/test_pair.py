@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lrc
+import lrc.estimate.room
 import lrc.evaluation.records
-import lrc.room
 from lrc.errors import UserError
-from lrc.evaluating import evaluate_against
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.tokenizer import load_tokenizer
+from lrc.verbs.evaluate import evaluate_against
 
 TEXT = "It was a bright cold day in April, and nobody had counted the words. " * 20
 
@@ -96,7 +96,7 @@ def test_the_same_to_the_last_digit_again_and_a_layer_at_a_time(both, text, tmp_
     assert measured() == first
     assert not made
     # Room for one of them: neither is loaded whole.
-    monkeypatch.setattr(lrc.room, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(lrc.estimate.room, "free_bytes", lambda device: 100_000)
     assert measured() == first
     assert made == [*both]
     assert tables[0].equals(tables[1])

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lrc.estimate.room
 import lrc.evaluation.folder
-import lrc.room
-from lrc.compressing import compress
 from lrc.errors import UserError
-from lrc.evaluating import evaluate
 from lrc.evaluation.perplexity import window_losses
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load
+from lrc.verbs.compress import compress
+from lrc.verbs.evaluate import evaluate
 
 TinyCheckpoint = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_a_model_that_does_not_fit_is_streamed(
     monkeypatch.setattr(lrc.evaluation.folder, "StreamedModel", Seen)
     (whole,) = evaluate(model, str(text), seq_len=40, device="cpu")
     assert not made
-    monkeypatch.setattr(lrc.room, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(lrc.estimate.room, "free_bytes", lambda device: 100_000)
     (streamed,) = evaluate(model, str(text), seq_len=40, device="cpu")
     assert made == [model]
     assert (streamed.nats, streamed.tokens, streamed.dtype) == (whole.nats, whole.tokens, whole.dtype)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import lrc
-import lrc.room
+import lrc.estimate.room
 from lrc.errors import UserError
-from lrc.evaluating import prepare_tasks
 from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
-from lrc.launcher import Place
-from lrc.ranks import Ranks
+from lrc.run.launcher import Place
+from lrc.run.processes import Ranks
+from lrc.verbs.evaluate import prepare_tasks
 
 QUESTIONS = [
     ("The ship was out at", ["sea", "the of", "xylophone"], 0),
@@ -125,7 +125,7 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_does_not_fit_whole_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lrc.room, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(lrc.estimate.room, "free_bytes", lambda device: 100_000)
     with pytest.raises(UserError, match=r"tasks run on a whole model, and .* does not fit on cpu"):
         prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, device="cpu")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressing import compress
-from lrc.inspection.inspector import inspect_model
-from lrc.report.inspection import Inspected, Inspection
+from lrc.records.inspection import Inspected, Inspection
+from lrc.verbs.compress import compress
+from lrc.verbs.inspect import inspect_model
 
 PRINTABLE = [chr(code) for code in range(33, 127)]
 

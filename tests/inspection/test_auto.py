@@ -10,7 +10,7 @@ import pytest
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.inspection.auto import choose, choose_component
 from lrc.methods import methods
-from lrc.report.inspection import Choice, Estimate
+from lrc.records.inspection import Choice, Estimate
 
 BASE = Estimate(0.6, "svd", {}, 4, 60, 100, 0.3, "relative error", None, 2)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrc.inspection.fidelity import overlap, product_difference
-from lrc.report.inspection import Held
+from lrc.records.inspection import Held
 
 ROOT = "model.layers.1."
 

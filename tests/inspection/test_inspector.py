@@ -14,7 +14,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.inspection.output import Output
 from lrc.methods import methods
-from lrc.report.inspection import Inspection
+from lrc.records.inspection import Inspection
 
 CPU = torch.device("cpu")
 

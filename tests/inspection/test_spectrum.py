@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrc.inspection.spectrum import conditioning, effective_rank, spectrum, stable_rank
 from lrc.moments.moment import Moment
-from lrc.report.inspection import Spectrum
+from lrc.records.inspection import Spectrum
 
 SITES = {"q": "self_attn.q_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
 

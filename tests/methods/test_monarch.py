@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrc.families import Matrix, Target
-from lrc.linalg import data_error
+from lrc.maths.linalg import data_error
 from lrc.methods.contract import Factors, ProjectionProblem
 from lrc.methods.monarch import MonarchRank, solve_projection
 from lrc.modules.monarch import MonarchLinear

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from lrc.linalg import direction_scores
+from lrc.maths.linalg import direction_scores
 from lrc.methods.contract import Factors
-from lrc.methods.pair import input_moment
+from lrc.methods.shared.pairs import input_moment
 from lrc.methods.svd import solve_projection
 
 CASES = [{"rows": 24, "columns": 16, "bias": True}, {"rows": 16, "columns": 24}]

@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.collect import LayerSums
 from lrc.hub.names import ASSETS
-from lrc.linalg import eliminate
+from lrc.maths.linalg import eliminate
 from lrc.moments.attention import QUERIES, AttentionSum
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan
-from lrc.stream import ModelStream
 from lrc.text.blocks import tokenize
+from lrc.walk.statistics import LayerSums
+from lrc.walk.stream import ModelStream
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 2, 16, QUERIES
 

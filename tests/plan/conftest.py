@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc.families import Architecture, Heads, describe, family_of
 from lrc.methods.contract import Solution, Solver, solves
+from lrc.methods.sizes import ComponentRank, PairRank
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
-from lrc.plan.size import ComponentRank, PairRank
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lrc.plan.layers import spans
+from lrc.plan.precedence import spans
 from lrc.plan.resolved import ResolvedPlan
 
 Resolved = Callable[..., ResolvedPlan]

@@ -9,19 +9,19 @@ from typing import Any, Protocol
 import pytest
 
 from lrc.checkpoint.sizes import Size
+from lrc.compression.logit_scale import LogitScale
+from lrc.compression.measure import Measured
+from lrc.compression.refit import RefitRecord, StreamError
 from lrc.evaluation.perplexity import Perplexity
-from lrc.measure import Measured
 from lrc.methods.contract import Prediction
 from lrc.plan.resolved import Share
-from lrc.refit import RefitRecord, StreamError
-from lrc.report.report import (
+from lrc.records.compression import (
     CalibrationRecord,
     CalibrationSource,
     PerplexityChange,
     Report,
     TargetRecord,
 )
-from lrc.scale import LogitScale
 
 DENSE = Size(6_738_415_616, 13_476_831_232, 524_288)
 

@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 
 from lrc.checkpoint.sizes import Size
-from lrc.measure import Measured
+from lrc.compression.logit_scale import LogitScale
+from lrc.compression.measure import Measured
+from lrc.compression.refit import RefitRecord, StreamError
 from lrc.methods.contract import Prediction
-from lrc.refit import RefitRecord, StreamError
+from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.groups import summarise
 from lrc.report.markdown import report_page
-from lrc.report.report import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.tables import summary
-from lrc.scale import LogitScale
 
 
 def record(target: str, metric: Any, predicted: tuple[float, float], **measured: float) -> TargetRecord:

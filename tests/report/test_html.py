@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from lrc.records.compression import Report
 from lrc.report.html import html_page
 from lrc.report.outputs import Output
-from lrc.report.report import Report
 
 MakeReport = Callable[..., Report]
 _EMPTY = {"meta", "path", "use", "rect"}  # of which only those of HTML need no end; SVG's end themselves

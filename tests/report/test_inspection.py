@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from lrc.errors import UserError
+from lrc.records.inspection import Choice, Conditioning, Estimate, Held, Inspected, Inspection, Spectrum
 from lrc.report.inspected import (
     auto_table,
     by_method,
@@ -27,7 +28,6 @@ from lrc.report.inspected import (
     reasons_table,
     spectra_table,
 )
-from lrc.report.inspection import Choice, Conditioning, Estimate, Held, Inspected, Inspection, Spectrum
 from lrc.report.inspection_page import check_folder, write_inspection
 
 SPECTRUM = Spectrum(8, 6.0, 2.0, 7, [1, 4, 8], [0.5, 0.9, 1.0])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lrc.records.compression import Report
 from lrc.report.html import html_page
 from lrc.report.markdown import error_note, model_card, report_page
-from lrc.report.report import Report
 
 
 def test_what_matters_comes_first_and_the_plan_last(make_report: Callable[..., Report]) -> None:

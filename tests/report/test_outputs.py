@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lrc.errors import UserError
+from lrc.records.compression import REPORT, Report
 from lrc.report.compared import compared_page
 from lrc.report.outputs import points, read_beside, read_outputs, short
-from lrc.report.report import REPORT, Report
 
 MakeReport = Callable[..., Report]
 Written = Callable[..., list[Path]]

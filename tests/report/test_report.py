@@ -14,8 +14,8 @@ import pytest
 
 import lrc
 from lrc.errors import UserError
-from lrc.report.report import REPORT, REPORT_VERSION, Report, read_report
-from lrc.report.schema import report_schema
+from lrc.records.compression import REPORT, REPORT_VERSION, Report, read_report
+from lrc.records.schema import report_schema
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -79,7 +79,9 @@ def test_a_missing_and_an_unreadable_file_are_told(tmp_path: Path) -> None:
 
 def test_the_published_schema_is_that_of_the_code() -> None:
     published = (DOCS / "report.schema.json").read_text(encoding="utf-8")
-    assert published == report_schema(), "make it anew: python -m lrc.report.schema > docs/report.schema.json"
+    assert published == report_schema(), (
+        "make it anew: python -m lrc.records.schema > docs/report.schema.json"
+    )
 
 
 def test_a_report_has_what_the_schema_lists(worst: Report) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import lrc
-from lrc.modules.fuse import fuse
+from lrc.modules.fused.fuse import fuse
 
 CPU = torch.device("cpu")
 

@@ -17,13 +17,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lrc import refit
 from lrc.checkpoint.staging import staging
-from lrc.compressor import Compressor
-from lrc.job import prepare
+from lrc.compression import refit
+from lrc.compression.loop import Compressor
 from lrc.moments import moment
-from lrc.stopwatch import Stopwatch
-from lrc.stream import ModelStream
+from lrc.plan.job import prepare
+from lrc.run.stopwatch import Stopwatch
+from lrc.walk.stream import ModelStream
 
 aten = torch.ops.aten
 
@@ -95,7 +95,7 @@ def test_counts_are_those_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
     kv_heads: int,
 ) -> None:
-    monkeypatch.setattr("lrc.gradients._KEEP_ALL", 0)  # inputs of some layers are computed again
+    monkeypatch.setattr("lrc.walk.backward._KEEP_ALL", 0)  # inputs of some layers are computed again
     for name, module, value in (
         ("DIRECTIONS", refit, 16),
         ("GRAM_BLOCK", moment, 48),

@@ -1,0 +1,140 @@
+"""Calibration text that the model itself writes, for users who have none.
+
+A block is what follows one start token (``bos_token_id`` of config.json, else ``eos_token_id``; the start itself is not
+in the block): every token is drawn from the full softmax at temperature 1, nothing cut off or made likelier. A token
+that ends a text stays as any other, and what follows it is a new text. Token t of block b is where a uniform number,
+a function of (seed, b, t) alone, falls in the cumulative probabilities in float64; so blocks are the same whatever the
+batch size, up to the rounding of the logits, and ids are never turned to text and back.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrc.errors import UserError
+from lrc.estimate.memory import generating_memory
+from lrc.estimate.room import free_bytes
+from lrc.hub.loader import load
+from lrc.hub.tokenizer import start_tokens
+from lrc.plan.job import Job
+from lrc.run.processes import ALONE, Ranks
+from lrc.run.settings import generating_batch
+from lrc.run.stopwatch import Stopwatch
+from lrc.text.blocks import batched, ids_sha256, uniforms
+from lrc.text.datasets import SYNTHETIC
+from lrc.text.mixture import Source
+
+Progress = Callable[[str, int], Callable[[int], object]]
+
+
+def synthesize(
+    count: int,
+    *,
+    job: Job,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int | None,
+    watch: Stopwatch,
+    progress: Progress | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    ranks: Ranks = ALONE,
+) -> Source:
+    """Have a job's model write ``count`` blocks of its seq_len, ``batch_size`` of them at once; of several processes
+    each has the model, and writes its part of them.
+
+    The stage ``generate`` of ``progress`` counts tokens of a block, batch after batch. Raises UserError where the model
+    does not fit on the device, has no start token, or gives NaN.
+    """
+    batch = min(batch_size or generating_batch(job.plan.seq_len), count)
+    needed, start = generating_memory(job, dtype, batch), start_token(job)
+    if needed > (free := free_bytes(device)):
+        raise UserError(
+            f"synthetic calibration text is written by the whole model on {device}: it needs about {needed:,} bytes, "
+            f"and {free:,} are free. Try --batch-size below {batch} or --dtype bfloat16; a text to calibrate on, such "
+            "as --calib wikitext2 or a file, needs one layer at a time"
+        )
+    seed, seq_len = job.plan.plan.calibration.seed, job.plan.seq_len
+    with watch.stage("generate"):
+        model = load(
+            job.reader.folder,
+            device=device,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+        steps = -(-len(ranks.mine(range(count))) // batch) * seq_len
+        advance = progress("generate", steps) if progress else lambda done: None
+        try:
+            blocks = write_blocks(model, start, count, seq_len, seed, batch, advance, ranks)
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU is out of memory while the model writes; try --batch-size below {batch}"
+            ) from error
+        finally:
+            # Models hold references to themselves: only the collector frees the memory.
+            del model
+            gc.collect()
+    settings = {"start": start, "temperature": 1.0, "ids_sha256": ids_sha256(blocks)}
+    return Source(SYNTHETIC, blocks, settings)
+
+
+def write_blocks(
+    model: PreTrainedModel,
+    start: int,
+    count: int,
+    seq_len: int,
+    seed: int,
+    batch_size: int,
+    advance: Callable[[int], object],
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """Blocks (count, seq_len) that a model writes after ``start``, on the CPU; ``advance`` is called with steps done.
+
+    Raises UserError where logits are NaN or inf.
+    """
+    numbers = torch.stack([uniforms(seed, f"{SYNTHETIC}/{block}", seq_len) for block in range(count)])
+    written = [_write(model, start, part, advance) for part in batched(ranks.mine(numbers), batch_size)]
+    return ranks.woven(torch.cat([torch.empty(0, seq_len, dtype=torch.int64), *written]))
+
+
+@torch.no_grad()
+def _write(model: PreTrainedModel, start: int, numbers: Tensor, advance: Callable[[int], object]) -> Tensor:
+    """Blocks whose tokens uniform ``numbers`` (blocks, seq_len) choose."""
+    numbers = numbers.to(model.device)
+    ids = torch.empty(numbers.shape, dtype=torch.int64, device=model.device)
+    last, cache = torch.full_like(ids[:, :1], start), None
+    sound = torch.ones((), dtype=torch.bool, device=model.device)
+    for t in range(ids.shape[1]):
+        out = model(input_ids=last, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        total = out.logits[:, -1].double().softmax(-1).cumsum(-1)
+        sound &= total[:, -1].isfinite().all()
+        last = torch.searchsorted(total, numbers[:, t : t + 1] * total[:, -1:], right=True)
+        last = last.clamp_max(
+            total.shape[1] - 1
+        )  # NaN is past every token, which the next call could not look up
+        ids[:, t : t + 1] = last
+        advance(1)
+    if not sound:
+        raise UserError(
+            "the model's logits are NaN or inf while it writes calibration text; try --dtype float32"
+        )
+    return ids.cpu()
+
+
+def start_token(job: Job) -> int:
+    """The token that a text begins behind: config.json's, of the vocabulary; UserError where it names none."""
+    vocab = job.reader.architecture.vocab
+    for token in start_tokens(job.reader.config):
+        if 0 <= token < vocab:
+            return token
+    raise UserError(
+        f"{job.reader.folder / 'config.json'} names no bos_token_id or eos_token_id among the {vocab} tokens, and "
+        "synthetic text has to start with one; name one there, or calibrate on a text"
+    )

@@ -1,0 +1,1 @@
+"""The loop over layers of a compression: solve, assemble, measure, refit, finish."""

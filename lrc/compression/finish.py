@@ -1,0 +1,99 @@
+"""Turns the finished layers in a staging folder into a Hugging Face checkpoint with its manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lrc.checkpoint.sizes import Size, size_of
+from lrc.checkpoint.staging import MANIFEST, Staging
+from lrc.compression.logit_scale import LogitScale
+from lrc.compression.loop import REST, part_name, part_names
+from lrc.compression.refit import RefitRecord
+from lrc.hub.quantizer import FORMAT_VERSION
+from lrc.modules.table import Table
+from lrc.plan.job import Job
+from lrc.plan.resolved import ResolvedPlan
+
+COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+)
+
+
+def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> Table:
+    """Write everything ``from_pretrained`` reads, and the manifest; returns the module table.
+
+    The config is the source's own text with the table added, so that what other readers know of it stays true.
+    """
+    table = module_table(job.plan, job.reader.family.layers, staging)
+    staging.assemble(part_names(job.plan))
+    config = json.loads(job.reader.config_text)
+    config["quantization_config"] = {
+        "quant_method": "lrc",
+        "format_version": FORMAT_VERSION,
+        "modules": table,
+    }
+    staging.write_json("config.json", config)
+    for path in copied_files(job.reader.folder):
+        staging.copy(path)
+    scale = logit_scale(staging)
+    manifest = {
+        **settings,
+        "targets": target_records(job, staging),
+        "refits": [record.as_dict() for record in refit_records(job, staging)],
+        "scale": scale and asdict(scale),
+        "sha256": staging.hashes(),
+    }
+    staging.write_json(MANIFEST, manifest)
+    return table
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """What of a source checkpoint goes into the output as it is."""
+    return sorted({path for pattern in COPIED for path in folder.glob(pattern)})
+
+
+def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
+    """The whole model's module table, by full path, from what is finished."""
+    outer = {p: e for a in plan.outer for p, e in staging.record(a.target)["table"].items()}
+    return outer | {
+        f"{layers}.{layer.index}.{path}": entry
+        for layer in plan.layers
+        for path, entry in staging.record(part_name(layer.index))["table"].items()
+    }
+
+
+def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
+    """What was recorded of everything shrunk, outside the layers and then layer by layer."""
+    return [record for name in part_names(job.plan) for record in staging.record(name)["results"]]
+
+
+def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
+    """What was recorded of every refit, layer by layer."""
+    names = [part_name(layer.index) for layer in job.plan.layers]
+    return [RefitRecord.from_dict(record) for name in names for record in staging.record(name)["refits"]]
+
+
+def logit_scale(staging: Staging) -> LogitScale | None:
+    """The scale of the logits, where one was fitted."""
+    record = staging.record(REST)["scale"]
+    return None if record is None else LogitScale(**record)
+
+
+def sizes(job: Job, staging: Staging, table: Table) -> tuple[Size, Size]:
+    """Size of the original and of the output."""
+    reader = job.reader
+    written = [stored for part in part_names(job.plan) for stored in staging.headers(part).values()]
+    before = size_of(reader.tensors.values(), reader.architecture, reader.dtype, {})
+    return before, size_of(written, reader.architecture, reader.dtype, table)

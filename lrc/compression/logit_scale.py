@@ -1,0 +1,110 @@
+"""One number that the logits are multiplied by, so that a compressed model is no surer of itself than the original.
+
+It minimises the KL divergence from the original's next-token distribution p to q_s = softmax(s z) of the compressed
+logits z. KL(p‖q_s) = E_p[log p] − s E_p[z] + log Σ exp(s z) is convex in s, with slope E_q[z] − E_p[z] and curvature
+Var_q[z]. As temperature scaling does (Guo et al., arXiv:1706.04599), with the original's distribution for the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.run.processes import ALONE, Ranks
+
+LEAST, MOST = 0.1, 10.0
+CHUNK_BYTES = 2**27  # of the float32 logits of a chunk of tokens
+_STEPS, _PRECISION = 50, 1e-6
+
+
+@dataclass(frozen=True)
+class LogitScale:
+    """The factor, and KL(p‖q) in nats per token with logits as they were and scaled.
+
+    Both are over ``tokens`` of the calibration text that the fits have seen, so that on other text the scale may be
+    another and gain less.
+    """
+
+    value: float
+    before: float
+    after: float
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        return (
+            f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original's, on "
+            f"{self.tokens:,} calibration tokens, which the fits have seen, {self.before:.4g} nats without and "
+            f"{self.after:.4g} with it"
+        )
+
+
+@dataclass(frozen=True)
+class Final:
+    """A model's hidden states behind its last layer, (..., hidden) each, and its logits (tokens, vocab) of some of
+    them, (tokens, hidden).
+    """
+
+    states: Sequence[Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+    def chunks(self, rows: int) -> list[Tensor]:
+        """The states of all tokens, at most ``rows`` at once."""
+        return [chunk for states in self.states for chunk in states.flatten(0, -2).split(rows)]
+
+
+@torch.no_grad()
+def fit_scale(original: Final, compressed: Final, vocab: int, ranks: Ranks = ALONE) -> LogitScale:
+    """The best scale from 0.1 to 10 for the logits of a compressed model, by those of the original on the same tokens.
+
+    The states are those of this process's tokens, the sums those of all. Newton's method, bisecting where that leaves
+    what is known to hold the minimum. Logits are computed anew in every step, a chunk of tokens at a time.
+    """
+    rows = max(CHUNK_BYTES // (4 * vocab), 1)
+    old, new = original.chunks(rows), compressed.chunks(rows)
+    tokens, logits = ranks.total(sum(len(chunk) for chunk in new)), compressed.logits
+
+    def means(sums: list[Tensor]) -> list[float]:
+        # Of more processes than blocks some have none.
+        own = torch.stack(sums).sum(dim=0) if sums else torch.zeros((), dtype=torch.float64)
+        return (ranks.total(own) / tokens).tolist()
+
+    pairs = zip(old, new, strict=True)
+    certainty, expected = means([_fixed(original.logits(a).float(), logits(b).float()) for a, b in pairs])
+
+    def at(scale: float) -> tuple[float, float, float]:
+        """KL, its slope and its curvature."""
+        partition, mean, variance = means([_moving(logits(chunk).float(), scale) for chunk in new])
+        return certainty - scale * expected + partition, mean - expected, variance
+
+    low, high, scale = LEAST, MOST, 1.0
+    before, slope, curvature = found = at(scale)
+    for _ in range(_STEPS):
+        low, high = (low, scale) if slope > 0 else (scale, high)
+        step = scale - slope / curvature if curvature > 0 else low
+        step = step if low < step < high else (low + high) / 2
+        if abs(step - scale) < _PRECISION * scale:
+            break
+        scale = step
+        found = _, slope, curvature = at(scale)
+    return LogitScale(scale, before, found[0], tokens)
+
+
+def _fixed(original: Tensor, compressed: Tensor) -> Tensor:
+    """Sums over tokens, in float64, of E_p[log p] and E_p[z]."""
+    log_p = original.log_softmax(dim=-1)
+    p = log_p.exp()
+    return torch.stack([(p * log_p).sum(-1).double().sum(), (p * compressed).sum(-1).double().sum()])
+
+
+def _moving(z: Tensor, scale: float) -> Tensor:
+    """Sums over tokens, in float64, of log Σ exp(s z), E_q[z] and Var_q[z]."""
+    scaled = scale * z
+    partition, q = scaled.logsumexp(dim=-1), scaled.softmax(dim=-1)
+    mean = (q * z).sum(dim=-1, keepdim=True)
+    variance = (q * (z - mean).square()).sum(dim=-1)
+    return torch.stack([each.double().sum() for each in (partition, mean, variance)])

@@ -1,0 +1,140 @@
+"""Measures what reductions really do: the original and the reduced module run on the same tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lrc.compression.assemble import assemble
+from lrc.families import canonical
+from lrc.methods.contract import Solution
+from lrc.moments.observe import Call
+from lrc.walk.stream import ModelStream
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Squared error and squared size of an output, means over tokens; ``kl`` in nats per query for attention scores."""
+
+    error: float | None = None
+    reference: float | None = None
+    kl: float | None = None
+
+
+class LayerMeasure:
+    """One layer with each of its solutions put in alone, compared with the original batch by batch.
+
+    ``opens``: whether the first block measured is among this process's, which is where attention is compared. The first
+    token of a block counts as ``first_token`` in errors, as it does in the moments that they are predicted from.
+    """
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        index: int,
+        state: Mapping[str, Tensor],
+        solutions: Mapping[str, Solution],
+        first_token: int,
+        *,
+        opens: bool = True,
+    ) -> None:
+        self._stream, self._architecture = stream, stream.reader.architecture
+        self._index, self._state = index, state
+        family, dtype = self._architecture.family, stream.reader.dtype
+        homes = {"qk": family.attention, "ov": family.attention, "mlp": family.mlp}
+        self._alone: dict[str, nn.Module] = {}
+        for target, solution in solutions.items():
+            reduced = assemble(self._architecture, stream.skeletons[index], state, [solution], dtype)
+            module = stream.filled(reduced.module, reduced.state)
+            self._alone[target] = module.get_submodule(homes.get(target) or reduced.paths[target])
+        self._sums = {
+            target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions
+        }
+        self._opens, self._first_token = opens, first_token
+        self._kl: float | None = None
+        self._tokens = 0
+
+    @property
+    def watched(self) -> dict[str, str]:
+        """Submodules whose calls ``add`` needs."""
+        family = self._architecture.family
+        return {"attention": family.attention, "mlp": family.mlp, **family.sites}
+
+    @torch.no_grad()
+    def add(self, calls: Mapping[str, Call]) -> None:
+        """Count the tokens of one call of the original layer."""
+        family = self._architecture.family
+        blocks, tokens, _ = calls["attention"].input.shape
+        self._tokens += blocks * (tokens + self._first_token - 1)
+        with self._stream.precision():
+            for target, alone in self._alone.items():
+                if target == "qk":
+                    if self._opens and self._kl is None:
+                        self._kl = self._attention_kl(alone, calls["attention"])
+                elif target == "ov":
+                    call = calls["attention"]
+                    new, _ = alone(*call.args, **call.kwargs)
+                    self._count(target, call.output[0], new, self._affine("o")[1])
+                elif target == "mlp":
+                    new = alone(calls["mlp"].input)
+                    self._count(target, calls["mlp"].output, new, self._affine(family.mlp_output)[1])
+                else:
+                    x = calls[family.site(target)].input
+                    weight, bias = self._affine(target)
+                    self._count(target, functional.linear(x, weight, bias), alone(x), bias)
+
+    def results(self) -> dict[str, Measured]:
+        """What all processes measured, by target."""
+        ranks, found = self._stream.ranks, {}
+        tokens = ranks.total(self._tokens)
+        kl = next((each for each in ranks.gather(self._kl) if each is not None), None)
+        for target, sums in self._sums.items():
+            error, reference = (ranks.total(sums) / max(tokens, 1)).tolist()
+            found[target] = Measured(kl=kl) if target == "qk" else Measured(error, reference)
+        return found
+
+    def _affine(self, role: str) -> tuple[Tensor, Tensor | None]:
+        weight, bias = canonical(self._architecture.family, self._architecture, self._state, role)
+        dtype = self._stream.dtype
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _count(self, target: str, old: Tensor, new: Tensor, bias: Tensor | None) -> None:
+        change, size = new.float() - old.float(), old.float() if bias is None else old.float() - bias.float()
+        self._sums[target] += torch.stack([self._total(each.square()) for each in (change, size)])
+
+    def _total(self, squares: Tensor) -> Tensor:
+        """The sum of squares (blocks, tokens, out) over all tokens."""
+        return squares.sum() + (self._first_token - 1) * squares[:, 0].sum()
+
+    def _attention_kl(self, reduced: nn.Module, call: Call) -> float:
+        """Mean KL divergence, over queries and heads of the first block, of the attention distribution."""
+        path = self._architecture.family.attention
+        original = self._stream.filled(
+            copy.deepcopy(self._stream.skeletons[self._index].get_submodule(path)),
+            {
+                name.removeprefix(f"{path}."): tensor
+                for name, tensor in self._state.items()
+                if name.startswith(f"{path}.")
+            },
+        )
+        old, new = (_attention_weights(module, call) for module in (original, reduced))
+        floor = torch.finfo(old.dtype).tiny  # softmax underflows to zero
+        return float((old * (old.clamp_min(floor).log() - new.clamp_min(floor).log())).sum(-1).mean())
+
+
+def _attention_weights(attention: nn.Module, call: Call) -> Tensor:
+    """Attention weights (heads, queries, keys) of the first block, by the family's eager attention."""
+    hidden = call.input[:1]
+    kwargs = {k: v for k, v in call.kwargs.items() if k != "hidden_states"}
+    mask = kwargs.get("attention_mask")
+    if mask is None:  # what the fast implementations take for causal, eager takes for no mask at all
+        tokens = hidden.shape[1]
+        mask = torch.full((tokens, tokens), -torch.inf, device=hidden.device).triu(1)[None, None]
+    kwargs["attention_mask"] = mask[:1]
+    attention.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    return attention(hidden, **kwargs)[1][0].float()

@@ -1,0 +1,250 @@
+"""Refit of output projections to the original residual stream: linear regression with a ridge to the solution.
+
+The ridge is chosen on blocks that are kept out of that fit; the fit itself is then made on all of them. They are blocks
+of calibration: the methods' moments and the refits of the layers before have seen them. Wide outputs are compared in
+random directions, where their squared error is on average the same (Johnson and Lindenstrauss), so that trying a ridge
+costs little more than its Cholesky factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc.maths.linalg import damped_cholesky, data_error
+from lrc.methods.contract import Affine
+from lrc.moments.moment import add_gram, product, whole
+from lrc.run.processes import Ranks
+
+RIDGE = 0.1  # where there is only one block
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # of equals the first is taken: the one nearest to the start
+EIGHT = 8
+DIRECTIONS = 256
+_SEED = 0
+
+
+def held_out_blocks(count: int) -> Tensor:
+    """Which of ``count`` calibration blocks choose the ridge and the logits' scale: (count,) of bool.
+
+    One of every eight and at least one, but none where there is only one. It stands at another place in each eight, as
+    blocks of several texts are interleaved.
+    """
+    held = torch.zeros(count, dtype=torch.bool)
+    if count > 1:
+        held[[EIGHT * i + 3 * i % EIGHT for i in range(max(count // EIGHT, 1))]] = True
+    return held
+
+
+@dataclass(frozen=True)
+class StreamError:
+    """E‖x − x̃‖² / E‖x‖² of the compressed residual stream x̃ and the original's x, before and after a refit."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class RefitRecord:
+    """What is kept of the refit of a layer's ``role``.
+
+    ``ridge`` is a fraction of the mean diagonal; ``raised`` what the solve took instead where that was not enough.
+    ``error`` is that of all blocks and the final fit; ``held_out`` that of the blocks which chose the ridge, by the fit
+    without them, None where there was one block and the ridge is a fixed one.
+    """
+
+    layer: int
+    role: str
+    ridge: float
+    raised: float | None
+    error: StreamError
+    held_out: StreamError | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> RefitRecord:
+        """The record behind ``as_dict``."""
+        held = record["held_out"]
+        errors = {"error": StreamError(**record["error"]), "held_out": held and StreamError(**held)}
+        return cls(**{**record, **errors})
+
+
+def doubts(refits: Sequence[RefitRecord]) -> list[str]:
+    """A warning where most of the refits of a run gained nothing on the blocks that were left out of them."""
+    chosen = [refit.held_out for refit in refits if refit.held_out is not None]
+    worse = [error for error in chosen if error.after >= error.before]
+    if 2 * len(worse) <= len(chosen):
+        return []
+    return [
+        f"{len(worse)} of {len(chosen)} residual refits gain nothing on the calibration blocks left out of them; use "
+        "more samples"
+    ]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A fitted projection; the rest is what ``RefitRecord`` keeps of it."""
+
+    solution: Affine
+    ridge: float
+    raised: float | None
+    error: StreamError
+    held_out: StreamError | None
+
+    def record(self, layer: int, role: str) -> RefitRecord:
+        """What is kept of it."""
+        return RefitRecord(layer, role, self.ridge, self.raised, self.error, self.held_out)
+
+
+def directions(out: int, device: torch.device) -> Tensor | None:
+    """Normal directions (``DIRECTIONS``, out) in float64, the same in every run; None for outputs that are no more."""
+    if out <= DIRECTIONS:
+        return None
+    generator = torch.Generator(device).manual_seed(_SEED)
+    return torch.randn(DIRECTIONS, out, generator=generator, dtype=torch.float64, device=device)
+
+
+class RefitSum:
+    """Sums over tokens of what a projection reads on the compressed stream and what it leaves that stream short of."""
+
+    def __init__(self, width: int, out: int, device: torch.device) -> None:
+        self._fitted, self._held = (_Sums.zero(width, out, device) for _ in range(2))
+
+    def add(self, x: Tensor, goal: Tensor, reached: Tensor, held: bool) -> None:
+        """Count inputs x (blocks, tokens, width), the original stream and the one reached by the start, float32
+        (blocks, tokens, out); those ``held`` are kept out of the fit that chooses the ridge.
+        """
+        (self._held if held else self._fitted).add(x, goal, reached)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other processes have counted."""
+        for sums in (self._fitted, self._held):
+            sums.reduce(ranks)
+
+    def solve(self, start: Affine) -> Refit:
+        """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), t − W₀ x − b₀ what is missing.
+
+        λ is the ridge times the mean diagonal of E[x xᵀ], centred where there is a bias. The ridge is the one of
+        ``RIDGES`` whose fit without the held-out blocks has the least error there, in ``DIRECTIONS`` of the output
+        where it is wider. A projection without a bias gets none.
+        """
+        biased = start.bias is not None
+        ridge, held_out = RIDGE, None
+        if self._held.tokens:
+            fitted, held = self._fitted.means(), self._held.means()
+            some = directions(len(held.r), held.r.device)
+            fitted_in, held_in = fitted.along(some), held.along(some)
+            changes = {each: held_in.gained(fitted_in.change(each, biased)[0]) for each in RIDGES}
+            ridge = max(changes, key=changes.__getitem__)
+            error = held.error(fitted.change(ridge, biased)[0])
+            held_out = StreamError(held.missing / held.size, error / held.size)
+            del fitted, held, fitted_in, held_in
+        every = self._fitted.plus(self._held).means()
+        change, damping = every.change(ridge, biased)
+        bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
+        return Refit(
+            Affine(start.weight.double() + change.weight, bias),
+            ridge,
+            None if damping == ridge else damping,
+            StreamError(every.missing / every.size, every.error(change) / every.size),
+            held_out,
+        )
+
+
+@dataclass
+class _Sums:
+    """Running sums in float32 of x xᵀ, r xᵀ, x and r, in float64 of ‖r‖² and of the original stream's square."""
+
+    gram: Tensor
+    cross: Tensor
+    x: Tensor
+    r: Tensor
+    missing: Tensor
+    size: Tensor
+    tokens: int
+
+    @classmethod
+    def zero(cls, width: int, out: int, device: torch.device) -> _Sums:
+        shapes = ((width, width), (out, width), (width,), (out,))
+        gram, cross, x, r = (torch.zeros(shape, device=device) for shape in shapes)
+        missing, size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        return cls(gram, cross, x, r, missing, size, 0)
+
+    def add(self, x: Tensor, goal: Tensor, reached: Tensor) -> None:
+        rows, missing = x.flatten(0, -2), (goal - reached).flatten(0, -2)
+        add_gram(self.gram, rows)
+        self.cross += product(missing, rows)
+        self.x += rows.sum(dim=0, dtype=torch.float32)
+        self.r += missing.sum(dim=0)
+        self.missing += missing.square().sum(dim=0).double().sum()
+        self.size += goal.square().sum(dim=(0, 1)).double().sum()
+        self.tokens += rows.shape[0]
+
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum(self.gram, self.cross, self.x, self.r, self.missing, self.size)
+        self.tokens = ranks.total(self.tokens)
+
+    def plus(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.x + other.x,
+            self.r + other.r,
+            self.missing + other.missing,
+            self.size + other.size,
+            self.tokens + other.tokens,
+        )
+
+    def means(self) -> _Means:
+        return _Means(
+            whole(self.gram / self.tokens),
+            *(sums.double() / self.tokens for sums in (self.cross, self.x, self.r)),
+            missing=float(self.missing) / self.tokens,
+            size=float(self.size) / self.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Means over tokens: E[x xᵀ] in float32, as its sum is, and in float64 E[r xᵀ], E[x], E[r], E‖r‖², E‖stream‖²."""
+
+    gram: Tensor
+    cross: Tensor
+    x: Tensor
+    r: Tensor
+    missing: float
+    size: float
+
+    def along(self, directions: Tensor | None) -> _Means:
+        """The same with r times some directions (k, out), but for its square: for comparing changes."""
+        if directions is None:
+            return self
+        return replace(self, cross=directions @ self.cross, r=directions @ self.r)
+
+    def change(self, ridge: float, biased: bool) -> tuple[Affine, float]:
+        """The D, d minimising E‖r − D x − d‖² + λ‖D‖²_F, and the damping used."""
+        gram, cross = self.gram, self.cross
+        if biased:
+            gram, cross = gram.double() - torch.outer(self.x, self.x), cross - torch.outer(self.r, self.x)
+        root = damped_cholesky(gram, ridge)
+        weight = root.solve(cross)
+        return Affine(weight, self.r - weight @ self.x if biased else None), root.damping
+
+    def gained(self, change: Affine) -> float:
+        """E‖r‖² − E‖r − D x − d‖²."""
+        weight, bias = change.weight, change.bias
+        found = 2 * (self.cross * weight).sum() - data_error(weight, self.gram)
+        if bias is not None:
+            found -= bias @ (bias - 2 * (self.r - weight @ self.x))
+        return float(found)
+
+    def error(self, change: Affine) -> float:
+        """E‖r − D x − d‖²."""
+        # Never below zero, though the difference of float32 sums may be by rounding.
+        return max(self.missing - self.gained(change), 0.0)

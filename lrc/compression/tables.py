@@ -1,0 +1,230 @@
+"""Factorizes what lies outside the decoder layers: the embedding, the head, or the one matrix that is both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc.checkpoint.shared import SharedStaging
+from lrc.checkpoint.staging import Staging
+from lrc.compression.assemble import store
+from lrc.compression.measure import Measured
+from lrc.compression.solve import solve
+from lrc.errors import UserError
+from lrc.maths.linalg import data_error
+from lrc.methods.contract import Affine, EmbeddingProblem, Factors, ProjectionProblem, Solution
+from lrc.methods.shared.tables import table_error
+from lrc.modules import kinds
+from lrc.modules.embedding import embedding_entry
+from lrc.modules.low_rank import LowRankLinear
+from lrc.modules.table import Table, build
+from lrc.moments.moment import Moment, MomentSum
+from lrc.plan.resolved import ResolvedPlan
+from lrc.run.stopwatch import Stopwatch
+from lrc.walk.stream import Batch, ModelStream
+
+OuterProblem = EmbeddingProblem | ProjectionProblem
+
+
+@dataclass(frozen=True)
+class ReducedOuter:
+    """A target as it is saved: table entries and tensors by full path, those of a tied head with the embedding's."""
+
+    target: str
+    table: Table
+    tensors: Mapping[str, Tensor]
+
+    def module(self, stream: ModelStream, target: str) -> nn.Module | None:
+        """What takes the place of the embedding or the head, to be run; None where this leaves it as it is."""
+        paths = stream.reader.family.outer
+        if paths[target] not in self.table:
+            return None
+        with torch.device("meta"):
+            module = build(self.table[paths[target]], torch.empty(0))
+        start = f"{paths[self.target]}."  # a tied head has the embedding's tensors
+        state = {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
+        return stream.filled(module, state)
+
+
+class Outer:
+    """The embedding and the head over one run: reduced where the plan says so, staged, and given back to be run.
+
+    One process solves them; the others have them from the staging folder.
+    """
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        plan: ResolvedPlan,
+        staging: Staging | SharedStaging,
+        watch: Stopwatch,
+    ) -> None:
+        self._stream, self._staging, self._watch = stream, staging, watch
+        self._architecture = stream.reader.architecture
+        self._paths = stream.reader.family.outer
+        self._assigned = {assignment.target: assignment for assignment in plan.outer}
+
+    def embedding(self, blocks: Tensor, batches: Sequence[Batch]) -> nn.Module | None:
+        """What takes the embedding's place, by all blocks (n, length) and this process's ``batches`` of them before the
+        first layer; None where it stays whole.
+        """
+        if "embed" not in self._assigned:
+            return None
+        if not self._staging.has("embed"):
+            with self._watch.stage("observe"):
+                final = self._final_ahead(batches) if self._architecture.tied else None
+            if self._stream.ranks.first:
+                with self._watch.stage("solve"):
+                    problem = pose_embedding(self._stream, blocks, final)
+                    met = replace(problem, frequency=_shares(blocks, problem.table))
+                    reduced, record = self._reduce("embed", problem, met)
+                self._write(reduced, record)
+        return self._staged("embed").module(self._stream, "embed")
+
+    def head(self, batches: Sequence[Batch]) -> nn.Module | None:
+        """What takes the head's place, by the original's ``batches`` behind the last layer; None where it stays whole.
+
+        A head that is the embedding was reduced with it.
+        """
+        if "lm_head" not in self._assigned:
+            tied = self._architecture.tied and "embed" in self._assigned
+            return self._staged("embed").module(self._stream, "lm_head") if tied else None
+        if not self._staging.has("lm_head"):
+            with self._watch.stage("observe"):
+                final = final_moment(self._stream, (batch.hidden for batch in batches))
+            if self._stream.ranks.first:
+                with self._watch.stage("solve"):
+                    problem = pose_head(self._stream, final)
+                    reduced, record = self._reduce("lm_head", problem, problem)
+                self._write(reduced, record)
+        return self._staged("lm_head").module(self._stream, "lm_head")
+
+    def left(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the tensors outside the layers that nothing replaces."""
+        replaced = tuple(f"{self._paths[target]}." for target in self._assigned)
+        return {name: tensor for name, tensor in rest.items() if not name.startswith(replaced)}
+
+    def _final_ahead(self, batches: Sequence[Batch]) -> Moment:
+        """The moment of what the head reads, by running all layers before any is reduced."""
+        stream, states = self._stream, [batch.hidden for batch in batches]
+        for index in range(self._architecture.layers):
+            layer, _ = stream.layer(index)
+            stream.advance_states(layer, index, batches, states)
+        return final_moment(stream, states)
+
+    def _reduce(
+        self, target: str, problem: OuterProblem, met: OuterProblem
+    ) -> tuple[ReducedOuter, dict[str, Any]]:
+        """Solve a problem, and measure what is stored by the one that the text itself poses."""
+        assignment, dtype = self._assigned[target], self._stream.reader.dtype
+        solution = solve(problem, assignment)
+        record = {
+            **asdict(assignment),
+            "layer": None,
+            "predicted": asdict(solution.predicted),
+            "numerics": dict(solution.numerics),
+            "measured": asdict(_measured(met, _factors(solution), dtype)),
+        }
+        return store_outer(self._stream, solution), record
+
+    def _write(self, reduced: ReducedOuter, record: dict[str, Any]) -> None:
+        with self._watch.stage("write"):
+            self._staging.write(
+                reduced.target, reduced.tensors, {"table": reduced.table, "results": [record]}
+            )
+
+    def _staged(self, target: str) -> ReducedOuter:
+        return ReducedOuter(target, self._staging.record(target)["table"], self._staging.tensors(target))
+
+
+def pose_outer(
+    stream: ModelStream, targets: Iterable[str], blocks: Tensor, batches: Iterable[Batch]
+) -> dict[str, OuterProblem]:
+    """The problems of targets outside the layers, by blocks (n, length) and their ``batches`` behind the last layer."""
+    final = final_moment(stream, (batch.hidden for batch in batches))
+    shared = final if stream.reader.architecture.tied else None
+    return {
+        target: pose_head(stream, final) if target == "lm_head" else pose_embedding(stream, blocks, shared)
+        for target in targets
+    }
+
+
+def pose_embedding(stream: ModelStream, blocks: Tensor, final: Moment | None) -> EmbeddingProblem:
+    """The problem of the embedding, by how often tokens are in ``blocks`` (n, length).
+
+    ``final``: the moment of what the head reads, where it has the same weight; the head then shares the factors.
+    """
+    weight = _weight(stream, "embed")
+    extra = torch.arange(len(weight))  # one more of each, as others come in other texts
+    return EmbeddingProblem(weight, _shares(torch.cat([blocks.flatten(), extra]), weight), final)
+
+
+def pose_head(stream: ModelStream, final: Moment) -> ProjectionProblem:
+    """The problem of a head of its own, by the moment of what it reads."""
+    return ProjectionProblem("lm_head", Affine(_weight(stream, "lm_head")), final)
+
+
+def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
+    """A solution as it is saved, in the checkpoint's precision."""
+    ((target, _),) = solution.parts.items()
+    family, part, dtype = stream.reader.family, _factors(solution), stream.reader.dtype
+    path, head = family.outer[target], family.head
+    if target == "lm_head":
+        entry, stored = store(part, dtype)
+        return ReducedOuter(target, {path: entry}, {f"{path}.{name}": t for name, t in stored.items()})
+    a, b = (part.tensors[name].to(dtype) for name in ("A", "B"))
+    rank, width = a.shape
+    table: Table = {path: embedding_entry(len(b), width, rank)}
+    tensors = {f"{path}.weight": a.new_empty(0), f"{path}.A.weight": a, f"{path}.B.weight": b}
+    if stream.reader.architecture.tied:
+        table[head] = LowRankLinear.entry({"A": a, "B": b}, bias=False)
+        tensors[f"{head}.weight"] = a.new_empty(0)
+    return ReducedOuter(target, table, tensors)
+
+
+@torch.no_grad()
+def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
+    """The moment of what the head reads, from the hidden states of all processes behind the last layer.
+
+    UserError for NaN or inf in it.
+    """
+    norm, total = stream.final_norm(), MomentSum(stream.reader.architecture.hidden, stream.device)
+    for hidden in states:
+        with stream.precision():
+            total.add(stream.cast(norm(stream.fetch(hidden))))
+    total.reduce(stream.ranks)
+    moment = total.moment()
+    if not bool(moment.second.diagonal().isfinite().all()):
+        raise UserError("the hidden states behind the last layer are NaN or inf")
+    return moment
+
+
+def _weight(stream: ModelStream, target: str) -> Tensor:
+    return stream.reader.rest()[f"{stream.reader.family.outer[target]}.weight"].to(stream.device)
+
+
+def _shares(ids: Tensor, table: Tensor) -> Tensor:
+    """The share of ids that each row of a table has (rows,), in float64 on the table's device."""
+    counts = torch.bincount(ids.flatten(), minlength=len(table)).to(table.device, torch.float64)
+    return counts / counts.sum()
+
+
+def _factors(solution: Solution) -> Factors:
+    (part,) = solution.parts.values()
+    assert isinstance(part, Factors)
+    return part
+
+
+def _measured(problem: OuterProblem, part: Factors, dtype: torch.dtype) -> Measured:
+    """The error of factors as they are stored."""
+    factors = {name: tensor.to(dtype).double() for name, tensor in part.tensors.items()}
+    if isinstance(problem, EmbeddingProblem):
+        error = table_error(problem, problem.table.double() - factors["B"] @ factors["A"])
+        return Measured(error.error, error.reference)
+    weight, second = problem.matrix.weight, problem.input.second
+    delta = weight.double() - kinds()[part.kind].dense(factors)
+    return Measured(data_error(delta, second), data_error(weight, second))

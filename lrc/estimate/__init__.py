@@ -1,0 +1,1 @@
+"""Sizes, bytes and memory of a run, from shapes alone."""

@@ -1,0 +1,112 @@
+"""What a run will give, known from headers alone: every target's size, and that of the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lrc.checkpoint.headers import StoredTensor
+from lrc.checkpoint.sizes import Size, size_of
+from lrc.families import Architecture
+from lrc.families.family import ATTENTION_ROLES
+from lrc.modules.table import Table, attention_entry
+from lrc.plan.job import Job
+from lrc.plan.precedence import spans
+from lrc.plan.resolved import Assignment, LayerPlan
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """One target at one size, in all ``layers`` (``0-3, 7``) that have it so, outside of them in none.
+
+    ``kept``, ``whole``: weights in each.
+    """
+
+    target: str
+    method: str
+    layers: str
+    size: int
+    options: dict[str, Any]
+    kept: int
+    whole: int
+
+
+def target_sizes(job: Job) -> list[TargetSize]:
+    """Every target of the plan, layers of equal settings together, in the order of their first layers; others first."""
+    groups: dict[str, tuple[Assignment, list[int]]] = {a.target: (a, []) for a in job.plan.outer}
+    for layer in job.plan.layers:
+        for assignment in layer.assignments:
+            groups.setdefault(repr(assignment), (assignment, []))[1].append(layer.index)
+    return [
+        TargetSize(a.target, a.method, spans(layers), a.size, a.options, a.kept, a.whole)
+        for a, layers in groups.values()
+    ]
+
+
+def output_size(job: Job) -> Size:
+    """Size of the checkpoint that the job will write."""
+    reader, family = job.reader, job.reader.family
+    tensors, table = dict(reader.tensors), Table()
+    for a in job.plan.outer:
+        path = family.outer[a.target]
+        del tensors[f"{path}.weight"]
+        tensors[f"{path}.weights"] = StoredTensor((a.kept,), reader.dtype, reader.folder)
+    for layer in job.plan.layers:
+        prefix = f"{family.layers}.{layer.index}."
+        replaced = _replaced(reader.architecture, layer)
+        modules = tuple(f"{prefix}{family.projections[role].module}." for role in replaced)
+        tensors = (
+            {name: stored for name, stored in tensors.items() if not name.startswith(modules)}
+            if modules
+            else tensors
+        )
+        for name, shape, dtype in _new_tensors(reader.architecture, layer, replaced, reader.dtype):
+            tensors[prefix + name] = StoredTensor(shape, dtype, reader.folder)
+        if replaced >= set(ATTENTION_ROLES):
+            sizes = {a.target: a.size for a in layer.assignments}
+            qk, v = (sizes.get(name, reader.architecture.head_dim) for name in ("qk", "ov"))
+            table[prefix + family.attention] = attention_entry(qk, v, False)
+    return size_of(tensors.values(), reader.architecture, reader.dtype, table)
+
+
+def _replaced(architecture: Architecture, layer: LayerPlan) -> set[str]:
+    """Roles whose tensors are written anew; those of attention all together where it must be stored split."""
+    roles = {role for a in layer.assignments for role in architecture.targets[a.target].matrices}
+    fused = {role for role in roles if architecture.family.projections[role].fused}
+    split = fused or any(a.target in ("qk", "ov") for a in layer.assignments)
+    return roles | set(ATTENTION_ROLES) if split else roles
+
+
+def _new_tensors(
+    architecture: Architecture, layer: LayerPlan, replaced: set[str], dtype: torch.dtype
+) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and precision of what stands in place of the replaced roles; of factors the count is what matters."""
+    found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    covered: dict[str, Assignment] = {}
+    for a in layer.assignments:
+        covered |= dict.fromkeys(architecture.targets[a.target].matrices, a)
+        found.append((f"{a.target}.weights", (a.kept,), dtype))
+        if a.target == "qk" and architecture.family.rotary != "none":
+            found.append(("rotary_columns", (architecture.kv_heads, a.size), torch.int64))
+    for role in sorted(replaced):
+        if role not in covered:
+            found.append((f"{role}.weight", (architecture.matrices[role].parameters,), dtype))
+        found.append((f"{role}.bias", (_bias(architecture, role, covered.get(role)),), dtype))
+    return found
+
+
+def _bias(architecture: Architecture, role: str, assignment: Assignment | None) -> int:
+    """Elements of a role's bias: those of a shrunk inner dimension go with it, and a value bias moves to the output."""
+    matrix, target = architecture.matrices[role], assignment.target if assignment else role
+    if target == "ov":
+        biased = architecture.matrices["v"].bias or architecture.matrices["o"].bias
+        return matrix.rows if role == "o" and biased else 0
+    if not matrix.bias:
+        return 0
+    if target == "qk" and assignment:
+        return matrix.rows // architecture.head_dim * assignment.size
+    if target == "mlp" and assignment and role != architecture.family.mlp_output:
+        return assignment.size
+    return matrix.rows

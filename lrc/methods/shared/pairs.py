@@ -1,0 +1,47 @@
+"""What the methods that store one projection as a low-rank pair share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lrc.maths.linalg import best_pair, data_error, data_errors
+from lrc.methods.contract import Factors, Prediction, ProjectionProblem, Solution
+
+
+def input_moment(problem: ProjectionProblem) -> Tensor:
+    """The (n, n) matrix C of E‖ΔW x‖²: centred where the projection has a bias to correct, which is better and free."""
+    return problem.input.second if problem.matrix.bias is None else problem.input.centred
+
+
+def corrected_bias(problem: ProjectionProblem, delta: Tensor) -> Tensor | None:
+    """b + ΔW E[x]: the bias that makes a change ΔW = W − W' right on average."""
+    bias = problem.matrix.bias
+    return None if bias is None else bias.double() + delta @ problem.input.mean.double()
+
+
+def predicted(problem: ProjectionProblem, delta: Tensor, c: Tensor) -> Prediction:
+    """E‖ΔW x‖² for x of moment C beside E‖W x‖², and ½ tr(G ΔW C ΔWᵀ) where gradients are at hand."""
+    error, loss = errors(delta, c, problem.gradient)
+    return Prediction(error, data_error(problem.matrix.weight, problem.input.second), "output", loss)
+
+
+def errors(delta: Tensor, c: Tensor, g: Tensor | None) -> tuple[float, float | None]:
+    """E‖ΔW x‖² for x of moment C, and ½ tr(G ΔW C ΔWᵀ) where there is a G."""
+    if g is None:
+        return data_error(delta, c), None
+    error, twice = data_errors(delta, c, None, g)
+    return error, twice / 2
+
+
+def pair_solution(
+    problem: ProjectionProblem, rank: int, c: Tensor | None, g: Tensor | None = None
+) -> Solution:
+    """The best pair in the metric of C and G, None being the identity, with the bias corrected."""
+    weight = problem.matrix.weight.double()
+    b, a, damping = best_pair(weight, rank, c, g)
+    delta = weight - b @ a
+    return Solution(
+        parts={problem.role: Factors("low_rank", {"A": a, "B": b}, corrected_bias(problem, delta))},
+        predicted=predicted(problem, delta, input_moment(problem)),
+        numerics={"damping": damping},
+    )

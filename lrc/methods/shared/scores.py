@@ -1,0 +1,179 @@
+"""How queries and keys shrink: a map for every head, or with rotary positions the pairs that stay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lrc.maths.alternating import Maps, attended_error, attended_maps
+from lrc.maths.linalg import best_projector, eliminate
+from lrc.methods.contract import Affine, Prediction, QKProblem, Solution
+from lrc.moments.attention import AttentionMoment
+from lrc.moments.moment import Moment
+
+ScoreMetric = Literal["attention", "score", "loss", "attention_als"]
+
+# Few queries would be fitted too well: their covariances are drawn to the mean as if so many times head_dim more
+# queries had been seen with no more than the mean.
+_PRIOR = 8
+
+
+def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
+    """Without rotary positions: the optimum for queries independent of what they are multiplied with."""
+    heads, group = problem.heads, problem.heads.group
+    # Of a group's covariances, summed as its queries are, the mean goes with every query.
+    if metric == "score":
+        keys, share, name = output_moment(*by_head(problem.k, heads.kv_heads), problem.input), 1.0, "scores"
+    elif metric == "loss":
+        keys, share, name = _gradient(problem), 1 / (2 * group), "loss"
+    else:
+        attention = _attention(problem)
+        keys, share = attention.covariance.double(), attention.scale**2 / (2 * heads.heads * group)
+        name = "kl"
+    q_moment = output_moment(*by_head(problem.q, heads.heads), problem.input)
+    shared = q_moment.unflatten(0, (-1, group)).sum(dim=1)
+    p = best_projector(keys, shared, rank)
+    delta = torch.eye(heads.head_dim, dtype=p.up.dtype, device=p.up.device) - p.up @ p.down
+    error = share * _score_error(shared, delta, keys)
+    return Solution(
+        parts={
+            "q": _mapped(p.up.mT.repeat_interleave(group, dim=0), problem.q),
+            "k": _mapped(p.down, problem.k),
+        },
+        predicted=Prediction(
+            error,
+            share * _score_error(shared, None, keys),
+            name,
+            _map_loss(problem, delta.repeat_interleave(group, dim=0)),
+        ),
+        numerics={"damping": p.damping},
+    )
+
+
+def fitted_map(problem: QKProblem, rank: int) -> Solution:
+    """Without rotary positions: alternating least squares on sampled queries, each with the keys it attends to."""
+    heads, samples = problem.heads, _attention(problem).samples
+    assert samples is not None, "attention_als is solved with the sampled queries"
+    q_moment = (samples.q.double().mT @ samples.q.double()).sum(dim=1)
+    p = best_projector(samples.covariance.mean(dim=(1, 2), dtype=torch.float64), q_moment, rank)
+    ups, downs, errors, sizes, most = [], [], [], [], 0
+    # One key head at a time: its covariances in float64 are large.
+    for head, (q, covariance) in enumerate(zip(samples.q, samples.covariance, strict=True)):
+        maps = Maps(p.up[head].expand(heads.group, -1, -1), p.down[head])
+        if rank < heads.head_dim:
+            weight = _PRIOR * heads.head_dim / (_PRIOR * heads.head_dim + covariance[..., 0, 0].numel())
+            steady = covariance.double().lerp(covariance.double().mean(dim=(0, 1)), weight)
+            maps, rounds = attended_maps(q, steady, maps)
+            most = max(most, rounds)
+        ups.append(maps.up)
+        downs.append(maps.down)
+        errors.append(attended_error(q, covariance, maps))
+        sizes.append(attended_error(q, covariance, None))
+    share = 1 / (2 * heads.heads * samples.q.shape[2])
+    up, down = torch.cat(ups), torch.stack(downs)
+    delta = torch.eye(heads.head_dim, dtype=up.dtype, device=up.device) - up @ down.repeat_interleave(
+        heads.group, dim=0
+    )
+    return Solution(
+        parts={"q": _mapped(up.mT, problem.q), "k": _mapped(down, problem.k)},
+        predicted=Prediction(
+            share * float(sum(errors)), share * float(sum(sizes)), "kl", _map_loss(problem, delta)
+        ),
+        numerics={"damping": p.damping, "rounds": most},
+    )
+
+
+def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
+    """With rotary positions: the first and second halves of rank / 2 whole pairs of every key head."""
+    heads, group = problem.heads, problem.heads.group
+    if metric == "score":
+        q_energy = _pair_energy(output_moment(*by_head(problem.q, heads.heads), problem.input))
+        k_energy = _pair_energy(output_moment(*by_head(problem.k, heads.kv_heads), problem.input))
+        product = q_energy * k_energy.repeat_interleave(group, dim=0)  # (heads, D/2)
+        kept = product.sqrt().unflatten(0, (-1, group)).sum(dim=1).topk(rank // 2).indices.sort().values
+        # The relative angle of two positions is taken as uniform.
+        gram, name = torch.diag_embed(product.unflatten(0, (-1, group)).sum(dim=1)), "scores"
+    elif metric == "loss":
+        gram, name = _gradient(problem), "loss"
+        kept = eliminate(gram, rank // 2)
+    else:
+        pairs = _attention(problem).pairs
+        assert pairs is not None
+        gram, name = pairs.double() / heads.heads, "kl"
+        kept = eliminate(gram, rank // 2)
+    lost = torch.ones_like(gram[..., 0]).scatter(-1, kept, 0.0)
+    columns = torch.cat([kept, kept + heads.head_dim // 2], dim=-1)  # (kv_heads, rank)
+    keep = torch.eye(heads.head_dim, dtype=gram.dtype, device=gram.device)[columns]
+    return Solution(
+        parts={
+            "q": _mapped(keep.repeat_interleave(group, dim=0), problem.q),
+            "k": _mapped(keep, problem.k),
+        },
+        predicted=Prediction(
+            _pair_cost(gram, lost),
+            float(gram.sum() / 2),
+            name,
+            None if problem.gradient is None else _pair_cost(problem.gradient.double(), lost),
+        ),
+        rotary_columns=columns,
+    )
+
+
+def _pair_cost(gram: Tensor, lost: Tensor) -> float:
+    """½·1_Dᵀ K 1_D summed over key heads, D being the pairs that are 1 in ``lost`` (kv_heads, D/2)."""
+    return float(torch.einsum("hi,hij,hj->", lost, gram, lost)) / 2
+
+
+def _map_loss(problem: QKProblem, delta: Tensor) -> float | None:
+    """½ Σ_heads tr(S_q Δ S_γ Δᵀ) in nats for Δ (heads, D, D), a group's S_γ being its mean; None without gradients."""
+    if problem.gradient is None:
+        return None
+    heads = problem.heads
+    slopes = problem.gradient.double().repeat_interleave(heads.group, dim=0)
+    q_moment = output_moment(*by_head(problem.q, heads.heads), problem.input)
+    return _score_error(q_moment, delta, slopes) / (2 * heads.group)
+
+
+def _gradient(problem: QKProblem) -> Tensor:
+    assert problem.gradient is not None, "the loss metric is solved with the gradients"
+    return problem.gradient.double()
+
+
+def _attention(problem: QKProblem) -> AttentionMoment:
+    assert problem.attention is not None, "the attention metrics are solved with the attention statistic"
+    return problem.attention
+
+
+def by_head(matrix: Affine, heads: int) -> tuple[Tensor, Tensor]:
+    """Weight (heads, D, n) and bias (heads, D), zero where there is none."""
+    weight = matrix.weight.double().unflatten(0, (heads, -1))
+    bias = weight.new_zeros(weight.shape[:2]) if matrix.bias is None else matrix.bias.double().view(heads, -1)
+    return weight, bias
+
+
+def output_moment(weight: Tensor, bias: Tensor, moment: Moment) -> Tensor:
+    """E[y yᵀ] (heads, D, D) of y = W x + b, from the moment of x."""
+    moment = moment.double()
+    cross = (weight @ moment.mean).unsqueeze(-1) * bias.unsqueeze(-2)
+    return weight @ moment.second @ weight.mT + cross + cross.mT + bias.unsqueeze(-1) * bias.unsqueeze(-2)
+
+
+def _score_error(q: Tensor, delta: Tensor | None, k: Tensor) -> float:
+    """Σ_heads tr(S_q Δ S_k Δᵀ) = Σ E(qᵀ Δ k)² for independent q and k; Δ = None is the identity."""
+    inner = k if delta is None else delta @ k @ delta.mT
+    return max(float((q * inner.mT).sum()), 0.0)
+
+
+def _pair_energy(moment: Tensor) -> Tensor:
+    """E‖(y_i, y_{i+D/2})‖² (heads, D/2) from E[y yᵀ]; rotation leaves it as it is."""
+    first, second = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).chunk(2, dim=-1)
+    return first + second
+
+
+def _mapped(maps: Tensor, matrix: Affine) -> Affine:
+    """Every head's rows mapped by its own (rank, D) matrix."""
+    weight, bias = by_head(matrix, maps.shape[0])
+    mapped = None if matrix.bias is None else (maps @ bias.unsqueeze(-1)).flatten()
+    return Affine((maps @ weight).flatten(0, 1), mapped)

@@ -1,0 +1,64 @@
+"""A plan worked out for a model, written down: sizes by layer in the YAML that ``lrc compress`` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from lrc.plan.precedence import Methods, spans
+from lrc.plan.resolved import Assignment, ResolvedPlan
+from lrc.plan.schema import OUTSIDE, WHOLE, Plan
+from lrc.plan.solver import find_solver
+
+
+def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) -> str:
+    """The text of a plan below a comment of ``header`` lines; layers whose targets have the same sizes share a rule.
+
+    The embedding and the head have the sizes that were found for them; else what the plan says of them is written as it
+    is. An assignment at the full size of its target stands for one that stays whole.
+    """
+    plan = resolved.plan
+    rules: dict[str, tuple[dict[str, Any], list[int]]] = {}
+    for layer in resolved.layers:
+        entries = {a.target: _entry(a, plan, methods) for a in layer.assignments}
+        if entries:
+            rules.setdefault(_flow(entries), (entries, []))[1].append(layer.index)
+    lines = [f"# {' '.join(line.split())}".rstrip() for line in header]
+    lines += ["format: 1", f"method: {_flow(plan.method)}"]
+    outside = {name: e for name, e in plan.projections.entries().items() if name in OUTSIDE}
+    if outside:
+        found = {a.target: _entry(a, plan, methods) for a in resolved.unsized(None)}
+        entries = {
+            name: found.get(name, WHOLE) if name in resolved.shared else entry.model_dump(exclude_none=True)
+            for name, entry in outside.items()
+        }
+        lines.append(f"projections: {_flow(entries)}")
+    lines += ["layers:"] if rules else []
+    for entries, members in rules.values():
+        match = members[0] if len(members) == 1 else spans(members)
+        lines.append(f"  - {_flow({'match': match, **entries})}")
+    calibration = plan.calibration.model_dump(mode="json", exclude_none=True)
+    lines += [f"refit: {plan.refit}", *([f"scale: {plan.scale}"] if plan.scale else [])]
+    lines.append(f"calibration: {_flow(calibration)}")
+    return "\n".join(lines) + "\n"
+
+
+def _entry(assignment: Assignment, plan: Plan, methods: Methods) -> Any:
+    if assignment.kept == assignment.whole:
+        return WHOLE
+    solver = find_solver(methods[assignment.method], assignment.target)
+    assert solver is not None  # or it would not have been assigned
+    defaults = {name: option.default for name, option in solver.options.items()}
+    own = {name: value for name, value in assignment.options.items() if value != defaults[name]}
+    named: Mapping[str, str] = {} if assignment.method == plan.method else {"method": assignment.method}
+    return {solver.size.word: assignment.size, **named, **own}
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
+    )
+    return text.removesuffix("\n...\n").strip()

@@ -1,0 +1,1 @@
+"""Every result as a typed record."""

@@ -1,0 +1,98 @@
+"""The result of a benchmark: a row a case, and the ratios between two models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lrc.benchmark.cases import Case
+from lrc.benchmark.measure import Measured
+
+BENCH_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the user named it, bytes of its tensors as they ran, and its products that were merged."""
+
+    name: str
+    weight_bytes: int
+    merged: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case: our figures, theirs if there is another model, and the ratios between them."""
+
+    case: Case
+    ours: Measured
+    theirs: Measured | None
+
+    @property
+    def speedup(self) -> float | None:
+        """Our tokens per second over theirs."""
+        return self.theirs and self.ours.tokens_per_second / self.theirs.tokens_per_second
+
+    @property
+    def expected(self) -> float | None:
+        """What the speedup would be if only bytes read (decode) or operations (prefill) took time."""
+        return self.theirs and self.theirs.work / self.ours.work
+
+    @property
+    def reached(self) -> float | None:
+        """The speedup over what it would be."""
+        return self.speedup / self.expected if self.speedup and self.expected else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        sides = {
+            name: asdict(side) | {"tokens_per_second": side.tokens_per_second, "spread": side.spread}
+            for name, side in (("ours", self.ours), ("theirs", self.theirs))
+            if side
+        }
+        ratios = {"speedup": self.speedup, "expected": self.expected, "reached": self.reached}
+        of = {"prefill": "operations", "decode": "bytes"}[self.case.phase]
+        return {**asdict(self.case), **sides, **(ratios | {"expected_of": of} if self.theirs else {})}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All figures of a run. ``interleaved``: samples were taken of both models in turn; else one model was measured
+    after the other, as they do not fit on the device together.
+    """
+
+    of: Model
+    against: Model | None
+    rows: list[Row]
+    device: str
+    dtype: str
+    new_tokens: int
+    interleaved: bool
+    versions: dict[str, str]
+    version: int = BENCH_VERSION
+
+    @property
+    def warnings(self) -> list[str]:
+        """Cases in which a model of no more bytes is slower, and what else a reader of the ratios has to know."""
+        if self.against is None:
+            return []
+        found = []
+        if self.of.weight_bytes <= self.against.weight_bytes:
+            found = [
+                f"{row.case}: {self.of.name} is slower than {self.against.name}, {row.speedup:.3f} of its tokens per "
+                f"second, with {self.of.weight_bytes / self.against.weight_bytes:.3f} of its weights"
+                for row in self.rows
+                if row.speedup is not None and row.speedup < 1
+            ]
+        if not self.interleaved:
+            found.append(
+                "the models do not fit on the device together, so one was measured after the other: a device that is "
+                "warmer or shared by then counts against the second"
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        own = {key: value for key, value in vars(self).items() if key not in ("of", "against", "rows")}
+        models = {"of": asdict(self.of), "against": self.against and asdict(self.against)}
+        return {**own, **models, "rows": [row.as_dict() for row in self.rows], "warnings": self.warnings}

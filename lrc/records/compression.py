@@ -1,0 +1,214 @@
+"""What a compression did and what it cost, as one typed, versioned record that can be read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lrc.checkpoint.sizes import Size, byte_text
+from lrc.compression.logit_scale import LogitScale
+from lrc.compression.measure import Measured
+from lrc.compression.refit import RefitRecord
+from lrc.errors import UserError
+from lrc.evaluation.perplexity import Perplexity
+from lrc.methods.contract import Prediction
+from lrc.plan.resolved import Share
+
+REPORT = "report.json"
+REPORT_VERSION = 3
+_RAN = 1e-3  # seconds
+
+
+@dataclass(frozen=True)
+class PerplexityChange:
+    """Perplexity of the original and of the saved, reloaded output on the same windows."""
+
+    before: Perplexity
+    after: Perplexity
+
+    @property
+    def ratio(self) -> float:
+        """After over before."""
+        return self.after.value / self.before.value
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """One thing shrunk, of a ``layer`` or (None) outside: how, to which size, ``kept`` of ``whole`` weights, what that
+    was predicted to cost, what the numerics needed, and what it was measured to cost.
+    """
+
+    target: str
+    method: str
+    size: int
+    options: dict[str, Any]
+    kept: int
+    whole: int
+    layer: int | None
+    predicted: Prediction
+    numerics: dict[str, int | float]
+    measured: Measured
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> TargetRecord:
+        """The record of ``lrc.compression.finish.target_records``."""
+        both = {
+            "predicted": Prediction(**record["predicted"]),
+            "measured": Measured(**record["measured"]),
+        }
+        return cls(**{**record, **both})
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """One text that moments were taken of; ``start`` and ``temperature`` where the model itself wrote it."""
+
+    data: str
+    blocks: int
+    weight: float | None = None
+    text_sha256: str | None = None
+    start: int | None = None
+    temperature: float | None = None
+    ids_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """The blocks that moments were taken of, drawn by ``seed``; ``gradient_samples`` of them for gradients, if any.
+
+    In moments and in errors the first token of a block counts as ``first_token``.
+    """
+
+    data: str
+    samples: int
+    seq_len: int
+    seed: int
+    sources: list[CalibrationSource]
+    ids_sha256: str
+    first_token: int
+    gradient_samples: int | None = None
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> CalibrationRecord:
+        """The record of ``lrc.text.mixture.Calibration.as_dict``."""
+        return cls(**{**record, "sources": [CalibrationSource(**source) for source in record["sources"]]})
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compression.
+
+    ``model`` as the user named it, its ``revision`` on the hub, its ``fingerprint`` (of its tensors' headers and a
+    sample of their values) and the ``layers`` of its decoder. ``plan``: its name; ``plan_text``: as the user wrote it.
+    ``keep``: kept over original weights of the decoder's projections; ``with_tables``: the same of these and of the
+    tables that the plan names, None where it names none. ``scale``: what the logits were scaled by. ``allocation``:
+    what the sizes were found by, None where the plan gives them. ``states``: where hidden states waited between two
+    layers. ``seconds`` and (on a GPU) ``device_bytes``, the peak of its memory, by stage; ``peak_bytes`` of ``host``
+    and ``device``.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    layers: int
+    plan: str
+    plan_text: str
+    out: str
+    keep: float
+    with_tables: Share | None
+    before: Size
+    after: Size
+    perplexity: list[PerplexityChange]
+    targets: list[TargetRecord]
+    refits: list[RefitRecord]
+    scale: LogitScale | None
+    calibration: CalibrationRecord
+    allocation: dict[str, Any] | None
+    device: str
+    dtype: str
+    batch_size: int
+    processes: int
+    states: str
+    seconds: dict[str, float]
+    device_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
+    warnings: list[str]
+    versions: dict[str, str]
+    version: int = REPORT_VERSION
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods used, in the order in which they first stand."""
+        return list(dict.fromkeys(record.method for record in self.targets))
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of the stages that ran, in their order: one that had nothing to do is over in microseconds."""
+        return {stage: seconds for stage, seconds in self.seconds.items() if seconds >= _RAN}
+
+    @property
+    def sentence(self) -> str:
+        """What was done and what it cost."""
+        done = (
+            f"{self.model} was compressed by the plan {self.plan} to {self.keep:.1%} of its decoder's weights: "
+            f"{byte_text(self.after.bytes)} instead of {byte_text(self.before.bytes)}"
+        )
+        if not self.perplexity:
+            return f"{done}. Perplexity was not measured."
+        before, after = self.perplexity[0].before, self.perplexity[0].after
+        return f"{done}, at a perplexity on {before.data} of {after.value:.4g} instead of {before.value:.4g}."
+
+    def to_json(self) -> str:
+        """The record as JSON; infinite and NaN values are written as strings, which JSON has no numbers for."""
+        return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = REPORT) -> Report:
+        """The record behind ``to_json``; UserError, which names ``source``, where it is another or damaged."""
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{source} is damaged, it is no JSON: {error}") from error
+        version = record.get("version") if isinstance(record, dict) else None
+        if version != REPORT_VERSION:
+            found = "no version" if version is None else f"version {version!r}"
+            raise UserError(
+                f"{source} has {found} of the report; this lrc reads version {REPORT_VERSION}: compress again, or read "
+                "it with the lrc that wrote it"
+            )
+        try:
+            return REPORTS.validate_python(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"{source} is damaged at {place}: {first['msg']}") from error
+
+
+REPORTS: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+def read_report(folder: str | Path) -> Report:
+    """The report of an output folder; UserError where there is none, or it cannot be used."""
+    path = Path(folder) / REPORT
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {REPORT}, which lrc compress writes into its outputs") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return Report.from_json(text, str(path))
+
+
+def plain(value: Any) -> Any:
+    """The same value with floats that JSON cannot hold spelt out."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
+        return str(value)
+    return value

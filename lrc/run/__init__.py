@@ -1,0 +1,1 @@
+"""How and where a command runs: devices, processes, hidden states off the device, seconds and peaks."""

@@ -1,0 +1,1 @@
+"""One function a verb: what ``import lrc`` offers."""

@@ -1,0 +1,109 @@
+"""The benchmark of a model, alone or against another, and what its figures are held against."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lrc.benchmark.cases import make_cases
+from lrc.benchmark.measure import measure
+from lrc.benchmark.needs import CONVERT, fit_together, needs_of
+from lrc.benchmark.work import weigh
+from lrc.checkpoint.headers import read_headers
+from lrc.errors import UserError
+from lrc.hub.loader import load
+from lrc.hub.names import resolve_model
+from lrc.modules.fused.fuse import fuse as merge
+from lrc.records.benchmark import Bench, Model, Row
+from lrc.run.settings import find_device, find_dtype
+from lrc.run.versions import versions
+
+NEW_TOKENS, REPEATS = 16, 10
+
+Progress = Callable[[str, int], Callable[[int], object]]
+
+
+def bench(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    prefill: Sequence[tuple[int, int]] | None = None,
+    decode: Sequence[tuple[int, int]] | None = None,
+    modes: Sequence[str] | None = None,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = REPEATS,
+    device: str | None = None,
+    dtype: str | None = None,
+    fuse: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Bench:
+    """Measure how fast a model reads and writes, and another beside it in turn where both fit on the device.
+
+    ``prefill`` and ``decode`` are pairs of a batch and a length, ``modes`` keys of ``lrc.benchmark.cases.MODES``; a
+    sample of decode writes ``new_tokens``. Where ``fuse``, products of a compressed model are merged (``lrc.fuse``); an
+    original runs as transformers runs it. Raises UserError for models that cannot be had or run, or do not fit on the
+    device.
+    """
+    place = find_device(device)
+    names = [str(name) for name in (model, against) if name is not None]
+    folders = [resolve_model(str(model), revision=revision, remedy=CONVERT).path]
+    folders += [resolve_model(str(against), remedy=CONVERT).path] if against is not None else []
+    for name, number in (("--new-tokens", new_tokens), ("--repeats", repeats)):
+        if number < 1:
+            raise UserError(f"{name} {number}: the smallest is 1")
+    precision = find_dtype(dtype, place, _stored(folders[0]))
+    sides = [
+        needs_of(name, folder, precision, place, trusted=trust_remote_code)
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    positions = min(side.positions for side in sides)
+    cases = make_cases(prefill, decode, modes, positions, new_tokens, place)
+    together = fit_together(sides, cases, place)
+    track = (progress or (lambda label, total: lambda done: None))("bench", len(cases) * len(sides))
+    groups = [folders] if together else [[folder] for folder in folders]
+    models, measured = [], []
+    for group in groups:
+        loaded = [
+            load(folder, device=place, dtype=precision, trust_remote_code=trust_remote_code)
+            for folder in group
+        ]
+        merged = [merge(one) if fuse and _compressed(one) else 0 for one in loaded]
+        models += [(weigh(one).bytes, count) for one, count in zip(loaded, merged, strict=True)]
+        advance = partial(track, len(group))
+        measured.append(measure(loaded, cases, new_tokens=new_tokens, repeats=repeats, advance=advance))
+        del loaded
+        gc.collect()
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+    by_case = [[side for one in measured for side in one[number]] for number in range(len(cases))]
+    described = [Model(name, *facts) for name, facts in zip(names, models, strict=True)]
+    return Bench(
+        of=described[0],
+        against=described[1] if against is not None else None,
+        rows=[
+            Row(case, found[0], found[1] if len(found) > 1 else None)
+            for case, found in zip(cases, by_case, strict=True)
+        ],
+        device=torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
+        dtype=str(precision).removeprefix("torch."),
+        new_tokens=new_tokens,
+        interleaved=together,
+        versions=versions("torch", "transformers"),
+    )
+
+
+def _stored(folder: Path) -> torch.dtype:
+    stored = read_headers(sorted(folder.glob("*.safetensors"))).values()
+    return next((tensor.dtype for tensor in stored if tensor.dtype.is_floating_point), torch.float32)
+
+
+def _compressed(model: PreTrainedModel) -> bool:
+    table = getattr(model.config, "quantization_config", None)
+    return isinstance(table, dict) and table.get("quant_method") == "lrc"

@@ -1,0 +1,97 @@
+"""The scale of the logits against a search on the distributions themselves, and what a run makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lrc.compression import logit_scale
+from lrc.compression.logit_scale import LEAST, MOST, Final, LogitScale, fit_scale
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+HEAD = normal(50, 8, seed=0)
+
+
+def logits(hidden: Tensor) -> Tensor:
+    return hidden @ HEAD.T
+
+
+def divergence(original: Tensor, compressed: Tensor, by: float) -> float:
+    """KL(p‖q) by torch's own function, in float64."""
+    p, q = (
+        (f * logits(h).double()).log_softmax(-1).flatten(0, -2)
+        for f, h in ((1.0, original), (by, compressed))
+    )
+    return float(functional.kl_div(q, p, log_target=True, reduction="batchmean"))
+
+
+def fit(original: Tensor, compressed: Tensor, size: int = 2) -> LogitScale:
+    before, after = (Final(states.split(size), logits) for states in (original, compressed))
+    return fit_scale(before, after, len(HEAD))
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.5])
+def test_no_other_scale_is_nearer_to_the_original(noise: float) -> None:
+    original = normal(5, 20, 8, seed=1)
+    compressed = original + noise * normal(5, 20, 8, seed=2)
+    found = fit(original, compressed)
+    assert found.value < 1
+    assert found.tokens == 100
+    assert found.before == pytest.approx(divergence(original, compressed, 1.0), rel=1e-4)
+    assert found.after == pytest.approx(divergence(original, compressed, found.value), rel=1e-4)
+    grid = torch.linspace(LEAST, 2, 1000).tolist()
+    best = min(grid, key=lambda by: divergence(original, compressed, by))
+    assert found.value == pytest.approx(best, abs=grid[1] - grid[0])
+
+
+@pytest.mark.parametrize("by", [0.3, 1.0, 4.0])
+def test_a_factor_alone_is_undone(by: float) -> None:
+    original = normal(3, 20, 8, seed=1)
+    found = fit(original, original / by)
+    assert found.value == pytest.approx(by, rel=1e-3)
+    assert found.after == pytest.approx(0, abs=1e-5)
+
+
+def test_each_has_logits_of_its_own() -> None:
+    """States that are the same, with heads that differ by a factor."""
+    states = normal(3, 20, 8, seed=1).split(2)
+    found = fit_scale(Final(states, logits), Final(states, lambda hidden: logits(hidden) / 2), len(HEAD))
+    assert found.value == pytest.approx(2, rel=1e-3)
+    assert found.after == pytest.approx(0, abs=1e-5)
+
+
+def test_it_stays_between_its_bounds() -> None:
+    """Logits against the original's, and ones that are a hundredth of them."""
+    original = normal(3, 20, 8, seed=1)
+    assert fit(original, -original).value == pytest.approx(LEAST, rel=1e-3)
+    assert fit(original, original / 100).value == pytest.approx(MOST, rel=1e-3)
+
+
+def test_logits_that_are_all_alike_end() -> None:
+    original = normal(3, 20, 8, seed=1)
+    found = fit(original, torch.zeros_like(original))
+    assert found.after == pytest.approx(found.before)
+
+
+def test_neither_batches_nor_chunks_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = normal(5, 20, 8, seed=1)
+    compressed = original + normal(5, 20, 8, seed=2)
+    expected = fit(original, compressed)
+    seen: list[int] = []
+
+    def watched(hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr(logit_scale, "CHUNK_BYTES", 4 * len(HEAD) * 7)
+    before, after = (Final(states.split(3), watched) for states in (original, compressed))
+    found = fit_scale(before, after, len(HEAD))
+    assert max(seen) == 7
+    assert found.value == pytest.approx(expected.value, rel=1e-5)
+    assert (found.before, found.after) == pytest.approx((expected.before, expected.after), rel=1e-5)

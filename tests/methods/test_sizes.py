@@ -1,0 +1,64 @@
+"""Sizes: what a fraction comes to is legal, near to what was asked, and never larger than the whole."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrc.families import Matrix, Target
+from lrc.methods.sizes import ComponentRank, PairRank
+
+KEEPS = st.floats(min_value=0.001, max_value=1)
+
+
+@st.composite
+def components(draw: st.DrawFn) -> Target:
+    step = draw(st.sampled_from([1, 2]))
+    full, unit = step * draw(st.integers(1, 200)), draw(st.integers(1, 500))
+    return Target("qk", {"q": Matrix(full, unit, False)}, full, step, unit)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Target:
+    rows, columns = draw(st.integers(2, 300)), draw(st.integers(2, 300))
+    return Target("q", {"q": Matrix(rows, columns, False)}, min(rows, columns), 1, rows + columns)
+
+
+@given(components(), KEEPS, KEEPS)
+def test_component_sizes(target: Target, one: float, two: float) -> None:
+    rule = ComponentRank()
+    low, high = (rule.nearest(target, keep, {}) for keep in sorted((one, two)))
+    for size in (low, high):
+        assert rule.refusal(target, size, {}) is None
+        assert 0 < rule.parameters(target, size, {}) <= target.parameters
+    assert low <= high
+    legal = range(target.step, target.full + 1, target.step)
+    asked = min(one, two) * target.full
+    assert abs(low - asked) <= min(abs(size - asked) for size in legal) + 1e-9
+
+
+@given(matrices(), KEEPS, KEEPS)
+def test_pair_sizes(target: Target, one: float, two: float) -> None:
+    rule = PairRank()
+    low, high = (rule.nearest(target, keep, {}) for keep in sorted((one, two)))
+    for size in (low, high):
+        assert rule.refusal(target, size, {}) is None
+        assert 0 < rule.parameters(target, size, {}) <= target.parameters
+    assert low <= high
+    budget = max(min(one, two) * target.parameters, target.unit)
+    assert rule.parameters(target, low, {}) <= budget < rule.parameters(target, low + 1, {}) + 1e-6
+
+
+@given(matrices(), st.integers(-5, 400))
+def test_a_pair_is_refused_exactly_where_it_is_empty_or_larger_than_the_matrix(
+    target: Target, rank: int
+) -> None:
+    legal = rank >= 1 and rank * target.unit <= target.parameters
+    assert (PairRank().refusal(target, rank, {}) is None) == legal
+
+
+@given(components(), st.integers(-5, 500))
+def test_a_component_is_refused_exactly_outside_its_steps(target: Target, rank: int) -> None:
+    assert (ComponentRank().refusal(target, rank, {}) is None) == (
+        rank in range(target.step, target.full + 1, target.step)
+    )

@@ -1,0 +1,335 @@
+"""What processes exchange, how they fail together, and that split sums are those of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrc.allocation.contract import Setting
+from lrc.allocation.importance import costs as importance_costs
+from lrc.allocation.predicted import energy_costs, fisher_costs
+from lrc.allocation.sensitivity import costs as sensitivity_costs
+from lrc.calibration.draw import Texts
+from lrc.calibration.synthetic import write_blocks
+from lrc.checkpoint.reader import CheckpointReader
+from lrc.compression.logit_scale import Final, fit_scale
+from lrc.compression.refit import RefitSum
+from lrc.compression.solve import solve_layer
+from lrc.compression.tables import final_moment
+from lrc.errors import Lost, OutOfResources, UserError
+from lrc.families import Architecture
+from lrc.hub.loader import load
+from lrc.methods import methods
+from lrc.methods.contract import Affine
+from lrc.moments import COLLECTORS
+from lrc.moments.attention import SAMPLES
+from lrc.moments.gradient import Wanted
+from lrc.plan.resolve import parse_plan, resolve
+from lrc.plan.resolved import ResolvedPlan
+from lrc.run.processes import ALONE, Ranks, launched
+from lrc.text.blocks import batched
+from lrc.text.mixture import Calibration, Source
+from lrc.walk.backward import gradient_moments
+from lrc.walk.stream import ModelStream
+from lrc.walk.walk import read_statistics
+
+Together = Callable[..., list[Any]]
+TinyCheckpoint = Callable[..., Path]
+
+CPU = torch.device("cpu")
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def values(ended: list[Any]) -> list[Any]:
+    for each in ended:
+        assert each.code == 0, each.err
+    return [each.value for each in ended]
+
+
+# What they exchange
+
+
+def exchange() -> dict[str, Any]:
+    with launched() as ranks:
+        summed = [normal(ranks.rank, 3, 4), torch.full((2,), ranks.rank + 1.0, dtype=torch.float64)]
+        ranks.sum(*summed)
+        sent = {
+            "bfloat16": normal(ranks.rank, 2, 3).bfloat16(),
+            "turned": normal(ranks.rank, 3, 2).T,
+            "none": torch.empty(0, 5),
+            "one": torch.tensor(ranks.rank),
+            "rest": [ranks.rank, None],
+        }
+        own = ranks.mine(torch.arange(7))
+        return {
+            "sum": summed,
+            "total": (ranks.total(ranks.rank + 1), ranks.total(normal(ranks.rank, 100))),
+            "gather": ranks.gather(sent),
+            "share": ranks.share(sent if ranks.rank == 1 else {}, 1),
+            "mine": (own, list(ranks.mine(range(7)))),
+            "woven": ranks.woven(own.unsqueeze(1)),
+            "spread": list(ranks.spread([10, 11, 12, 13], lambda item: (item, ranks.rank))),
+        }
+
+
+def test_what_is_exchanged_arrives_whole_and_alike(together: Together) -> None:
+    found = values(together(exchange, size=3))
+    torch.testing.assert_close(found[0]["sum"][0], sum(normal(rank, 3, 4) for rank in range(3)))
+    for each in found:
+        assert each["sum"][1].tolist() == [6.0, 6.0]
+        assert each["total"][0] == 6
+        assert torch.equal(each["total"][1], found[0]["total"][1])
+        for rank, sent in enumerate(each["gather"]):
+            assert torch.equal(sent["bfloat16"], normal(rank, 2, 3).bfloat16())
+            assert torch.equal(sent["turned"], normal(rank, 3, 2).T)
+            assert sent["none"].shape == (0, 5)
+            assert sent["one"].tolist() == rank
+            assert sent["rest"] == [rank, None]
+        assert torch.equal(each["share"]["turned"], normal(1, 3, 2).T)
+        assert each["woven"].flatten().tolist() == list(range(7))
+        assert each["spread"] == [(10, 0), (11, 1), (12, 2), (13, 0)]
+    assert [each["mine"][1] for each in found] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_alone_everything_is_what_it_was() -> None:
+    tensor = normal(0, 5)
+    before = tensor.clone()
+    ALONE.sum(tensor)
+    assert torch.equal(tensor, before)
+    for same in (ALONE.total(tensor), ALONE.share(tensor), ALONE.woven(tensor), *ALONE.gather(tensor)):
+        assert same is tensor
+    assert torch.equal(ALONE.mine(tensor), tensor)
+    assert list(ALONE.spread([1, 2], lambda item: item + 1)) == [2, 3]
+    ALONE.meet()
+    with launched() as ranks:
+        assert ranks is ALONE
+
+
+# How they fail
+
+
+def failing(kind: str) -> str:
+    try:
+        with launched() as ranks:
+            if ranks.rank == 1:
+                if kind == "gone":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise UserError("no such text") if kind == "mistake" else ValueError("a bug")
+            while True:
+                ranks.share(None)
+    except (UserError, ValueError) as error:
+        missed = isinstance(error, Lost) and ranks.first_to_miss()
+        return f"{type(error).__name__} {missed}: {error}"
+
+
+def test_a_mistake_in_one_is_raised_in_all(together: Together) -> None:
+    assert values(together(failing, "mistake", size=3)) == ["UserError False: no such text"] * 3
+
+
+def test_a_failure_of_ours_stays_where_it_was_and_is_told_to_the_others(together: Together) -> None:
+    first, second = values(together(failing, "bug"))
+    assert second == "ValueError False: a bug"
+    assert first.startswith("OutOfResources False: process 1 of 2 failed with ValueError: a bug")
+
+
+def test_a_process_that_is_gone_is_missed_at_once_and_told_of_once(together: Together) -> None:
+    first, gone, third = together(failing, "gone", size=3)
+    assert gone.code == -signal.SIGKILL
+    told = [first.value, third.value]
+    assert all("another of the 3 processes of this run ended" in each for each in told)
+    assert all("run the same command again" in each for each in told)
+    assert sorted(each.split(":")[0] for each in told) == ["Lost False", "Lost True"]
+
+
+def test_what_stops_a_run_but_is_no_mistake_leaves_what_is_finished() -> None:
+    assert issubclass(Lost, OutOfResources)
+
+
+def disagreeing() -> str:
+    try:
+        with launched() as ranks:
+            ranks.agree({"model": "m", "calibration": {"seed": ranks.rank}})
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_see_other_files_are_refused(together: Together) -> None:
+    for told in values(together(disagreeing)):
+        assert told.startswith("process 1 would run with another calibration than process 0")
+
+
+# Split sums are those of one process
+
+PLAN = "format: 1\nkeep: 0.5\nmethod: a3\ncomponents: {qk: {metric: attention, keep: 0.5}}\n"
+ALS = "format: 1\nkeep: 0.5\nmethod: a3\ncomponents: {qk: {metric: attention_als, keep: 0.5}}\n"
+
+
+def blocks(count: int) -> Tensor:
+    """Blocks of a few words over and over, so that inputs are correlated."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 256, (12, 4), generator=generator)
+    return words[torch.randint(0, 12, (count, 8), generator=generator)].flatten(1)
+
+
+def resolved(architecture: Architecture, text: str) -> ResolvedPlan:
+    return resolve(parse_plan(text, "p.yaml"), architecture, methods(), COLLECTORS)
+
+
+def sums(ranks: Ranks, folder: Path, text: str, count: int) -> dict[str, Tensor]:
+    """Everything that is summed over blocks, in one dictionary, and what the first layer's methods keep by it."""
+    stream = ModelStream(CheckpointReader(folder), CPU, torch.float32, ranks=ranks)
+    architecture = stream.reader.architecture
+    plan = resolved(architecture, text).layers[0]
+    ids = blocks(count)
+    batches = stream.embed(batched(ranks.mine(ids), 2))
+    layer, state = stream.layer(0)
+    wanted = {index: Wanted(frozenset(architecture.matrices), True) for index in range(architecture.layers)}
+    gradients = gradient_moments(stream, ids, wanted, 2, 0)
+    found = {
+        f"{index} {role}": tensor for index, g in gradients.items() for role, tensor in g.outputs.items()
+    }
+    found |= {f"{index} queries": g.queries for index, g in gradients.items() if g.queries is not None}
+    statistics = read_statistics(stream, plan, layer, state, batches, gradients[0], first_token=8)
+    for site, moment in statistics.moments.items():
+        found |= {site: moment.second, f"{site} mean": moment.mean, f"{site} n": torch.tensor(moment.tokens)}
+    if (attention := statistics.attention) is not None:
+        found["covariance"] = attention.covariance
+        if attention.pairs is not None:
+            found["pairs"] = attention.pairs
+        if attention.samples is not None:
+            found |= {"q": attention.samples.q, "of q": attention.samples.covariance}
+    found["final"] = final_moment(stream, [batch.hidden for batch in batches]).second
+    refit = RefitSum(architecture.hidden, architecture.hidden, CPU)
+    numbers = iter(ranks.mine(range(count)))
+    for block in (block for batch in batches for block in batch.hidden.split(1)):
+        number = next(numbers)
+        refit.add(block, block + normal(number, *block.shape), block, held=number == count - 1)
+    refit.reduce(ranks)
+    (fit,) = ranks.spread([Affine(torch.zeros(architecture.hidden, architecture.hidden))], refit.solve)
+    found["refit"] = fit.solution.weight
+    scale = fit_scale(
+        Final([batch.hidden for batch in batches], stream.tail()),
+        Final([batch.hidden * 1.2 for batch in batches], stream.tail()),
+        architecture.vocab,
+        ranks,
+    )
+    found["scale"] = torch.tensor([scale.value, scale.before, scale.after, scale.tokens])
+    for target, solution in solve_layer(architecture, plan, state, statistics, ranks).items():
+        kept = {"neurons": solution.neurons, "columns": solution.rotary_columns}
+        found |= {f"{target} {name}": tensor for name, tensor in kept.items() if tensor is not None}
+    return found
+
+
+def sums_of_several(folder: Path, text: str, count: int) -> dict[str, Tensor]:
+    with launched() as ranks:
+        return sums(ranks, folder, text, count)
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "count", "size"),
+    [
+        ("llama", PLAN, 7, 2),
+        ("gpt2", ALS, 7, 2),
+        ("llama", PLAN, 2, 3),
+    ],
+    ids=["two", "two, with sampled queries", "more processes than blocks"],
+)
+def test_sums_and_what_is_kept_by_them(
+    family: str, text: str, count: int, size: int, tiny_checkpoint: TinyCheckpoint, together: Together
+) -> None:
+    folder = tiny_checkpoint(family)
+    expected, several = (
+        sums(ALONE, folder, text, count),
+        values(together(sums_of_several, folder, text, count, size=size)),
+    )
+    assert {"attn_in", "down_in", "final", "refit", "scale", "mlp neurons", "0 o"} <= set(expected)
+    assert ("q" in expected) == (text == ALS)
+    for name, tensor in expected.items():
+        for found in several:
+            if tensor.is_floating_point():
+                off = (found[name] - tensor).norm() / tensor.norm()
+                assert off < 1e-5, f"{name} is off by {off:.1e}"
+            else:
+                assert torch.equal(found[name], tensor), name
+    for name in ("refit", "scale"):  # decided by one, or by the same bits
+        assert all(torch.equal(found[name], several[0][name]) for found in several)
+
+
+def sampled(count: int) -> Tensor:
+    from lrc.moments.attention import AttentionSum
+
+    with launched() as ranks:
+        total = AttentionSum(1, 2, 1.0, False, CPU, samples=True, ranks=ranks)
+        for number in ranks.mine(range(count)):
+            total.add(torch.full((4, 16, 2), float(number)), normal(number, 1, 16, 2), None)
+        total.reduce()
+        samples = total.moment().samples
+        assert samples is not None
+        return samples.q[0, 0, ::16, 0]
+
+
+@pytest.mark.parametrize("count", [15, 33, 70])
+def test_the_queries_kept_are_those_that_one_process_keeps(count: int, together: Together) -> None:
+    alone = sampled(count)
+    assert len(alone) * 4 * 16 <= SAMPLES
+    assert alone.tolist() == sorted(alone.tolist())
+    for found in values(together(sampled, count, size=3)):
+        assert torch.equal(found, alone)
+
+
+# Allocations and texts
+
+
+def curves(ranks: Ranks, folder: Path) -> Iterator[tuple[str, list[float]]]:
+    reader, ids = CheckpointReader(folder), blocks(7)
+    texts = Texts(Calibration((Source("drawn", ids[:4], {}),), None, ids[:4]), None, ids[4:])
+    tables = "projections: {embed: {method: whitened_svd}}\n"
+    for name, costs, base, losses in (
+        ("energy", energy_costs, f"method: a3\n{tables}", False),
+        ("fisher", fisher_costs, "method: two_sided_svd\n", True),
+        ("importance", importance_costs, "method: svd\n", True),
+        ("sensitivity", sensitivity_costs, f"method: a3\n{tables}", False),
+    ):
+        head = f"format: 1\nallocate: {name}\n"
+        plans = [resolved(reader.architecture, f"{head}keep: {keep}\n{base}") for keep in (0.3, 0.6)]
+        setting = Setting(reader, plans, texts, CPU, torch.float32, 2, losses, ranks=ranks)
+        done: list[int] = []
+        found = costs(setting, done.append)
+        yield name, [cost for curve in found.curves for cost in curve.costs]
+
+
+def curves_of_several(folder: Path) -> dict[str, list[float]]:
+    with launched() as ranks:
+        return dict(curves(ranks, folder))
+
+
+def test_allocations_find_the_same_costs(tiny_checkpoint: TinyCheckpoint, together: Together) -> None:
+    folder = tiny_checkpoint("llama")
+    expected = dict(curves(ALONE, folder))
+    first, second = values(together(curves_of_several, folder))
+    assert first == second
+    for name, costs in expected.items():
+        assert first[name] == pytest.approx(costs, rel=1e-3, abs=1e-6), name
+
+
+def written(folder: Path) -> Tensor:
+    with launched() as ranks:
+        return write_blocks(load(folder), 3, 5, 8, 2, 2, lambda done: None, ranks)
+
+
+def test_the_model_writes_the_same_blocks(tiny_checkpoint: TinyCheckpoint, together: Together) -> None:
+    folder = tiny_checkpoint("gpt2")
+    expected = write_blocks(load(folder), 3, 5, 8, 2, 2, lambda done: None)
+    for found in values(together(written, folder)):
+        assert torch.equal(found, expected)
