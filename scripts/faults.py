@@ -146,7 +146,7 @@ class Case:
         return ended
 
     def check(self) -> Ended:
-        return Child(self, ["check", self.out], lambda listener: None).wait()
+        return Child(self, ["verify", self.out], lambda listener: None).wait()
 
     def same(self, reference: Path) -> None:
         """Raise Failed unless the output has the bytes of another, is sound, and nothing is left beside it."""
@@ -598,7 +598,7 @@ def warm(case: Case) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.chdir(case.folder)
         verb(case.argv)
-        verb(["check", case.out])
+        verb(["verify", case.out])
         names.write_text("\n".join(sys.modules), encoding="utf-8")
 
     in_child(run)

@@ -19,6 +19,7 @@ from lrc.cli.list import list_known
 from lrc.cli.plan import plan_model
 from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
 from lrc.cli.screen import complain
+from lrc.cli.verify import verify_output
 from lrc.errors import Paused, UserError, nearest
 from lrc.run.versions import __version__
 
@@ -100,6 +101,7 @@ app.command("compare")(compare_outputs)
 app.command("plan")(plan_model)
 app.command("bench")(bench_model)
 app.command("check")(check_model)
+app.command("verify")(verify_output)
 app.command("inspect")(inspect)
 app.command("list")(list_known)
 

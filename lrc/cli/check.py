@@ -1,39 +1,21 @@
-"""``lrc check``: what a plan comes to for a model, from headers alone; without a plan, whether an output is sound."""
+"""``lrc check``: sizes, bytes and memory that a plan gives for a model, from headers alone."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from lrc.cli.options import AllowPickle, AsJson, Model, RemoteCode, Revision
-from lrc.cli.screen import progress, quiet, show, show_json
-from lrc.errors import UserError
+from lrc.cli.options import AllowPickle, AsJson, Model, PlanName, RemoteCode, Revision
+from lrc.cli.screen import quiet, show, show_json
 
 
 def check_model(
     model: Model,
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            help="A YAML file, or the name of a shipped plan.",
-            show_default="verify MODEL, the folder of an lrc output",
-        ),
-    ] = None,
+    plan: PlanName,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded.
-
-    Without a plan, verify the folder of an lrc output by the hashes in its lrc.json, file by file and tensor by tensor.
-    """
+    """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
     quiet()
-    if plan is None:
-        _verify(model, trust_remote_code=trust_remote_code, as_json=as_json)
-        return
     from lrc.plan.job import prepare
     from lrc.report.tables import resolution
     from lrc.verbs.check import check
@@ -46,25 +28,3 @@ def check_model(
         show_json(found)
     else:
         show(*resolution(found))
-
-
-def _verify(model: str, *, trust_remote_code: bool, as_json: bool) -> None:
-    """Show that an output is sound; the damage of one that is not is a mistake to be told."""
-    from lrc.checkpoint.staging import MANIFEST
-    from lrc.report.tables import integrity
-    from lrc.verbs.verify import verify
-
-    folder = Path(model).expanduser()
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{model} is no folder of an lrc output (with {MANIFEST}), which lrc check would verify; "
-            "to see what a plan comes to for a model, pass --plan, such as --plan a3-2x"
-        )
-    with progress() as track:
-        found = verify(folder, trust_remote_code=trust_remote_code, progress=track)
-    if as_json:
-        show_json(found)
-    if not found.sound:
-        raise UserError(found.message)
-    if not as_json:
-        show(*integrity(found))

@@ -14,18 +14,21 @@ def list_known(
     group: Annotated[
         str | None,
         typer.Argument(
-            help="methods, allocations, families, kinds, plans, data or models.", show_default="all of them"
+            help="methods, allocations, families, kinds, plans, data or models.",
+            show_default="the names in every group",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List methods, allocations, families, kinds, plans, data sets and models, each with one line and its source."""
+    """List methods, allocations, families, kinds, plans, data sets or models, each with one line and its source."""
     quiet()
-    from lrc.report.tables import catalogue_tables
+    from lrc.report.tables import catalogue_table, overview
     from lrc.verbs.list import catalogue
 
     found = catalogue(group)
     if as_json:
         show_json({name: [vars(item) for item in items] for name, items in found.items()})
+    elif group is None:
+        show(*overview(found))
     else:
-        show(*catalogue_tables(found))
+        show(catalogue_table(group, found[group]))

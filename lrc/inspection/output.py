@@ -106,7 +106,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise UserError(f"{path} is damaged; see lrc check {folder}")
+        raise UserError(f"{path} is damaged; see lrc verify {folder}")
     return manifest
 
 

@@ -270,15 +270,23 @@ def integrity(found: Integrity) -> Iterator[RenderableType]:
     yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {byte_text(found.bytes)}"
 
 
-def catalogue_tables(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
-    """What lrc knows, a table a group."""
+def overview(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
+    """Show the names in every group, a row each."""
+    table = _table("group", "names")
     for group, items in groups.items():
-        rows = [(item.name, item.summary, item.source) for item in items]
-        sourced = any(source for *_, source in rows)
-        table = _table(group, "", *(["source"] if sourced else []))
-        for row in rows:
-            table.add_row(*row[: 3 if sourced else 2])
-        yield table
+        table.add_row(group, ", ".join(item.name for item in items))
+    yield table
+    yield "lrc list GROUP shows one line and the source of each"
+
+
+def catalogue_table(group: str, items: Iterable[Item]) -> Table:
+    """Show one group: a line for each item, and its source where any has one."""
+    rows = [(item.name, item.summary, item.source) for item in items]
+    sourced = any(source for *_, source in rows)
+    table = _table(group, "", *(["source"] if sourced else []))
+    for row in rows:
+        table.add_row(*row[: 3 if sourced else 2])
+    return table
 
 
 def _bits(p: Perplexity) -> str:

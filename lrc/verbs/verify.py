@@ -1,4 +1,4 @@
-"""Whether an output folder is as it was written, by the hashes in its manifest: behind ``lrc check DIR``."""
+"""Whether an output folder is as it was written, by the hashes in its manifest: behind ``lrc verify``."""
 
 from __future__ import annotations
 

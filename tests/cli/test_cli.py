@@ -438,6 +438,13 @@ def test_list_one_group(succeeds: Run, group: str) -> None:
     assert all(item["name"] in printed for item in found[group])
 
 
+def test_list_without_a_group_is_a_short_page(succeeds: Run) -> None:
+    found = json.loads(succeeds("list", "--json").stdout)
+    printed = succeeds("list").stdout
+    assert all(item["name"] in " ".join(printed.split()) for items in found.values() for item in items)
+    assert len(printed.splitlines()) <= 24
+
+
 def test_version(succeeds: Run) -> None:
     assert succeeds("--version").stdout == f"lrc {__version__}\n"
 
@@ -469,7 +476,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
         ("compress", "./MODEL-PLAN"),
         ("eval", "the newest lrc output under this folder"),
         ("plan", "0.9,0.75,0.6,0.45,0.3"),
-        ("list", "all of them"),
+        ("list", "the names in every group"),
     ],
 )
 def test_help_says_the_defaults_that_are_worked_out(succeeds: Run, verb: str, default: str) -> None:

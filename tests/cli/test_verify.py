@@ -1,4 +1,4 @@
-"""``lrc check`` without a plan."""
+"""``lrc verify``: a sound output, a damaged one, and what is no output."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def out(succeeds, tiny_checkpoint, tmp_path: Path, work: Path) -> Path:
 
 
 def test_a_sound_output_and_a_damaged_one(succeeds, run, fails, out):
-    printed = succeeds("check", "out").stdout
+    printed = succeeds("verify", "out").stdout
     assert printed.startswith("sound: out, ")
-    found = json.loads(succeeds("check", "out", "--json").stdout)
+    found = json.loads(succeeds("verify", "out", "--json").stdout)
     assert (found["folder"], found["sound"], found["damage"]) == ("out", True, [])
     assert f"{found['files']} files, {found['tensors']} tensors" in printed
 
@@ -37,17 +37,17 @@ def test_a_sound_output_and_a_damaged_one(succeeds, run, fails, out):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    message = fails("check", "out")
+    message = fails("verify", "out")
     assert message.startswith("out is damaged\n  model.safetensors: tensor 'model")
-    result = run("check", "out", "--json")
+    result = run("verify", "out", "--json")
     assert result.exit_code == 2
     assert result.stderr == f"error: {message}"
     (damage,) = json.loads(result.stdout)["damage"]
     assert f"tensor {damage['tensor']!r} {damage['problem']}\n" in message
 
 
-def test_without_a_plan_there_must_be_an_output(fails, tiny_checkpoint):
-    for model in (tiny_checkpoint("gpt2"), "tiny-gpt2", "llama-7b", "nowhere"):
-        message = fails("check", model)
-        assert message.startswith(f"{model} is no folder of an lrc output")
-        assert "pass --plan, such as --plan a3-2x" in message
+def test_a_folder_that_is_no_output_is_refused(fails, tiny_checkpoint):
+    for folder in (tiny_checkpoint("gpt2"), "tiny-gpt2", "nowhere"):
+        message = fails("verify", folder)
+        assert message.startswith(f"{folder} ")
+        assert "lrc.json" in message

@@ -1,0 +1,32 @@
+"""``lrc verify``: whether an output folder is as it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrc.cli.options import AsJson, RemoteCode
+from lrc.cli.screen import progress, quiet, show, show_json
+from lrc.errors import UserError
+
+
+def verify_output(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of an lrc output.")],
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Verify the output in DIR by the hashes in its lrc.json, file by file and tensor by tensor."""
+    quiet()
+    from lrc.report.tables import integrity
+    from lrc.verbs.verify import verify
+
+    with progress() as track:
+        found = verify(Path(folder).expanduser(), trust_remote_code=trust_remote_code, progress=track)
+    if as_json:
+        show_json(found)
+    if not found.sound:
+        raise UserError(found.message)
+    if not as_json:
+        show(*integrity(found))
