@@ -1,6 +1,6 @@
 """Tokens per second of compressed models of a shape against the dense one, with random weights and no calibration.
 
-    python scripts/inference.py llama-7b --keeps 0.8,0.6 --methods a3,whitened_svd      # the table of the README
+    python scripts/inference.py llama-7b --keeps 0.8,0.6 --methods a3,whitened_svd      # the table of docs/results.md
     python scripts/inference.py llama-7b --layers 8 --modes graphs,compile              # with fused kernels besides
     python scripts/inference.py llama-7b --fusion none,first,both                       # what merging brings
     python scripts/inference.py llama-7b --fuse-dense                                   # and what it brings to both

@@ -1,4 +1,4 @@
-"""The README's results: one model, every method, calibration and evaluation on real text, as Markdown.
+"""The results of docs/results.md: one model, every method, calibration and evaluation on real text, as Markdown.
 
     python scripts/results.py table smollm2-135m-instruct --data-dir data     # perplexity by size, the field beside
     python scripts/results.py effects smollm2-135m-instruct --data-dir data   # what every option is worth

@@ -1,4 +1,4 @@
-"""What the README says of PEFT: which targets take an adapter, and which do not."""
+"""What docs/checkpoint.md says of PEFT: which targets take an adapter, and which do not."""
 
 from __future__ import annotations
 
