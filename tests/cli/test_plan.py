@@ -291,11 +291,14 @@ def test_other_methods_and_layers_left_whole_are_the_base_plans(
 
 
 def test_a_model_of_ones_own_is_measured_on_the_validation_split(
-    work: Path, succeeds: Any, shared_checkpoint: Any, data_dir: Path
+    work: Path, succeeds: Any, shared_checkpoint: Any
 ) -> None:
     (work / "base.yaml").write_text(BASE.replace("data: calib.txt, ", ""), encoding="utf-8")
+    (work / "wikitext2-raw").mkdir()
+    for name, split in (("calib", "train"), ("held-out", "valid")):
+        (work / f"{name}.txt").rename(work / "wikitext2-raw" / f"{split}.txt")
     few = ("--held-out-samples", "2", "--keeps", "0.7,0.4")
-    options = (shared_checkpoint("gpt2"), "--keep", "0.8", *QUIET, *few, "--data-dir", data_dir)
+    options = (shared_checkpoint("gpt2"), "--keep", "0.8", *QUIET, *few, "--data-dir", work)
     for named in ((), ("--held-out", "wikitext2")):
         found = json.loads(succeeds("plan", *options, *named, "--json").stdout)
         assert found["held_out"] == "wikitext2:validation (2 blocks of 48 tokens)"
