@@ -120,9 +120,10 @@ class ModelStream:
 
     def _meta_model(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
         # Buffers stay real: rotary tables are computed from the config and are in no checkpoint.
-        with init_empty_weights(include_buffers=False):
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 self.reader.config, dtype=self.dtype, attn_implementation="sdpa"
             )

@@ -17,8 +17,9 @@ def test_beats_whitened_svd_in_perplexity_on_the_built_in_text(tmp_path: Path) -
             encoding="utf-8",
         )
         out = tmp_path / method
-        report = lrc.compress("tiny-llama", plan, out=out, ppl="builtin", device="cpu", max_windows=6)
-        found[method] = report.perplexity[0].after.value
+        report = lrc.compress("tiny-llama", plan, out=out, ppl=[], device="cpu")
+        (after,) = lrc.evaluate(out, "builtin", max_windows=4, device="cpu")
+        found[method] = after.value
         sampled = report.calibration.gradient_samples
         assert sampled == (16 if method == "two_sided_svd" else None)
     assert found["two_sided_svd"] < 0.98 * found["whitened_svd"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "faults.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "faults.py"
 ROWS = {
     "killed": 3,
     "disk full": 3,
