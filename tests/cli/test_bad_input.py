@@ -65,7 +65,7 @@ def test_unknown_model(fails: Fails, verb: str) -> None:
 def test_a_folder_that_is_no_checkpoint(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     message = fails("compress", tmp_path / "empty", "--plan", "a3-2x")
-    assert f"{tmp_path / 'empty'} is a folder without config.json" in message
+    assert f"{tmp_path / 'empty'} is not a checkpoint" in message
 
 
 def test_not_a_causal_language_model(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
