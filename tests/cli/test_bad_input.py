@@ -133,7 +133,7 @@ def test_a_shard_that_is_not_there(refuses: Fails, tiny_checkpoint: TinyCheckpoi
     index = {"weight_map": dict.fromkeys(load_file(path), "model-00001-of-00001.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     message = refuses(model)
-    assert "model.safetensors.index.json names files that are not there: model-00001-of-00001" in message
+    assert "model.safetensors.index.json names missing files: model-00001-of-00001" in message
 
 
 def test_no_weights(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
