@@ -1,4 +1,4 @@
-"""Mistakes of the user: one message that names the thing, the place and the nearest valid choice."""
+"""Errors that users see: one message with the thing, the place and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it without a traceback and exits with 2."""
+    """An error that the user can fix; the command line prints it without a traceback and exits with 2."""
 
 
 class Resumable(UserError):
-    """Something stopped a run that can go on once it is mended; what was finished stays."""
+    """An error that stopped a run; the run resumes from its finished parts once the error is fixed."""
 
 
 class OutOfResources(Resumable):
-    """Something ran out: disk, GPU memory."""
+    """A run ended because the disk or GPU memory is full."""
 
 
 class Lost(OutOfResources):
-    """Another process of the run ended, or no longer answers."""
+    """Another process of the run ended or no longer answers."""
 
 
 class Paused(KeyboardInterrupt):
-    """Someone interrupted what the same command takes up again."""
+    """An interrupt of work that the same command resumes."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """End a message about an unknown word: the nearest choice if one is near, and the choices."""
+    """Return the end of a message about an unknown word: the nearest choice, if any, and all choices."""
     known = sorted(choices)
-    cutoff = 0.6 if len(word) > 2 else 0.5  # of two letters one may be wrong
+    cutoff = 0.6 if len(word) > 2 else 0.5  # in two letters, one may be wrong
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known) or 'none'}"
 
 
 def as_text_number(value: object) -> str:
-    """How a number that YAML takes for text has to be written; empty where the value is not one."""
+    """Return a hint if ``value`` is a number that YAML reads as text, such as 1e-7; else an empty string."""
     try:
         number = repr(float(value)) if isinstance(value, str) else "nan"
     except ValueError:
         return ""
     if number in ("nan", "inf", "-inf"):
         return ""
-    if "e" in number and "." not in number:  # YAML wants 1.0e-07 where Python writes 1e-07
+    if "e" in number and "." not in number:  # YAML needs 1.0e-07 where Python writes 1e-07
         number = number.replace("e", ".0e")
     return f"{value!r} is text to YAML, not a number; write {number.removesuffix('.0')}"

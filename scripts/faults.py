@@ -472,7 +472,7 @@ class Faults:
                 else:
                     file.write_bytes(data[:at] + b" " + data[at:])
                 kept = case.finished
-                case.run().must(2, name, "is not what it was", "--fresh")
+                case.run().must(2, name, "has changed", "--fresh")
                 if not kept or case.finished != kept:
                     raise Failed("finished layers are gone")
                 file.write_bytes(data)

@@ -1,1 +1,1 @@
-"""Speed and memory of models: what is measured, in which modes, how, and what it should come to."""
+"""Measure the speed and memory of models, and compute the bytes and operations that bound them."""

@@ -1,4 +1,4 @@
-"""What is measured: prefill or decode, how many sequences at once, how many tokens of each, and how it is run."""
+"""Name the cases of a benchmark: prefill or decode, batch size, sequence length, mode of execution."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lrc.errors import UserError, nearest
 Phase = Literal["prefill", "decode"]
 MODES = {
     "eager": "as transformers runs it",
-    "compile": "by torch.compile, on a GPU with decode captured in a CUDA graph besides",
-    "graphs": "decode captured in a CUDA graph; GPU alone",
+    "compile": "with torch.compile; on a GPU decode is also captured in a CUDA graph",
+    "graphs": "decode captured in a CUDA graph; GPU only",
 }
 _PREFILL_BATCHES, _PREFILL_TOKENS = (1, 8), 2048
 _DECODE_BATCHES, _DECODE_TOKENS = (1, 32), 512
@@ -23,7 +23,7 @@ _DECODE_BATCHES, _DECODE_TOKENS = (1, 32), 512
 
 @dataclass(frozen=True)
 class Case:
-    """``batch`` sequences of ``length`` tokens: read at once (prefill), or each the last of so many (decode)."""
+    """Hold one case: prefill ``batch`` x ``length`` tokens, or decode up to a context of ``length``."""
 
     phase: Phase
     batch: int
@@ -32,7 +32,7 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """As the options have it, such as 8x2048."""
+        """Return the shape as options write it, such as 8x2048."""
         return f"{self.batch}x{self.length}"
 
     def __str__(self) -> str:
@@ -40,9 +40,9 @@ class Case:
 
 
 def parse_shapes(option: str, listed: Sequence[str] | None) -> list[tuple[int, int]] | None:
-    """Pairs of batch and length from words such as ``8x2048``; the word ``none`` is no pair, None leaves it open.
+    """Parse words such as ``8x2048`` into pairs of batch and length.
 
-    Raises UserError for any other word.
+    ``none`` gives no pairs, None (the default shapes) None. Raises UserError for any other word.
     """
     if listed is None or list(listed) == ["none"]:
         return None if listed is None else []
@@ -62,10 +62,10 @@ def make_cases(
     new_tokens: int,
     device: torch.device,
 ) -> list[Case]:
-    """Every case in the order in which it is measured; None stands for the defaults, cut to the models' ``positions``.
+    """List all cases in the order of measurement; None means the defaults, cut to the models' ``positions``.
 
-    Prefill has too few kernels to gain from CUDA graphs, so mode ``graphs`` measures it as ``eager`` does. Raises
-    UserError for a mode that is not known or not for the device, and for lengths that the models or the steps rule out.
+    Mode ``graphs`` measures prefill as ``eager``: its few large kernels gain nothing from CUDA graphs. Raises UserError
+    for an unknown mode, one that the device lacks, and a length beyond ``positions`` or below ``new_tokens`` + 1.
     """
     modes = modes or (["eager"] if device.type == "cpu" else ["eager", "graphs"])
     for mode in modes:
@@ -87,13 +87,13 @@ def make_cases(
     for batch, length in decode:
         if length <= new_tokens:
             raise UserError(
-                f"--decode {batch}x{length} has no room for {new_tokens} new tokens before its last; "
+                f"--decode {batch}x{length} is too short for {new_tokens} new tokens; "
                 f"the nearest is --new-tokens {length - 1}"
                 if length > 1
-                else f"--decode {batch}x1 has nothing to go on from; the nearest is {batch}x2"
+                else f"--decode {batch}x1 has no context to continue; the nearest is {batch}x2"
             )
     if not prefill and not decode:
-        raise UserError("--prefill none and --decode none leave nothing to measure; give one of the two")
+        raise UserError("--prefill none and --decode none leave nothing to measure; drop one of them")
     whole = dict.fromkeys("eager" if mode == "graphs" else mode for mode in modes)
     return [Case("prefill", *shape, mode) for mode in whole for shape in prefill] + [
         Case("decode", *shape, mode) for mode in modes for shape in decode

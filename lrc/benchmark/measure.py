@@ -1,4 +1,4 @@
-"""Times models against each other: samples in turn, medians, quartiles, and memory."""
+"""Time models against each other, with samples taken in turn, and read their peak memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from lrc.benchmark.cases import Case
 from lrc.benchmark.steps import Decode, Prefill
 from lrc.benchmark.work import cache_bytes, weigh, work_of
 
-_WARM = 2  # samples that do not count
-_FEWEST = 3  # samples that have quartiles
+_WARM = 2  # samples that are not counted
+_FEWEST = 3  # samples for quartiles
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model in one case. ``seconds``: median and quartiles of a sample of ``tokens``, which are None of fewer than
-    three samples; ``work`` of a step, see ``lrc.benchmark.work``; ``peak_bytes``: of the device with this model alone,
+    """Hold one model's result in one case.
+
+    A sample is ``tokens`` tokens. ``seconds`` is the median, ``low_seconds`` and ``high_seconds`` are the quartiles
+    (None below three samples). ``work`` is ``work_of`` a step. ``peak_bytes`` is the device memory of this model alone,
     None on a CPU.
     """
 
@@ -37,12 +39,12 @@ class Measured:
 
     @property
     def tokens_per_second(self) -> float:
-        """By the median."""
+        """Return the speed at the median."""
         return self.tokens / self.seconds
 
     @property
     def spread(self) -> float | None:
-        """Distance of the quartiles over the median."""
+        """Return the interquartile range over the median."""
         if self.low_seconds is None or self.high_seconds is None:
             return None
         return (self.high_seconds - self.low_seconds) / self.seconds
@@ -57,7 +59,7 @@ def measure(
     repeats: int,
     advance: Callable[[], object] = lambda: None,
 ) -> list[list[Measured]]:
-    """Every model in every case: by case, then by model. A case's samples are taken of the models in turn."""
+    """Measure every model in every case, by case, then by model; the samples of a case alternate between models."""
     weights = [weigh(model) for model in models]
     found = []
     for case in cases:
@@ -90,7 +92,7 @@ def measure(
         found.append(rows)
         del runs, run
         if case.mode == "compile":
-            torch.compiler.reset()  # what was compiled holds the shapes and the memory of this case
+            torch.compiler.reset()  # compiled code holds memory of this case
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Bytes that a benchmark needs on a device, from headers alone, and whether they are free."""
+"""Estimate from headers the bytes that a benchmark needs, and check that they are free on the device."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from lrc.families import family_of
 from lrc.hub.loader import causal_config
 from lrc.modules.attention import STEP
 
-CONVERT = (
-    "lrc bench reads no pickled ones; convert them to safetensors, as transformers' save_pretrained does"
-)
-_SHARE = 0.9  # of what is free: libraries' workspaces and fragments are in no count
+CONVERT = "lrc bench reads no pickled ones; convert them to safetensors with transformers' save_pretrained"
+_SHARE = 0.9  # of the free memory: libraries' workspaces and fragmentation are not counted
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model takes: its weights, a token's keys and values, a token's activations in a layer, its logits."""
+    """Hold a model's bytes: weights, keys and values a token, activations a token in one layer, logits a sequence."""
 
     name: str
     positions: int
@@ -34,23 +32,23 @@ class Needs:
     logits: int
 
     def held(self, case: Case) -> int:
-        """Bytes that stay as long as the case is measured."""
+        """Return the bytes of keys and values of a case."""
         return case.batch * case.length * self.kv
 
-    def passing(self, case: Case) -> int:
-        """Bytes that a step takes besides, about."""
+    def transient(self, case: Case) -> int:
+        """Return the approximate bytes of activations and logits of a step."""
         tokens = case.length if case.phase == "prefill" else 1
         return case.batch * (tokens * self.activations + self.logits)
 
     def alone(self, case: Case) -> int:
-        """Bytes with no other model there."""
-        return self.weights + self.held(case) + self.passing(case)
+        """Return the bytes with no other model loaded."""
+        return self.weights + self.held(case) + self.transient(case)
 
 
 def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, *, trusted: bool) -> Needs:
-    """What a checkpoint's model takes when it runs in ``dtype``; of activations the most that a layer holds at once.
+    """Estimate what a checkpoint needs when it runs in ``dtype``; activations are the peak inside one layer.
 
-    Raises UserError for a model that cannot be run, and for one without safetensors.
+    Raises UserError for a model that cannot run and for one without safetensors.
     """
     config = causal_config(folder, trust_remote_code=trusted)
     family_of(config.model_type)
@@ -81,9 +79,9 @@ def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, 
 
 
 def fit_together(sides: Sequence[Needs], cases: Sequence[Case], device: torch.device) -> bool:
-    """Whether all models fit on the device at once with what the cases take; False if only one at a time does.
+    """Tell whether all models fit on the device at once, in every case; False if only one at a time fits.
 
-    Raises UserError where one does not fit even alone, with the bytes that it needs and the nearest case that fits.
+    Raises UserError if a model does not fit alone, with the bytes that it needs and the nearest case that fits.
     """
     free = free_bytes(device)
     room = int(_SHARE * free)
@@ -93,18 +91,18 @@ def fit_together(sides: Sequence[Needs], cases: Sequence[Case], device: torch.de
                 continue
             raise UserError(
                 f"the benchmark of {side.name} needs about {needed:,} bytes on {device} for {case.phase} {case.shape} "
-                f"({side.weights:,} of weights, {side.held(case):,} of keys and values, {side.passing(case):,} of "
-                f"activations); {free:,} are free, of which it takes {_SHARE:.0%}; {_nearest(side, case, room)}"
+                f"({side.weights:,} of weights, {side.held(case):,} of keys and values, {side.transient(case):,} of "
+                f"activations); {free:,} are free, {_SHARE:.0%} of them usable; {_nearest(side, case, room)}"
             )
     weights = sum(side.weights for side in sides)
     most = max(
-        sum(side.held(case) for side in sides) + max(side.passing(case) for side in sides) for case in cases
+        sum(side.held(case) for side in sides) + max(side.transient(case) for side in sides) for case in cases
     )
     return weights + most <= room
 
 
 def _nearest(side: Needs, case: Case, room: int) -> str:
-    """The largest smaller batch that fits, or what to do where none does."""
+    """Name the largest batch that fits, or the remedy if none does."""
     one = side.alone(replace(case, batch=1)) - side.weights
     if batch := max(room - side.weights, 0) // one:
         return f"the nearest is --{case.phase} {batch}x{case.length}"

@@ -1,4 +1,4 @@
-"""Steps of a model that can be run again and again: a prefill, or tokens of a decode, in one of the modes."""
+"""Run a prefill or some tokens of a decode, again and again, in one of the modes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, StaticCache
 from lrc.benchmark.cases import Case
 from lrc.errors import UserError
 
-_WARM = 3  # steps before a capture, in which kernels are chosen and workspaces made
+_WARM = 3  # steps before a capture: they choose kernels and allocate workspaces
 
 
 class Steps(ABC):
-    """``run`` does what a sample is timed of, ``tokens`` tokens; ``cache`` holds the keys and values of it."""
+    """Hold the steps of one timed sample: ``run`` processes ``tokens`` tokens and leaves their KV ``cache``."""
 
     cache: Any
     tokens: int
@@ -32,14 +32,14 @@ class Steps(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Run the steps, without waiting for the device."""
+        """Run the steps without waiting for the device."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Do what comes before a sample and is not part of it."""
+        """Do the untimed work before a sample."""
 
     def seconds(self) -> float:
-        """Seconds of one sample, the device's queue drained before and after."""
+        """Time one sample; synchronize the device before and after."""
         self.prepare()
         _wait(self.device)
         start = time.perf_counter()
@@ -49,7 +49,7 @@ class Steps(ABC):
 
 
 class Prefill(Steps):
-    """Reads all tokens of a batch into a new cache and says the most likely next ones."""
+    """Process all tokens of a batch into a new cache and pick the most likely next ones."""
 
     def __init__(self, model: PreTrainedModel, case: Case) -> None:
         super().__init__(model, case)
@@ -57,7 +57,7 @@ class Prefill(Steps):
         self.run()
 
     def prepare(self) -> None:
-        self.cache = None  # the next one has its memory
+        self.cache = None  # frees its memory for the next one
 
     def run(self) -> None:
         found = self.forward(input_ids=self.ids, use_cache=True, logits_to_keep=1)
@@ -66,9 +66,9 @@ class Prefill(Steps):
 
 
 class Decode(Steps):
-    """Writes ``new_tokens`` tokens one by one, the last of which attends to ``case.length``; the cache is static.
+    """Generate ``new_tokens`` tokens one by one with a static cache; the last attends to ``case.length`` tokens.
 
-    What was before them is noise: it takes as long as text. Raises UserError where the model cannot be captured.
+    The context is noise, which takes as long as text. Raises UserError if the model cannot be captured in a CUDA graph.
     """
 
     def __init__(self, model: PreTrainedModel, case: Case, new_tokens: int) -> None:
@@ -76,10 +76,10 @@ class Decode(Steps):
         self.new_tokens, self.tokens = new_tokens, case.batch * new_tokens
         self.start = case.length - new_tokens
         self.cache = StaticCache(config=model.config, max_cache_len=case.length)
-        self._step(model)  # layers differ in width: the cache takes its shapes from the first keys and values
+        self._step(model)  # the cache takes each layer's width from its first keys and values
         if not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
             raise UserError(
-                "this transformers counts the tokens of a static cache elsewhere than lrc bench looks for them; "
+                "lrc bench cannot find the token count of this transformers version's static cache; "
                 "pip install --upgrade transformers"
             )
         for layer in self.cache.layers:
@@ -105,7 +105,7 @@ class Decode(Steps):
         self.ids.copy_(found.logits[:, -1:].argmax(-1))
 
     def _captured(self) -> Callable[[], object]:
-        """The step as a CUDA graph, which starts all its kernels at once."""
+        """Capture the step in a CUDA graph."""
         side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""What a step of a model has to do: bytes that it reads, products that it multiplies; the yardstick for its speed."""
+"""Count the bytes that a model's step reads and the multiplications that it does: they bound its speed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from lrc.benchmark.cases import Case
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a loaded model: bytes of all tensors, bytes that a token's step reads, multiplications that a token and a
-    sequence's last token (its head) take.
-    """
+    """Hold a model's tensor bytes, the bytes read by a decode step, and the multiplications a token and a head take."""
 
     bytes: int
     read: int
@@ -25,7 +23,7 @@ class Weights:
 
 
 def weigh(model: Any) -> Weights:
-    """Count a model's weights. Tables of embeddings are looked up, not read, but for one that is the head's weight."""
+    """Count a model's weights; an embedding is looked up, not read, unless the LM head shares its weight."""
     head, read, products = model.get_output_embeddings(), 0, 0
     in_head = set() if head is None else set(head.modules())
     seen: set[int] = set()
@@ -33,7 +31,7 @@ def weigh(model: Any) -> Weights:
         if isinstance(module, nn.Embedding):
             continue
         for parameter in module.parameters(recurse=False):
-            # A weight that a factorized embedding and the head share is read once and multiplied by both.
+            # A weight shared by a factorized embedding and the head is read once, but multiplied by both.
             read += parameter.nbytes if id(parameter) not in seen else 0
             seen.add(id(parameter))
             if parameter.ndim > 1 and module not in in_head:
@@ -44,16 +42,16 @@ def weigh(model: Any) -> Weights:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that a cache holds room for."""
+    """Return the bytes allocated for a cache's keys and values."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(cache))
 
 
 def work_of(case: Case, weights: Weights, cache: Cache) -> int:
-    """Bytes that a step of decode reads, or floating-point operations of a prefill's products and attention."""
+    """Return the bytes that a decode step reads, or the floating-point operations of a prefill."""
     if case.phase == "decode":
         return weights.read + cache_bytes(cache)
     widths = sum(layer.keys.shape[-1] + layer.values.shape[-1] for layer in _layers(cache))
-    pairs = case.batch * case.length * (case.length + 1) // 2  # of a token and one that it attends to
+    pairs = case.batch * case.length * (case.length + 1) // 2  # of a token and a token that it attends to
     tokens = case.batch * case.length
     return 2 * (
         tokens * weights.products + case.batch * weights.head_products + pairs * weights.heads * widths

@@ -1,4 +1,4 @@
-"""Files that are on the disk, whole or not at all, when a call returns: what a power cut must not take."""
+"""Write files so that they are on the disk, whole, when a call returns: a power cut cannot damage them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,24 @@ from lrc.errors import OutOfResources, UserError
 
 
 def check_file(option: str, path: Path) -> None:
-    """Raise UserError where no file can be written in place of ``path``, which an ``option`` names; nothing is made.
-
-    Called before the work, so that this is not known after it.
-    """
-    told = f"{option} {path} cannot be written"
+    """Raise UserError if no file can be written at ``path``, given by ``option``; call it before the work."""
+    failure = f"{option} {path} cannot be written"
     if not path.parent.is_dir():
-        raise UserError(f"{told}: there is no folder {path.parent}")
+        raise UserError(f"{failure}: there is no folder {path.parent}")
     if path.is_dir():
-        raise UserError(f"{told}: it is a folder")
-    if path.exists() and not path.is_file():  # a device or a pipe, in whose place a file would be put
-        raise UserError(f"{told}: it is no regular file")
+        raise UserError(f"{failure}: it is a folder")
+    if path.exists() and not path.is_file():  # a device or a pipe, which a file would replace
+        raise UserError(f"{failure}: it is no regular file")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"{told}: {error.strerror or error}") from None
+        raise UserError(f"{failure}: {error.strerror or error}") from None
 
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Tell a file that cannot be written after all as OutOfResources."""
+    """Raise OutOfResources if writing a file fails."""
     try:
         yield
     except OSError as error:
@@ -41,7 +38,7 @@ def written(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a text file that appears under its name only when whole."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -49,18 +46,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def put(partial: Path, path: Path) -> None:
-    """Give a file that is on the disk its name, in the same folder, in place of any other."""
+    """Rename a synced file to its final name in the same folder; replace any file of that name."""
     partial.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    """Flush a file's contents, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise  # some network file systems write folders through and refuse to be asked
+            raise  # some network file systems refuse fsync on folders, but write them through
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of the tensors in them, by several threads at once: hashing leaves Python's lock to others."""
+"""Compute the SHA-256 of files and tensors; several threads help, as hashing releases the GIL."""
 
 from __future__ import annotations
 
@@ -12,28 +12,26 @@ from threading import Event
 from lrc.checkpoint.headers import StoredTensor
 
 _CHUNK = 2**20
-_TENSOR_DIGITS = (
-    32  # tells a damaged tensor from a sound one; that nobody forged it is for the file's own hash
-)
+_TENSOR_DIGITS = 32  # enough to find a damaged tensor; the file's full hash protects against forgery
 
 
 class Stopped(Exception):
-    """Nobody waits for this hash any longer."""
+    """Raised in a hashing thread whose result is no longer needed."""
 
 
 def file_sha256(path: Path, stop: Event | None = None) -> str:
-    """SHA-256 of a file in hexadecimal; raises Stopped once ``stop`` is set."""
+    """Return the SHA-256 of a file in hexadecimal; raise Stopped once ``stop`` is set."""
     return _sha256(path, 0, path.stat().st_size, stop)
 
 
 def tensor_sha256(stored: StoredTensor) -> str:
-    """The first half of the SHA-256 of a tensor's values as they are in its file, in hexadecimal."""
+    """Return the first 32 hexadecimal digits of the SHA-256 of a tensor's stored values."""
     return _sha256(stored.file, stored.offset, stored.bytes, None)[:_TENSOR_DIGITS]
 
 
 @contextmanager
 def hashing(files: Iterable[Path], threads: int) -> Iterator[dict[Path, Future[str]]]:
-    """SHA-256 of files, found in the background in the order given; leaving the context stops what is unfinished."""
+    """Hash files in the background, in the order given; leaving the context stops unfinished hashes."""
     stop, pool = Event(), ThreadPoolExecutor(threads, thread_name_prefix="sha256")
     try:
         yield {file: pool.submit(file_sha256, file, stop) for file in files}

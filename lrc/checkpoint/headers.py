@@ -1,4 +1,4 @@
-"""What the safetensors files of a checkpoint hold: read from their headers, checked against their length."""
+"""Read the headers of safetensors files and check them against the files' lengths."""
 
 from __future__ import annotations
 
@@ -26,14 +26,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-_SAMPLE = 256
+_SAMPLE = 256  # bytes
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and precision of one tensor, the file that holds it and, in safetensors, where in it the values begin."""
+    """Hold a tensor's shape, dtype and file and, for safetensors, the byte offset of its values in the file."""
 
     shape: Shape
     dtype: torch.dtype
@@ -42,16 +40,16 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        """Size of its values."""
+        """Return the bytes of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def end(self) -> int:
-        """The first byte of the file behind its values."""
+        """Return the offset of the first byte after the values."""
         return self.offset + self.bytes
 
     def sample(self) -> bytes:
-        """A few values from the start and the middle: enough to tell apart models of the same shapes."""
+        """Read a few values from the start and the middle, which tell models of the same shapes apart."""
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
             start = stream.read(min(self.bytes, _SAMPLE))
@@ -60,7 +58,7 @@ class StoredTensor:
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
-    """Every tensor of some safetensors files by name; UserError names a file that is damaged."""
+    """Read the tensors of safetensors files by name; raise UserError for a damaged file."""
     found = {}
     for file in map(Path, files):
         found |= _read(file)
@@ -68,7 +66,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
 
 
 def check_shapes(expected: Mapping[str, Shape], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise UserError for the first tensor that is not stored, or has another shape than its module."""
+    """Raise UserError for the first tensor that is missing or has another shape than expected."""
     missing = [name for name in expected if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -82,15 +80,17 @@ def check_shapes(expected: Mapping[str, Shape], stored: Mapping[str, StoredTenso
 
 
 def parse_header(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor that a safetensors file's header names, whether or not the file goes on as far.
+    """Read the tensors that a safetensors header names, without checking that the file holds all of them.
 
-    Raises UserError where the header ends behind the file, cannot be read or contradicts itself.
+    Raises UserError if the header is longer than the file, cannot be read or contradicts itself.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length + 8 > size:
-            raise UserError(f"{file} is cut short or is no safetensors file: its header ends behind the file")
+            raise UserError(
+                f"{file} is cut short or is no safetensors file: its header is longer than the file"
+            )
         try:
             header = json.loads(stream.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -110,7 +110,7 @@ def _read(file: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(name: str, entry: Mapping[str, Any], file: Path, values: int) -> StoredTensor:
-    """One entry of a header whose file has its values from byte ``values`` on."""
+    """Parse one entry of a header; the file's values start at byte ``values``."""
     (first, end), shape = map(int, entry["data_offsets"]), tuple(map(int, entry["shape"]))
     if entry["dtype"] not in DTYPES:
         raise UserError(

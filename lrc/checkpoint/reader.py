@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint folder lazily: names and shapes from headers, tensors one decoder layer at a time."""
+"""Read a Hugging Face checkpoint lazily: names and shapes from headers, tensors one decoder layer at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 class CheckpointReader:
-    """A source checkpoint; tensor names are those of its causal language model, whatever the file calls them."""
+    """Hold a source checkpoint, with tensor names as in its causal language model."""
 
     def __init__(
         self,
@@ -33,11 +33,10 @@ class CheckpointReader:
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        """Open ``folder``.
+        """Open ``folder``; ``allow_pickle`` reads pickled weights with torch's ``weights_only``.
 
-        Raises UserError where it is no checkpoint of a supported causal language model, where a file is damaged, where
-        it is quantized but by the method ``quantized``, and where its weights are pickles and ``allow_pickle`` is not
-        given (they are then read with ``weights_only``).
+        Raises UserError if it is no checkpoint of a supported causal language model, a file is damaged, it is quantized
+        by another method than ``quantized``, or its weights are pickled without ``allow_pickle``.
         """
         self.folder, self._trust_remote_code = folder, trust_remote_code
         self.config_text = _read(folder / "config.json")
@@ -52,27 +51,27 @@ class CheckpointReader:
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         located = self._locate(allow_pickle)
         self._stored = {self._full_name(n): n for n in located if not n.endswith(self.family.stale)}
-        if self.config.tie_word_embeddings:  # some checkpoints hold the embedding a second time as the head
+        if self.config.tie_word_embeddings:  # some checkpoints store the embedding again as the head
             self._stored.pop(f"{self.family.head}.weight", None)
         self.tensors: dict[str, StoredTensor] = {full: located[name] for full, name in self._stored.items()}
 
     @cached_property
     def config(self) -> Any:
-        """The transformers config."""
+        """Return the transformers config."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Shapes and head geometry of the model."""
+        """Return the shapes and head geometry of the model."""
         return describe(
             self.family, self.config, {name: stored.shape for name, stored in self.tensors.items()}
         )
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The precision that most weights are stored in."""
+        """Return the dtype of most stored bytes."""
         sizes: Counter[torch.dtype] = Counter()
         for stored in self.tensors.values():
             sizes[stored.dtype] += stored.bytes
@@ -80,12 +79,12 @@ class CheckpointReader:
 
     @property
     def files(self) -> list[Path]:
-        """The files that the weights come from."""
+        """List the files with weights."""
         return sorted({stored.file for stored in self.tensors.values()})
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and the name, place, shape, precision and some values of every tensor."""
+        """Return the SHA-256 of config.json and of every tensor's name, file, shape, dtype and a sample of values."""
         digest = hashlib.sha256(self.config_text.encode())
         for name, stored in sorted(self.tensors.items()):
             digest.update(f"{name} {stored.file.name} {stored.shape} {stored.dtype}".encode())
@@ -93,13 +92,13 @@ class CheckpointReader:
         return digest.hexdigest()
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one decoder layer on the CPU, by their path inside it."""
+        """Read the tensors of one decoder layer to the CPU, by their path in the layer."""
         start = f"{self.family.layers}.{index}."
         names = [name for name in self.tensors if name.startswith(start)]
         return {name.removeprefix(start): tensor for name, tensor in self._read(names).items()}
 
     def rest(self) -> dict[str, Tensor]:
-        """Everything outside the decoder layers, by full name."""
+        """Read all tensors outside the decoder layers, by full name."""
         return self._read(name for name in self.tensors if not name.startswith(f"{self.family.layers}."))
 
     def _check_causal(self) -> None:
@@ -111,7 +110,7 @@ class CheckpointReader:
             raise UserError(f"{self.folder} is a {named[0]}, not a causal language model ({expected})")
 
     def _locate(self, allow_pickle: bool) -> dict[str, StoredTensor]:
-        """Every tensor by the name it is stored under."""
+        """Find every tensor, by its name in the files."""
         for base in (_SAFETENSORS, _PICKLE):
             index = self.folder / f"{base}.index.json"
             if index.exists():
@@ -127,7 +126,7 @@ class CheckpointReader:
             files = [self.folder / name for name in names]
             missing = [file.name for file in files if not file.exists()]
             if missing:
-                raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
+                raise UserError(f"{index} names missing files: {', '.join(missing)}")
             if base == _SAFETENSORS:
                 return read_headers(files)
             self._pickles = {file: _unpickle(file) for file in files}
@@ -145,7 +144,7 @@ class CheckpointReader:
         return name if name.startswith(known) else f"{self.family.prefix}.{name}"
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors on the CPU by name, each file opened once."""
+        """Read tensors to the CPU by name; open each file once."""
         files: dict[Path, list[str]] = {}
         for name in names:
             files.setdefault(self.tensors[name].file, []).append(name)
@@ -162,10 +161,10 @@ class CheckpointReader:
 def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except Exception as error:  # torch, pickle and zip each have errors of their own
+    except Exception as error:  # torch, pickle and zip each raise their own
         raise UserError(
-            f"{file} cannot be read as weights alone: it holds other objects, which lrc does not execute, "
-            f"or it is damaged ({type(error).__name__})"
+            f"{file} cannot be read as weights alone: it is damaged or holds other objects, which lrc does not "
+            f"execute ({type(error).__name__})"
         ) from error
 
 

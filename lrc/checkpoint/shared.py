@@ -1,4 +1,4 @@
-"""The staging folder as every process of a run sees it: the first has it open, and the others ask that one."""
+"""Share a run's staging folder between processes: rank 0 opens it, the others read through rank 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrc.run.processes import Ranks
 
 
 class SharedStaging:
-    """Finished parts of a run, alike on all processes; ``own`` is the folder on the first one, None on the others."""
+    """Hold the finished parts of a run, the same on all processes; ``own`` is the folder on rank 0, None elsewhere."""
 
     def __init__(self, own: Staging | None, ranks: Ranks) -> None:
         self.own, self._ranks = own, ranks
@@ -21,18 +21,18 @@ class SharedStaging:
         self.scratch: Path = ranks.share(own and own.scratch)  # type: ignore[assignment]
 
     def has(self, part: str) -> bool:
-        """Whether a part was finished by this run or the one it resumes."""
+        """Tell whether this run, or the run that it resumes, finished a part."""
         return bool(self._ranks.share(self.own and self.own.has(part)))
 
     def record(self, part: str) -> dict[str, Any]:
-        """What was noted of a finished part."""
+        """Return the record of a finished part."""
         return self._ranks.share(self.own.record(part) if self.own else {})
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a finished part, on the CPU."""
+        """Return the tensors of a finished part, on the CPU."""
         return self._ranks.share(self.own.tensors(part) if self.own else {})
 
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Store a part, which all processes have alike."""
+        """Store a part; every process calls this with the same part."""
         if self.own:
             self.own.write(part, tensors, record)

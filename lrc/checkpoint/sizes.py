@@ -1,4 +1,4 @@
-"""What a model takes: parameters, bytes, and key and value cache, from shapes and tables alone."""
+"""Compute a model's parameters, bytes and KV cache from shapes and module tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lrc.families import Architecture
 
 @dataclass(frozen=True)
 class Size:
-    """``parameters`` of the whole model, ``bytes`` of its tensors on disk, key and value cache in bytes per token."""
+    """Hold a model's parameters, the bytes of its tensors on disk, and its KV cache in bytes per token."""
 
     parameters: int
     bytes: int
@@ -28,9 +28,9 @@ def size_of(
     dtype: torch.dtype,
     table: Mapping[str, Mapping[str, Any]],
 ) -> Size:
-    """Size of a checkpoint from its tensors' headers, the cache kept in ``dtype``.
+    """Compute a checkpoint's size from its tensors' headers, with a cache in ``dtype``.
 
-    ``table`` is the module table of a compressed one, empty for an original.
+    ``table`` is the module table of a compressed checkpoint, empty for an original.
     """
     parameters = total = 0
     for stored in tensors:
@@ -43,7 +43,7 @@ def size_of(
 
 
 def byte_text(size: float) -> str:
-    """Bytes in the unit of their size."""
+    """Format bytes in the largest fitting unit."""
     value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]

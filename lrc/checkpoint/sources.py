@@ -1,9 +1,7 @@
-"""The files that a run reads: hashed in the background while it goes on, and the same to its end, or it is refused.
+"""Hash a run's source files in the background and refuse files that change before the run ends.
 
-A part counts as finished only once the hashes of all source files are in the journal. Whatever of the source changes
-later, before the run is taken up again or while it goes on, is then told from what finished parts were made of: every
-run hashes every file anew, in full, before it finishes anything more. A file whose size or times are other than they
-were is waited for at once, so that a change is mostly known before any work begins.
+A part is finished only once the hashes of all source files are in the journal. A resumed run hashes every file again,
+in full, before it finishes another part. A file whose size or times have changed is hashed before any work starts.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ from lrc.checkpoint.durable import write_text
 from lrc.checkpoint.hashes import file_sha256, hashing
 from lrc.errors import Resumable
 
-_THREADS = 2  # read as fast as most disks, and leave the other cores to the run
+_THREADS = 2  # as fast as most disks; the other cores are for the run
 Stamp = list[int]
 
 
 class Sources:
-    """The source files of one run by name; open it with ``watching``."""
+    """Hold the source files of one run by name; made by ``watching``."""
 
     def __init__(
         self,
@@ -44,14 +42,14 @@ class Sources:
                     self._compare(name, self._found(name))
 
     def settle(self) -> dict[str, str]:
-        """Wait until every file is hashed and the hashes are in the journal; they are given by the files' names.
+        """Wait until every file is hashed and in the journal; return the hashes by file name.
 
-        Raises Resumable for a file that is other than it was when this run began, or the one that it takes up.
+        Raises Resumable for a file that has changed since this run, or the run that it resumes, began.
         """
         found = {name: self._found(name) for name in self._files}
         touched = {name: stamp for name in found if (stamp := self._stamp(name)) != self._stamps[name]}
         if not self._known:
-            for name in touched:  # which of its bytes were hashed, and which were read, nobody knows
+            for name in touched:  # the hash may be of the old bytes, the tensors of the new ones
                 raise _changed(str(self._files[name]))
             write_text(self._journal, json.dumps({"sha256": found, "stamps": self._stamps}))
             self._known = found
@@ -77,7 +75,7 @@ class Sources:
 
 @contextmanager
 def watching(folder: Path, files: Iterable[Path], journal: Path) -> Iterator[Sources]:
-    """Hash the ``files`` in ``folder`` in the background, and hold them against ``journal``, if there is one.
+    """Hash ``files`` of ``folder`` in the background; compare them with ``journal`` if it exists.
 
     Raises Resumable as ``Sources.settle`` does.
     """
@@ -96,13 +94,13 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _stamp(file: Path) -> Stamp:
-    """What a write changes in a file's entry: its size, and its times to the nanosecond."""
+    """Return a file's size and its times in nanoseconds, which every write changes."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _changed(what: str) -> Resumable:
     return Resumable(
-        f"{what} is not what it was when this run began, or the one that it takes up; "
-        "put it back and run the same command again, or pass --fresh to start over"
+        f"{what} has changed since the run began; restore it and run the same command again, "
+        "or pass --fresh to start over"
     )

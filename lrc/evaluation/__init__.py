@@ -1,4 +1,4 @@
-"""Measures what a checkpoint can do."""
+"""Evaluate checkpoints: perplexity, token-by-token divergence between two models, zero-shot tasks."""
 
 from __future__ import annotations
 

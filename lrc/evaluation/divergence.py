@@ -1,4 +1,4 @@
-"""What a model's next-token distributions lose of another's, token by token."""
+"""Compare the next-token distributions of two models, token by token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from lrc.evaluation.nll import chunks
 
 
 class Divergence(NamedTuple):
-    """Tokens 2..n of windows, each (windows, n - 1): ``nll`` of a model and ``nll_against`` of the one it is held
-    against, in nats, float32; ``kl`` of the latter's distribution from the former's, in nats, float32; ``agree``, bool:
-    whether both think the same token the likeliest.
+    """Hold the comparison of a model with a reference on tokens 2..n of windows, each (windows, n - 1).
+
+    ``nll`` of the model, ``nll_against`` of the reference and ``kl`` = KL(reference ‖ model) are in nats, float32.
+    ``agree`` (bool) tells whether both have the same most likely token.
     """
 
     nll: Tensor
@@ -23,10 +24,10 @@ class Divergence(NamedTuple):
 
 
 def divergence(logits: Tensor, against: Tensor, ids: Tensor) -> Divergence:
-    """What it comes to for tokens 2..n of windows from both models' logits (windows, n, vocab) and ids (windows, n).
+    """Compare two models' logits (windows, n, vocab) on ids (windows, n); ``against`` is the reference.
 
-    kl is KL(p‖q) = Σ p (log p − log q), p being of ``against``, from a float32 softmax and summed in float64. It is
-    infinite where the model rules out what the other does not.
+    KL(p‖q) = Σ p (log p − log q), with p of the reference, is computed from a float32 softmax and summed in float64. It
+    is infinite where the model gives a token probability 0 and the reference does not.
     """
     ids = ids.to(logits.device)
     shape = len(ids), ids.shape[1] - 1
@@ -40,7 +41,7 @@ def divergence(logits: Tensor, against: Tensor, ids: Tensor) -> Divergence:
         nll_against[window, rows] = -p.gather(-1, targets)[:, 0]
         agree[window, rows] = q.argmax(-1) == p.argmax(-1)
         weights = p.exp()
-        # What p rules out adds nothing, though the logarithms may have no finite value.
+        # A token with p = 0 adds nothing, though its logarithms may be infinite.
         terms = (p - q).masked_fill_(weights == 0, 0.0).mul_(weights)
         kl[window, rows] = terms.sum(-1, dtype=torch.float64).float()
     return Divergence(nll, nll_against, kl, agree)

@@ -1,4 +1,4 @@
-"""The loss of a language model in nats, from its logits."""
+"""Compute the loss of a language model in nats from its logits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_CHUNK_BYTES = 2**28  # of the float32 copy that the softmax works on
+_CHUNK_BYTES = 2**28  # of the float32 copy for the softmax
 
 
 def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Nats of tokens 2..n of windows, (windows, n - 1) float32; logits (windows, n, vocab), ids (windows, n)."""
+    """Return the nats (windows, n - 1), float32, of tokens 2..n; logits (windows, n, vocab), ids (windows, n)."""
     ids = ids.to(logits.device)
     nll = torch.empty(len(ids), ids.shape[1] - 1, device=logits.device)
     for window, rows in chunks(logits):
@@ -22,8 +22,10 @@ def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
-    """Windows of logits (windows, n, vocab) and rows of them, without the last, which predicts nothing that is there;
-    as many at once as a float32 copy of bounded size holds."""
+    """Yield window and rows of logits (windows, n, vocab), so that a float32 copy of the rows has bounded size.
+
+    The last row of a window is left out: its target lies outside the window.
+    """
     step = max(_CHUNK_BYTES // (4 * logits.shape[-1]), 1)
     scored = logits.shape[1] - 1
     for window in range(len(logits)):

@@ -1,4 +1,4 @@
-"""Two models on the same windows: what one loses of the other, token by token."""
+"""Evaluate two models on the same windows and compare them token by token."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _TAIL = 0.99
 
 @dataclass(frozen=True)
 class TokenByToken:
-    """What a model loses of another on the same tokens, each figure with a paired bootstrap interval over windows.
+    """Hold the comparison of a model with a reference, each figure with a paired bootstrap interval over windows.
 
-    ``perplexity_ratio``: its perplexity over the other's. ``kl_mean`` and ``kl_p99``: mean and 99th percentile over
-    tokens of KL(other ‖ model) in nats. ``top1_agreement``: the share of tokens of which both think the same the
-    likeliest.
+    ``perplexity_ratio``: the model's perplexity over the reference's. ``kl_mean`` and ``kl_p99``: mean and 99th
+    percentile over tokens of KL(reference ‖ model) in nats. ``top1_agreement``: the share of tokens for which both have
+    the same most likely token.
     """
 
     perplexity_ratio: Estimate
@@ -58,9 +58,9 @@ class TokenByToken:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models' figures on one text in windows of one length.
+    """Hold two models' figures on one text in windows of one length.
 
-    ``tokens`` is None where their tokens do not compare, and ``refused`` then says why.
+    ``tokens`` is None if the models cannot be compared token by token; ``refused`` then says why.
     """
 
     ours: Perplexity
@@ -70,17 +70,17 @@ class Pair:
 
     @property
     def same_tokens(self) -> bool:
-        """Whether both models read the text as the same tokens; perplexities, per token, compare only then."""
+        """Tell whether both models tokenize the text alike; only then can perplexities be compared."""
         return self.ours.ids_sha256 == self.theirs.ids_sha256
 
     @property
     def ratio_of(self) -> Literal["perplexity", "bits_per_byte"]:
-        """What the ratio is of."""
+        """Name the figure that ``ratio`` compares."""
         return "perplexity" if self.same_tokens else "bits_per_byte"
 
     @property
     def ratio(self) -> float | None:
-        """Ours over theirs; None where it is of bits per byte and one of them has none."""
+        """Return ours over theirs; None if a model has no bits per byte to compare."""
         if self.same_tokens:
             return self.ours.value / self.theirs.value
         ours, theirs = self.ours.bits_per_byte, self.theirs.bits_per_byte
@@ -88,19 +88,19 @@ class Pair:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the ratio has to know."""
+        """List the caveats of the comparison."""
         if self.refused is not None:
             return (f"{self.ours.data}: {self.refused}{self._scored_bytes}",)
         if self.tokens and 1 < self.ours.windows < FEW:
             return (
-                f"{self.ours.data}: {self.ours.windows} windows are few for an interval, which holds the truth less "
-                f"often than it says below {FEW}",
+                f"{self.ours.data}: {self.ours.windows} windows are few; below {FEW} the intervals cover the true "
+                "value less often than stated",
             )
         return ()
 
     @property
     def _scored_bytes(self) -> str:
-        """Over how much of the text the bits per byte are, where each model has windows of its own."""
+        """Say how many bytes each model's bits per byte cover, if their windows differ."""
         figures = [f for f in (self.ours, self.theirs) if f.bits_per_byte]
         if self.same_tokens or len(figures) < 2:
             return ""
@@ -119,24 +119,24 @@ def evaluate_pair(
     keep: Keep | None = None,
     ranks: Ranks,
 ) -> list[Pair]:
-    """A folder's model beside another's on each text in windows of each length, as ``passages`` cuts them.
+    """Evaluate two folders' models on each text in windows of each length, as ``passages`` cuts them.
 
-    Both run on a batch of windows before the next, so that no more than that batch's logits are held. Where their
-    tokens differ each is measured by itself; that is refused with a UserError where ``keep`` asks for tokens.
+    Both models run on a batch before the next one, so that only one batch's logits are in memory. Models with different
+    tokens are measured separately; with ``keep`` that raises UserError.
     """
     tokenizers = [load_tokenizer(f, trust_remote_code=loading.trust_remote_code) for f in folders]
     cut = [passages(tokenizer, texts, seq_lens, max_windows) for tokenizer in tokenizers]
     sides = [*zip(*cut, strict=True)]
     if keep and (differ := next((ours for ours, theirs in sides if not _same_ids(ours, theirs)), None)):
         raise UserError(
-            f"{differ.data}: the tokenizers of {folders[0]} and {folders[1]} differ, so there are no results token by "
-            "token to keep; leave --tokens out to compare bits per byte"
+            f"{differ.data}: the tokenizers of {folders[0]} and {folders[1]} differ, so they cannot be compared token "
+            "by token; leave --tokens out to compare bits per byte"
         )
     with loaded(folders, sum(map(len, tokenizers)), loading) as models:
         found = []
         for pair in sides:
             if (refused := _refusal(models, pair)) is not None:
-                if keep:  # of a vocabulary, which only the models tell
+                if keep:  # only now known: the vocabularies differ
                     raise UserError(f"{pair[0].data}: {refused}; leave --tokens out")
                 ours, theirs = (
                     measure(
@@ -181,35 +181,32 @@ def _compared(
 def _batches(
     models: Sequence[Model], cut: Tensor, advance: Advance | None, watch: Stopwatch
 ) -> Iterator[Divergence]:
-    """What both models make of windows (windows, n), batch by batch, on the host; first that of none."""
+    """Yield the divergence on windows (windows, n), batch by batch, on the host, after an empty one."""
     size = min(default_batch(model, cut.shape[1]) for model in models)
     none = torch.empty(0, cut.shape[1] - 1)
     yield Divergence(none, none, none, none.bool())
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(closing(window_logits(model, cut, size))) for model in models)
         with watch.stage("ours"), watch.stage("theirs"):
-            pass  # of no window both took no time
+            pass  # both stages exist even without a window
         for batch in batched(cut, size):
             with watch.stage("ours"):
                 logits = next(ours)
             with watch.stage("theirs"):
                 against = next(theirs)
             yield Divergence(*(column.cpu() for column in divergence(logits, against, batch)))
-            del logits, against  # or they would wait beside the next
+            del logits, against  # frees them before the next batch
             if advance:
                 advance(len(batch))
 
 
 def _refusal(models: Sequence[Model], sides: tuple[Passage, Passage]) -> str | None:
-    """Why two models' tokens do not compare; None where they do."""
+    """Say why two models cannot be compared token by token; None if they can."""
     if not _same_ids(*sides):
-        return (
-            "the tokenizers differ, so perplexities and windows are of different tokens and are not compared token by "
-            "token; the ratio is of bits per byte"
-        )
+        return "the tokenizers differ, so the models are not compared token by token; the ratio is of bits per byte"
     ours, theirs = (model.config.get_text_config().vocab_size for model in models)
     if ours != theirs:
-        return f"the vocabularies have {ours:,} and {theirs:,} entries, so no distributions over them are compared"
+        return f"the vocabularies have {ours:,} and {theirs:,} entries, so distributions are not compared"
     return None
 
 

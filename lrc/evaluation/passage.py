@@ -1,4 +1,4 @@
-"""What a model is scored on: windows of a text's tokens, of one length or of several on the same text."""
+"""Cut texts into the windows that a model is scored on, of one length or several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class Passage:
-    """A text's ids (tokens,), whole, and the windows (windows, seq_len) of them that are scored."""
+    """Hold all ids (tokens,) of a text and the windows (windows, seq_len) that are scored."""
 
     data: str
     ids: Tensor
@@ -30,7 +30,7 @@ class Passage:
 
     @property
     def seq_len(self) -> int:
-        """Tokens of a window."""
+        """Return the tokens of a window."""
         return self.cut.shape[1]
 
 
@@ -40,11 +40,10 @@ def passages(
     seq_lens: Sequence[int],
     max_windows: int | None = None,
 ) -> list[Passage]:
-    """Every text in windows of every length, the lengths of a text together.
+    """Cut every text into windows of every length, text by text.
 
-    Windows of all lengths are of the same stretch, but for the rest where a length does not divide it: what whole
-    windows of the longest hold, the first ``max_windows`` of these where that is given. Raises UserError where a text
-    does not fill one.
+    All lengths cover the same tokens, the first ``max_windows`` (default: all) windows of the longest length; a length
+    that does not divide them drops the rest. Raises UserError if a text does not fill one window.
     """
     found = []
     for text in texts:
@@ -55,7 +54,7 @@ def passages(
 
 
 def choose_seq_len(config: PreTrainedConfig, asked: int | None) -> int:
-    """The window asked for, else 2048 or the model's limit; UserError above that limit or below 2."""
+    """Return ``asked``, else 2048 or the model's limit if lower; raise UserError above the limit or below 2."""
     (length,) = choose_seq_lens([("the model", config)], asked)
     return length
 
@@ -63,9 +62,9 @@ def choose_seq_len(config: PreTrainedConfig, asked: int | None) -> int:
 def choose_seq_lens(
     models: Iterable[tuple[str, PreTrainedConfig]], asked: int | Sequence[int] | None
 ) -> tuple[int, ...]:
-    """The lengths of windows that all models, each a name and a config, can be measured with, chosen as for one.
+    """Return the window lengths for several models, each a name and a config, as ``choose_seq_len`` does for one.
 
-    Raises UserError as ``choose_seq_len`` does, and where a length comes twice or there is none.
+    Raises UserError as ``choose_seq_len`` does, and for a repeated length or none.
     """
     limits = [(limit, name) for name, config in models if (limit := _positions(config)) is not None]
     limit, name = min(limits, default=(None, ""))
@@ -74,18 +73,18 @@ def choose_seq_lens(
     option, lengths = ("--seq-len", [asked]) if isinstance(asked, int) else ("--context", [*asked])
     listed = f"{option} {','.join(map(str, lengths))}"
     if not lengths or len(set(lengths)) < len(lengths):
-        raise UserError(f"{listed}: lengths of windows are distinct, such as 512,1024,2048")
+        raise UserError(f"{listed}: give distinct lengths of windows, such as 512,1024,2048")
     for length in lengths:
-        told = listed if len(lengths) == 1 else f"{listed}: {length}"
+        where = listed if len(lengths) == 1 else f"{listed}: {length}"
         if length < 2:
-            raise UserError(f"{told} leaves no token to score; the smallest is 2")
+            raise UserError(f"{where} leaves no token to score; the smallest is 2")
         if limit is not None and length > limit:
-            raise UserError(f"{told} is longer than the {limit} positions of {name}; use {limit} or less")
+            raise UserError(f"{where} is longer than the {limit} positions of {name}; use {limit} or less")
     return tuple(lengths)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A folder's config.json; UserError where it cannot be used."""
+    """Read a folder's config.json; raise UserError if it cannot be used."""
     from transformers import AutoConfig
 
     try:
@@ -95,7 +94,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
 
 def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None) -> int:
-    """Windows that a text's ids are scored in; UserError where they do not fill one."""
+    """Count the windows that a text is scored in; raise UserError if it does not fill one."""
     try:
         return len(windows(ids, seq_len)[:max_windows])
     except UserError as error:

@@ -1,12 +1,11 @@
-"""Perplexity of a causal language model on a text. Protocol, version 1:
+"""Measure the perplexity of a causal language model by protocol version 1.
 
-The text is what ``lrc.text`` reads by the data set's own protocol (WikiText-2 raw: rows joined with two
-newlines, a blank row being the empty string). It is tokenized once, without special tokens added by hand, and
-cut into non-overlapping windows of ``seq_len`` (default 2048, or the model's limit where that is shorter);
-the tail is dropped. Each window is run by itself and its tokens 2..n are scored: natural-log likelihood from
-a float32 softmax of the logits, summed in float64. Perplexity is exp(sum / tokens scored). Bits per byte are
-sum / ln 2 over the UTF-8 bytes of the tokens scored, counted by decoding: those of each whole window less
-those of its first token.
+``lrc.text`` reads the text by its data set's protocol (WikiText-2 raw: rows joined with two newlines, a blank row is
+the empty string). It is tokenized once, without added special tokens, and cut into non-overlapping windows of
+``seq_len`` (default 2048, or the model's limit if shorter); the tail is dropped. Each window runs separately and its
+tokens 2..n are scored: natural-log likelihood from a float32 softmax, summed in float64. Perplexity is
+exp(sum / scored tokens). Bits per byte are sum / ln 2 over the UTF-8 bytes of the scored tokens, counted by decoding:
+the bytes of each window less those of its first token.
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ if TYPE_CHECKING:
     Model: TypeAlias = PreTrainedModel | StreamedModel
 
 PROTOCOL_VERSION = 1
-_LOGIT_BYTES = 2**30  # of one batch, in the model's own dtype
+_LOGIT_BYTES = 2**30  # of one batch, in the model's dtype
 _BATCH_TOKENS = 2**14
-_CPU_BATCH_TOKENS = 2**11  # larger ones spend their time on fresh pages for the logits
+_CPU_BATCH_TOKENS = 2**11  # larger batches spend their time on fresh memory pages for the logits
 
 Advance = Callable[[int], object]
 Progress = Callable[[str, int], Advance]
 Keep = Callable[
     [Passage, Mapping[str, Tensor]], object
-]  # takes a passage's results by token, each (windows, n - 1)
+]  # called with a passage and its results by token, each (windows, n - 1)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """One measured perplexity.
+    """Hold one measured perplexity.
 
-    ``nats``: sum of negative log-likelihoods over ``tokens`` scored. ``ids``: tokens of the whole text,
-    before windows are cut; ``ids_sha256`` is their hash. ``bits_per_byte`` is None where no tokenizer was
-    given, or the tokens scored hold no byte. ``tokens_per_second`` counts the tokens scored.
+    ``nats``: sum of negative log-likelihoods over the scored ``tokens``. ``ids``: tokens of the whole text, before
+    windows are cut; ``ids_sha256``: their hash. ``bits_per_byte``: None without a tokenizer, or if the scored tokens
+    have no bytes. ``tokens_per_second``: scored tokens.
     """
 
     data: str
@@ -84,12 +83,12 @@ def evaluate_perplexity(
     keep: Keep | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Perplexity]:
-    """Perplexity on each text named as in ``lrc.text.read_text``, in the order given, in windows of each ``seq_len`` as
-    ``passages`` cuts them; of several processes each has the model, and runs its part of the windows.
+    """Measure perplexity on each text, named as for ``read_text``, in windows of each ``seq_len``.
 
-    ``progress`` is called with a text's label and the number of this process's windows, and gives the function to call
-    with the windows done; ``keep`` with each passage and what its tokens cost. Every text is read and cut before the
-    model runs. Raises UserError as ``read_text`` and ``passages`` do, and where a window is above the model's limit.
+    Every process needs the model and runs its share of the windows. ``progress`` gets a text's label and this process's
+    number of windows, and returns a function to call with the windows done. ``keep`` gets each passage and its loss by
+    token. Every text is read and cut before the model runs. Raises UserError as ``read_text`` and ``passages`` do, and
+    for windows above the model's limit.
     """
     lengths = choose_seq_lens([("the model", model.config)], seq_len)
     texts = [read_text(spec, "evaluation", data_dir) for spec in specs]
@@ -120,11 +119,10 @@ def perplexity(
     notes: tuple[str, ...] = (),
     ranks: Ranks = ALONE,
 ) -> Perplexity:
-    """Perplexity on ids (tokens,), by the protocol above; infinite and NaN values are given as they are.
+    """Measure perplexity on ids (tokens,) by the protocol above; it may be infinite or NaN.
 
-    ``batch_size`` windows run at once (default: as many as keep the logits below 1 GiB). ``progress`` is
-    called with the windows done. Raises UserError where ``seq_len`` is above the model's limit or the text is
-    shorter than one window.
+    ``batch_size`` windows run at once (default: ``default_batch``). ``progress`` is called with the windows done.
+    Raises UserError if ``seq_len`` is above the model's limit or the text is shorter than one window.
     """
     cut = windows(ids, choose_seq_len(model.config, seq_len))[:max_windows]
     passage = Passage(data, ids, cut, notes)
@@ -141,7 +139,7 @@ def measure(
     keep: Keep | None = None,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
-    """Perplexity on the windows of a passage, of which each process runs its part."""
+    """Measure perplexity on the windows of a passage; each process runs its share."""
     start = time.perf_counter()
     nll = ranks.woven(window_losses(model, ranks.mine(passage.cut), batch_size, progress).cpu())
     seconds = time.perf_counter() - start
@@ -158,7 +156,7 @@ def summarise(
     tokenizer: PreTrainedTokenizerBase | None = None,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
-    """The figures that follow from ``nll`` (windows, seq_len - 1), the nats of a passage's scored tokens."""
+    """Compute the figures from ``nll`` (windows, seq_len - 1), the nats of a passage's scored tokens."""
     scored_bytes = None
     if tokenizer is not None:
         scored_bytes = ranks.total(count_scored_bytes(tokenizer, ranks.mine(passage.cut)))
@@ -184,12 +182,14 @@ def summarise(
 def window_losses(
     model: Model, cut: Tensor, batch_size: int | None = None, progress: Advance | None = None
 ) -> Tensor:
-    """Nats of tokens 2..n of windows (windows, n): (windows, n - 1) float32 on the device of the logits."""
+    """Return the nats (windows, n - 1) of tokens 2..n of windows (windows, n), float32, on the logits' device."""
     batch_size = batch_size or default_batch(model, cut.shape[1])
     found = []
     with closing(window_logits(model, cut, batch_size)) as logits:
         for batch in batched(cut, batch_size):
-            found.append(token_nll(next(logits), batch))  # without a name, so that none waits beside the next
+            found.append(
+                token_nll(next(logits), batch)
+            )  # unnamed, so that logits are freed before the next batch
             if progress:
                 progress(len(batch))
     return torch.cat(found) if found else torch.empty(0, cut.shape[1] - 1)
@@ -197,12 +197,12 @@ def window_losses(
 
 @torch.no_grad()
 def window_logits(model: Model, cut: Tensor, batch_size: int) -> Generator[Tensor]:
-    """Logits (windows, n, vocab) of ``batch_size`` windows (windows, n) at a time, in the model's own precision."""
+    """Yield the logits (windows, n, vocab) of ``batch_size`` windows (windows, n) at a time, in the model's dtype."""
     if isinstance(model, StreamedModel):
         yield from model.logits(cut, batch_size)
         return
     device = next(model.parameters()).device
-    # one copy ahead of the loop, which then never waits for the device; offloaded models move inputs on
+    # copied once, so that the loop never waits for the device; offloaded models move inputs themselves
     cut = cut.to("cpu" if device.type == "meta" else device)
     training = model.training
     model.eval()
@@ -214,9 +214,9 @@ def window_logits(model: Model, cut: Tensor, batch_size: int) -> Generator[Tenso
 
 
 def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
-    """UTF-8 bytes of tokens 2..n of the windows (windows, n), by decoding.
+    """Count the UTF-8 bytes of tokens 2..n of the windows (windows, n) by decoding.
 
-    Exact but where a window's edge splits a character of several bytes, which adds or loses a few.
+    A window's edge inside a multi-byte character shifts the count by a few bytes.
     """
 
     def size(ids: list[int]) -> int:
@@ -227,7 +227,7 @@ def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
 
 
 def default_batch(model: Model, seq_len: int) -> int:
-    """Windows that run at once unless the caller says how many: as many as keep the logits below 1 GiB."""
+    """Return the default number of windows that run at once: at most 1 GiB of logits and 16,384 tokens (CPU: 2,048)."""
     window_bytes = seq_len * model.config.get_text_config().vocab_size * model.dtype.itemsize
     tokens = _CPU_BATCH_TOKENS if model.device.type == "cpu" else _BATCH_TOKENS
     return max(min(_LOGIT_BYTES // window_bytes, tokens // seq_len), 1)

@@ -1,4 +1,4 @@
-"""Results by token as a Parquet file, which is there whole or not at all."""
+"""Write results by token to a Parquet file, which appears under its name only when whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lrc.evaluation.passage import Passage
 from lrc.evaluation.perplexity import Keep
 from lrc.run.processes import ALONE, Ranks
 
-_ROWS = 2**18  # of a row group, about: whole windows
+_ROWS = 2**18  # rows of a row group, rounded to whole windows
 _PLACE = {
     "text": pa.dictionary(pa.int32(), pa.string()),
     "seq_len": pa.int32(),
@@ -30,13 +30,12 @@ _RESULTS = {"nll": pa.float32(), "nll_against": pa.float32(), "kl": pa.float32()
 
 @contextmanager
 def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -> Iterator[Keep | None]:
-    """A function that adds the results of a passage's tokens to a Parquet file, which has its name once the context
-    closes without an error; None without a ``path``. Of several processes the first writes.
+    """Yield a function that adds a passage's results by token to a Parquet file, or None without a ``path``.
 
-    Columns: ``text`` and ``seq_len`` of the passage, ``window``, ``position`` of the token in it from 0 (the first is
-    not scored), ``token``, its id, and ``nll``; if ``paired``, ``nll_against``, ``kl`` and ``agree`` as
-    ``lrc.evaluation.divergence.Divergence`` has them. Row groups are written as passages come. Raises UserError where
-    no such file can be or one is there that holds anything else, and OutOfResources where the disk has no room.
+    The file gets its name when the context closes without an error; rank 0 writes it. Columns: ``text`` and ``seq_len``
+    of the passage, ``window``, ``position`` in the window from 0 (which is not scored), ``token`` (its id) and ``nll``;
+    if ``paired``, also ``nll_against``, ``kl`` and ``agree`` of ``Divergence``. Raises UserError if the file cannot be
+    written or another file is there, and OutOfResources if the disk is full.
     """
     if path is None:
         yield None
@@ -66,7 +65,7 @@ def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -
             sync(partial)
             put(partial, path)
     finally:
-        with suppress(OSError):  # of the same disk as before
+        with suppress(OSError):  # the error of the full disk again
             writer.close()
         partial.unlink(missing_ok=True)
 
@@ -76,11 +75,11 @@ def _check(path: Path) -> None:
     if path.suffix != ".parquet":
         raise UserError(f"--tokens {path} writes Parquet; name the file {path.with_suffix('.parquet')}")
     if path.exists() and not _ours(path):
-        raise UserError(f"--tokens {path} is there and was not made by lrc eval; name another file")
+        raise UserError(f"--tokens {path} exists and was not made by lrc eval; name another file")
 
 
 def _ours(path: Path) -> bool:
-    """Whether a file has the columns of the results by token."""
+    """Tell whether a file has the columns of results by token."""
     try:
         return {*_PLACE, "nll"} <= {*pq.read_schema(path).names}
     except (OSError, pa.ArrowException):

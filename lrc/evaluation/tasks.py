@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, which is handed the loaded model: its prompts and metrics are what people compare.
+"""Run tasks of lm-evaluation-harness on a loaded model, so that prompts and metrics match published figures.
 
 EleutherAI, https://github.com/EleutherAI/lm-evaluation-harness; installed by the extra ``tasks``.
 """
@@ -24,17 +24,16 @@ from lrc.hub.tokenizer import load_tokenizer, start_tokens
 
 _BATCH = 8  # requests at once
 _SEED = 1234  # the harness's own
-_UNVERSIONED = "Yaml"  # what the harness puts where a task's metadata have none
-_NEAR = 3  # names to offer for an unknown one, of thousands
+_UNVERSIONED = "Yaml"  # the harness's version of a task whose metadata has none
+_NEAR = 3  # names to suggest, of thousands
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of a task or of a group of tasks.
+    """Hold one metric of a task or a group of tasks.
 
-    ``filter``: what the harness did to the model's answers first. ``stderr``: its standard error over documents, None
-    where the harness gives none. ``documents``: None for a group. ``version``: None where the task's metadata have
-    none.
+    ``filter``: how the harness post-processed the answers. ``stderr``: standard error over documents, if the harness
+    has one. ``documents``: None for a group. ``version``: None if the task's metadata has none.
     """
 
     task: str
@@ -49,10 +48,10 @@ class TaskScore:
 
 
 class Tasks:
-    """Tasks by the harness's names or patterns of them, with their data, before any model is loaded.
+    """Hold tasks, given by names or patterns, and their data, which are loaded before any model.
 
-    ``folder``: YAML files of more tasks, over those of the harness. Raises UserError where the harness is not
-    installed, for a task that is not there, and where its data cannot be had.
+    YAML files of tasks in ``folder`` precede the harness's own. Raises UserError if the harness is not installed, for
+    an unknown task, and if a task's data cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
@@ -63,44 +62,39 @@ class Tasks:
         with _aside():
             try:
                 self._loaded = manager.load([*found])
-            except (
-                Exception
-            ) as error:  # datasets, the hub's client and the tasks' own code each have errors of their own
+            except Exception as error:  # datasets, the hub's client and the tasks' code each raise their own
                 reason = next(iter(str(error).splitlines()), "") or type(error).__name__
                 raise UserError(
-                    f"{', '.join(found)} cannot be had ({reason}). Without a network give tasks whose YAML names local "
-                    "files (dataset_path: json, dataset_kwargs: {data_files: ...}) by --tasks-dir"
+                    f"{', '.join(found)} cannot be loaded ({reason}). Without a network, use --tasks-dir with tasks "
+                    "whose YAML names local files (dataset_path: json, dataset_kwargs: {data_files: ...})"
                 ) from error
         for task in self._loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
 
     def check(self, folder: Path, loading: Loading) -> None:
-        """Raise UserError where a folder's model does not fit whole, or a layer at a time is asked for."""
+        """Raise UserError if a folder's model does not fit whole, or ``loading`` streams it layer by layer."""
         if loading.streamed:
-            raise UserError("--tasks and --streamed contradict each other: tasks run on a whole model")
+            raise UserError("--tasks and --streamed contradict each other: tasks need the whole model")
         tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
         if loading.streamed is None and not fit([folder], len(tokenizer), loading):
             raise UserError(
-                f"tasks run on a whole model, and {folder} does not fit on {loading.device}; try --dtype bfloat16 or "
-                "another --device, or --whole to load it all the same"
+                f"tasks need the whole model, and {folder} does not fit on {loading.device}; try --dtype bfloat16 or "
+                "another --device, or --whole to load it anyway"
             )
 
     def evaluate(self, folder: Path, loading: Loading) -> list[TaskScore]:
-        """Scores of a folder's model, which is loaded whole and let go; examples in prompts are those of a fixed seed.
-
-        ``check`` says whether it can be.
-        """
+        """Load a folder's model whole and score it, with few-shot examples of a fixed seed; call ``check`` first."""
         from lm_eval import evaluate
         from lm_eval.models import huggingface
 
-        harness_model: Any = huggingface.HFLM  # a decorator hides what it takes
+        harness_model: Any = huggingface.HFLM  # a decorator hides its signature
 
         tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         with loaded([folder], len(tokenizer), replace(loading, streamed=False)) as models, _aside():
-            # The harness's own class: it takes a loaded model, and prompts are cut by its rules.
+            # The harness's class truncates prompts by its own rules.
             wrapped = harness_model(
                 pretrained=cast(PreTrainedModel, models[0]),
                 tokenizer=tokenizer,
@@ -119,38 +113,38 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
-            "tasks are run by lm-evaluation-harness, which is not installed: pip install 'lrc[tasks]'"
+            "tasks need lm-evaluation-harness, which is not installed: pip install 'lrc[tasks]'"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is None:
         return TaskManager()
     if not folder.is_dir():
-        raise UserError(
-            f"--tasks-dir {folder} is not a folder; give the one that holds the YAML files of tasks"
-        )
-    # Ten thousand files of the harness need not be read for tasks that are all here.
+        raise UserError(f"--tasks-dir {folder} is not a folder; name the folder with the YAML files of tasks")
+    # Skip the harness's ten thousand files if all tasks are in the folder.
     alone = TaskManager(include_path=str(folder), include_defaults=False)
     return alone if set(names) <= set(alone.all_subtasks) else TaskManager(include_path=str(folder))
 
 
 def _named(manager: Any, name: str) -> list[str]:
-    """Tasks that a name or a pattern is of; UserError where there are none."""
+    """Return the tasks that a name or pattern matches; raise UserError if there are none."""
     if found := manager.match_tasks([name]):
         return found
     near = difflib.get_close_matches(name, manager.all_tasks, n=_NEAR, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise UserError(f"lm-evaluation-harness has no task {name!r}; {hint}tasks of your own lie in --tasks-dir")
+    raise UserError(
+        f"lm-evaluation-harness has no task {name!r}; {hint}name a folder of your tasks with --tasks-dir"
+    )
 
 
 def _start(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands before an empty prompt where the tokenizer has none; None where it has."""
+    """Return the token before an empty prompt if the tokenizer has neither BOS nor EOS, else None."""
     if tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None:
         return None
     return next(start_tokens(config), None)
 
 
 def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
-    """What the harness gives, by ``metric,filter``, a row each."""
+    """Yield the harness's results, which are keyed by ``metric,filter``, one by one."""
     for task, results in found["results"].items():
         for key, value in results.items():
             metric, comma, answers = key.partition(",")
@@ -173,7 +167,7 @@ def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """Bars of the harness on a terminal's stderr or nowhere; what it prints is no result of ours."""
+    """Send the harness's progress bars to a terminal's stderr or nowhere, and its prints to stderr."""
     with ExitStack() as stack:
         if not sys.stderr.isatty():
             stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))

@@ -1,1 +1,1 @@
-"""Where models come from: names, downloads, and the hook by which transformers loads compressed ones."""
+"""Find, download and load models, and let transformers load compressed checkpoints."""

@@ -1,4 +1,4 @@
-"""Loads a causal language model, compressed or not, from a folder or by name."""
+"""Load a causal language model, compressed or not, from a folder or by name."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a model in eval mode; ``model`` is a folder, a hub id, a short name or a built-in.
 
-    ``fuse``: merge the products of one input for inference, as ``lrc.fuse`` does. ``kwargs`` go to ``from_pretrained``.
-    Raises UserError for an unknown model, one that is no causal language model, a damaged file, or pickled weights that
-    ``allow_pickle`` does not allow.
+    ``fuse`` applies ``lrc.fuse`` for faster inference; ``kwargs`` go to ``from_pretrained``. Raises UserError for an
+    unknown model, one that is no causal language model, a damaged file, or pickled weights without ``allow_pickle``.
     """
     folder = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
     causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
@@ -48,13 +47,13 @@ def load(
 
 
 def causal_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The config of a folder's model; UserError where it cannot be used or is of no causal language model."""
+    """Read a model's config; raise UserError if it cannot be used or is of no causal language model."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         if "custom code" in str(error) and not trust_remote_code:
             raise UserError(
-                f"{folder} runs by Python code of its own; pass --trust-remote-code if you trust it"
+                f"{folder} needs Python code that it ships; pass --trust-remote-code if you trust that code"
             ) from error
         raise UserError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
     if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -1,4 +1,4 @@
-"""Turns what a user calls a model into a folder: a path, a built-in, a short name or a hub id."""
+"""Turn a model's path, built-in name, short name or hub id into a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lrc.errors import UserError, nearest
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = ("tiny-gpt2", "tiny-llama")
-ALLOW_PICKLE = "its pickled ones are read only with --allow-pickle"
+ALLOW_PICKLE = "pass --allow-pickle to read pickled ones"
 SHORT_NAMES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -36,12 +36,12 @@ SHORT_NAMES = {
 }
 # Config, weights, tokenizer, chat template, licence.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
+UNWANTED = ["*/*", "consolidated*"]  # the same weights in other formats
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model's folder, the name or id it came from, and the commit where it came from the hub."""
+    """Hold a model's folder, the name or id given for it, and the commit of a hub model."""
 
     path: Path
     source: str
@@ -50,22 +50,22 @@ class ResolvedModel:
 
     @property
     def name(self) -> str:
-        """The last part of its source, for names of files."""
+        """Return the last part of the source, for file names."""
         return Path(self.source).resolve().name
 
 
 def resolve_model(
     name: str, *, revision: str | None = None, allow_pickle: bool = False, remedy: str = ALLOW_PICKLE
 ) -> ResolvedModel:
-    """Find a model's folder, downloading it from the hub if it is not there yet.
+    """Find a model's folder; download it from the hub if it is not on this machine.
 
-    Weights that are pickled (``.bin``) are downloaded only if ``allow_pickle``; ``remedy`` is what to do where there
-    are no others. Raises UserError for a name that is none of these, and for a repository that cannot be had.
+    Pickled weights (``.bin``) are downloaded only with ``allow_pickle``; ``remedy`` ends the message if there are no
+    others. Raises UserError for an unknown name and for a repository that cannot be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{name} is a folder without config.json, so it is no checkpoint")
+            raise UserError(f"{name} is not a checkpoint: the folder has no config.json")
         return ResolvedModel(path, name)
     if path.is_file():
         raise UserError(f"{name} is a file; a model is the folder that holds config.json")
@@ -81,7 +81,7 @@ def resolve_model(
 
 
 def default_text(model: str) -> str:
-    """The text a model is measured on unless the user names one: its own for a built-in and what was made of it."""
+    """Return the default text of an evaluation: ``builtin`` for built-in models and their outputs, else WikiText-2."""
     manifest = Path(model).expanduser() / "lrc.json"
     if manifest.is_file():
         model = json.loads(manifest.read_text(encoding="utf-8"))["model"]["source"]

@@ -1,7 +1,7 @@
-"""The hook by which ``from_pretrained`` loads compressed checkpoints: transformers' door for other storage.
+"""Let ``from_pretrained`` load compressed checkpoints, as a transformers quantizer.
 
-The skeleton's modules are replaced by those of the checkpoint's table before weights are loaded into it;
-afterwards the model is an ordinary float model.
+Before the weights are loaded, modules of the empty model are replaced as the checkpoint's table says. The loaded model
+is an ordinary float model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 
 
 class LrcConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a compressed checkpoint: its module table, under a format version."""
+    """Hold the ``quantization_config`` of a compressed checkpoint: its module table and format version."""
 
     def __init__(
         self, modules: Table | None = None, format_version: int | None = None, **others: Any
@@ -52,9 +52,9 @@ class LrcConfig(QuantizationConfigMixin):
 
 
 class LrcQuantizer(HfQuantizer):
-    """Replaces modules before the weights are loaded, and checks that all of them were."""
+    """Replace modules before the weights are loaded; check afterwards that every tensor was loaded."""
 
-    requires_calibration = True  # transformers' word for: only for checkpoints that carry the config
+    requires_calibration = True  # in transformers: only for checkpoints that carry the config
     quantization_config: LrcConfig  # type: ignore[assignment]
 
     def _process_model_before_weight_loading(
@@ -68,12 +68,12 @@ class LrcQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         family = family_of(model.config.model_type)
-        # Dispatch over several devices makes new tensors without the loader's mark; headers are checked.
+        # Dispatch over several devices makes tensors without this mark; their headers were checked before.
         if len(set((getattr(model, "hf_device_map", None) or {"": None}).values())) == 1:
             for name, tensor in _own_tensors(model, family).items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise UserError(f"the checkpoint lacks the tensor {name!r}")
-        # A dict, as AutoConfig reads it: transformers takes no other where the config is used again.
+        # transformers accepts only a dict where the config is used again.
         model.config.quantization_config = self.quantization_config.to_dict()
         _unflag(model)
         model._get_static_cache_init_shape = _no_early_cache  # type: ignore[method-assign]
@@ -95,9 +95,9 @@ class LrcQuantizer(HfQuantizer):
 
 
 def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
-    """Replace in a model what a checkpoint's table names; shapes of the tensors that its files must hold, by full name.
+    """Replace a model's modules by its checkpoint's table; return the shapes that the files must hold, by full name.
 
-    Raises UserError where the table does not fit the model.
+    Raises UserError if the table does not fit the model.
     """
     family = family_of(model.config.model_type)
     apply_table(model, _local_table(model, table, family), family)
@@ -107,16 +107,16 @@ def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
 
 
 def _full_name(name: str, family: Family) -> str:
-    """What the causal language model calls a tensor; a base model and its files leave the prefix out."""
+    """Return a tensor's name in the causal language model; base models omit the prefix."""
     return name if name.startswith((f"{family.prefix}.", f"{family.head}.")) else f"{family.prefix}.{name}"
 
 
 def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
-    """The table by the model's own paths: a base model has no prefix, and other tasks have no such head."""
+    """Return the table by this model's paths: base models have no prefix, other tasks no LM head."""
     factorized = [path for path in (family.head, family.embedding) if path in table]
     if len(factorized) == 1 and getattr(model.config, "tie_word_embeddings", False):
         raise UserError(
-            f"config.json: {factorized[0]!r} is factorized and tie_word_embeddings is true; one must go"
+            f"config.json: {factorized[0]!r} is factorized and tie_word_embeddings is true; set it to false"
         )
     kept = {
         path: entry for path, entry in table.items() if path != family.head or hasattr(model, family.head)
@@ -127,20 +127,20 @@ def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
 
 
 def _tied_factors(model: PreTrainedModel, table: Table, family: Family) -> bool:
-    """Whether the model has a head that shares the factors of the embedding."""
+    """Tell whether the LM head shares the factors of the embedding."""
     tied = family.embedding in table and getattr(model.config, "tie_word_embeddings", False)
     return tied and hasattr(model, family.head)
 
 
 def _tie_factors(model: PreTrainedModel, family: Family) -> None:
-    """Have transformers tie the factors, where it tied the weights."""
+    """Make transformers tie the factors instead of the weights."""
     keys = {f"{family.head}.{name}": f"{family.embedding}.{name}" for name in FACTORS}
     model._tied_weights_keys = keys  # type: ignore[assignment]
     model.all_tied_weights_keys = dict(keys)
 
 
 def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]:
-    """Parameters and persistent buffers that a checkpoint must hold: no tied ones, nor a new task's head."""
+    """Return the parameters and buffers that a checkpoint must hold: no tied ones, no head of a new task."""
     own = () if model.base_model is model else (f"{model.base_model_prefix}.", f"{family.head}.")
     tied = model.all_tied_weights_keys
     return {
@@ -151,7 +151,7 @@ def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]
 
 
 def _unflag(model: PreTrainedModel) -> None:
-    """Make it an ordinary float model: ``half``, adapters and training refuse quantized ones."""
+    """Mark the model as an ordinary float model: ``half``, adapters and training refuse quantized ones."""
     model.is_quantized = False  # type: ignore[attr-defined]
     vars(model).pop("quantization_method", None)
     vars(model).pop("hf_quantizer", None)
@@ -159,7 +159,7 @@ def _unflag(model: PreTrainedModel) -> None:
 
 
 def _no_early_cache() -> None:
-    """Leaves a static cache to take its shapes from the first keys and values, as layers differ."""
+    """Give no shapes: layers differ, so a static cache takes its shapes from the first keys and values."""
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -1,4 +1,4 @@
-"""Makes transformers know compressed checkpoints: at once if it is imported, else as soon as it is."""
+"""Register compressed checkpoints with transformers, now or when transformers is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TARGET = "transformers.quantizers.auto"
 
 
 def install() -> None:
-    """Register lrc's loader with transformers without importing transformers for it."""
+    """Register lrc's quantizer with transformers, without importing transformers."""
     if TARGET in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -20,7 +20,7 @@ def install() -> None:
 
 
 class _Finder:
-    """Finds the one module as everyone else would, and registers lrc behind its execution."""
+    """Import hook that registers lrc right after ``TARGET`` is executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,1 +1,1 @@
-"""Linear algebra on tensors, and nothing else."""
+"""Linear algebra on tensors, without modules, files or options."""

@@ -1,7 +1,7 @@
-"""Subspaces without a closed form, by alternating least squares: tensors in, tensors out, float64 inside.
+"""Fit subspaces that have no closed form by alternating least squares, in float64.
 
-A head's map (I − U T) has T (r, D) for what is stored and U (D, r) for who reads it. Each problem is quadratic in U for
-a given T and the other way round; the error never grows from round to round, and rounds end when it hardly falls.
+A head is approximated by U T, with T (r, D) and U (D, r). Each problem is quadratic in U for a fixed T, and in T for a
+fixed U. The error never grows; rounds end when it hardly falls.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from torch import Tensor
 from lrc.maths.linalg import damped, damped_cholesky
 
 ROUNDS, STEPS, GROWTH = 30, 8, 1.5
-FALL, PATIENCE = 1e-3, 3  # rounds end where the error falls by no more than this part of it, so many times
+FALL, PATIENCE = (
+    1e-3,
+    3,
+)  # rounds end once the error falls by less than this fraction, that many times in a row
 
 Linear = Callable[[Tensor], Tensor]
 
 
 class Maps(NamedTuple):
-    """``up`` for each reader and ``down`` for what they share.
+    """Hold U (``up``), one for each reader, T (``down``), which readers share, and the largest damping of a solve.
 
-    ``damping``: the most that a solve behind them took where its matrix was singular, relative to its mean diagonal.
+    ``damping`` is relative to the mean diagonal; 0 if no matrix was singular.
     """
 
     up: Tensor
@@ -32,9 +35,9 @@ class Maps(NamedTuple):
 
 
 def shared_rows(moments: Tensor, grams: Tensor, start: Tensor) -> tuple[Maps, int]:
-    """Lower Σ_h tr(H_h (I − U_h T) S_h (I − U_h T)ᵀ) for every group of heads, and count the rounds.
+    """Minimise Σ_h tr(H_h (I − U_h T) S_h (I − U_h T)ᵀ) for each group of heads; return the maps and the rounds.
 
-    Shapes: S_h and H_h (groups, heads, D, D), T from ``start`` (groups, r, D), U_h (groups, heads, D, r).
+    Shapes: S_h and H_h (groups, heads, D, D), ``start`` for T (groups, r, D), U_h (groups, heads, D, r).
     """
     moments, grams = damped(moments), grams.double()
     mean = moments.mean(dim=1)
@@ -62,10 +65,10 @@ def shared_rows(moments: Tensor, grams: Tensor, start: Tensor) -> tuple[Maps, in
 
 
 def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Maps, int]:
-    """Lower tr((W − W' T̄) C (W − W' T̄)ᵀ) over W' and T (groups, r, D), from the best of ``starts``; count the rounds.
+    """Minimise tr((W − W' T̄) C (W − W' T̄)ᵀ) over W' and T (groups, r, D); return the maps and the rounds.
 
-    T̄ is block-diagonal, T once for every head of its group: W (m, heads·D), C (heads·D, heads·D), W' (m, heads·r). To
-    minimise under a metric G, W comes as R W with RᵀR = G, and the W' of the maps as R W'.
+    Starts from the best of ``starts``. T̄ is block-diagonal and repeats T for every head of its group. Shapes:
+    W (m, heads·D), C (heads·D, heads·D), W' (m, heads·r). For a metric G = RᵀR pass R W; the result is then R W'.
     """
     groups, rank, dim = starts[0].shape
     weight, c = weight.double(), damped(c)
@@ -112,10 +115,10 @@ def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Maps, int]:
 
 
 def shared_table(table: Tensor, inner: Tensor, outer: Tensor, c: Tensor, start: Tensor) -> tuple[Maps, int]:
-    """Lower Σ_t p_t ‖δ_t‖² + q_t δ_t C δ_tᵀ over Δ = E − B A, and count the rounds.
+    """Minimise Σ_t p_t ‖δ_t‖² + q_t δ_t C δ_tᵀ over the rows δ_t of E − B A; return the maps and the rounds.
 
-    Shapes: E ``table`` (V, d), p ``inner`` and q ``outer`` (V,), C (d, d), A from ``start`` (r, d), B (V, r). For
-    either factor the other has a closed form, in the basis in which both Gram matrices of that factor are diagonal.
+    Shapes: E ``table`` (V, d), p ``inner`` and q ``outer`` (V,), C (d, d), ``start`` for A (r, d), B (V, r). Given one
+    factor, the other has a closed form in the basis that makes both Gram matrices of the given factor diagonal.
     """
     table, c = table.double(), c.double()
     p, q = inner.double().unsqueeze(-1), outer.double().unsqueeze(-1)
@@ -145,9 +148,9 @@ def shared_table(table: Tensor, inner: Tensor, outer: Tensor, c: Tensor, start: 
 
 
 def attended_maps(q: Tensor, covariance: Tensor, start: Maps) -> tuple[Maps, int]:
-    """Lower Σ q_mᵀ (I − U_h T) Cov_m (I − U_h T)ᵀ q_m over queries m of the heads h that share a key head.
+    """Minimise Σ q_mᵀ (I − U_h T) Cov_m (I − U_h T)ᵀ q_m over queries m of the heads h that share a key head.
 
-    Shapes: q (heads, queries, D), Cov (heads, queries, D, D), U (heads, D, r), T (r, D). Counts the rounds.
+    Shapes: q (heads, queries, D), Cov (heads, queries, D, D), U (heads, D, r), T (r, D). Returns maps and rounds.
     """
     q, covariance = q.double(), covariance.double()
     mean = damped(covariance.mean(dim=(0, 1)))
@@ -155,7 +158,7 @@ def attended_maps(q: Tensor, covariance: Tensor, start: Maps) -> tuple[Maps, int
     seen = (q.unsqueeze(-2) @ covariance).squeeze(-2)  # (heads, queries, D)
 
     def advance(maps: Maps, stretch: float) -> Maps:
-        # The same product, with T Cov Tᵀ near the identity.
+        # The same product in a better conditioned basis: T Cov Tᵀ near the identity.
         root = _gram_root(maps.down, mean)
         up, down = maps.up @ root, torch.linalg.solve_triangular(root, maps.down, upper=False)
         inner = down @ covariance @ down.mT
@@ -177,7 +180,7 @@ def attended_maps(q: Tensor, covariance: Tensor, start: Maps) -> tuple[Maps, int
 
 
 def attended_error(q: Tensor, covariance: Tensor, maps: Maps | None) -> Tensor:
-    """Σ q_mᵀ (I − U_h T) Cov_m (I − U_h T)ᵀ q_m, shapes as for ``attended_maps``; without maps Σ q_mᵀ Cov_m q_m."""
+    """Return what ``attended_maps`` minimises; without maps Σ q_mᵀ Cov_m q_m, the error of U T = 0."""
     left = q.double() if maps is None else q.double() - q.double() @ maps.up @ maps.down
     return (left.unsqueeze(-2) @ covariance.double() @ left.unsqueeze(-1)).sum()
 
@@ -185,10 +188,10 @@ def attended_error(q: Tensor, covariance: Tensor, maps: Maps | None) -> Tensor:
 def _rounds(
     maps: Maps, advance: Callable[[Maps, float], Maps], error: Callable[[Maps], Tensor]
 ) -> tuple[Maps, int]:
-    """Advance until the error hardly falls; what would raise it is not taken.
+    """Advance until the error hardly falls; drop a round that would raise it.
 
-    A round goes ``stretch`` times as far as the least squares solution, further each time that this still lowers the
-    error: by themselves alternating rounds creep along the same direction for long.
+    Plain alternating rounds creep along one direction. So a round steps ``stretch`` times as far as the least-squares
+    solution, and ``stretch`` grows as long as the error falls.
     """
     best, stretch, slow = error(maps), 1.0, 0
     for count in range(ROUNDS):
@@ -198,11 +201,11 @@ def _rounds(
             stretch = 1.0
             moved = advance(maps, stretch)
             reached = error(moved)
-        # Rounding alone is left; a square that it makes negative is none.
+        # No gain beyond rounding, which may even make the error negative.
         if not bool((reached >= 0) & (reached < best)):
             return maps, count
         maps, fall, best, stretch = moved, best - reached, reached, stretch * GROWTH
-        # One slow round is often a short one, after a long one went too far.
+        # One slow round is often only the short step after a long one that overshot.
         slow = slow + 1 if bool(fall < FALL * best) else 0
         if slow == PATIENCE:
             return maps, count + 1
@@ -212,16 +215,16 @@ def _rounds(
 def _descend(
     apply: Linear, right: Tensor, start: Tensor, precondition: Linear, *, together: bool = False
 ) -> Tensor:
-    """A few preconditioned conjugate gradient steps towards apply(X) = right, each lowering the quadratic behind it.
+    """Take a few preconditioned conjugate gradient steps towards apply(X) = right.
 
-    The leading dimensions are separate systems, or one system ``together``.
+    Leading dimensions are separate systems, unless ``together``.
     """
 
     def dot(x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum() if together else (x * y).sum(dim=(-2, -1), keepdim=True)
 
     def ratio(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(b > 0, a / b, 0.0)  # a system that is solved to the last bit stays where it is
+        return torch.where(b > 0, a / b, 0.0)  # an exactly solved system takes no step
 
     x, residual = start, right - apply(start)
     direction = step = precondition(residual)
@@ -237,13 +240,13 @@ def _descend(
 
 
 def _kronecker_inverse(left: Tensor, right: Tensor) -> Linear:
-    """X ↦ A⁻¹ X B⁻¹ for damped A and B."""
+    """Return X ↦ A⁻¹ X B⁻¹ for damped A and B."""
     a, b = damped_cholesky(left), damped_cholesky(right)
     return lambda x: b.solve(torch.cholesky_solve(x, a.factor))
 
 
 def _diagonal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """T with Tᵀ X T and Tᵀ Y T diagonal and of sum I, the two diagonals, and the damping that a singular sum took."""
+    """Return T with Tᵀ X T + Tᵀ Y T = I and both diagonal, the two diagonals, and the damping of a singular X + Y."""
     sum_root = damped_cholesky(one + other, damping=0.0)
     root = sum_root.factor
     inner = torch.linalg.solve_triangular(root, one, upper=False)
@@ -255,16 +258,16 @@ def _diagonal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor, float
 
 
 def _solve_right(right: Tensor, matrix: Tensor) -> tuple[Tensor, float]:
-    """``right`` (..., m, r) times the inverse of a definite (..., r, r), and the damping that a singular one took."""
+    """Return ``right`` (..., m, r) times the inverse of ``matrix`` (..., r, r), and its damping if it is singular."""
     root = damped_cholesky(matrix, damping=0.0)
     return root.solve(right), root.damping
 
 
 def _gram_root(down: Tensor, moment: Tensor) -> Tensor:
-    """The factor of T S Tᵀ; it only changes the basis of T, which a damped one does as well."""
+    """Return the Cholesky factor of T S Tᵀ, damped if singular: it only changes the basis of T."""
     return damped_cholesky(down @ moment @ down.mT, damping=0.0).factor
 
 
 def _orthonormal(down: Tensor, moment: Tensor) -> Tensor:
-    """The same rows' span with T S Tᵀ = I."""
+    """Return a basis of the rows of ``down`` with T S Tᵀ = I."""
     return torch.linalg.solve_triangular(_gram_root(down, moment), down, upper=False)

@@ -1,8 +1,8 @@
-"""Dense linear algebra of the methods: tensors in, tensors out, float64 inside, leading dimensions are batches.
+"""Dense linear algebra of the methods, in float64; leading dimensions are batches.
 
-Everything rests on one problem. For a second moment C of what goes in and a Gram matrix H of what reads it, find the
-rank-r map P that minimises tr(H (I − P) C (I − P)ᵀ). Truncated, whitened and two-sided whitened SVD are this problem
-with H = WᵀGW, the queries and keys of attention with H = E[q qᵀ], values and outputs with H = OᵀGO.
+Most functions solve one problem: given the moment C of an input and a Gram matrix H of the maps that read it, find the
+rank-r map P that minimises tr(H (I − P) C (I − P)ᵀ). Truncated, whitened and two-sided whitened SVD have H = WᵀGW,
+queries and keys H = E[q qᵀ], values and outputs H = OᵀGO.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from lrc.errors import UserError
 
 DAMPING = 1e-6
 _SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-12, 1e-2
-_SHARED = 0.05  # of a column's variance given all others, with one column dropped beside it
-COLUMN_BYTES = 2**28  # of a moment's columns in float64 at once, where not all of it has to be
+_SHARED = 0.05  # largest squared partial correlation of two columns that may be dropped together
+COLUMN_BYTES = 2**28  # of a moment's columns converted to float64 at once
 
 
 @dataclass(frozen=True)
 class Cholesky:
-    """Lower factor of ``matrix`` = C + ``damping``·mean(diag C)·I; ``damping`` is what it really took."""
+    """Hold the lower factor of ``matrix`` = C + ``damping``·mean(diag C)·I, with the damping that was used."""
 
     factor: Tensor
     matrix: Tensor
     damping: float
 
     def solve(self, right: Tensor) -> Tensor:
-        """X with X (C + damping) = ``right``, for ``right`` of shape (..., m, n)."""
+        """Return X with X · ``matrix`` = ``right`` (..., m, n)."""
         return torch.cholesky_solve(right.mT, self.factor).mT
 
 
 def damped(c: Tensor, damping: float = DAMPING) -> Tensor:
-    """C + ``damping``·mean(diag C)·I in float64, for C of shape (..., n, n); without damping a float64 C itself."""
+    """Return C + ``damping``·mean(diag C)·I in float64 for C (..., n, n); a copy unless ``damping`` is 0."""
     if not damping:
         return c.double()
     matrix = c.to(torch.float64, copy=True)
@@ -43,22 +43,22 @@ def damped(c: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def _mean_diagonal(c: Tensor) -> Tensor:
-    """mean(diag C) (...,) in float64, or 1: an input that is zero throughout (a dead head) has no scale of its own."""
+    """Return mean(diag C) (...,) in float64, or 1 where it is 0 (a dead head): a zero moment has no scale."""
     mean = c.diagonal(dim1=-2, dim2=-1).double().mean(dim=-1)
     return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def damped_cholesky(c: Tensor, damping: float = DAMPING) -> Cholesky:
-    """Factor a symmetric positive semidefinite C (..., n, n), damped relative to the mean of its diagonal.
+    """Factor a positive semidefinite C (..., n, n), damped relative to the mean of its diagonal.
 
-    A float32 sum may be indefinite by more than the damping asked for; it is then raised tenfold until the factor
-    exists, and the value used is returned. Raises UserError if a hundredth of the mean diagonal is not enough.
+    A float32 sum may be indefinite by more than ``damping``; damping then grows tenfold until the factor exists. Raises
+    UserError if a hundredth of the mean diagonal is not enough.
     """
     largest = max(damping, _LARGEST_DAMPING)
     while damping <= largest:
         matrix = damped(c, damping)
         factor, info = torch.linalg.cholesky_ex(matrix)
-        # An infinite entry factors without complaint.
+        # cholesky_ex reports no error for an infinite entry.
         if not bool(info.any()) and bool(factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
             return Cholesky(factor, matrix, damping)
         damping = max(10 * damping, _SMALLEST_DAMPING)
@@ -67,7 +67,7 @@ def damped_cholesky(c: Tensor, damping: float = DAMPING) -> Cholesky:
 
 @dataclass(frozen=True)
 class Projector:
-    """The rank-r map ``up`` (..., n, r) @ ``down`` (..., r, n), and the damping of the moment behind it."""
+    """Hold the rank-r map ``up`` (..., n, r) @ ``down`` (..., r, n) and the damping of its moment."""
 
     up: Tensor
     down: Tensor
@@ -94,11 +94,11 @@ def best_projector(c: Tensor | None, h: Tensor, rank: int) -> Projector:
 def best_pair(
     weight: Tensor, rank: int, c: Tensor | None = None, g: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Best rank-r factors B (m, r), A (r, n) of a weight W (m, n) in ‖G^½ (W − BA) C^½‖_F, and the damping used.
+    """Return the rank-r B (m, r) and A (r, n) that minimise ‖G^½ (W − BA) C^½‖_F for W (m, n), and the damping used.
 
-    C (n, n) is the moment of the input, G (m, m) that of the loss gradient at the output; None is the identity:
-    truncated SVD (Eckart-Young-Mirsky), whitened SVD (SVD-LLM, arXiv:2403.07378) or its two-sided form. The work is
-    done in the smaller of the two dimensions.
+    C (n, n) is the moment of the input, G (m, m) that of the loss gradient at the output; None is the identity. This
+    is truncated SVD (Eckart-Young-Mirsky), whitened SVD (SVD-LLM, arXiv:2403.07378) or its two-sided form. It works in
+    the smaller dimension.
     """
     w = weight.double()
     rows, columns = w.shape[-2:]
@@ -114,11 +114,10 @@ def best_pair(
 
 
 def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrite the product B (m, r) A (r, n) as (U Σ^½)(Σ^½ Vᵀ): both factors of one scale, ready for low precision.
+    """Rewrite the product B (m, r) A (r, n) as (U Σ^½)(Σ^½ Vᵀ), so that both factors have one scale for low precision.
 
-    With B = Q R, U and Σ² are the eigenvectors and eigenvalues of R A AᵀRᵀ, which costs a fraction of a singular value
-    decomposition. Their squares lose the singular values below a 1e-8 of the largest: those directions get that one's
-    scale, and the product keeps them.
+    With B = Q R, U and Σ² are the eigenvectors and eigenvalues of R A AᵀRᵀ, which is much cheaper than an SVD. Squares
+    cannot resolve singular values below 1e-8 of the largest: their directions are kept, scaled as if at that bound.
     """
     q, r = torch.linalg.qr(b)
     inner = r @ a
@@ -130,9 +129,9 @@ def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def regress(weight: Tensor, c: Tensor, reader: Tensor) -> tuple[Tensor, float]:
-    """W' minimising E‖W x − W' T x‖² for T = ``reader`` (r, n): W C Tᵀ (T C Tᵀ)⁻¹, and the damping used.
+    """Return the W' that minimises E‖W x − W' T x‖², W C Tᵀ (T C Tᵀ)⁻¹ for T = ``reader``, and the damping used.
 
-    C is damped on both sides alike, so that an invertible T gives W T⁻¹ exactly. Shapes: W (m, n), C (n, n), W' (m, r).
+    Both C are damped alike, so an invertible T gives W T⁻¹ exactly. Shapes: W (m, n), C (n, n), T (r, n), W' (m, r).
     """
     c = damped(c)
     through = c @ reader.double().mT
@@ -141,7 +140,7 @@ def regress(weight: Tensor, c: Tensor, reader: Tensor) -> tuple[Tensor, float]:
 
 
 def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float]:
-    """``regress`` for a reader that keeps the coordinates ``kept`` (r,) of x; in float64 are r columns of C at most."""
+    """Return ``regress`` for a T that selects the coordinates ``kept`` (r,) of x, without all of C in float64."""
     weight, ridge = weight.double(), DAMPING * _mean_diagonal(c)
     right = ridge * weight[:, kept]
     for part in torch.arange(len(kept), device=kept.device).split(_columns_at_once(c)):
@@ -153,13 +152,12 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
 
 
 def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = None) -> tuple[Tensor, float]:
-    """Columns of W (m, n) left by backward elimination under E‖W x − W' x_S‖², x of moment C (n, n), with W' refitted.
+    """Choose ``keep`` columns of W (m, n) by backward elimination under E‖W x − W' x_S‖², refitting W' as it goes.
 
-    Optimal brain surgeon for whole columns: with P = C⁻¹ and W̃ the refit so far, dropping column i costs
-    ‖W̃_i‖² / P_ii, then W̃ −= W̃_i P_i / P_ii and P −= P_iᵀ P_i / P_ii. The ``block`` cheapest go at once, but for those
-    that stand in for a cheaper one: of near copies one can go, not both. None: a 64th of the columns still there, so
-    that the choice is exact for few columns and takes as many passes over P for many. Returns the (keep,) indices,
-    ascending, and the damping used.
+    Returns their indices (keep,), ascending, and the damping used. C (n, n) is the moment of x. This is optimal brain
+    surgeon for columns: with P = C⁻¹ and W̃ the refit so far, dropping column i costs ‖W̃_i‖² / P_ii; then
+    W̃ −= W̃_i P_i / P_ii and P −= P_iᵀ P_i / P_ii. The ``block`` cheapest columns go at once (None: a 64th of those
+    left), except near copies of a cheaper one: of two copies only one can go.
     """
     root = damped_cholesky(c)
     inverse = torch.cholesky_inverse(root.factor)
@@ -176,24 +174,24 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
         fitted.addmm_(fitted[:, drop], step, alpha=-1)
         inverse.addmm_(rows.mT, step, alpha=-1)
         gone[drop] = True
-        # What is gone must stay gone whatever rounding leaves of it.
+        # Rounding may leave a dropped column a diagonal of 0 or less.
         inverse.diagonal()[drop] = 1.0
         there -= len(drop)
     return gone.logical_not().nonzero().squeeze(-1), root.damping
 
 
 def _apart(inverse: Tensor) -> Tensor:
-    """Which columns, from P of them (n, n), hardly hang together with any before them: (n,) of bool."""
+    """Return which columns (n,) have a low partial correlation with every column before them, from their P (n, n)."""
     diagonal = inverse.diagonal()
     shared = inverse.square() / (diagonal * diagonal.unsqueeze(-1))
     return shared.triu(1).amax(dim=0) < _SHARED
 
 
 def eliminate(gram: Tensor, keep: int) -> Tensor:
-    """Indices (..., keep), ascending, left when a set D of low cost 1_Dᵀ K 1_D is gone, for K = ``gram`` (..., n, n).
+    """Drop a set D of low cost 1_Dᵀ K 1_D for K = ``gram`` (..., n, n); return the ``keep`` other indices, ascending.
 
-    Backward elimination: one index goes at a time, the one that makes the set so far cheapest; members may cancel, so
-    the cost need not grow. Then the best exchange of one that is gone for one that is left, while it lowers the cost.
+    Backward elimination drops the index that gives the cheapest set, one at a time; members may cancel, so the cost
+    need not grow. Then the best swap of a dropped and a kept index is made while it lowers the cost.
     """
     gram = gram.double()
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
@@ -203,10 +201,10 @@ def eliminate(gram: Tensor, keep: int) -> Tensor:
         index = (diagonal + 2 * pull).masked_fill(gone, torch.inf).argmin(dim=-1, keepdim=True)
         gone = gone.scatter(-1, index, True)
         pull = pull + _rows(gram, index)
-    # A change must be more than what rounding makes of none.
+    # A smaller change may be rounding.
     least = -1e-12 * diagonal.abs().sum(dim=-1, keepdim=True)
     while True:
-        # of the cost: row i comes back, column j goes
+        # change of the cost when i comes back and j goes
         change = (diagonal - 2 * pull).unsqueeze(-1) + (diagonal + 2 * pull).unsqueeze(-2) - 2 * gram
         change = change.masked_fill(gone.logical_not().unsqueeze(-1) | gone.unsqueeze(-2), torch.inf)
         best, place = change.flatten(-2).min(dim=-1, keepdim=True)
@@ -220,15 +218,15 @@ def eliminate(gram: Tensor, keep: int) -> Tensor:
 
 
 def _rows(gram: Tensor, index: Tensor) -> Tensor:
-    """Row ``index`` (..., 1) of every matrix (..., n, n)."""
+    """Return row ``index`` (..., 1) of every matrix (..., n, n)."""
     return gram.gather(-2, index.unsqueeze(-1).expand(*index.shape, gram.shape[-1])).squeeze(-2)
 
 
 def direction_scores(weight: Tensor, c: Tensor, g: Tensor) -> Tensor:
-    """σ_i² (u_iᵀ G u_i)(v_iᵀ C v_i) of every singular direction of W (m, n), for C (n, n) and G (m, m).
+    """Return σ_i² (u_iᵀ G u_i)(v_iᵀ C v_i) for every singular direction of W (m, n), by ascending σ: (min(m, n),).
 
-    Half of it is what dropping the direction alone adds to ½ tr(G ΔW C ΔWᵀ). Returns (min(m, n),), in the order of
-    ascending σ. The work is done in the smaller of the two dimensions, where σ v = Wᵀ u, or σ u = W v.
+    Dropping direction i alone adds half of its score to ½ tr(G ΔW C ΔWᵀ). It works in the smaller dimension, where
+    σ v = Wᵀ u or σ u = W v.
     """
     w, c, g = weight.double(), c.double(), g.double()
     if w.shape[0] > w.shape[1]:
@@ -241,10 +239,9 @@ def direction_scores(weight: Tensor, c: Tensor, g: Tensor) -> Tensor:
 
 
 def singular_values(weight: Tensor, c: Tensor | None = None) -> Tensor:
-    """Singular values (..., min(m, n)), largest first, of W C^½ for W (..., m, n) and a damped C (..., n, n).
+    """Return the singular values (..., min(m, n)), largest first, of W C^½ for a damped C; None is the identity.
 
-    Without a C it is the identity. They are roots of the eigenvalues of a Gram matrix in the smaller dimension, so that
-    what is below a 1e-8 of the largest is rounding.
+    They are roots of the eigenvalues of a Gram matrix, so that values below 1e-8 of the largest are rounding.
     """
     w = weight.double()
     rows, columns = w.shape[-2:]
@@ -259,37 +256,37 @@ def singular_values(weight: Tensor, c: Tensor | None = None) -> Tensor:
 
 
 def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """Singular values (..., D), largest first, of A B from ``left`` AᵀA and ``right`` B Bᵀ, both (..., D, D)."""
+    """Return the singular values (..., D), largest first, of A B from ``left`` = AᵀA and ``right`` = B Bᵀ."""
     root = symmetric_root(right)
     return _roots_of_eigenvalues(root @ left.double() @ root)
 
 
 def symmetric_root(matrix: Tensor) -> Tensor:
-    """The positive semidefinite root (..., n, n) of a symmetric matrix, its eigenvalues below zero taken as zero."""
+    """Return the positive semidefinite root (..., n, n) of a symmetric matrix; negative eigenvalues count as zero."""
     values, vectors = torch.linalg.eigh((matrix.double() + matrix.double().mT) / 2)
     return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
 def gram_root(g: Tensor) -> tuple[Tensor, float]:
-    """R with RᵀR = G + damping for G (..., n, n): the metric G of W is the plain one of R W. And the damping."""
+    """Return R with RᵀR = G + damping for G (..., n, n), and the damping: tr(Wᵀ G W) = ‖R W‖²."""
     root = damped_cholesky(g)
     return root.factor.mT, root.damping
 
 
 def data_error(delta: Tensor, c: Tensor) -> float:
-    """E‖ΔW x‖² for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
+    """Return E‖ΔW x‖² for ΔW (m, n) and C = E[x xᵀ] (n, n)."""
     return data_errors(delta, c, None)[0]
 
 
 def data_errors(delta: Tensor, c: Tensor, *metrics: Tensor | None) -> list[float]:
-    """tr(G ΔW C ΔWᵀ) for every G (m, m) of the metrics, None being the identity; ΔW (m, n) and C (n, n) as above."""
+    """Return tr(G ΔW C ΔWᵀ) for each metric G (m, m); None is the identity. ΔW is (m, n), C (n, n)."""
     delta = delta.double()
     lefts = [delta if g is None else g.double() @ delta for g in metrics]
     total = torch.zeros(len(lefts), dtype=torch.float64, device=delta.device)
     for part in torch.arange(c.shape[-1], device=c.device).split(_columns_at_once(c)):
         through = delta @ c[:, part].double()
         total += torch.stack([(through * left[:, part]).sum() for left in lefts])
-    # Never below zero, though a float32 sum may be indefinite by rounding.
+    # A float32 C may be slightly indefinite.
     return [max(error, 0.0) for error in total.tolist()]
 
 
@@ -298,9 +295,9 @@ def _columns_at_once(c: Tensor) -> int:
 
 
 def _gram(w: Tensor, moment: Tensor | None) -> tuple[Tensor, float]:
-    """W M Wᵀ for a damped moment M (None is the identity), and the damping.
+    """Return W M Wᵀ for a damped moment M (None is the identity), and the damping.
 
-    A singular M would leave the order of the directions outside its range arbitrary.
+    Undamped, a singular M would leave the order of directions outside its range arbitrary.
     """
     if moment is None:
         return w @ w.mT, 0.0
@@ -309,11 +306,11 @@ def _gram(w: Tensor, moment: Tensor | None) -> tuple[Tensor, float]:
 
 
 def _top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Eigenvectors (..., n, r) of the r largest eigenvalues, largest first."""
+    """Return the eigenvectors (..., n, r) of the r largest eigenvalues, largest first."""
     symmetric = (symmetric + symmetric.mT) / 2
     return torch.linalg.eigh(symmetric).eigenvectors[..., -rank:].flip(-1)
 
 
 def _roots_of_eigenvalues(symmetric: Tensor) -> Tensor:
-    """Roots (..., n) of eigenvalues, largest first; those below zero are zero but for rounding."""
+    """Return the roots (..., n) of the eigenvalues, largest first; negative ones are rounding and count as zero."""
     return torch.linalg.eigvalsh((symmetric + symmetric.mT) / 2).flip(-1).clamp_min(0).sqrt()

@@ -1,4 +1,4 @@
-"""Attention with fewer query, key and value dimensions, in place of a family's own."""
+"""Run attention with fewer query, key and value dimensions than the family's own."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lrc.families import Family, families
 from lrc.modules.fused.shared_input import SharesInput
 
 PREFIX = "Lrc"
-# Widths of heads that fused kernels take are multiples of it. Others get zeros, before they are cached: without a fused
-# kernel a GPU turns the whole cache to float32 at every token.
+# Head widths of fused kernels are multiples of STEP. Other widths are padded with zeros before they are cached: without
+# a fused kernel a GPU converts the whole cache to float32 at every token.
 STEP = {"cuda": 8}
 _classes: dict[str, type[ReducedAttention]] = {}
 
 
 class ReducedAttention(SharesInput):
-    """Overrides the forward of a transformers attention class that it is mixed into.
+    """Mixin that replaces the forward of a transformers attention class.
 
-    Projections are split, under the names in ``family.split``; heads are ``qk_dim`` and ``v_dim`` wide, and so is the
-    cache, but for zeros up to a multiple of ``STEP``. ``rotary_columns`` (kv_heads, qk_dim) holds the columns of cos
-    and sin by which the kept dimensions of every key head and its queries turn, first halves then second halves; None
-    where all are kept in place. The scale of the scores stays that of the full head.
+    Projections are split, under the names in ``family.split``. Heads are ``qk_dim`` and ``v_dim`` wide; the cache pads
+    them to a multiple of ``STEP``. ``rotary_columns`` (kv_heads, qk_dim) holds, for each key head and its queries, the
+    columns of cos and sin of the kept dimensions, first halves before second halves; None if all are kept. Scores are
+    scaled as for the full head.
     """
 
     family: ClassVar[Family]
@@ -37,9 +37,9 @@ class ReducedAttention(SharesInput):
     qk_dim: int
     v_dim: int
     rotary_columns: Tensor | None
-    stock: bool = False  # nothing is reduced; ``fuse`` put it in the place of the family's own
+    stock: bool = False  # True: nothing is reduced, and ``fuse`` replaced the family's own class
     num_key_value_groups: int
-    if TYPE_CHECKING:  # the class that this one is mixed into has them
+    if TYPE_CHECKING:  # attributes of the class that this one is mixed into
         config: Any
         layer_idx: int
         scaling: float
@@ -86,8 +86,8 @@ class ReducedAttention(SharesInput):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.config._attn_implementation
-        # Fused kernels want one width for all three, and flash attention crops wider values without a word; for one
-        # token sdpa gains nothing from it.
+        # Fused kernels need one width for all three, and flash attention silently crops wider values. For a single
+        # token sdpa gains nothing.
         if implementation != "eager" and not (implementation == "sdpa" and query.shape[2] == 1):
             width = max(query.shape[-1], value.shape[-1])
             query, key, value = (_widen(x, width) for x in (query, key, value))
@@ -100,7 +100,7 @@ class ReducedAttention(SharesInput):
 
 
 class Absent(nn.Module):
-    """Stands where a fused projection was; its zero-element tensor stops a load without lrc."""
+    """Take the place of a fused projection; its empty tensor makes loading without lrc fail."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -108,10 +108,10 @@ class Absent(nn.Module):
 
 
 def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family) -> None:
-    """Turn a family's attention module into its reduced form in place; its projections are replaced apart.
+    """Turn a family's attention module into its reduced form in place; projections are replaced separately.
 
-    ``entry``: ``qk`` and ``v``, the widths of the heads, and ``rotary_columns``, whether columns are stored.
-    Raises UserError for a configuration or an entry that reduced attention cannot run.
+    ``entry`` has the head widths ``qk`` and ``v``, and ``rotary_columns``: whether columns are stored. Raises UserError
+    for a config or an entry that reduced attention cannot run.
     """
     config: Any = module.config
     for key, value in family.unsupported.items():
@@ -122,10 +122,12 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
     qk, rotary, full = entry["qk"], family.rotary != "none", module.head_dim
     if entry["rotary_columns"] and not rotary:
         raise UserError(
-            f"an attention entry asks for rotary columns; {family.model_type} has no rotary positions"
+            f"an attention entry has rotary columns, but {family.model_type} has no rotary positions"
         )
     if rotary and not entry["rotary_columns"] and qk != full:
-        raise UserError(f"an attention entry keeps {qk} of {full} rotary dimensions without saying which")
+        raise UserError(
+            f"an attention entry keeps {qk} of {full} rotary dimensions, but has no rotary columns"
+        )
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
     fused = {family.projections[role].module.removeprefix(f"{family.attention}.") for role in family.split}
@@ -141,7 +143,7 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
 
 
 def run_whole(module: Any, family: Family) -> None:
-    """Have a stock attention that stores its projections apart run by ``ReducedAttention.forward``, at full width."""
+    """Make a stock attention with unfused projections run ``ReducedAttention.forward`` at full width."""
     _set_class(module, family, module.head_dim, module.head_dim, None)
     module.stock = True
 
@@ -159,7 +161,7 @@ def _set_class(module: nn.Module, family: Family, qk: Any, v: Any, columns: Tens
 
 
 def reduced_class(base: type[nn.Module], family: Family) -> type[ReducedAttention]:
-    """The class of a reduced ``base``, made once; a subclass of it, so that transformers still knows it."""
+    """Return the reduced subclass of ``base``, made once; as a subclass, transformers still recognizes it."""
     name = PREFIX + base.__name__
     if name not in _classes:
         _classes[name] = type(name, (ReducedAttention, base), {"family": family, "base": base})
@@ -167,7 +169,7 @@ def reduced_class(base: type[nn.Module], family: Family) -> type[ReducedAttentio
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
-    """x (..., D) with zeros behind it up to ``width``."""
+    """Pad x (..., D) with zeros to ``width``."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
@@ -176,7 +178,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (..., D) by rotary tables of its width, dimension i with i + D/2."""
+    """Rotate x (..., D) by rotary tables of its width, dimension i with i + D/2."""
     half = x.shape[-1] // 2
     turned = x * cos
     turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)  # in place: three kernels, not five
@@ -185,7 +187,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def __getattr__(name: str) -> Any:
-    """Find a reduced class by its name, as pickle does in a process that has not made it yet."""
+    """Return a reduced class by name; pickle needs this in a process that has not made the class yet."""
     if name.startswith(PREFIX):
         for model_type, family in families().items():
             modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")

@@ -1,4 +1,4 @@
-"""What torchrun and its like say in the environment: this process's place among those that they started."""
+"""Read this process's rank from the environment that torchrun and similar launchers set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """The ``rank`` of this process among ``size``, and its number on its own machine, ``local``."""
+    """Hold this process's rank, the number of processes, and its rank on its own machine."""
 
     rank: int = 0
     size: int = 1
@@ -15,6 +15,6 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """This process's place; the only one where no launcher says otherwise."""
+    """Return this process's place; a single process without a launcher."""
     words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     return Place(*map(int, words)) if all(word.isdecimal() for word in words) else Place()

@@ -1,6 +1,6 @@
-"""Where hidden states wait between two layers: on the device, in the host's memory or on disk.
+"""Offload hidden states between two layers: keep them on the device, in host memory or on disk.
 
-Between a GPU and the host they go through a queue of their own, in order there and beside the work.
+Copies between a GPU and the host run on their own CUDA stream, in order and in parallel with the work.
 """
 
 from __future__ import annotations
@@ -25,19 +25,16 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 @dataclass(frozen=True)
 class States:
-    """A place for hidden states; ``folder`` is where files of those on disk are made, which never have a name for long.
-
-    The values are the same wherever they wait, so that the place decides no bit of a result.
-    """
+    """Hold the place for hidden states, and the ``folder`` for those on disk. The place changes no bit of a result."""
 
     place: Place = "device"
     folder: Path | None = None
 
     def keep(self, x: Tensor) -> Tensor:
-        """The values of x where states wait; where that is where x is, x itself.
+        """Return a copy of x at the place, or x itself if it is there.
 
-        Copies off a GPU to the host are not waited for: ``send``, which takes them back, is behind them in the same
-        queue. Raises OutOfResources where the disk has no room.
+        Copies to the host are asynchronous: ``send``, which brings them back, uses the same stream. Raises
+        OutOfResources if the disk is full.
         """
         if self.place == "disk":
             return self._on_disk(x)
@@ -46,19 +43,19 @@ class States:
         return x
 
     def _on_disk(self, x: Tensor) -> Tensor:
-        """A copy in a file without a name: the file goes when the tensor does, or the process however it ends."""
+        """Copy x to an unlinked file, which vanishes with the tensor or the process."""
         assert self.folder is not None, "states on disk have a folder"
         descriptor, path = tempfile.mkstemp(prefix="states-", dir=self.folder)
         try:
-            # A page that finds no room when it is written would end the process.
+            # Without allocated pages, a write to the full disk would kill the process.
             os.posix_fallocate(descriptor, 0, max(x.nbytes, 1))
             held = torch.from_file(path, shared=True, size=x.numel(), dtype=x.dtype)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise OutOfResources(
-                f"the disk is full: {self.folder}; hidden states wait there, {x.nbytes:,} bytes more are needed. Free "
-                "some space and run the same command again"
+                f"the disk is full: {self.folder} needs {x.nbytes:,} bytes more for hidden states. Free some space and "
+                "run the same command again"
             ) from error
         finally:
             os.close(descriptor)
@@ -70,9 +67,7 @@ ON_DEVICE = States()
 
 
 def send(states: Sequence[Tensor], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-    """Start states that wait anywhere on their way to a device; the result, called, gives them there, for what is
-    queued from then on.
-    """
+    """Start copying states to a device; return a function that gives the copies, for work queued after its call."""
     if all(x.device == device for x in states):
         return lambda: tuple(states)
     if device.type != "cuda":
@@ -86,16 +81,14 @@ def send(states: Sequence[Tensor], device: torch.device) -> Callable[[], tuple[T
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         for x in there:
-            x.record_stream(current)  # or its memory could be used again while the work still reads it
+            x.record_stream(current)  # keeps its memory while the work reads it
         return tuple(there)
 
     return arrived
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in the host's memory, contiguous and there when this returns: from a GPU they go to pinned memory, at
-    several times the speed of any other.
-    """
+    """Return contiguous copies in host memory, complete on return; from a GPU to pinned memory, for speed."""
     found = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     held = {name: _off(tensor) if tensor.is_cuda else tensor for name, tensor in found.items()}
     for device in {tensor.device for tensor in found.values() if tensor.is_cuda}:
@@ -104,7 +97,7 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _off(x: Tensor) -> Tensor:
-    """A copy of what is on a GPU in pinned memory, which is there when the queue of copies has got so far."""
+    """Copy a GPU tensor to pinned memory; the copy is complete once the stream of copies reaches it."""
     queue = _copies(x.device)
     queue.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(queue):

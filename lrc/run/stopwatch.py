@@ -1,4 +1,4 @@
-"""Seconds by stage of a run, with the device's queue drained at the ends of every stage."""
+"""Time the stages of a run; the device is synchronized at both ends of a stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up time by stage name and keeps each stage's peak of device memory; stages come back, never overlap."""
+    """Hold the total seconds and peak device memory of each stage; stages may repeat, but not overlap."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time until the context closes as ``name``."""
+        """Add the time inside the context to stage ``name``."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._cuda)
         start = self._now()
@@ -36,7 +36,7 @@ class Stopwatch:
 
     @property
     def peak_bytes(self) -> dict[str, int]:
-        """Largest memory held so far: of the process, and of the device's allocator where it is a GPU."""
+        """Return the peak memory so far of the process (``host``) and of a GPU's allocator (``device``)."""
         peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         return peak | ({"device": max(self.device_bytes.values(), default=0)} if self._cuda else {})
 

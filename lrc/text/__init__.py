@@ -1,1 +1,1 @@
-"""Data sets and files to token blocks: ``datasets`` and ``files`` to ``source`` to ``blocks``."""
+"""Turn data sets and files into token blocks: ``datasets`` and ``files``, then ``source``, then ``blocks``."""

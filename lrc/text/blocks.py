@@ -1,4 +1,4 @@
-"""From a text to token ids, and from ids to the blocks that calibration and evaluation run on."""
+"""Turn a text into token ids, and ids into the blocks that calibration and evaluation run on."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Ids (tokens,) int64 of the whole text, tokenized once; no special tokens but the tokenizer's own."""
-    # verbose=False: the ids are cut into windows later, so that they exceed the model's limit says nothing
+    """Tokenize a whole text at once into ids (tokens,), int64; special tokens are the tokenizer's own."""
+    # verbose=False: no warning about the model's limit, as the ids are cut into windows later
     encoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     return torch.tensor(encoding["input_ids"], dtype=torch.int64)
 
 
 def windows(ids: Tensor, seq_len: int) -> Tensor:
-    """Non-overlapping windows (n, seq_len) of ids (tokens,); the tail is dropped.
+    """Cut ids (tokens,) into non-overlapping windows (n, seq_len); drop the tail.
 
-    Raises UserError where there are fewer ids than one window.
+    Raises UserError if the ids do not fill one window.
     """
     count = len(ids) // seq_len
     if count == 0:
@@ -36,9 +36,9 @@ def windows(ids: Tensor, seq_len: int) -> Tensor:
 
 
 def calibration_blocks(ids: Tensor, samples: int | Literal["all"], seq_len: int, seed: int) -> Tensor:
-    """Blocks (samples, seq_len) drawn without replacement from the consecutive blocks of ids, in text order.
+    """Draw blocks (samples, seq_len) without replacement from the windows of ids; return them in text order.
 
-    The draw is a function of the seed alone. Raises UserError where the text holds fewer blocks than asked.
+    The draw depends on the seed and the number of windows. Raises UserError if there are fewer windows than samples.
     """
     blocks = windows(ids, seq_len)
     if samples == "all":
@@ -49,7 +49,7 @@ def calibration_blocks(ids: Tensor, samples: int | Literal["all"], seq_len: int,
         shorter = len(ids) // samples
         remedy = f", or a seq_len of at most {shorter}" if shorter > 1 else ""
         raise UserError(
-            f"the text holds {len(blocks)} blocks of {seq_len} tokens, fewer than the {samples} samples "
+            f"the text has {len(blocks)} blocks of {seq_len} tokens, fewer than the {samples} samples "
             f"asked for; use samples: {len(blocks)}, samples: all{remedy}, or a longer text"
         )
     generator = torch.Generator().manual_seed(seed_for(seed, "calibration"))
@@ -58,9 +58,9 @@ def calibration_blocks(ids: Tensor, samples: int | Literal["all"], seq_len: int,
 
 
 def gradient_blocks(blocks: Tensor, samples: int, seed: int) -> Tensor:
-    """At most ``samples`` of calibration blocks (n, tokens), for gradients: the first of a draw, in text order.
+    """Draw at most ``samples`` of the calibration blocks (n, tokens) for gradients; return them in text order.
 
-    The draw is a function of the seed and n alone, so that more samples add blocks and change none.
+    The draw depends only on the seed and n, and a larger number of samples contains the blocks of a smaller one.
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "gradient blocks"))
     chosen = torch.randperm(len(blocks), generator=generator)[:samples]
@@ -68,21 +68,21 @@ def gradient_blocks(blocks: Tensor, samples: int, seed: int) -> Tensor:
 
 
 def batched(blocks: Tensor, size: int) -> list[Tensor]:
-    """Blocks (n, tokens), ``size`` at a time; none where there are none."""
+    """Split blocks (n, tokens) into batches of ``size``; no batch if n is 0."""
     return [*blocks.split(size)] if len(blocks) else []
 
 
 def uniforms(seed: int, purpose: str, count: int) -> Tensor:
-    """Numbers (count,) float64 in [0, 1), a function of seed and purpose alone."""
+    """Draw numbers (count,), float64, uniform in [0, 1), that depend only on seed and purpose."""
     generator = torch.Generator().manual_seed(seed_for(seed, purpose))
     return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
 def ids_sha256(ids: Tensor) -> str:
-    """Hash of the ids as little-endian int64, whatever their shape."""
+    """Return the SHA-256 of the ids as little-endian int64; their shape does not count."""
     return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def seed_for(seed: int, purpose: str) -> int:
-    """A generator's seed for one purpose, so that draws for different purposes are independent."""
+    """Derive a generator's seed for one purpose, so that draws for different purposes are independent."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "little")

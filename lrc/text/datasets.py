@@ -1,4 +1,4 @@
-"""The data sets known by name, as data: where each split comes from, and how its rows become one text."""
+"""List the data sets known by name: where each split comes from, and how its rows become one text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set.
+    """Hold one split of a data set.
 
-    ``local``: names under a data folder, tried in order. ``hub_file``: the one file read from the hub; None
-    lets the hub's config say. ``documents``: how many rows from the start are used; None means all of them.
+    ``local``: file names in the data folder, tried in order. ``hub_file``: the file to read from the hub; None uses the
+    hub's config. ``documents``: how many rows from the start are used; None means all.
     """
 
     local: tuple[str, ...]
@@ -22,11 +22,11 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set: its home on the hub, the split for each use, and how its rows become one text.
+    """Hold a data set: its hub repository, the split for each use, and how its rows become one text.
 
-    ``hub`` is None for text inside the package, whose ``local`` names lie in ``lrc/assets``. ``lines`` says
-    how a line of a local text file becomes a row: ``row`` keeps its newline and makes a blank line the empty
-    row, ``stripped`` drops white space at both ends, ``none`` takes the whole file as it is.
+    ``hub`` is None for text inside the package; its ``local`` names are in ``lrc/assets``. ``lines`` says how a line of
+    a local text file becomes a row: ``row`` keeps the newline and turns a blank line into an empty row, ``stripped``
+    strips white space, ``none`` uses the whole file as it is.
     """
 
     name: str
@@ -44,9 +44,9 @@ class DataSet:
     lines: Literal["row", "stripped", "none"] = "none"
 
 
-SYNTHETIC = "synthetic"  # stands for text that the model itself writes, where calibration texts are named
+SYNTHETIC = "synthetic"  # names text that the model itself generates, among calibration texts
 
-# the hub's own conversion, where the main branch is a script (refused by datasets 4) or needs zstandard
+# the hub's conversion; the main branch has a script (refused by datasets 4) or needs zstandard
 _PARQUET = "refs/convert/parquet"
 
 _ALL = (
@@ -54,7 +54,7 @@ _ALL = (
         name="wikitext2",
         summary="WikiText-2 raw: Wikipedia articles, the usual perplexity text",
         licence="CC BY-SA 3.0 and GFDL",
-        protocol="all rows joined with two newlines, a blank row being the empty string",
+        protocol="all rows joined with two newlines; a blank row is the empty string",
         hub="Salesforce/wikitext",
         config="wikitext-2-raw-v1",
         lines="row",
@@ -148,7 +148,7 @@ _ALL = (
     ),
     DataSet(
         name="builtin",
-        summary="novels of 1849 to 1929 inside the package; needs no network",
+        summary="novels from 1849 to 1929, part of the package; needs no network",
         licence="public domain",
         protocol="the text as it is",
         splits={"train": Split(("calibration.txt",)), "test": Split(("heldout.txt",))},

@@ -1,4 +1,4 @@
-"""Calibration blocks drawn from several sources in proportion to their weights."""
+"""Draw calibration blocks from several sources in proportion to their weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Blocks (n, tokens) of one source; ``provenance``: what tells its text from another, as JSON values."""
+    """Hold the blocks (n, tokens) of one source; ``provenance`` identifies its text, as JSON values."""
 
     label: str
     blocks: Tensor
@@ -34,10 +34,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What moments are taken of: ``blocks`` (samples, tokens) of all sources, each block of one source alone.
+    """Hold the calibration ``blocks`` (samples, tokens) of all sources; ``weights`` is None if none were given.
 
-    The sources are interleaved evenly, each in the order of its own text, so that any run of blocks has them in about
-    the proportion of the whole. ``weights`` is None where none were given.
+    Each block is of one source. Sources are interleaved evenly, each in the order of its text, so that any run of
+    blocks has about the proportions of the whole.
     """
 
     sources: tuple[Source, ...]
@@ -46,7 +46,7 @@ class Calibration:
 
     @property
     def data(self) -> Data:
-        """The texts as a plan writes them, every split by name."""
+        """Return the texts as a plan writes them, with explicit splits."""
         labels = tuple(source.label for source in self.sources)
         if self.weights is not None:
             return dict(zip(labels, self.weights, strict=True))
@@ -54,16 +54,16 @@ class Calibration:
 
     @property
     def label(self) -> str:
-        """The texts as the command line writes them: ``wikitext2:train=2,c4:train=1``."""
+        """Return the texts as the command line writes them: ``wikitext2:train=2,c4:train=1``."""
         return _label([source.label for source in self.sources], self.weights)
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of a report should know of the sources."""
+        """List the sources' caveats for a report."""
         return [note for source in self.sources for note in source.notes]
 
     def as_dict(self, seed: int) -> dict[str, Any]:
-        """The record of the blocks that goes with the output; ``seed`` is what they were drawn with."""
+        """Return the output's record of the blocks, which were drawn with ``seed``."""
         samples, seq_len = self.blocks.shape
         weights = [{}] * len(self.sources) if self.weights is None else [{"weight": w} for w in self.weights]
         return {
@@ -81,20 +81,20 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources by name, as ``lrc.text.source.read_text`` takes them, or ``synthetic``; with ``weights``, or none."""
+    """Hold sources by name, as ``read_text`` takes them or ``synthetic``, and their ``weights``, if any."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...] | None
 
     def check(self, samples: int | Literal["all"]) -> None:
-        """Raise UserError where so many blocks cannot be drawn of such sources, whatever their texts, and where there
-        is no source of a name.
-        """
+        """Raise UserError for an unknown source, and for ``samples`` that no texts of these sources could give."""
         if samples == "all" and SYNTHETIC in self.names:
-            raise UserError("samples: all of synthetic text has no end; give a number, such as samples: 128")
+            raise UserError(
+                "samples: all is not possible with synthetic text; give a number, such as samples: 128"
+            )
         if samples != "all" and samples < len(self.names):
             raise UserError(
-                f"samples: {samples} cannot draw a block of each of {len(self.names)} sources "
+                f"samples: {samples} is less than one block for each of {len(self.names)} sources "
                 f"({', '.join(self.names)}); use {len(self.names)} or more"
             )
         for name in self.names:
@@ -110,11 +110,11 @@ class Mixture:
         data_dir: Path | None,
         generate: Callable[[int], Source],
     ) -> Calibration:
-        """Draw ``samples`` blocks of ``seq_len`` tokens: shares by ``shares``, each without replacement from its text.
+        """Draw ``samples`` blocks of ``seq_len`` tokens, split by ``shares``, each source without replacement.
 
-        ``all`` takes every block of every source, or of weighted ones as many as the scarcest allows in proportion.
-        ``generate`` makes blocks of synthetic text, called last. Raises UserError for a text that cannot be had or
-        that two names are of, for too few samples or blocks, and for all of what has no end.
+        ``all`` takes every block of every source; with weights, as many as the scarcest source allows in proportion.
+        ``generate`` makes the blocks of synthetic text and is called last. Raises UserError as ``check`` does, for a
+        text that cannot be read or is named twice, and for too few blocks.
         """
         self.check(samples)
         texts = [read_text(n, "calibration", data_dir) if n != SYNTHETIC else None for n in self.names]
@@ -140,36 +140,36 @@ class Mixture:
     def _counts(
         self, labels: Sequence[str], samples: int | Literal["all"], room: Sequence[int | None]
     ) -> list[int]:
-        """Blocks of each source, which have ``room`` for so many; None is no limit."""
+        """Return the blocks to draw of each source; ``room`` is what each has, None without a limit."""
         weights = [Fraction(str(weight)) for weight in self.weights or [1] * len(labels)]
         if samples == "all":
             full = [blocks or 0 for blocks in room]
             return full if self.weights is None else shares(_most(weights, room, sum(full)), weights)
         counts = shares(samples, weights)
         short = [i for i, blocks in enumerate(room) if blocks is not None and blocks < counts[i]]
-        if short and labels[1:]:  # of a single text the draw itself has more to say
-            told = [
-                f"{labels[i]} holds {room[i]} blocks, fewer than the {counts[i]} of its share" for i in short
+        if short and labels[1:]:  # for a single text the draw has a better message
+            lacking = [
+                f"{labels[i]} has {room[i]} blocks, fewer than the {counts[i]} of its share" for i in short
             ]
             raise UserError(
-                f"calibration on {_label(labels, self.weights)}: {'; '.join(told)}; the most that would do is "
-                f"samples: {_most(weights, room, samples)}, or other weights or a longer text"
+                f"calibration on {_label(labels, self.weights)}: {'; '.join(lacking)}; use at most samples: "
+                f"{_most(weights, room, samples)}, other weights or a longer text"
             )
         return counts
 
 
 def read_mixture(data: DataLike) -> Mixture:
-    """The mixture that a user means: a string as the command line has it, a list, or a mapping to weights.
+    """Parse calibration texts: a string as on the command line, a list of names, or a mapping from names to weights.
 
-    In a string commas separate the sources, and the last ``=`` of each stands before its weight; a part that is the
-    name of a file is that file. Names in a list or a mapping are taken as they are. Raises UserError where a source is
-    named twice, where some have a weight and others none, and for a weight that is not a number above 0.
+    In a string, commas separate sources, and the last ``=`` of a source precedes its weight. A string, or a part, that
+    is the name of a file is that file. Raises UserError for a source named twice, weights on only some sources, and a
+    weight that is not a number above 0.
     """
     try:
         checked = check_data(_parsed(data) if isinstance(data, str) else data)
     except ValueError as error:
         unread = isinstance(data, str) and "=" in data and "not a number" in str(error)
-        hint = "; no file has this name, so a weight follows the =" if unread else ""
+        hint = "; there is no file of this name, so the part after = is the weight" if unread else ""
         raise UserError(f"calibration data {data!r}: {error}{hint}") from None
     if isinstance(checked, dict):
         return Mixture(tuple(checked), tuple(checked.values()))
@@ -177,9 +177,9 @@ def read_mixture(data: DataLike) -> Mixture:
 
 
 def shares(samples: int, weights: Sequence[Fraction]) -> list[int]:
-    """Samples in proportion to weights by largest remainder, the earlier first among equals; one each at least.
+    """Split samples in proportion to weights by largest remainder (ties: the earlier source), at least one each.
 
-    Whoever would have none gets one, and the others share what is left. ``samples`` are as many as weights, or more.
+    A source without a sample gets one; the others share the rest. ``samples`` must be at least the number of weights.
     """
     found = [0] * len(weights)
     while True:
@@ -198,7 +198,7 @@ def shares(samples: int, weights: Sequence[Fraction]) -> list[int]:
 
 
 def interleaved(parts: Sequence[Tensor]) -> Tensor:
-    """Blocks (n, tokens) of several sources as one tensor, each source spread evenly and in its own order."""
+    """Join the blocks (n, tokens) of several sources, each spread evenly and in its own order."""
     order = [
         (Fraction(2 * j + 1, 2 * len(part)), i) for i, part in enumerate(parts) for j in range(len(part))
     ]
@@ -208,7 +208,7 @@ def interleaved(parts: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put what a mistake is about before its message."""
+    """Prefix a UserError's message with its subject."""
     try:
         yield
     except UserError as error:
@@ -216,9 +216,9 @@ def about(what: str) -> Iterator[None]:
 
 
 def _most(weights: Sequence[Fraction], room: Sequence[int | None], limit: int) -> int:
-    """The largest number of samples up to ``limit`` whose shares all have room; one for each source at least."""
+    """Return the most samples up to ``limit`` whose shares fit in ``room``, at least one for each source."""
     total, count = sum(weights), len(weights)
-    # A share is never further below its exact quota than the sources that were given one, and one by rounding.
+    # A share is below its exact quota by at most one for rounding and one for each source that was given a sample.
     bounds = [(blocks + count + 1) * total // w for w, blocks in zip(weights, room, strict=True) if blocks]
     for samples in range(min([limit, *bounds]), count, -1):
         counts = shares(samples, weights)
@@ -228,7 +228,7 @@ def _most(weights: Sequence[Fraction], room: Sequence[int | None], limit: int) -
 
 
 def _parsed(data: str) -> object:
-    """What a string means, as a plan would have it written."""
+    """Parse a string into the value that a plan would have."""
     if _is_file(data):
         return data
     parts = [part.strip() for part in data.split(",")]
@@ -240,8 +240,8 @@ def _parsed(data: str) -> object:
     unweighted = [name for name, weight in pairs if weight is None]
     if unweighted and unweighted != names:
         raise ValueError(
-            f"{unweighted[0]!r} has no weight and others have one; give all of them one or none. The name of a file "
-            "that has a comma in it goes alone, or into the plan as {NAME: 2, ...}"
+            f"{unweighted[0]!r} has no weight, but others have one; give all a weight or none. For a file name with a "
+            "comma, name only this file, or write {NAME: 2, ...} in a plan"
         )
     if unweighted:
         return names if names[1:] else names[0]

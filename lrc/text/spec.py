@@ -1,4 +1,4 @@
-"""How calibration texts are written in a plan: one, a list of them, or texts with weights."""
+"""Check the calibration texts of a plan: one name, a list of names, or a mapping from names to weights."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from lrc.errors import as_text_number
 
 Data = str | tuple[str, ...] | dict[str, float]
-DataLike = str | Sequence[str] | Mapping[str, float]  # what a caller may give for it
+DataLike = str | Sequence[str] | Mapping[str, float]  # accepted from callers as Data
 
 
 class Misplaced(ValueError):
-    """Mistakes inside a value, by the key or position that each is at."""
+    """Errors inside a value, by key or position."""
 
     def __init__(self, places: Mapping[str | int, str]) -> None:
         super().__init__("; ".join(f"{place}: {message}" for place, message in places.items()))
@@ -20,10 +20,10 @@ class Misplaced(ValueError):
 
 
 def check_data(value: object) -> Data:
-    """A value as calibration texts; weights are proportions, so only their ratios count.
+    """Return a value as calibration texts; of weights only the ratios count.
 
-    Raises Misplaced for a text without a name or written twice and for a weight that is not above 0, and ValueError
-    for what names no text at all.
+    Raises Misplaced for an empty or repeated name and for a weight that is not above 0, and ValueError for a value that
+    names no text.
     """
     if isinstance(value, str) and value.strip():
         return value
@@ -61,5 +61,5 @@ def _wrong(name: object, weight: object) -> str:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         return as_text_number(weight) or f"{weight!r} is not a number; a weight is above 0, such as 2"
     if not (weight > 0 and math.isfinite(weight)):
-        return f"a weight of {weight} draws nothing that can be counted; write one above 0, or leave the text out"
+        return f"a weight of {weight} draws no blocks; write a number above 0, or leave the text out"
     return ""

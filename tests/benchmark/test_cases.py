@@ -51,7 +51,7 @@ def test_graphs_are_for_decode() -> None:
             "--prefill 1x17 is longer than the 16 positions of the models; the nearest is 1x16",
         ),
         ([], [(3, 17)], None, "--decode 3x17 is longer"),
-        ([], [(3, 4)], None, "no room for 4 new tokens before its last; the nearest is --new-tokens 3"),
+        ([], [(3, 4)], None, "4 new tokens; the nearest is --new-tokens 3"),
         ([], [(3, 1)], None, "the nearest is 3x2"),
         ([], [], None, "nothing to measure"),
         (None, None, ["fast"], "--mode 'fast' is not known; known: compile, eager, graphs"),

@@ -76,7 +76,7 @@ def test_a_shard_that_is_not_there_is_named(tiny_checkpoint):
     folder = tiny_checkpoint("llama")
     shard(folder, 3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"not there: model-00002-of-00003\.safetensors"):
+    with pytest.raises(UserError, match=r"missing files: model-00002-of-00003\.safetensors"):
         CheckpointReader(folder)
 
 

@@ -58,7 +58,7 @@ def test_the_hashes_are_those_of_the_files(model, journal):
 def test_a_byte_that_changed_since_an_earlier_run_is_told(model, journal, at, times):
     run(model, journal)
     flip(model / "two", at, times=times)
-    with pytest.raises(Resumable, match=r"two is not what it was.*put it back.*--fresh"):
+    with pytest.raises(Resumable, match=r"two has changed.*--fresh"):
         run(model, journal)
     flip(model / "two", at)
     run(model, journal)
@@ -68,22 +68,22 @@ def test_a_change_that_no_time_tells_of_is_told_before_anything_more_is_finished
     monkeypatch.setattr(module, "_stamp", lambda file: [])
     run(model, journal)
     flip(model / "one", 5)
-    told = pytest.raises(Resumable, match="one is not what it was")
+    told = pytest.raises(Resumable, match="one has changed")
     with watching(model, sorted(model.iterdir()), journal) as sources, told:
         sources.settle()
 
 
 def test_a_change_while_a_run_goes_on_is_told(model, journal):
-    with pytest.raises(Resumable, match="one is not what it was"):
+    with pytest.raises(Resumable, match="one has changed"):
         run(model, journal, lambda: flip(model / "one", 9))
-    with pytest.raises(Resumable, match="one is not what it was"):
+    with pytest.raises(Resumable, match="one has changed"):
         run(model, journal)
 
 
 def test_a_change_before_the_first_part_is_finished_is_told(model, journal):
     with watching(model, sorted(model.iterdir()), journal) as sources:
         flip(model / "one", 9)
-        with pytest.raises(Resumable, match="one is not what it was"):
+        with pytest.raises(Resumable, match="one has changed"):
             sources.settle()
     assert not journal.exists()
 
@@ -97,11 +97,11 @@ def test_a_file_that_was_only_touched_is_the_same(model, journal):
 def test_files_that_came_or_went_are_told(model, journal):
     run(model, journal)
     (model / "three").touch()
-    with pytest.raises(Resumable, match="three is not what it was"):
+    with pytest.raises(Resumable, match="three has changed"):
         run(model, journal)
     (model / "three").unlink()
     (model / "two").unlink()
-    with pytest.raises(Resumable, match="two is not what it was"):
+    with pytest.raises(Resumable, match="two has changed"):
         run(model, journal)
 
 

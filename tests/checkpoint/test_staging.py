@@ -251,9 +251,9 @@ def test_a_changed_source_is_told_before_settings_that_follow_from_it(out):
     with opened(KEY) as stage:
         stage.write("rest", {"a": torch.ones(3)}, {})
     file.write_bytes(b"two")
-    with pytest.raises(Resumable, match="weights is not what it was"), opened({**KEY, "calibration": "b"}):
+    with pytest.raises(Resumable, match="weights has changed"), opened({**KEY, "calibration": "b"}):
         pass
-    with pytest.raises(Resumable, match="weights is not what it was"), opened(KEY):
+    with pytest.raises(Resumable, match="weights has changed"), opened(KEY):
         pass
     file.write_bytes(b"one")
     with opened(KEY) as stage:

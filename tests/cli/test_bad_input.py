@@ -65,7 +65,7 @@ def test_unknown_model(fails: Fails, verb: str) -> None:
 def test_a_folder_that_is_no_checkpoint(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     message = fails("compress", tmp_path / "empty", "--plan", "a3-2x")
-    assert f"{tmp_path / 'empty'} is a folder without config.json" in message
+    assert f"{tmp_path / 'empty'} is not a checkpoint" in message
 
 
 def test_not_a_causal_language_model(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
@@ -133,7 +133,7 @@ def test_a_shard_that_is_not_there(refuses: Fails, tiny_checkpoint: TinyCheckpoi
     index = {"weight_map": dict.fromkeys(load_file(path), "model-00001-of-00001.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     message = refuses(model)
-    assert "model.safetensors.index.json names files that are not there: model-00001-of-00001" in message
+    assert "model.safetensors.index.json names missing files: model-00001-of-00001" in message
 
 
 def test_no_weights(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:

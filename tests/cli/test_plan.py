@@ -529,7 +529,7 @@ def test_a_cache_needs_components(work: Path, llama: Path, fails: Any) -> None:
 def test_calibration_that_draws_all_leaves_nothing_to_hold_out(work: Path, gpt2: Path, fails: Any) -> None:
     (work / "base.yaml").write_text(BASE.replace("samples: 3", "samples: all"), encoding="utf-8")
     message = fails("plan", gpt2, "--keep", "0.8", *QUICK, "--held-out", "calib.txt")
-    assert "held-out text calib.txt: it holds 0 blocks of 48 tokens, beside " in message
+    assert "held-out text calib.txt: it has 0 blocks of 48 tokens besides the " in message
 
 
 def test_held_out_text_that_is_in_the_calibration_is_refused(work: Path, llama: Path, fails: Any) -> None:

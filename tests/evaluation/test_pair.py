@@ -148,7 +148,7 @@ def test_a_file_that_is_no_evaluation_s_stays(both, text, tmp_path, other):
     kept = tmp_path / "tokens.parquet"
     kept.write_bytes(other) if isinstance(other, bytes) else pq.write_table(other, kept)
     before = kept.read_bytes()
-    with pytest.raises(UserError, match=r"--tokens .*tokens\.parquet is there and was not made by lrc eval"):
+    with pytest.raises(UserError, match=r"--tokens .*tokens\.parquet exists and was not made by lrc eval"):
         lrc.evaluate(both[0], str(text), seq_len=40, device="cpu", tokens=kept)
     assert kept.read_bytes() == before
 
@@ -171,9 +171,8 @@ def test_other_vocabularies_are_compared_by_perplexity_alone(tiny_checkpoint, te
     (pair,) = found.pairs
     assert pair.tokens is None
     assert pair.ratio_of == "perplexity"
-    assert found.notes == [
-        f"{text}: the vocabularies have 256 and 300 entries, so no distributions over them are compared"
-    ]
+    (note,) = found.notes
+    assert note.startswith(f"{text}: the vocabularies have 256 and 300 entries")
     with pytest.raises(UserError, match=r"the vocabularies have 256 and 300 entries.*leave --tokens out"):
         evaluate_against(*both, ppl=str(text), seq_len=40, device="cpu", tokens=tmp_path / "t.parquet")
     assert not (tmp_path / "t.parquet").exists()

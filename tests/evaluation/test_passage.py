@@ -56,9 +56,7 @@ def test_lengths_are_bounded_by_the_shorter_model():
     told = "--context 8,48: 48 is longer than the 32 positions of short; use 32 or less"
     with pytest.raises(UserError, match=f"^{told}$"):
         choose_seq_lens(models, [8, 48])
-    with pytest.raises(
-        UserError, match="--context 8,8: lengths of windows are distinct, such as 512,1024,2048"
-    ):
+    with pytest.raises(UserError, match=r"--context 8,8: .* such as 512,1024,2048"):
         choose_seq_lens(models, [8, 8])
-    with pytest.raises(UserError, match="lengths of windows are distinct"):
+    with pytest.raises(UserError, match=r"--context .* such as 512,1024,2048"):
         choose_seq_lens(models, [])

@@ -466,7 +466,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["quantization_config"]["modules"]["model.layers.0.self_attn"].update(
             rotary_columns=False
         ),
-        "keeps 6 of 8 rotary dimensions without saying which",
+        "keeps 6 of 8 rotary dimensions",
     ),
 }
 

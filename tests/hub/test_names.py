@@ -101,7 +101,7 @@ def test_unknown_names(tmp_path: Path) -> None:
         resolve_model("tiny-gpt")
     with pytest.raises(UserError, match=r"there is no folder \./nowhere"):
         resolve_model("./nowhere")
-    with pytest.raises(UserError, match="is a folder without config"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         resolve_model(str(tmp_path))
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match="is a file"):

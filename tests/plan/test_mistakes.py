@@ -275,8 +275,8 @@ CASES = {
     "weights of texts": (
         "calibration:\n  data:\n    a: 0\n    b: -1\n    c: 1e-4\n    d: true\n    e: 2",
         [
-            "5: calibration.data.a: a weight of 0 draws nothing",
-            "6: calibration.data.b: a weight of -1 draws nothing",
+            "5: calibration.data.a: a weight of 0 draws no blocks",
+            "6: calibration.data.b: a weight of -1 draws no blocks",
             "7: calibration.data.c: '1e-4' is text to YAML, not a number; write 0.0001",
             "8: calibration.data.d: True is not a number; a weight is above 0, such as 2",
         ],

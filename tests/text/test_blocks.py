@@ -69,7 +69,7 @@ def test_too_few_blocks_names_both_numbers_and_the_remedies():
     with pytest.raises(UserError) as error:
         calibration_blocks(torch.arange(100), 12, 10, 0)
     assert str(error.value) == (
-        "the text holds 10 blocks of 10 tokens, fewer than the 12 samples asked for; "
+        "the text has 10 blocks of 10 tokens, fewer than the 12 samples asked for; "
         "use samples: 10, samples: all, or a seq_len of at most 8, or a longer text"
     )
     assert len(calibration_blocks(torch.arange(100), 12, 8, 0)) == 12

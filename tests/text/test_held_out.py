@@ -26,16 +26,14 @@ def test_the_same_text_gives_what_was_not_drawn():
 
 def test_too_short_a_text_says_what_it_holds():
     with pytest.raises(
-        UserError, match=r"holds 4 blocks of 100 tokens, fewer than the 5 .* use 4, or another text"
+        UserError, match=r"has 4 blocks of 100 tokens, fewer than the 5 .* use 4, or another text"
     ):
         held_out_blocks(ids(450, 1), 5, ids(200).view(2, 100))
 
 
 def test_a_text_that_was_drawn_whole_leaves_nothing():
     text = ids(1000)
-    with pytest.raises(
-        UserError, match=r"holds 0 blocks of 100 tokens, beside 10 that calibration draws"
-    ) as error:
+    with pytest.raises(UserError, match=r"has 0 blocks of 100 tokens besides the 10 ") as error:
         held_out_blocks(text, 2, text.view(10, 100))
     assert "use 0" not in str(error.value)
 
@@ -44,7 +42,7 @@ def test_a_passage_in_common_is_refused_wherever_it_stands():
     fitted, other = ids(2000).view(10, 200), ids(2000, 1)
     other[630:760] = fitted[3, 37:167]
     assert len(held_out_blocks(other, 3, fitted)) == 3
-    with pytest.raises(UserError, match=r"overlaps the calibration blocks \(held-out block 3 holds 64"):
+    with pytest.raises(UserError, match=r"overlaps the calibration blocks \(held-out block 3 shares 64"):
         held_out_blocks(other, 4, fitted)
 
 
@@ -60,7 +58,7 @@ def test_a_passage_in_common_is_found_off_any_grid(place):
     fitted, other = ids(1000).view(5, 200), ids(600, 1)
     other[200 + place : 264 + place] = fitted[2, 33:97]
     assert len(held_out_blocks(other, 1, fitted)) == 1
-    with pytest.raises(UserError, match=r"held-out block 1 holds 64 tokens in a row"):
+    with pytest.raises(UserError, match=r"held-out block 1 shares 64 tokens"):
         held_out_blocks(other, 3, fitted)
     other[200 + place + 40] += 1  # 40 tokens in a row are no passage
     assert len(held_out_blocks(other, 3, fitted)) == 3

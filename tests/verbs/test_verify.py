@@ -114,9 +114,8 @@ def test_a_file_cut_short_names_the_tensors_that_are_gone(out):
     assert {damage.tensor for damage in found(out)} == {name for _, name in stored[2:]}
     file.write_bytes(file.read_bytes()[:20])
     (damage,) = found(out)
-    assert damage == Damage(
-        file.name, "is cut short or is no safetensors file: its header ends behind the file"
-    )
+    assert damage.file == file.name
+    assert damage.problem.startswith("is cut short or is no safetensors file")
 
 
 def test_files_that_are_missing_or_should_not_be_there_are_named(out):

@@ -1,1 +1,1 @@
-"""Modules that are run as fewer, larger kernels for inference."""
+"""Run modules as fewer, larger kernels for inference."""

@@ -1,4 +1,4 @@
-"""Makes a model faster to run: projections of one input become one product, and norms one kernel."""
+"""Speed up inference: merge projections of one input into one product, and run norms as one kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lrc.modules.fused.shared_input import SharesInput, mergeable
 
 
 class GatedMLP(SharesInput):
-    """Stands in for a family's gated MLP, whose modules and attributes it has."""
+    """Replace the class of a family's gated MLP; modules and attributes stay."""
 
     family: Family
     stock: type[nn.Module]
@@ -25,18 +25,18 @@ class GatedMLP(SharesInput):
         return getattr(self, _mlp_name(self.family, self.family.mlp_output))(hidden)
 
     def run_stock(self: Any) -> None:
-        """Be the family's own again."""
+        """Restore the family's class."""
         self.__class__ = self.stock
         del self.family, self.stock
 
 
 def fuse(model: nn.Module, *, batched: bool = True) -> int:
-    """Merge, for inference, queries with keys and values and the gate with its partner; how many products came of it.
+    """Merge q with k and v, and gate with up, for inference; return the number of merged products.
 
-    Root-mean-square norms become one kernel each. The weights, their names and what is saved stay as they are:
-    parameters become views into the merged matrices. With gradients, an adapter, a hook or another weight on one of
-    them a module runs them one by one, as before. Copies of the model are not merged. ``batched``: second factors of
-    one shape run as one product too. Raises UserError for a model of a family that lrc does not know.
+    RMS norms become one kernel each. Weights, names and saved files do not change: parameters become views into the
+    merged matrices. A module with gradients, an adapter, a hook or a replaced weight runs its projections one by one.
+    Copies of the model are not merged. ``batched``: second factors of one shape also run as one product. Raises
+    UserError for an unsupported family.
     """
     config: Any = model.config
     family, count = family_of(config.model_type), 0
@@ -51,7 +51,7 @@ def fuse(model: nn.Module, *, batched: bool = True) -> int:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Run every projection by itself again, each with memory of its own, and norms as the family does."""
+    """Undo ``fuse``: every projection runs separately and has its own memory."""
     for module in list(model.modules()):
         if isinstance(module, FusedRMSNorm):
             unfuse_norm(module)
@@ -68,7 +68,7 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _fuse_attention(module: Any, family: Family, batched: bool) -> bool:
-    """Whether products were saved; an attention that stores them as one product has none to save."""
+    """Merge q, k and v; tell whether that saved products (an attention that stores them fused saves none)."""
     reduced = isinstance(module, ReducedAttention)
     if not reduced and any(family.projections[role].fused for role in family.split):
         return False
@@ -92,14 +92,14 @@ def _fuse_mlp(module: Any, family: Family, batched: bool) -> bool:
 
 
 def _fuse_norms(modules: Sequence[tuple[str, nn.Module]], family: Family) -> None:
-    """Every norm of the class that layers have before their MLP, that of the attention and the last one too."""
+    """Fuse every norm of the class that layers have before their MLP."""
     if family.norm_epsilon is None:
         return
     norms = {type(module) for path, module in modules if path.endswith(f".{family.mlp_norm}")} - {
         FusedRMSNorm
     }
     for _, module in modules:
-        # An adapter may have put a module of its own around or in the place of a norm.
+        # An adapter may have wrapped or replaced a norm.
         if type(module) in norms and family.norm_epsilon in vars(module):
             fuse_norm(module, family.norm_epsilon)
 

@@ -1,4 +1,4 @@
-"""A root-mean-square norm as one kernel, where transformers takes eight small ones."""
+"""Run an RMS norm as one kernel, where transformers launches eight."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class FusedRMSNorm(nn.Module):
-    """Stands in for a family's own norm, whose weight and attributes it has (arXiv:1910.07467, equation 4).
+    """Replace the class of a family's RMS norm; weight and attributes stay (arXiv:1910.07467, equation 4).
 
-    Half precision is rounded once, behind the weight, not before it too. It is for inference: with gradients, and where
-    weight and input differ in precision, the family's own forward runs.
+    Half precision is rounded once, after the weight, not also before it. With gradients, or if weight and input differ
+    in dtype, the family's own forward runs.
     """
 
     weight: nn.Parameter
@@ -27,7 +27,7 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse_norm(module: Any, epsilon: str) -> None:
-    """Have a stock norm run as one kernel; ``epsilon`` is the attribute that holds what is added to the mean square."""
+    """Make a norm run as one kernel; ``epsilon`` names the attribute with the constant added to the mean square."""
     module.epsilon, module.stock = getattr(module, epsilon), type(module)
     module.__class__ = FusedRMSNorm
 

@@ -1,4 +1,4 @@
-"""Linear maps that read one input, run as one product; their parameters stay, as views into what is multiplied."""
+"""Run linear maps of one input as one product; their parameters become views into the merged matrix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from lrc.modules.low_rank import LowRankLinear
 
 
 class SharedInput:
-    """Projections of one input: a single product for dense ones and first factors, then the second factors.
+    """Hold merged projections of one input: one product for dense weights and first factors, then the second factors.
 
-    The members' own parameters become views into the matrices that are multiplied, so that no weight is held twice, and
-    a state dict, a save and an optimizer's step see what they would without it. Neighbours whose second factors are of
-    one shape run as one batched product where ``batched``. It is for inference: ``holds`` says whether the members are
-    what they were when they were merged, and whoever calls runs them one by one where it does not.
+    The members' parameters become views into the merged matrices, so that no weight is stored twice, and state dicts
+    and optimizer steps work as before. With ``batched``, neighbours whose second factors have one shape run as one
+    batched product. Callers must run the members one by one unless ``holds``.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str], *, batched: bool = True) -> None:
@@ -41,13 +40,13 @@ class SharedInput:
         ]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """The members' outputs for ``x`` (..., in)."""
+        """Return the members' outputs for ``x`` (..., in)."""
         inner = F.linear(x, self._weight, self._bias)
         parts = inner.split(self._widths, dim=-1)
         return [y for run, part in zip(self._runs, parts, strict=True) for y in run(part)]
 
     def holds(self) -> bool:
-        """Whether the members are untouched: no gradient, adapter, hook or new weight that a merged product misses."""
+        """Tell whether the merged product is valid: no gradients, adapter, hook or new weight since the merge."""
         return not torch.is_grad_enabled() and self._in_place() and self._tied()
 
     def _in_place(self) -> bool:
@@ -61,22 +60,22 @@ class SharedInput:
         return all(parameter.data_ptr() == address for parameter, address in self._addresses)
 
     def __reduce__(self) -> Any:
-        """Copies and pickles are not merged, as their parameters have memory of their own."""
+        """Copy and pickle as None: the parameters of a copy have their own memory."""
         return type(None), ()
 
 
 class SharesInput(nn.Module):
-    """A module some of whose projections may be merged; moved to another device or precision, it merges them again."""
+    """A module whose projections may be merged; moving it to another device or dtype merges them again."""
 
     shared: SharedInput | None = None
 
     def merge(self, names: Sequence[str], *, batched: bool = True) -> bool:
-        """Merge projections where they can be; says if it did."""
+        """Merge projections if possible; tell whether they were merged."""
         self.shared = SharedInput(self, names, batched=batched) if mergeable(self, names) else None
         return self.shared is not None
 
     def project(self, names: Sequence[str], x: Tensor) -> list[Tensor]:
-        """The outputs of projections of ``x``, by one product where they are merged."""
+        """Return the outputs of projections of ``x``, by one product if they are merged."""
         if self.shared is not None and self.shared.holds():
             return self.shared(x)
         return [getattr(self, name)(x) for name in names]
@@ -89,7 +88,7 @@ class SharesInput(nn.Module):
 
 
 class _Run:
-    """Neighbours that are alike: dense ones, or low-rank ones whose second factors are of one shape."""
+    """Hold neighbours that run together: dense ones, or low-rank ones whose second factors have one shape."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self.members = members
@@ -124,14 +123,14 @@ def _runs(members: Sequence[nn.Module], batched: bool) -> list[_Run]:
 
 
 def _first(member: nn.Module) -> nn.Linear:
-    """The linear of a member that reads the input."""
+    """Return the linear of a member that reads the input."""
     first = member.A if isinstance(member, LowRankLinear) else member
     assert isinstance(first, nn.Linear)
     return first
 
 
 def mergeable(parent: nn.Module, names: Sequence[str]) -> bool:
-    """Whether projections are dense or low-rank, on one device, of one precision and without hooks."""
+    """Tell whether projections are dense or low-rank, on one device, of one dtype and without hooks."""
     linears = []
     for name in names:
         member = getattr(parent, name)
@@ -148,7 +147,7 @@ def mergeable(parent: nn.Module, names: Sequence[str]) -> bool:
 
 
 def _tie(parameters: Sequence[Tensor]) -> Tensor:
-    """Put parameters of equal width into one matrix, of which each is then some rows."""
+    """Join parameters of equal width into one matrix and make each a view of its rows."""
     whole = torch.cat([parameter.detach() for parameter in parameters])
     for parameter, rows in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
         parameter.data = rows
@@ -156,7 +155,7 @@ def _tie(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _tie_biases(firsts: Sequence[nn.Linear]) -> Tensor | None:
-    """The biases of dense members in one vector, with zeros for the others; None where there is none."""
+    """Join the biases into one vector, with zeros for members without one; None if there is no bias."""
     if all(linear.bias is None for linear in firsts):
         return None
     whole = firsts[0].weight.new_zeros(sum(linear.out_features for linear in firsts))
