@@ -206,8 +206,8 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     with_tables = f", {tables.keep:.2%} of {tables.weights}" if tables else ""
     yield f"kept: {check.keep:.2%} of the decoder's weights{with_tables}"
     yield (
-        f"GPU memory for lrc compress: about {byte_text(memory.peak)}, an estimate ({memory.samples} blocks, "
-        f"{memory.batch_size} at once, {memory.dtype}; the most is in stage {memory.stage}); "
+        f"GPU memory for lrc compress: at most about {byte_text(memory.peak)} ({memory.samples} blocks, "
+        f"{memory.batch_size} at once, {memory.dtype}); "
         f"{byte_text(least.peak)} with --states host or disk, where hidden states then take "
         f"{byte_text(memory.states)}{f' and gradients {byte_text(memory.gradients)}' if memory.gradients else ''}; "
         "perplexity is measured with the model whole where it fits, else a layer at a time"
