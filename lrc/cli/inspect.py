@@ -79,9 +79,7 @@ def inspect(
     states: States = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--out", metavar="DIR", help="Write inspect.json, inspect.html and pictures there."
-        ),
+        typer.Option("-o", "--out", metavar="DIR", help="Write inspect.json and inspect.html there."),
     ] = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,

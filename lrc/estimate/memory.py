@@ -1,46 +1,13 @@
-"""How much memory a compression takes on a GPU, and what waits elsewhere, worked out from shapes.
+"""An upper bound of the GPU memory that a compression takes, from shapes alone, by where hidden states wait.
 
-The count follows the loop stage by stage. Between two layers only hidden states are held; within a layer
-
-    gradients inputs + weights + 2 · G + activations, or head + logits      before the streams are there
-    observe   states + weights + 2 · moments + activations          sums, and the means made of them
-    solve     states + weights + moments + G + solutions + work     work: of the largest solve
-    measure   states + weights + moments + reduced + activations + attention
-    refit     states + read + weights + reduced + work              work: of the larger refit, or its sums and a batch
-
-and after the last, with the residual refit,
-
-    scale     streams + those of the blocks that choose + heads + a chunk of logits, six times in float32
-
-with T tokens of calibration, t of one batch, n_i the widths of the sites observed, hidden size h, MLP width f, s and c
-bytes of a weight as stored and as run:
-
-    streams      4 T h, twice with the residual refit: original and compressed; 0 where states wait elsewhere
-    states       streams, once more 4 T h with the refit, for the stream between the halves, and the blocks on which
-                 reductions are measured as they were before the layer
-    read         what the attention's output projection reads of all, c for each, where it is refitted; 0 as above
-    weights      (s + c) · weights of a layer; s alone where s = c, as tensors are then shared
-    moments      4 Σ n_i²
-    solutions    8 · kept weights: what the methods return is float64
-    reduced      the reduced layer, and one layer for each target that is measured alone
-    outer        streams + tables of the embedding or head in float64, where they are factorized; where they are one,
-                 two streams + a layer as it passes before that
-    attention    five float32 matrices of heads × seq_len × seq_len, for the divergence of one block
-    sums         of a refit, in float32, kept twice: for the blocks fitted to and for those held out
-    work         ``lrc.estimate.workspace``, float64
-    G            4 Σ m_i² of the outputs whose gradients the methods read; of the layers that are not solved yet beside
-                 everything from the sweep on, 0 as above
-    inputs       of layers, kept for the sweep back (``lrc.walk.backward``): 4 h for each token of ``gradient_samples``
-                 blocks, 0 as above
-
-Hidden states that wait elsewhere come back a batch at a time, a few of 4 t h.
-
-It is an estimate: workspaces of the linear algebra library and fragments of the allocator are not in it.
+The bound is the largest of the sweep for gradients, the embedding and the head, and for every layer its moments, its
+solves, its measurements and its refits. Hidden states and gradient moments that wait on the GPU are added; of those
+that wait elsewhere, a few batches. Workspaces of the linear algebra library and fragments of the allocator are not
+counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,17 +28,14 @@ ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on the GPU: the peak, the stage it falls in, and what every stage holds, of which ``states`` are
-    hidden states at most, or would be elsewhere.
+    """The most bytes that a run is expected to take on the GPU, with hidden states that wait on ``place``.
 
-    ``gradients``: bytes that inputs of layers and gradient moments take where states wait, 0 where no method reads
-    any. ``samples`` blocks of calibration, ``batch_size`` blocks at once and states that wait on ``place`` are what was
-    assumed.
+    ``states``: bytes of hidden states; ``gradients``: bytes of the layers' inputs and gradient moments, 0 where no
+    method reads any. Both are in ``peak`` only where ``place`` is the device. ``samples`` and ``batch_size`` are in
+    blocks.
     """
 
     peak: int
-    stage: str
-    stages: dict[str, int]
     states: int
     gradients: int
     samples: int
@@ -79,62 +43,68 @@ class Memory:
     dtype: str
     place: Place
 
-    def beside(self, stage: str, held: int) -> Memory:
-        """The same with a stage more."""
-        stages = {**self.stages, stage: held}
-        most = max(stages, key=stages.__getitem__)
-        return replace(self, peak=stages[most], stage=most, stages=stages)
-
 
 @dataclass(frozen=True)
 class _Run:
-    """A compression whose bytes are counted; ``losses``: gradients of all targets are read for an allocation."""
+    """A compression to bound; ``losses``: gradients of all targets are read, as some allocations do."""
 
     job: Job
     samples: int
     dtype: torch.dtype
     batch_size: int
     place: Place
-    losses: bool = False
+    losses: bool
 
     @property
     def architecture(self) -> Architecture:
         return self.job.reader.architecture
 
     @property
-    def seq_len(self) -> int:
-        return self.job.plan.seq_len
-
-    @property
     def refits(self) -> bool:
         return self.job.plan.plan.refit == "residual"
 
     @property
-    def stored(self) -> int:
-        """Bytes of a weight as stored."""
-        return self.job.reader.dtype.itemsize
-
-    @property
-    def run(self) -> int:
-        """Bytes of a weight as run."""
-        return self.dtype.itemsize
+    def shared(self) -> bool:
+        """Whether weights are run as they are stored, in the same tensors."""
+        return self.job.reader.dtype == self.dtype
 
     @property
     def weights(self) -> int:
-        """Bytes of a layer: as stored and as run, once where these are the same tensors."""
-        each = self.stored if self.job.reader.dtype == self.dtype else self.stored + self.run
+        """Bytes of a layer: as stored and as run."""
+        each = self.dtype.itemsize + (0 if self.shared else self.job.reader.dtype.itemsize)
         return self.architecture.layer_parameters * each
 
     @property
     def tables(self) -> int:
-        """Weights outside the layers."""
-        return (
-            self.architecture.total_parameters - self.architecture.layers * self.architecture.layer_parameters
-        )
+        """Bytes of the weights outside the layers, as run."""
+        inside = self.architecture.layers * self.architecture.layer_parameters
+        return (self.architecture.total_parameters - inside) * self.dtype.itemsize
+
+    @property
+    def gradient_samples(self) -> int:
+        return min(self.job.plan.plan.calibration.gradient_samples, self.samples)
+
+    @property
+    def held_out(self) -> int:
+        return int(held_out_blocks(self.samples).sum()) or self.samples
 
     def stream(self, samples: int) -> int:
         """Bytes of the hidden states of so many blocks, wherever they are."""
-        return 4 * samples * self.seq_len * self.architecture.hidden
+        return 4 * samples * self.job.plan.seq_len * self.architecture.hidden
+
+    def states(self, layer: LayerPlan) -> int:
+        """Bytes of hidden states while a layer is compressed: the two streams, that between the layer's halves, the
+        blocks that reductions are measured on, and what the refitted output of attention reads.
+        """
+        streams = self.stream(self.samples) * (2 if self.refits or self.job.plan.outer else 1)
+        if not layer.assignments:
+            return streams
+        between = self.stream(self.samples) if self.refits else 0
+        read = 0
+        if self.refits and layer.targets & ATTENTION_TARGETS:
+            tokens = self.samples * self.job.plan.seq_len
+            read = refit_widths(self.architecture, layer)[0] * tokens * self.dtype.itemsize
+        return streams + between + self.stream(self.held_out) + read
 
     def gradient(self, layer: LayerPlan) -> int:
         """Bytes of the gradient moments of one layer."""
@@ -144,13 +114,9 @@ class _Run:
         outputs = sum(architecture.matrices[role].rows ** 2 for role in wanted.roles)
         return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
 
-    def waiting(self, held: int) -> int:
-        """What states that take ``held`` bytes take of the device."""
+    def here(self, held: int) -> int:
+        """Bytes on the GPU of hidden states that take ``held`` bytes where they wait."""
         return held if self.place == "device" else min(held, 4 * self.stream(self.batch_size))
-
-    def gradients(self, layers: Iterable[LayerPlan]) -> int:
-        """What the gradient moments of layers take of the device while they wait."""
-        return sum(self.gradient(layer) for layer in layers) if self.place == "device" else 0
 
 
 def estimate_memory(
@@ -162,30 +128,22 @@ def estimate_memory(
     samples: int | None = None,
     losses: bool = False,
 ) -> Memory:
-    """Memory that ``lrc compress`` takes on a GPU: layers run in ``dtype``, ``batch_size`` blocks at once, and hidden
-    states wait on ``place``. ``samples``: calibration blocks (default: the plan's, where it says how many). ``losses``:
-    gradients of all targets are read, as some allocations do before.
+    """Return the GPU memory that ``lrc compress`` takes at most: layers in ``dtype``, ``batch_size`` blocks at once.
+
+    ``samples``: calibration blocks (default: the plan's). ``losses``: an allocation reads gradients of all targets.
     """
     asked = job.plan.plan.calibration.samples
     samples = samples or (ASSUMED_SAMPLES if asked == "all" else asked)
-    run = _Run(job, samples, dtype, min(batch_size, samples), place, losses)
-    layers, gradients = job.plan.layers, _gradients_waiting(run)
-    stages = {"embed": _embed(run) + run.gradients(layers)}
+    run, layers = _Run(job, samples, dtype, min(batch_size, samples), place, losses), job.plan.layers
+    moments, state = sum(map(run.gradient, layers)), run.stream(run.gradient_samples)
+    count = run.architecture.layers
+    gradients = moments + states_held(count, stride(count, state)) * state if moments else 0
+    states = max(map(run.states, layers))
+    waiting = run.here(states) + (moments if place == "device" else 0)
+    peak = waiting + max(_tables(run), *(_layer(run, layer) for layer in layers))
     if gradients:
-        stages["gradients"] = _gradients(run)
-    if job.plan.outer:
-        stages["outer"] = _outer(run) + run.gradients(layers)
-    later = run.gradients(layers)
-    for layer in layers:
-        later -= run.gradients([layer])
-        for stage, held in _layer(run, layer).items():
-            stages[stage] = max(stages.get(stage, 0), held + later)
-    if job.plan.plan.scales:
-        stages["scale"] = _scale(run)
-    states = max((_states(run, layer) + _read(run, layer) for layer in job.plan.layers), default=0)
-    stage = max(stages, key=lambda name: stages[name])
-    name = str(dtype).removeprefix("torch.")
-    return Memory(stages[stage], stage, stages, states, gradients, samples, run.batch_size, name, place)
+        peak = max(peak, run.here(gradients) + _sweep(run))
+    return Memory(peak, states, gradients, samples, run.batch_size, str(dtype).removeprefix("torch."), place)
 
 
 def measuring_memory(
@@ -218,137 +176,63 @@ def generating_memory(job: Job, dtype: torch.dtype, batch_size: int) -> int:
     return (architecture.total_parameters + (architecture.layers + 1) * keys) * run + logits
 
 
-def _embed(run: _Run) -> int:
-    parted = run.refits and any(a.target == "embed" for a in run.job.plan.outer)
-    streams = run.waiting(run.stream(run.samples) * (2 if parted else 1))
-    return streams + run.stream(4 * run.batch_size) + run.tables * run.run
-
-
-def _gradient_samples(run: _Run) -> int:
-    return min(run.job.plan.plan.calibration.gradient_samples, run.samples)
-
-
-def _gradients(run: _Run) -> int:
-    architecture, samples = run.architecture, _gradient_samples(run)
-    tokens = min(run.batch_size, samples) * run.seq_len
-    rows, hidden = min(logit_rows(architecture.vocab), run.seq_len), architecture.hidden
-    head = run.tables * run.run + rows * architecture.vocab * (12 + 3 * run.run) + 2 * 4 * tokens * hidden
-    sums = 2 * max(run.gradient(layer) for layer in run.job.plan.layers)
+def _sweep(run: _Run) -> int:
+    """The sweep back: a batch of the head's logits, or a layer with what differentiating keeps of a token."""
+    architecture, each = run.architecture, run.dtype.itemsize
+    tokens = min(run.batch_size, run.gradient_samples) * run.job.plan.seq_len
+    rows = min(logit_rows(architecture.vocab), run.job.plan.seq_len)
+    head = run.tables + rows * architecture.vocab * (12 + 3 * each) + 8 * tokens * architecture.hidden
     width = architecture.matrices[architecture.family.mlp_output].columns
-    # What differentiating keeps of a token, and what comes back.
-    activations = tokens * (hidden * (14 * 4 + 10 * run.run) + width * 8 * run.run)
-    held = _gradients_waiting(run) if run.place == "device" else run.waiting(run.stream(samples))
-    work = max(head, run.weights + sums + activations)
-    return max(_embed(replace(run, samples=samples)), held + work)
+    activations = tokens * (architecture.hidden * (14 * 4 + 10 * each) + width * 8 * each)
+    return max(head, run.weights + 2 * max(map(run.gradient, run.job.plan.layers)) + activations)
 
 
-def _gradients_waiting(run: _Run) -> int:
-    """Inputs of layers, and the gradient moments of all; 0 where none are needed."""
-    moments = sum(run.gradient(layer) for layer in run.job.plan.layers)
-    layers, state = run.architecture.layers, run.stream(_gradient_samples(run))
-    return moments + states_held(layers, stride(layers, state)) * state if moments else 0
-
-
-def _outer(run: _Run) -> int:
-    """Streams, and tables that a solve outside the layers holds in float64: as it was, times C, changed and squared.
-
-    A tied embedding is solved when a second stream has been through all layers, as they were.
-    """
-    architecture, stream = run.architecture, run.stream(run.samples)
-    work, ahead = 0, 0
-    if architecture.tied:
-        layer = _layer(run, LayerPlan(0, ()))["pass"]
-        ahead = layer - run.waiting(_streams(run)) + run.waiting(2 * stream)
-    for a in run.job.plan.outer:
-        table, pair = architecture.outer[a.target], a.kept
+def _tables(run: _Run) -> int:
+    """The embedding and the head: as run, as solved in float64, and with a chunk of logits to find their scale."""
+    architecture, each = run.architecture, run.dtype.itemsize
+    work = run.tables + run.stream(4 * run.batch_size)
+    for a in run.job.plan.outer:  # the table, that times C, changed and squared
+        table = architecture.outer[a.target].parameters
         work = max(
-            work, (run.stored + 4 * 8) * table.parameters + 4 * 8 * pair + 8 * 6 * architecture.hidden**2
+            work, (run.job.reader.dtype.itemsize + 32) * table + 32 * a.kept + 48 * architecture.hidden**2
         )
-    return max(run.waiting(_streams(run)) + work, ahead)
+    if run.job.plan.plan.scales:
+        rows = min(run.held_out * run.job.plan.seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
+        heads = run.tables + each * sum(a.kept for a in run.job.plan.outer)
+        work = max(work, heads + rows * architecture.vocab * (2 * each + 6 * 4))
+    return work
 
 
-def _scale(run: _Run) -> int:
-    architecture = run.architecture
-    held = int(held_out_blocks(run.samples).sum())
-    streams = run.waiting(2 * run.stream(run.samples + held))
-    rows = min(held * run.seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
-    logits = rows * architecture.vocab * (2 * run.run + 6 * 4)
-    heads = architecture.vocab * architecture.hidden
-    heads += sum(a.kept for a in run.job.plan.outer if architecture.tied or a.target == "lm_head")
-    return streams + heads * run.run + logits
-
-
-def _streams(run: _Run) -> int:
-    """Bytes of the streams between two layers, wherever they are."""
-    return run.stream(run.samples) * (2 if run.refits else 1)
-
-
-def _states(run: _Run, layer: LayerPlan) -> int:
-    """Bytes of hidden states while a layer is done, wherever they are."""
+def _layer(run: _Run, layer: LayerPlan) -> int:
+    """The weights of a layer and the most that is beside them while it is compressed."""
+    architecture, each = run.architecture, run.dtype.itemsize
+    width = architecture.matrices[architecture.family.mlp_output].columns
+    projections = layer.targets - {"qk", "ov", "mlp"}
+    token = architecture.hidden * (6 * 4 + 6 * each) + width * (3 * each + 16 if projections else 7 * each)
+    activations = run.batch_size * run.job.plan.seq_len * token
     if not layer.assignments:
-        return _streams(run)
-    measured = int(held_out_blocks(run.samples).sum()) or run.samples
-    between = run.stream(run.samples) if run.refits else 0
-    return _streams(run) + between + run.stream(measured)
-
-
-def _read(run: _Run, layer: LayerPlan) -> int:
-    """Bytes of what the attention's output projection reads of all blocks, where it is refitted."""
-    if not (run.refits and layer.targets & ATTENTION_TARGETS):
-        return 0
-    return refit_widths(run.architecture, layer)[0] * run.samples * run.seq_len * run.run
-
-
-def _layer(run: _Run, layer: LayerPlan) -> dict[str, int]:
-    architecture = run.architecture
-    shared = run.job.reader.dtype == run.dtype
-    activations = run.batch_size * run.seq_len * _token_bytes(architecture, layer, run.run)
-    base = run.waiting(_states(run, layer)) + run.weights
-    if not layer.assignments:
-        return {"pass": base + activations}
-    kept = sum(a.kept for a in layer.assignments)
+        return run.weights + activations
     moments = sum(4 * architecture.site_width(site) ** 2 for site in sites_needed(architecture, layer))
     sampled = 0
     if "attention_samples" in collectors_needed(layer):
         queries = min(SAMPLES, run.samples * QUERIES * architecture.geometry.group)
         sampled = queries * architecture.head_dim**2  # of a key head
         moments += 4 * sampled * architecture.kv_heads
-    gradients, solutions = run.gradient(layer), 8 * kept
-    alone = len(layer.assignments) * (0 if shared else architecture.layer_parameters * run.run)
-    rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
-    reduced = 2 * kept * run.stored + (0 if shared else (rest + kept) * run.run) + alone
-    attention = 20 * architecture.heads * run.seq_len**2 if layer.targets & {"qk"} else 0
-    own = gradients if run.place == "device" else 0
-    stages = {
-        "observe": base + own + 2 * moments + activations,
-        "solve": base
-        + moments
-        + gradients
-        + solutions
-        + max(solve_work(architecture, a, sampled) for a in layer.assignments),
-        "measure": base + moments + gradients + reduced + activations + attention,
-    }
-    if run.refits:
-        # Sums, and what is added to one of the two, while a batch runs; then those and the solve's.
-        work = max(
-            max(refit_work(architecture, n), 12 * n * (n + architecture.hidden) + activations)
-            for n in refit_widths(architecture, layer)
-        )
-        held = run.waiting(_states(run, layer) + _read(run, layer))
-        stages["refit"] = held + run.weights + reduced + work
-    return stages
-
-
-def _token_bytes(architecture: Architecture, layer: LayerPlan, run: int) -> int:
-    """Activations held for one token while a layer runs and is compared with its reductions."""
-    hidden, width = architecture.hidden, architecture.matrices[architecture.family.mlp_output].columns
-    projections = layer.targets - {"qk", "ov", "mlp"}
-    return hidden * (6 * 4 + 6 * run) + width * (3 * run + 16 if projections else 7 * run)
-
-
-def _width(architecture: Architecture, site: str) -> int:
-    """Size of the activations at a site."""
-    roles: Iterable[str] = architecture.matrices
-    return next(
-        architecture.matrices[role].columns for role in roles if architecture.family.site(role) == site
-    )
+    # Gradient moments of this layer: those that wait on the GPU are counted with all others.
+    gradient = 0 if run.place == "device" else run.gradient(layer)
+    kept = sum(a.kept for a in layer.assignments)
+    reduced = 2 * kept * run.job.reader.dtype.itemsize
+    if not run.shared:  # the reduced layer as run, and one for each target that is measured alone
+        rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
+        reduced += (rest + kept + len(layer.assignments) * architecture.layer_parameters) * each
+    scores = 20 * architecture.heads * run.job.plan.seq_len**2 if layer.targets & {"qk"} else 0
+    work = [
+        2 * moments + gradient + activations,
+        moments + gradient + 8 * kept + max(solve_work(architecture, a, sampled) for a in layer.assignments),
+        moments + gradient + reduced + activations + scores,
+    ]
+    if run.refits:  # a batch with sums that are being added to, then the fit
+        for n in refit_widths(architecture, layer):
+            sums = 12 * n * (n + architecture.hidden) + activations
+            work.append(reduced + max(refit_work(architecture, n), sums))
+    return run.weights + max(work)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lrc.records.compression import plain
 
-INSPECTION_VERSION = 1
+INSPECTION_VERSION = 2
 
 # What the errors that a choice goes by are: predicted rise of the loss in nats per token, (E‖Δy‖² / E‖y‖²)^½ of the
 # target's output, the same of attention scores, or nats of divergence of the attention distribution.
@@ -75,19 +75,22 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``auto`` takes at a kept fraction, by the least ``error`` in ``unit``, and why in one sentence.
+    """What ``auto`` takes at a kept fraction, by the least ``error`` in ``unit``, and the next best.
 
     ``method`` of a component that goes by its projections names the method of each; ``error`` is then the sum of theirs
     in nats, or the largest of theirs where that is no sum. ``kept``: the fraction of the target's weights that the size
-    really keeps, as sizes are whole numbers.
+    really keeps, as sizes are whole numbers. ``next_method`` and its error in the same unit are None where nothing else
+    could be compared.
     """
 
     keep: float
     method: str
     error: float
     unit: Unit
-    reason: str
     kept: float
+    next_method: str | None = None
+    next_error: float | None = None
+    next_kept: float | None = None
 
 
 @dataclass(frozen=True)

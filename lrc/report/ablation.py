@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
+from lrc.records.ablation import Ablation
 from lrc.report.plots.heatmap import heatmap
+from lrc.report.plots.theme import compact, standalone
+from lrc.report.table import table
+from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-from lrc.records.ablation import Ablation
+
+_LARGEST = 1e3  # times the dense perplexity: what is above is as bad
 
 
 def picture(ablation: Ablation) -> str:
     """The heat map of an ablation as the text of an SVG file."""
-    rows = {t: [ablation.at(t, keep).increase for keep in ablation.keeps] for t in ablation.targets}
-    return heatmap(
-        rows,
-        ablation.keeps,
-        percent,
-        title=f"Rise of perplexity ({ablation.dense.value:.4g} dense), one target alone",
-        label=f"Rise of perplexity of {ablation.model} on {ablation.dense.data} with one target alone shrunk",
+    increases = [[ablation.at(t, keep).increase for keep in ablation.keeps] for t in ablation.targets]
+    rises = [[_rise(increase) for increase in row] for row in increases]
+    most = max(max(row) for row in rises) or 1
+    return standalone(
+        heatmap(
+            "ablation",
+            [[rise / most for rise in row] for row in rises],
+            [[percent(increase) for increase in row] for row in increases],
+            list(ablation.targets),
+            [f"{keep:g} ({compact(1 / keep)}x)" for keep in ablation.keeps],
+            title=f"Rise of perplexity ({ablation.dense.value:.4g} dense), one target alone",
+            below="kept of the target's weights, in all layers",
+            label=f"Rise of perplexity of {ablation.model} on {ablation.dense.data} with one target alone shrunk",
+        )
     )
 
 
@@ -34,18 +45,17 @@ def ablation_table(ablation: Ablation) -> Iterator[RenderableType]:
         f"dense perplexity: {dense.value:.5g} on {dense.data} ({dense.windows} x {dense.seq_len} tokens, "
         f"{dense.dtype}); below with one target alone shrunk in all layers"
     )
-    table = Table("target", "method", *(f"{keep:g} kept, {1 / keep:.4g}x" for keep in ablation.keeps))
-    for column in table.columns[2:]:
-        column.justify = "right"
+    rows = []
     for target, method in ablation.targets.items():
         results = [ablation.at(target, keep) for keep in ablation.keeps]
-        table.add_row(target, method, *(f"{r.perplexity:.5g} ({percent(r.increase)})" for r in results))
-    yield table
+        rows.append([target, method, *(f"{r.perplexity:.5g} ({percent(r.increase)})" for r in results)])
+    heads = (f"{keep:g} kept, {1 / keep:.4g}x:n" for keep in ablation.keeps)
+    yield table(("target", "method", *heads), rows).on_screen()
     yield f"calibration: {ablation.calibration}"
     yield f"results: {ablation.file} ({ablation.measured} of {len(ablation.results)} measured in this run)"
     if ablation.seconds:  # of what was measured
-        yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in ablation.seconds.items())
-    yield from (f"warning: {warning}" for warning in ablation.warnings)
+        yield seconds_line(ablation.seconds)
+    yield from warning_lines(ablation.warnings)
 
 
 def percent(increase: float) -> str:
@@ -53,3 +63,10 @@ def percent(increase: float) -> str:
     if not increase < 10:  # so that NaN and infinity are told, too
         return f"{increase + 1:.3g}x"
     return f"{round(100 * increase, 1) or 0.0:+.1f} %"  # no -0.0
+
+
+def _rise(increase: float) -> float:
+    """The logarithm of perplexity over the dense model's, between nothing and what is as bad as it gets."""
+    if not increase + 1 < _LARGEST:  # so that NaN is, too
+        return math.log(_LARGEST)
+    return math.log(max(increase + 1, 1.0))

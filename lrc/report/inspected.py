@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table as Screen
-
 from lrc.methods import methods
 from lrc.plan.precedence import spans
-from lrc.records.inspection import Conditioning, Estimate, Held, Inspected, Inspection
-from lrc.report.page import Table, columns
+from lrc.records.inspection import Choice, Conditioning, Estimate, Held, Inspected, Inspection
+from lrc.report.table import Table, table
+from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,21 +20,23 @@ Groups = Mapping[str, Sequence[Inspected]]
 
 
 def inspection_tables(found: Inspection, *, by_layer: bool) -> Iterator[RenderableType]:
-    """What was found, a row a target, or a row a target of a layer with the reasons for what ``auto`` takes."""
-    groups = grouped(found.targets, by_layer=by_layer)
+    """Yield what was found for a terminal, a row a target or a row a target of a layer."""
     yield heading(found)
-    yield _on_screen(spectra_table(groups))
+    for each in tables(found, by_layer=by_layer):
+        yield each.on_screen()
+    yield seconds_line(found.seconds)
+    yield from warning_lines(found.warnings)
+
+
+def tables(found: Inspection, *, by_layer: bool) -> list[Table]:
+    """Return what was found as tables, a row a target or a row a target of a layer."""
+    groups = grouped(found.targets, by_layer=by_layer)
+    shown = [spectra_table(groups), *estimate_tables(found, groups), auto_table(groups, found.keeps)]
     if found.moments:
-        yield _on_screen(moments_table(found.moments, by_layer=by_layer))
-    yield from map(_on_screen, estimate_tables(found, groups))
-    yield _on_screen(auto_table(groups, found.keeps))
-    if by_layer:
-        yield from (": ".join(row) for row in reasons_table(found.targets).rows)
+        shown.append(moments_table(found.moments, by_layer=by_layer))
     if found.against is not None:
-        yield f"against {found.against}, as it is stored, on the same tokens"
-        yield _on_screen(held_table(groups))
-    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in found.seconds.items())
-    yield from (f"warning: {warning}" for warning in found.warnings)
+        shown.append(held_table(groups, found.against))
+    return shown
 
 
 def heading(found: Inspection) -> str:
@@ -88,7 +89,7 @@ def spectra_table(groups: Groups) -> Table:
                 _span([s.rank_99 for s in whitened]),
             ]
         )
-    headings = columns(
+    headings = (
         "target",
         "full:n",
         "effective:n",
@@ -97,8 +98,12 @@ def spectra_table(groups: Groups) -> Table:
         "stable, whitened:n:m",
         "99 %, whitened:n",
     )
-    caption = "effective and stable rank, plain and whitened, and the rank of 99 % of the energy, whitened"
-    return Table(headings, rows, caption)
+    return table(
+        headings,
+        rows,
+        "Ranks, plain and whitened by the moment of what is read, means over the layers. Effective: exp of the entropy "
+        "of σ/Σσ. Stable: Σσ²/σ₁². 99 %: of the energy",
+    )
 
 
 def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
@@ -117,7 +122,7 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
         ]
         for name, each in groups.items()
     ]
-    headings = columns(
+    headings = (
         "moment",
         "width:n:m",
         "numerical rank:n",
@@ -126,7 +131,12 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
         "damping:n:m",
         "tokens:n:m",
     )
-    return Table(headings, rows, "moments of what is read")
+    return table(
+        headings,
+        rows,
+        "Moments of what is read: largest over smallest eigenvalue, and the same with the damping that solves add, in "
+        "units of the mean diagonal",
+    )
 
 
 def estimate_tables(found: Inspection, groups: Groups) -> list[Table]:
@@ -140,31 +150,26 @@ def estimate_tables(found: Inspection, groups: Groups) -> list[Table]:
 
 
 def auto_table(groups: Groups, keeps: Sequence[float]) -> Table:
-    """What ``auto`` takes by kept fraction, with the number of layers where they differ."""
+    """What ``auto`` takes by kept fraction: how many layers take it, or of one layer its error and the next best."""
     rows = []
     for name, each in groups.items():
-        counts = [Counter(c.method for one in each for c in one.choices if c.keep == keep) for keep in keeps]
-        rows.append(
-            [name]
-            + [
-                "\n".join(method if len(count) == 1 else f"{n} {method}" for method, n in count.most_common())
-                for count in counts
-            ]
-        )
-    return Table(columns("target", *(f"{keep:g}:w" for keep in keeps)), rows, "auto, by kept fraction")
+        at = {keep: [c for one in each for c in one.choices if c.keep == keep] for keep in keeps}
+        rows.append([name, *(_taken(choices) for choices in at.values())])
+    return table(("target", *(f"{keep:g}:w" for keep in keeps)), rows, "Taken by auto, by kept fraction")
 
 
-def reasons_table(targets: Iterable[Inspected]) -> Table:
-    """What ``auto`` takes of each target of each layer, and why."""
-    rows = [
-        [f"{_where(each)} at {choice.keep:g}", choice.method, choice.reason]
-        for each in targets
-        for choice in each.choices
-    ]
-    return Table(columns("target", "auto:w", "why:w"), rows)
+def _taken(choices: Sequence[Choice]) -> str:
+    if len(choices) != 1:
+        count = Counter(choice.method for choice in choices).most_common()
+        return "\n".join(method if len(count) == 1 else f"{n} {method}" for method, n in count)
+    (one,) = choices
+    lines = [f"{one.method}: {one.error:.3g} {one.unit}, keeps {one.kept:.1%}"]
+    if one.next_method is not None:
+        lines.append(f"next {one.next_method}: {one.next_error:.3g}, keeps {one.next_kept:.1%}")
+    return "\n".join(lines)
 
 
-def held_table(groups: Groups) -> Table:
+def held_table(groups: Groups, against: str) -> Table:
     """What an output has lost of each target, beside what its manifest says."""
     rows = []
     for name, each in groups.items():
@@ -189,7 +194,7 @@ def held_table(groups: Groups) -> Table:
                     _folded([h.recorded_measured for h in held], measured),
                 ]
             )
-    headings = columns(
+    headings = (
         "target",
         "method",
         "measured:n",
@@ -201,18 +206,13 @@ def held_table(groups: Groups) -> Table:
         "recorded predicted:n",
         "recorded measured:n",
     )
-    return Table(headings, rows, "the output beside the original")
-
-
-def _on_screen(table: Table) -> Screen:
-    screen = Screen(title=table.caption, title_justify="left")
-    for column in table.columns:
-        screen.add_column(column.heading, justify="right" if column.kind == "n" else "left", overflow="fold")
-    if table.columns[1].heading == "method":
-        screen.columns[1].no_wrap = True
-    for row in table.rows:
-        screen.add_row(*row)
-    return screen
+    return table(
+        headings,
+        rows,
+        f"{against} against the original, as it is stored, refits included; recorded: by its manifest, before the "
+        "refit. Overlap: mean squared cosine of the principal angles between the inputs kept and the best ones of that "
+        "rank, of an MLP the share of its neurons among the largest scores",
+    )
 
 
 def _unusual(estimate: Estimate) -> str:
@@ -221,10 +221,6 @@ def _unusual(estimate: Estimate) -> str:
     defaults = next((each for each in known if each.keys() == estimate.options.keys()), {})
     changed = {name: value for name, value in estimate.options.items() if defaults.get(name) != value}
     return "".join(f", {name} {value}" for name, value in changed.items())
-
-
-def _where(each: Inspected) -> str:
-    return each.target if each.layer is None else f"layer {each.layer} {each.target}"
 
 
 def _estimates(
@@ -238,8 +234,9 @@ def _estimates(
         for name, each in groups.items()
         for method, at in by_method(each).items()
     ]
-    headings = columns("target", "method", *(f"{keep:g}:n" for keep in keeps))
-    return Table(headings, rows, f"predicted {what}, by kept fraction")
+    return table(
+        ("target", "method", *(f"{keep:g}:n" for keep in keeps)), rows, f"Predicted {what}, by kept fraction"
+    )
 
 
 def _error_text(estimates: Sequence[Estimate]) -> str:

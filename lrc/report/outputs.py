@@ -71,9 +71,9 @@ class Source:
     texts: list[OnText]
 
     @property
-    def unmeasured(self) -> list[str]:
-        """Labels of outputs that have no perplexity."""
-        return [output.label for output in self.outputs if not output.report.perplexity]
+    def methods(self) -> list[str]:
+        """The methods of its outputs, each once."""
+        return list(dict.fromkeys(output.method for output in self.outputs))
 
     @property
     def notes(self) -> list[str]:
@@ -86,8 +86,8 @@ class Source:
                 for label, value in {"the original": text.dense.value, **figures}.items()
                 if not math.isfinite(value)
             ]
-        if self.unmeasured:
-            notes.append(f"without a perplexity: {', '.join(self.unmeasured)}")
+        if unmeasured := [output.label for output in self.outputs if not output.report.perplexity]:
+            notes.append(f"without a perplexity: {', '.join(unmeasured)}")
         return notes
 
     def as_dict(self) -> dict[str, Any]:

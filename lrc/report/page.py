@@ -1,69 +1,66 @@
-"""What the pages of reports are made of: tables, pictures and the templates that they stand in.
+"""Pages of results: sections of pictures and tables in one HTML file that fetches nothing and runs nothing.
 
-A page is one file that fetches nothing and runs nothing. Whatever a user named is escaped by the templates; the
-pictures alone go in as they are, as they escape their text themselves.
+The template escapes whatever a user named. Pictures go in as they are, because they escape their text themselves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from lrc.report.plots.theme import css
+from lrc.report.table import Table
 
-
-@dataclass(frozen=True)
-class Column:
-    """A heading; ``kind`` ``n`` holds numbers, flush right, ``w`` words that wrap; ``minor``: not on a phone."""
-
-    heading: str
-    kind: str = ""
-    minor: bool = False
-
-    @property
-    def classes(self) -> str:
-        """Those of its cells."""
-        return f"{self.kind} {'m' * self.minor}".strip()
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under columns."""
-
-    columns: list[Column]
-    rows: list[list[str]]
-    caption: str = ""
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An ``<svg>`` element and what it shows."""
+    """The text of an ``<svg>`` element and what it shows."""
 
-    svg: Markup
+    svg: str
     caption: str
 
 
-def columns(*headings: str) -> list[Column]:
-    """Columns by their headings, those that end in ``:n`` or ``:w`` of that kind, with ``:m`` after it minor."""
-    found = []
-    for heading in headings:
-        name = heading.removesuffix(":m")
-        kind = name[-1] if name.endswith((":n", ":w")) else ""
-        found.append(Column(name[:-2] if kind else name, kind, minor=name != heading))
-    return found
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands under it: pictures with notes and a table ``beside`` them, then the rest in order.
+
+    ``folded``: tables that the reader unfolds, by what they are called.
+    """
+
+    heading: str
+    pictures: list[Picture] = field(default_factory=list)
+    beside: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    folded: dict[str, Table] = field(default_factory=dict)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    text: str = ""
 
 
-def render(template: str, **values: Any) -> str:
-    """A page by the name of its template and what that asks for."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def render(
+    title: str,
+    sentence: str,
+    sections: Iterable[Section],
+    figures: Iterable[tuple[str, str, str]] = (),
+    warnings: Iterable[str] = (),
+) -> str:
+    """Return a page; each of ``figures`` is a name, a value and a detail, shown large below the ``sentence``."""
+    return _PAGES.get_template("page.html").render(
+        title=title,
+        sentence=sentence,
+        sections=list(sections),
+        figures=list(figures),
+        warnings=list(warnings),
+        css=css(),
     )
-    return environment.get_template(template).render(css=Markup(css()), **values)

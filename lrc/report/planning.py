@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lrc.plan.resolved import weights_of
+from lrc.records.planning import Planning, Strip, cost_text
+from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-from lrc.records.planning import Planning, Strip, cost_text
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLOURS = ("red", "dark_orange", "yellow", "green")
@@ -41,8 +42,8 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
     if planning.curves is not None:
         how = "found in this run" if planning.measured else "used again"
         yield f"curves by {planning.allocation}, {how}: {planning.curves}"
-    yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in planning.seconds.items())
-    yield from (f"warning: {warning}" for warning in planning.warnings)
+    yield seconds_line(planning.seconds)
+    yield from warning_lines(planning.warnings)
 
 
 def _bars(strip: Strip, sizes: list[int]) -> Text:

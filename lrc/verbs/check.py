@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lrc.allocation import ALLOCATORS
@@ -33,9 +35,12 @@ def check(job: Job) -> Check:
     )
     if allocator.holds == "model":
         memory, least = (
-            one.beside(
-                "measure sizes",
-                measuring_memory(jobs[-1], dtype, batch, one.samples, HELD_OUT_SAMPLES, one.place),
+            replace(
+                one,
+                peak=max(
+                    one.peak,
+                    measuring_memory(jobs[-1], dtype, batch, one.samples, HELD_OUT_SAMPLES, one.place),
+                ),
             )
             for one in (memory, least)
         )

@@ -39,7 +39,8 @@ def test_outputs_stand_beside_each_other(succeeds: Run, outputs: list[str], work
         assert f"{report.after.bytes / report.before.bytes:.3f}" in shown.stdout
     assert shown.stderr == "wrote compare.html\n"
     (figure,) = reports[0].perplexity
-    for told in ("perplexity, ", f"{figure.after.windows} x {figure.after.seq_len} tokens", "KV cache,"):
+    windows = f"perplexity, {figure.after.windows} windows of {figure.after.seq_len} tokens"
+    for told in (windows, "KV per token"):
         assert told in shown.stdout
     page = (work / "compare.html").read_text(encoding="utf-8")
     assert {"dense", "half", "third"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", page))

@@ -22,7 +22,7 @@ def test_by_target_and_layer_by_layer(succeeds, tiny_checkpoint, quick):
     model = tiny_checkpoint("llama")
     printed = succeeds("inspect", model, *quick, "--keeps", "0.5", "--methods", "svd,a3,whitened_svd").stdout
     assert printed.startswith(f"{model}: layers 0-1; moments of ")
-    for word in ("effective", "condition", "predicted error", "auto, by kept", "whitened_svd", "attn_in"):
+    for word in ("Effective", "condition", "Predicted error", "Taken by auto", "whitened_svd", "attn_in"):
         assert word in printed
     assert "layer 1" not in printed
     detail = succeeds(
@@ -30,8 +30,8 @@ def test_by_target_and_layer_by_layer(succeeds, tiny_checkpoint, quick):
     ).stdout
     assert "1 up" in detail
     assert "0 up" not in detail
-    assert "layer 1 down at 0.25: " in detail
-    assert "next best" in detail
+    assert "1 down" in detail
+    assert "next " in detail
 
 
 def test_help_speaks_of_no_plan(succeeds):
@@ -40,7 +40,7 @@ def test_help_speaks_of_no_plan(succeeds):
 
 def test_json_is_all_of_stdout(succeeds, tiny_checkpoint, quick):
     found = json.loads(succeeds("inspect", tiny_checkpoint("gpt2"), *quick, "--tables", "--json").stdout)
-    assert (found["version"], found["layers"]) == (1, [0, 1])
+    assert (found["version"], found["layers"]) == (2, [0, 1])
     assert {t["target"] for t in found["targets"]} >= {"qk", "fc_in", "embed"}
 
 
@@ -51,7 +51,7 @@ def test_beside_an_output(succeeds, fails, tiny_checkpoint, quick, tmp_path):
     printed = succeeds(
         "inspect", model, *quick, "--against", "out", "--methods", "a3", "--keeps", "0.5"
     ).stdout
-    assert "against out, as it is stored, on the same tokens" in printed
+    assert "out against the original, as it is stored" in printed
     assert "two_sided_svd" in printed
     told = fails("inspect", other, *quick, "--against", "out")
     assert f"out was made of {model}" in told

@@ -250,7 +250,7 @@ def test_gradients_take_at_most_what_is_estimated_of_host_and_device(
     states = 7 * blocks.numel() * 128 * 4  # of six layers, and one gradient
     moments = sum(g.nbytes for moment in found.values() for g in moment.outputs.values())
     assert memory.gradients == states + moments
-    assert held.peak <= memory.stages["gradients"] <= 2 * held.peak
+    assert held.peak <= memory.peak
 
 
 def test_more_gradient_samples_than_blocks_are_no_more_states(
@@ -264,7 +264,6 @@ def test_more_gradient_samples_than_blocks_are_no_more_states(
     assert few.memory.gradients == many.memory.gradients > 0
     without = check(prepare(model, write_plan("keep: 0.5\nmethod: svd", gradient_samples=3))).memory
     assert without.gradients == 0
-    assert "gradients" not in without.stages
 
 
 def test_memory_counts_what_an_allocation_takes_before(
@@ -279,6 +278,4 @@ def test_memory_counts_what_an_allocation_takes_before(
     assert uniform.memory.gradients == energy.memory.gradients == 0
     swept = check(prepare(model, write_plan("keep: 0.6\nmethod: two_sided_svd", gradient_samples=3))).memory
     assert fisher.memory.gradients == swept.gradients > 0
-    assert measured.memory.stages["measure sizes"] > measured.before.bytes
-    assert measured.memory.peak >= measured.memory.stages["measure sizes"]
-    assert "measure sizes" not in fisher.memory.stages
+    assert measured.memory.peak > measured.before.bytes + uniform.memory.peak / 2

@@ -105,7 +105,7 @@ def test_the_record_is_json_with_a_version(tiny_checkpoint: Any, inspected: Any)
     folder = tiny_checkpoint("gpt2")
     found: Inspection = inspected(folder, targets=["q"], keeps=[0.5])
     read = json.loads(found.to_json())
-    assert read["version"] == 1
+    assert read["version"] == 2
     assert read["fingerprint"] == CheckpointReader(folder).fingerprint
     assert read["targets"][0]["estimates"][0]["keep"] == 0.5
     assert set(read) == set(asdict(found))

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from lrc.records.compression import Report
 from lrc.report.html import html_page
-from lrc.report.markdown import error_note, model_card, report_page
+from lrc.report.markdown import model_card, report_page
+from lrc.report.rows import error_note
 
 
 def test_what_matters_comes_first_and_the_plan_last(make_report: Callable[..., Report]) -> None:
@@ -16,7 +17,7 @@ def test_what_matters_comes_first_and_the_plan_last(make_report: Callable[..., R
     places = [page.index(told) for told in (report.sentence, "too few samples", "| parameters |", "```yaml")]
     assert places == sorted(places)
     assert page.count("too few samples") == 1
-    assert f"- Model: llama-7b, revision {report.revision}, fingerprint {report.fingerprint}" in page
+    assert f"- Revision: {report.revision}\n- Fingerprint: {report.fingerprint}\n" in page
     assert page.count("<details>") == page.count("</details>") == 2
     assert report.plan_text in page
 
@@ -48,7 +49,7 @@ def test_stages_that_did_not_run_are_left_out(make_report: Callable[..., Report]
     assert report.stages == {"load": 0.5, "write": 0.002}
     for page in (report_page(report), html_page(report)):
         assert "gradients" not in page.replace("gradient_samples", "")
-    assert "- Seconds: load 0.5, write 0.0\n" in report_page(report)
+    assert "| load | 0.50 | 99.6% |\n| write | 0.00 | 0.4% |\n" in report_page(report)
 
 
 def test_the_card_has_the_plan_as_it_was_written(make_report: Callable[..., Report]) -> None:

@@ -97,7 +97,7 @@ def test_on_a_phone_perplexity_is_in_sight(written: Written, make_report: MakeRe
     assert page.count('<td class="n m">') == 4 * 3  # the dense model and both outputs
     assert 'class="beside"' not in page  # there are no notes, so no gap for them
     unmeasured = compared_page(read_outputs(written(c=make_report(), d=make_report(perplexity=[]))))
-    assert '<div class="beside"><p class="note">without a perplexity: d</p></div>' in unmeasured
+    assert '<div class="beside">\n<p class="note">without a perplexity: d</p>' in unmeasured
 
 
 def test_json_has_every_figure(written: Written, make_report: MakeReport) -> None:

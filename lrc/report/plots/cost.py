@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
+from numpy.typing import ArrayLike
 
 from lrc.report.plots.theme import (
     INK,
@@ -116,18 +119,16 @@ def _scales(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[Point]) -> None:
-    """Write each label at its point, or further off with a line to it, where it covers least of marks and labels."""
+    """Write each label near its point, with a line to it, where it overlaps least of marks, labels and the front."""
     figure.draw_without_rendering()  # what is laid out now stays where it is
     figure.set_layout_engine("none")
-    inside = _Box(*axes.get_window_extent().extents)
-    marks = [axes.transData.transform((point.bytes, point.perplexity)) for point in points]
-    corners = [axes.transData.transform((point.bytes, point.perplexity)) for point in edge]
-    taken = [_around(x, y, 6) for x, y in marks]
-    for (x0, y0), (x1, y1) in pairwise(corners):  # the line between them, as beads
-        steps = 1 + round(math.hypot(x1 - x0, y1 - y0) / 4)
-        beads = [i / steps for i in range(steps + 1)]
-        taken += [_around(x0 + t * (x1 - x0), y0 + t * (y1 - y0), 2) for t in beads]
-    for point, (x, y) in zip(points, marks, strict=True):
+    inside = axes.get_window_extent()
+    at = axes.transData.transform
+    taken = [_around(at((point.bytes, point.perplexity)), 6) for point in points]
+    for start, end in pairwise(at([(point.bytes, point.perplexity) for point in edge]) if edge else []):
+        steps = 1 + round(math.dist(start, end) / 4)  # the line of the front, as beads
+        taken += [_around(start + i / steps * (end - start), 2) for i in range(steps + 1)]
+    for point in points:
         label = axes.annotate(
             shortened(point.label, 22),
             (point.bytes, point.perplexity),
@@ -135,70 +136,36 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[P
             xytext=(0, 0),
             fontsize=10,
             color=INK,
+            ha="center",
+            va="center",
             annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 7},
         )
-        size = label.get_window_extent()
-        boxes = [(place, place.box(x, y, size.width, size.height)) for place in _PLACES]
-        best, end = min(boxes, key=lambda each: _covered(each[1], taken, inside))  # the first of equals
-        taken.append(end)
-        label.set(position=(best.x, best.y), ha=best.ha, va=best.va)
-        if best.far:
-            to = min(max(x, end.x0), end.x1), min(max(y, end.y0), end.y1)
-            (x0, y0), (x1, y1) = axes.transData.inverted().transform([(x, y), to])
-            axes.plot([x0, x1], [y0, y1], color=MUTED, linewidth=0.6, zorder=2, clip_on=False)
+        label.get_window_extent()  # puts the text at its point
+        own = Text.get_window_extent(label)
+        offsets = [
+            (right * (gap + own.width / 2), up * (gap + own.height / 2))
+            for gap in _GAPS
+            for right, up in _SIDES
+        ]
+        costs = [_covered(own.translated(*offset), taken, inside) for offset in offsets]
+        best = offsets[costs.index(min(costs))]  # the first of equals
+        taken.append(own.translated(*best))
+        label.set_position(best)
 
 
-class _Box(NamedTuple):
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-
-    def common(self, other: _Box) -> float:
-        """The area of both."""
-        width = min(self.x1, other.x1) - max(self.x0, other.x0)
-        height = min(self.y1, other.y1) - max(self.y0, other.y0)
-        return width * height if width > 0 and height > 0 else 0.0
+# Pixels between a point and its label, and on which side of it the label is: the best first.
+_GAPS = (8, 20, 34, 50)
+_SIDES = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, -0.8), (0.8, -0.8), (-0.8, 0.8))
 
 
-class _Place(NamedTuple):
-    """Pixels from a point to its label, the label's side that is there, and whether a line leads to it."""
-
-    x: float
-    y: float
-    ha: Literal["left", "center", "right"]
-    va: Literal["bottom", "center", "top"]
-    far: bool
-
-    def box(self, x: float, y: float, width: float, height: float) -> _Box:
-        """Where a label of a size lies, of a point at (x, y)."""
-        left, low = x + self.x - width * _SHARE[self.ha], y + self.y - height * _SHARE[self.va]
-        return _Box(left, low, left + width, low + height)
+def _around(place: ArrayLike, half: float) -> Bbox:
+    x, y = np.asarray(place)
+    return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
-_SHARE = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
-
-
-def _places() -> Iterator[_Place]:
-    """The best first."""
-    for off, far in ((8, False), (20, True), (34, True), (50, True)):
-        yield _Place(off, 0, "left", "center", far)
-        yield _Place(0, off, "center", "bottom", far)
-        yield _Place(-off, 0, "right", "center", far)
-        yield _Place(0, -off, "center", "top", far)
-        yield _Place(0.7 * off, 0.7 * off, "left", "bottom", far)
-        yield _Place(-0.7 * off, -0.7 * off, "right", "top", far)
-        yield _Place(0.7 * off, -0.7 * off, "left", "top", far)
-        yield _Place(-0.7 * off, 0.7 * off, "right", "bottom", far)
-
-
-_PLACES = tuple(_places())
-
-
-def _around(x: float, y: float, half: float) -> _Box:
-    return _Box(x - half, y - half, x + half, y + half)
-
-
-def _covered(box: _Box, taken: Sequence[_Box], inside: _Box) -> float:
-    """What a box covers of others, and, worse, of what is outside of the axes."""
-    return sum(box.common(other) for other in taken) + 4 * (box.common(box) - box.common(inside))
+def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
+    """The area that a box has in common with others, and four times what is outside of the axes."""
+    common = [Bbox.intersection(box, other) for other in (*taken, inside)]
+    *others, within = (0.0 if each is None else each.width * each.height for each in common)
+    return sum(others) + 4 * (box.width * box.height - within)

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -204,11 +203,6 @@ def shortened(text: str, most: int) -> str:
     return f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
 
 
-def plain_ticks(axis: Axis) -> None:
-    """Label an axis with numbers in few characters."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-
-
 class _FewTicks(LogLocator):
     """Decades where there are several, 1, 2 and 5 of each where there are not, and even steps inside of one."""
 
@@ -225,4 +219,4 @@ def log_scale(axes: Axes, which: Literal["x", "y"]) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(_FewTicks())
     axis.set_minor_locator(NullLocator())
-    plain_ticks(axis)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))

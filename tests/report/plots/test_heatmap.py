@@ -1,31 +1,31 @@
-"""The heat map tells every figure, by colours of the page that grow with the loss."""
+"""The heat map tells every figure, by colours of the page that grow with the shade."""
 
 from __future__ import annotations
 
-import math
 import re
 from xml.etree import ElementTree
 
-from lrc.report.ablation import percent
 from lrc.report.plots.heatmap import heatmap
 
-INCREASES = {"qk": [0.2, 0.5], "mlp": [-0.001, 41.0], "down": [math.nan, math.inf]}
+SHADES = [[0.2, 0.4], [0.0, 0.9], [1.0, 1.0]]
+TEXTS = [["+20 %", "+50 %"], ["-1 %", "42x"], ["nanx", "infx"]]
 
 
 def drawn() -> str:
-    return heatmap(INCREASES, [0.5, 0.25], percent, title="Rise of $x", label="A & B")
+    rows, columns = ["qk", "mlp", "down"], ["0.5 (2x)", "0.25 (4x)"]
+    return heatmap("h", SHADES, TEXTS, rows, columns, title="Rise of $x", below="kept", label="A & B")
 
 
 def test_every_figure_stands_in_it_as_text() -> None:
     root = ElementTree.fromstring(drawn().encode())
     texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    told = ["+20.0 %", "+50.0 %", "-0.1 %", "42x", "nanx", "infx"]
-    for text in (*told, "qk", "mlp", "down", "0.5 (2x)", "0.25 (4x)", "Rise of $x"):
+    told = [text for row in TEXTS for text in row]
+    for text in (*told, "qk", "mlp", "down", "0.5 (2x)", "0.25 (4x)", "Rise of $x", "kept"):
         assert text in texts
     assert root.attrib["aria-label"] == "A & B"
 
 
-def test_colours_are_the_page_s_and_grow_with_the_loss() -> None:
+def test_colours_are_the_page_s_and_grow_with_the_shade() -> None:
     text = drawn()
     assert "<image" not in text
     fills = [

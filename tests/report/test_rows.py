@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from rich.console import Console
 
 from lrc.checkpoint.sizes import Size
@@ -16,8 +15,8 @@ from lrc.compression.measure import Measured
 from lrc.compression.refit import RefitRecord, StreamError
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
-from lrc.report.groups import summarise
 from lrc.report.markdown import report_page
+from lrc.report.rows import targets_table
 from lrc.report.tables import summary
 
 
@@ -35,20 +34,11 @@ RECORDS = [
 
 
 def test_a_divergence_is_a_mean_in_nats_and_an_error_is_relative() -> None:
-    nats, scores, ov = summarise(RECORDS)
-    assert (nats.metric, nats.layers) == ("kl", 2)
-    assert nats.predicted == pytest.approx(0.11)
-    assert (nats.predicted_text, nats.measured_text) == ("0.11 nats KL", "0.25 nats KL")
-    assert (scores.predicted_text, scores.measured_text) == ("0.2000", "0.5 nats KL")
-    assert (ov.predicted_text, ov.measured_text) == ("0.3000", "0.4000")
-
-
-def test_metrics_of_one_target_are_not_mixed() -> None:
-    groups = summarise(RECORDS)
-    assert [(g.target, g.metric, g.layers) for g in groups] == [
-        ("qk", "kl", 2),
-        ("qk", "scores", 1),
-        ("ov", "output", 1),
+    """A row for each metric of a target, as their means are of different things."""
+    assert targets_table(RECORDS).rows == [
+        ["qk", "0.11 nats KL", "0.25 nats KL", "50.0%", "4 per head", "a3", "2"],
+        ["qk", "0.2000", "0.5 nats KL", "50.0%", "4 per head", "a3", "1"],
+        ["ov", "0.3000", "0.4000", "50.0%", "4 per head", "a3", "1"],
     ]
 
 
@@ -89,12 +79,12 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         versions={},
     )
     page = report_page(report)
-    assert "| qk | a3 | 2 | 4 per head | 50.0% | 0.11 nats KL | 0.25 nats KL |" in page
-    assert "| qk | a3 | 1 | 4 per head | 50.0% | 0.2000 | 0.5 nats KL |" in page
+    assert "| qk | 0.11 nats KL | 0.25 nats KL | 50.0% | 4 per head | a3 | 2 |" in page
+    assert "| qk | 0.2000 | 0.5 nats KL | 50.0% | 4 per head | a3 | 1 |" in page
     assert "Calibrated on 3 blocks of 8 tokens: 2 of a, 1 of b." in page
     assert (
-        "- Calibration: data a=2,b=1, samples 3, seq_len 8, seed 0, ids_sha256 0a, first_token 8; "
-        "data a, blocks 2, weight 2; " in page
+        "- Calibration: data a=2,b=1, samples 3, seq_len 8, seed 0, ids_sha256 0a, first_token 8\n"
+        "- Calibration text: data a, blocks 2, weight 2\n" in page
     )
     assert "| 0 | o | 0.1 | 0.125 | 0.1 | 0.15 | 0.123 |" in page
     assert "| 1 | down | 0.1, raised to 0.2 | 0.5 | 0.25 |  |  |" in page
@@ -102,7 +92,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         "logits scaled by 0.930 in the final norm; KL divergence from the original's, on 2,048 calibration tokens, "
         "which the fits have seen, "
     )
-    assert "as the method's solution and the refits before it have seen them" in page
+    assert "method's solution and earlier refits have seen those blocks" in page
     assert f"Scale: {scaled}0.4 nats without and 0.375 with it." in page
     typed = json.loads(report.to_json())
     assert RefitRecord.from_dict(typed["refits"][1]) == report.refits[1]

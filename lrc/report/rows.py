@@ -1,0 +1,212 @@
+"""The rows of a compression's report: what it cost, what became of each target, and how it was made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lrc.checkpoint.sizes import Size, byte_text
+from lrc.compression.measure import Measured
+from lrc.methods.contract import Prediction
+from lrc.records.compression import PerplexityChange, Report, TargetRecord
+from lrc.report.table import Table, table
+
+
+def kept_text(report: Report) -> str:
+    """Return in a sentence what is kept of the weights."""
+    tables = report.with_tables
+    rest = f", {tables.keep:.1%} of {tables.weights}" if tables else ""
+    return f"Kept {report.keep:.1%} of the decoder's weights{rest}."
+
+
+def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange] = ()) -> Table:
+    """Return parameters, bytes, cache and perplexity before and after."""
+    rows = [
+        [name, shown(old), shown(new), f"{new / old:.3f}"]
+        for name, shown, old, new in (
+            ("parameters", "{:,}".format, before.parameters, after.parameters),
+            ("bytes", byte_text, before.bytes, after.bytes),
+            ("KV cache, bytes per token", "{:,}".format, before.kv_bytes_per_token, after.kv_bytes_per_token),
+        )
+    ]
+    for change in perplexity:
+        old, new = change.before, change.after
+        label = f"perplexity, {old.data} ({old.windows} × {old.seq_len} tokens, {old.dtype})"
+        rows.append([label, f"{old.value:.4g}", f"{new.value:.4g}", f"{change.ratio:.3f}"])
+        if old.bits_per_byte is not None and new.bits_per_byte is not None:
+            ratio = new.bits_per_byte / old.bits_per_byte if old.bits_per_byte else math.nan
+            bits = f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}", f"{ratio:.3f}"
+            rows.append([f"bits per byte, {old.data}", *bits])
+    return table((":w", "before:n", "after:n", "ratio:n"), rows)
+
+
+def targets_table(records: Iterable[TargetRecord]) -> Table:
+    """Return a row for each target, method and metric of its prediction, over the layers.
+
+    Relative errors are root mean squares over the layers, nats their means.
+    """
+    groups: dict[tuple[str, str, str], list[TargetRecord]] = {}
+    for record in records:
+        groups.setdefault((record.target, record.method, record.predicted.metric), []).append(record)
+    rows = [
+        [target, *_outcome(some), method, f"{sum(r.layer is not None for r in some)}"]
+        for (target, method, _), some in groups.items()
+    ]
+    return table(("target", *_OUTCOME, "method", "layers:n:m"), rows)
+
+
+def every_table(records: Iterable[TargetRecord]) -> Table:
+    """Return a row for each target of each layer, with options and numerics."""
+    rows = [
+        [
+            "" if r.layer is None else f"{r.layer}",
+            r.target,
+            *_outcome([r]),
+            r.method,
+            listed(r.options),
+            listed({name: _three(value) for name, value in r.numerics.items()}),
+        ]
+        for r in records
+    ]
+    return table(("layer:n", "target", *_OUTCOME, "method", "options:w", "numerics:w"), rows)
+
+
+_OUTCOME = ("predicted error:n", "measured error:n", "kept:n", "size:n:m")
+
+
+def _outcome(records: Sequence[TargetRecord]) -> list[str]:
+    kept = sum(r.kept for r in records) / sum(r.whole for r in records)
+    return [
+        *_errors(records),
+        f"{kept:.1%}",
+        size_text([r.size for r in records]) + size_unit(records[0].target),
+    ]
+
+
+def _errors(records: Sequence[TargetRecord]) -> tuple[str, str]:
+    """Predicted and measured errors of records of one metric; the second is empty where nothing was measured."""
+    metric, measured = records[0].predicted.metric, [r.measured for r in records]
+    if unit := {"kl": "nats KL", "loss": "nats of loss"}.get(metric):
+        predicted = f"{_mean([r.predicted.error for r in records]):.2g} {unit}"
+    else:
+        predicted = f"{_relative([r.predicted for r in records]):.4f}"
+    kl = [m.kl for m in measured if m.kl is not None]
+    if len(kl) == len(measured):
+        return predicted, f"{_mean(kl):.2g} nats KL"
+    return predicted, f"{_relative(measured):.4f}" if all(m.error is not None for m in measured) else ""
+
+
+def size_text(sizes: Sequence[int]) -> str:
+    """Return the size, or the least and the largest."""
+    least, most = min(sizes), max(sizes)
+    return f"{least}" if least == most else f"{least}-{most}"
+
+
+def size_unit(target: str) -> str:
+    """Return what follows the size of a target: nothing where the size is a rank."""
+    return {"mlp": " neurons", "qk": " per head", "ov": " per head"}.get(target, "")
+
+
+def refits_table(report: Report) -> Table:
+    """Return a row for each refit: ridge, and errors of the stream before and after, of all blocks and of held-out."""
+    rows = []
+    for refit in report.refits:
+        ridge = f"{refit.ridge:g}" if refit.raised is None else f"{refit.ridge:g}, raised to {refit.raised:g}"
+        held = (
+            ["", ""]
+            if refit.held_out is None
+            else [_three(refit.held_out.before), _three(refit.held_out.after)]
+        )
+        rows.append(
+            [
+                f"{refit.layer}",
+                refit.role,
+                ridge,
+                _three(refit.error.before),
+                _three(refit.error.after),
+                *held,
+            ]
+        )
+    heads = ("layer:n", "behind", "ridge:n", "before:n", "after:n", "left out, before:n", "left out, after:n")
+    return table(
+        heads,
+        rows,
+        "Squared error of the compressed residual stream over the original's square, with the method's own solution "
+        "and refitted. Left out: the error on the held-out blocks, which chose the ridge, of the fit without them. "
+        "The method's solution and earlier refits have seen those blocks.",
+    )
+
+
+def stages_table(report: Report) -> Table:
+    """Return seconds by stage, with device memory where there is a device."""
+    whole = sum(report.seconds.values()) or 1.0
+    rows = [
+        [name, f"{seconds:.2f}", f"{seconds / whole:.1%}"]
+        + ([byte_text(report.device_bytes.get(name, 0))] if report.device_bytes else [])
+        for name, seconds in report.stages.items()
+    ]
+    heads = ("stage", "seconds:n", "of all:n", *(["device memory:n"] if report.device_bytes else []))
+    return table(heads, rows)
+
+
+def error_note(records: Sequence[TargetRecord]) -> str:
+    """Explain the errors of a report's targets."""
+    note = (
+        "Errors are of each target alone, before the refit. Measured ones compare the original and the reduced module "
+        "on one calibration block in eight"
+    )
+    if any(r.layer is None for r in records):
+        note += "; those of an embedding and a head use counts and moments of all blocks"
+    note += ". A plain number is a relative error, root mean square over the layers, of the target's output"
+    note += (
+        " or, predicted for qk, of the attention scores." if any(r.target == "qk" for r in records) else "."
+    )
+    if any(r.predicted.metric == "kl" or r.measured.kl is not None for r in records):
+        note += (
+            " Nats KL are the divergence of the attention distribution from the original's, mean over queries, heads "
+            "and layers, measured on the first of those blocks."
+        )
+    return note
+
+
+def facts(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield what it takes to do it again, by name."""
+    record = report.calibration
+    yield "Model", report.model
+    if report.revision:
+        yield "Revision", report.revision
+    yield "Fingerprint", report.fingerprint
+    yield "Written to", report.out
+    yield "Plan", report.plan
+    if report.allocation:
+        yield "Sizes found by", listed(report.allocation)
+    yield "Calibration", listed({k: v for k, v in asdict(record).items() if k != "sources"})
+    for source in record.sources:
+        yield "Calibration text", listed(asdict(source))
+    for change in report.perplexity:
+        text = change.before
+        yield "Perplexity text", f"{text.data}, protocol {text.protocol}, ids_sha256 {text.ids_sha256}"
+    processes = f", {report.processes} processes" if report.processes > 1 else ""
+    yield "Run", f"{report.device}, layers in {report.dtype}, {report.batch_size} blocks at once{processes}"
+    yield "Hidden states", f"waiting on {report.states}"
+    yield "Peak memory", listed({place: byte_text(size) for place, size in report.peak_bytes.items()})
+    yield "Versions", listed(report.versions)
+
+
+def listed(record: Mapping[str, Any]) -> str:
+    """Return names and values in a line, without those that are None."""
+    return ", ".join(f"{name} {value}" for name, value in record.items() if value is not None)
+
+
+def _relative(errors: Iterable[Prediction | Measured]) -> float:
+    return _mean([e.error / e.reference if e.error and e.reference else 0.0 for e in errors]) ** 0.5
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _three(value: float) -> str:
+    return f"{value:.3g}"

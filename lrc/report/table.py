@@ -1,0 +1,62 @@
+"""Rows of a result, shown alike on a terminal, in Markdown and, by ``lrc.report.page``, in HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as Screen
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; ``kind`` ``n`` holds numbers, flush right, ``w`` words that wrap; ``minor``: not on a phone."""
+
+    heading: str
+    kind: str
+    minor: bool
+
+    @property
+    def classes(self) -> str:
+        """CSS classes of its cells."""
+        return f"{self.kind} {'m' * self.minor}".strip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under columns."""
+
+    columns: list[Column]
+    rows: list[Sequence[str]]
+    caption: str = ""
+
+    def on_screen(self) -> Screen:
+        """Return the table for a terminal."""
+        from rich.table import Table as Screen
+
+        screen = Screen(title=self.caption or None, title_justify="left")
+        for column in self.columns:
+            numbers = column.kind == "n"
+            screen.add_column(column.heading, justify="right" if numbers else "left", overflow="fold")
+        for row in self.rows:
+            screen.add_row(*row)
+        return screen
+
+    def in_markdown(self) -> list[str]:
+        """Return the lines of the table in Markdown, with a blank line after them."""
+        caption = [self.caption, ""] if self.caption else []
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in self.rows]
+        lines = [[column.heading for column in self.columns], ["---"] * len(self.columns), *rows]
+        return [*caption, *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def table(headings: Iterable[str], rows: Iterable[Sequence[str]], caption: str = "") -> Table:
+    """Make a table; headings that end in ``:n`` or ``:w`` are of that kind, those with ``:m`` after it are minor."""
+    columns = []
+    for heading in headings:
+        name = heading.removesuffix(":m")
+        kind = name[-1] if name.endswith((":n", ":w")) else ""
+        columns.append(Column(name[:-2] if kind else name, kind, minor=name != heading))
+    return Table(columns, list(rows), caption)
