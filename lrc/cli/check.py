@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from lrc.cli.options import AllowPickle, AsJson, Model, RemoteCode, Revision
+from lrc.cli.options import AsJson, Model, PlanOptions, Source, running
 from lrc.cli.screen import progress, quiet, show, show_json
 from lrc.errors import UserError
 
 
 def check_model(
     model: Model,
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            help="A YAML file, or the name of a shipped plan.",
-            show_default="verify MODEL, the folder of an lrc output",
-        ),
-    ] = None,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
+    plan: PlanOptions,
+    source: Source,
     as_json: AsJson = False,
 ) -> None:
     """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded.
 
-    Without a plan, verify the folder of an lrc output by the hashes in its lrc.json, file by file and tensor by tensor.
+    Without either, verify the folder of an lrc output by the hashes in its lrc.json: file by file, tensor by tensor.
     """
     quiet()
-    if plan is None:
-        _verify(model, trust_remote_code=trust_remote_code, as_json=as_json)
+    if plan == PlanOptions():
+        _verify(model, trust_remote_code=source.trust_remote_code, as_json=as_json)
         return
-    from lrc.plan.job import prepare
+    from lrc.plan.job import make_job, open_checkpoint
+    from lrc.plan.library import find_draft
     from lrc.report.tables import resolution
     from lrc.verbs.check import check
 
-    job = prepare(
-        model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-    )
-    found = check(job)
+    draft = find_draft(plan.plan, plan.keep, plan.changes)
+    with running(source, split=False) as run:
+        found = check(make_job(*open_checkpoint(model, run), draft))
     if as_json:
         show_json(found)
     else:

@@ -115,16 +115,15 @@ def evaluate_pair(
     loading: Loading,
     *,
     max_windows: int | None = None,
-    progress: Progress | None = None,
     keep: Keep | None = None,
-    ranks: Ranks,
 ) -> list[Pair]:
     """A folder's model beside another's on each text in windows of each length, as ``passages`` cuts them.
 
     Both run on a batch of windows before the next, so that no more than that batch's logits are held. Where their
     tokens differ each is measured by itself; that is refused with a UserError where ``keep`` asks for tokens.
     """
-    tokenizers = [load_tokenizer(f, trust_remote_code=loading.trust_remote_code) for f in folders]
+    ranks, progress = loading.run.processes, loading.run.progress
+    tokenizers = [load_tokenizer(f, trust_remote_code=loading.run.trust_remote_code) for f in folders]
     cut = [passages(tokenizer, texts, seq_lens, max_windows) for tokenizer in tokenizers]
     sides = [*zip(*cut, strict=True)]
     if keep and (differ := next((ours for ours, theirs in sides if not _same_ids(ours, theirs)), None)):

@@ -79,7 +79,7 @@ class Tasks:
         """Raise UserError where a folder's model does not fit whole, or a layer at a time is asked for."""
         if loading.streamed:
             raise UserError("--tasks and --streamed contradict each other: tasks run on a whole model")
-        tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=loading.run.trust_remote_code)
         if loading.streamed is None and not fit([folder], len(tokenizer), loading):
             raise UserError(
                 f"tasks run on a whole model, and {folder} does not fit on {loading.device}; try --dtype bfloat16 or "
@@ -96,7 +96,7 @@ class Tasks:
 
         harness_model: Any = huggingface.HFLM  # a decorator hides what it takes
 
-        tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=loading.run.trust_remote_code)
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         with loaded([folder], len(tokenizer), replace(loading, streamed=False)) as models, _aside():

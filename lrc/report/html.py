@@ -26,13 +26,13 @@ _UNITS = {"relative": "relative to the output", "kl": "nats KL"}
 
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
     """The whole report, with outputs of the same original ``beside`` it in the picture of the cost."""
-    label = Path(report.out).name if beside else Path(report.plan).stem
+    label = Path(report.out).name if beside else _plan_name(report)
     source = as_source([Output(label, report.out, report), *beside])
     comparable, left = _errors(report)
     return render(
         "report.html",
         report=report,
-        title=f"{Path(report.model).name}, {Path(report.plan).stem}",
+        title=f"{Path(report.model).name}, {_plan_name(report)}",
         sentence=report.sentence,
         figures=list(_figures(report)),
         costs=list(_costs(report, source)),
@@ -259,9 +259,14 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "Perplexity text", f"{told.data}, protocol {told.protocol}, ids_sha256 {told.ids_sha256}"
     processes = f", {report.processes} processes" if report.processes > 1 else ""
     yield "Run", f"{report.device}, layers in {report.dtype}, {report.batch_size} blocks at once{processes}"
-    yield "Hidden states", f"waiting on {report.states}"
+    yield "Hidden states", f"waiting on {report.offload}"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())
 
 
 def _listed(record: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in record.items() if value is not None)
+
+
+def _plan_name(report: Report) -> str:
+    """The plan's name without its folder and ending."""
+    return Path(report.plan).name.removesuffix(".yaml")

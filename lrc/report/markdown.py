@@ -185,7 +185,7 @@ def _provenance(report: Report) -> list[str]:
         *([f"- Sizes found by: {_listed(report.allocation)}"] if report.allocation else []),
         f"- Calibration: {'; '.join(calibration)}",
         f"- Run: {run}, {report.processes} process{'es' * (report.processes > 1)}, hidden states waiting on "
-        f"{report.states}",
+        f"{report.offload}",
         f"- Seconds: {stages}",
         f"- Peak memory: {peaks}",
         f"- Versions: {versions}",

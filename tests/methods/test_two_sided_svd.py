@@ -17,7 +17,9 @@ def test_beats_whitened_svd_in_perplexity_on_the_built_in_text(tmp_path: Path) -
             encoding="utf-8",
         )
         out = tmp_path / method
-        report = lrc.compress("tiny-llama", plan, out=out, ppl="builtin", device="cpu", max_windows=6)
+        report = lrc.compress(
+            "tiny-llama", plan, out=out, ppl="builtin", run=lrc.Run(device="cpu"), max_windows=6
+        )
         found[method] = report.perplexity[0].after.value
         sampled = report.calibration.gradient_samples
         assert sampled == (16 if method == "two_sided_svd" else None)
