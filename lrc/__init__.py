@@ -8,9 +8,12 @@ from lrc.hub.register import install
 from lrc.run.versions import __version__
 
 if TYPE_CHECKING:
+    from lrc.allocation.sizing import Limits, Measuring
     from lrc.hub.loader import load
     from lrc.modules.fused.fuse import fuse, unfuse
+    from lrc.plan.schema import Plan
     from lrc.records.compression import read_report
+    from lrc.run.settings import Run
     from lrc.verbs.ablate import ablate
     from lrc.verbs.bench import bench
     from lrc.verbs.compress import compress
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     from lrc.verbs.plan import make_plan
 
 __all__ = [
+    "Limits",
+    "Measuring",
+    "Plan",
+    "Run",
     "__version__",
     "ablate",
     "bench",
@@ -33,6 +40,10 @@ __all__ = [
     "unfuse",
 ]
 _HOMES = {
+    "Limits": "lrc.allocation.sizing",
+    "Measuring": "lrc.allocation.sizing",
+    "Plan": "lrc.plan.schema",
+    "Run": "lrc.run.settings",
     "ablate": "lrc.verbs.ablate",
     "bench": "lrc.verbs.bench",
     "compress": "lrc.verbs.compress",

@@ -16,15 +16,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Queue
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from lrc.run.settings import Run
 
 TEXTS = {"wikitext2:test": None, "c4:validation": 96}  # windows; None is all
 PPL = ",".join(TEXTS)
@@ -322,9 +325,9 @@ def _figures(
 
     if not keeps:
         return
-    common: dict[str, Any] = {"data_dir": setting.data_dir, "device": device}
+    run = lrc.Run(data_dir=setting.data_dir, device=device)
     if not task.plan:
-        yield 1.0, Figure(task.row, 1.0, 1.0, _perplexity(setting.model, setting, common))
+        yield 1.0, Figure(task.row, 1.0, 1.0, _perplexity(setting.model, setting, run))
         return
     row = task.row if step is None else f"{task.row}, sizes in {step}s"
     calibration = {**task.plan.get("calibration", {}), **setting.calibration, "seed": task.seed}
@@ -338,13 +341,11 @@ def _figures(
                 setting.model,
                 keep=keeps,
                 base=base,
-                allocate=task.allocate,
-                keeps=MEASURED,
-                dtype=setting.dtype,
-                round_to=step,
+                measuring=lrc.Measuring(allocate=task.allocate, keeps=MEASURED),
+                run=replace(run, dtype=setting.dtype),
+                limits=lrc.Limits(round_to=step),
                 # beside it lie the curves, which another step, keep or run of the same key takes from there
                 out=setting.work / f"{task.allocate}-{task.seed}.yaml",
-                **common,
             )
             before = {f"plan: {stage}": seconds for stage, seconds in planning.seconds.items()}
             plans = [Path(each.path) for each in planning.plans]
@@ -352,18 +353,23 @@ def _figures(
             if not task.allocate:
                 base.write_text(yaml.safe_dump({**written, "keep": keep}), encoding="utf-8")
             report = lrc.compress(
-                setting.model, plan, out=folder, ppl=[], dtype=setting.dtype, force=True, **common
+                setting.model,
+                plan,
+                out=folder,
+                ppl=[],
+                run=replace(run, dtype=setting.dtype),
+                force=True,
             )
             peak = report.peak_bytes.get("device", report.peak_bytes["host"])
-            perplexity = _perplexity(folder, setting, common)
+            perplexity = _perplexity(folder, setting, run)
             yield keep, Figure(row, keep, report.keep, perplexity, {**before, **report.seconds}, peak)
 
 
-def _perplexity(path: str | Path, setting: Setting, common: dict[str, Any]) -> dict[str, float]:
+def _perplexity(path: str | Path, setting: Setting, run: Run) -> dict[str, float]:
     import lrc
 
     return {
-        text: lrc.evaluate(path, text, max_windows=setting.max_windows or TEXTS.get(text), **common)[0].value
+        text: lrc.evaluate(path, text, max_windows=setting.max_windows or TEXTS.get(text), run=run)[0].value
         for text in setting.texts
     }
 

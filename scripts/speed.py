@@ -56,9 +56,9 @@ class Way:
 
 WAYS = {
     "a3": Way(),
-    "a3, states on the host": Way(options=("--states", "host")),
+    "a3, states on the host": Way(options=("--offload", "host")),
     "a3 without gradients": Way({"components": PLAIN}),
-    "a3 without gradients, states on the host": Way({"components": PLAIN}, ("--states", "host")),
+    "a3 without gradients, states on the host": Way({"components": PLAIN}, ("--offload", "host")),
     "a3 on 2 processes": Way(processes=2),
     "a3 without gradients on 2 processes": Way({"components": PLAIN}, processes=2),
 }
@@ -172,7 +172,7 @@ def profile(
 
     with _checkpoint(shape, layers, work, device) as model, tempfile.TemporaryDirectory() as scratch:
         (written := Path(scratch) / "plan.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
-        options: dict[str, Any] = {"plan": str(written), "ppl": [], "device": device}
+        options: dict[str, Any] = {"plan": str(written), "ppl": [], "run": lrc.Run(device=device)}
         lrc.compress(str(model), out=Path(scratch) / "warm", **options)
         Stopwatch.stage, lrc.compression.solve.solve = stage, solve  # type: ignore[method-assign]
         kinds = [activity.CPU] if device == "cpu" else [activity.CPU, activity.CUDA]
@@ -276,7 +276,7 @@ def _compress(
         )
         wall = time.perf_counter() - start
         manifest = json.loads((out / "lrc.json").read_text(encoding="utf-8"))
-    estimated = checked.least_memory if "--states" in way.options else checked.memory
+    estimated = checked.least_memory if "--offload" in way.options else checked.memory
     took = report["seconds"]
     weights = json.dumps(manifest["sha256"]["tensors"], sort_keys=True)
     memory = report["peak_bytes"].get("device", 0), estimated.peak

@@ -72,7 +72,9 @@ def compress_all() -> dict[str, str]:
             for name, text in (plans | OTHERS).items():
                 plan, out = Path(work) / f"{name}.yaml", Path(work) / f"{model}-{name}"
                 plan.write_text(small_plan(name, text, model), encoding="utf-8")
-                lrc.compress(model, plan, out=out, ppl=[], device="cpu", dtype="float32", batch_size=4)
+                lrc.compress(
+                    model, plan, out=out, ppl=[], run=lrc.Run(device="cpu", dtype="float32", batch_size=4)
+                )
                 found[f"{model} {name}"] = weights_sha256(out)
     return found
 

@@ -67,7 +67,7 @@ def spend(budget: Budget, job: Job, curves: Sequence[Curve]) -> Spent:
     """
     if not curves:
         raise UserError(
-            f"there is nothing to allocate: {job.plan_source} leaves all whole at every measured size"
+            f"there is nothing to allocate: {job.draft.name} leaves all whole at every measured size"
         )
     if budget.size is not None:
         return _spend_bytes(budget.size, job, curves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from lrc.allocation.curves import Curves, plan_sha256
 from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
 from lrc.calibration.key import blocks_key, gradients_key
-from lrc.errors import OutOfResources, UserError
-from lrc.estimate.memory import measuring_memory
+from lrc.errors import OutOfResources, UserError, nearest
+from lrc.estimate.memory import HELD_OUT_SAMPLES, measuring_memory
 from lrc.estimate.room import free_bytes
 from lrc.methods.sizes import even_step
-from lrc.plan.job import Job
-from lrc.plan.template import templates
+from lrc.plan.job import Job, templates
+from lrc.plan.schema import Plan
 from lrc.run.offload import ON_DEVICE, States
 from lrc.run.processes import ALONE, Ranks
 from lrc.run.versions import versions
@@ -30,7 +31,6 @@ from lrc.walk.needs import reads_gradients
 Progress = Callable[[str, int], Callable[[int], object]]
 
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
-HELD_OUT_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,24 @@ class Limits:
     round_to: int | None = None
     floor: float | None = None
     cap: float = 1.0
+
+    def check(self, name: str, keeps: Sequence[float]) -> None:
+        """Raise UserError for limits out of range, and a floor below the ``keeps`` that an allocation measures."""
+        if self.round_to is not None and self.round_to < 1:
+            raise UserError(f"--round {self.round_to} is too small; the smallest is 1")
+        for option, value in (("--floor", self.floor), ("--cap", self.cap)):
+            if value is not None and not 0 < value <= 1:
+                raise UserError(
+                    f"{option} {value:g} is outside (0, 1]; it is a fraction of each target's weights"
+                )
+        if self.floor is None:
+            return
+        if self.floor > self.cap:
+            raise UserError(f"--floor {self.floor:g} is above --cap {self.cap:g}")
+        if ALLOCATORS[name].keeps and self.floor < keeps[0]:
+            raise UserError(
+                f"--floor {self.floor:g} is below the smallest fraction measured; put it into --keeps {_listed(keeps)}"
+            )
 
     @property
     def barring(self) -> list[str]:
@@ -63,6 +81,54 @@ class Limits:
             least = min(replace(found, cap=None).smallest / curve.whole, 1)
             raise UserError(f"--cap {self.cap:g} leaves {curve.name} no size; its smallest keeps {least:.4g}")
         return found
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How ``lrc plan`` finds what sizes cost.
+
+    ``allocate``: one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's if it names one, else sensitivity).
+    ``keeps``: fractions of each target at which costs are found, by the allocations that cannot find all. ``held_out``:
+    the text whose first ``samples`` blocks sensitivity is measured on (default: wikitext2:validation; for built-in
+    models what calibration does not draw of builtin:train). ``curves``: the file of what sizes cost (default: beside
+    the plan, under the name that ``lrc.allocation.curves.file_name`` gives), which is used again unless ``fresh``.
+    """
+
+    allocate: str | None = None
+    keeps: Sequence[float] | None = None
+    held_out: str | None = None
+    samples: int | None = None
+    curves: str | Path | None = None
+    fresh: bool = False
+
+    def allocation(self, base: Plan) -> str:
+        """Return the allocation to use. Raises UserError for an unknown one, and for options it has no use for."""
+        named = base.allocate if "allocate" in base.model_fields_set else "sensitivity"
+        name = self.allocate or named
+        if name not in ALLOCATORS:
+            raise UserError(f"unknown allocation {name!r}; {nearest(name, ALLOCATORS)}")
+        allocator = ALLOCATORS[name]
+        for option, given, used, why in (
+            ("--keeps", self.keeps, allocator.keeps, "knows the cost of every size"),
+            ("--held-out", self.held_out, allocator.held_out, "reads no held-out text"),
+            ("--held-out-samples", self.samples, allocator.held_out, "reads no held-out text"),
+            ("--curves", self.curves, allocator.holds != "nothing", "measures nothing"),
+        ):
+            if given is not None and not used:
+                raise UserError(f"{option} has no effect: allocation {name} {why}; leave it out")
+        if self.samples is not None and self.samples < 1:
+            raise UserError(f"--held-out-samples {self.samples} is too small; the smallest is 1")
+        return name
+
+    @property
+    def fractions(self) -> list[float]:
+        """Fractions to measure, ascending. Raises UserError where they are not distinct, above 0 and below 1."""
+        keeps = KEEPS if self.keeps is None else self.keeps
+        if not keeps or any(not 0 < value < 1 for value in keeps) or len(set(keeps)) < len(keeps):
+            raise UserError(
+                f"--keeps {_listed(keeps)}: fractions to measure are distinct, above 0 and below 1"
+            )
+        return sorted(keeps)
 
 
 @dataclass(frozen=True)
@@ -147,7 +213,7 @@ class Sizing:
             raise UserError(
                 f"measuring {self.name} holds the whole model on {self.device}: it needs about {needed:,} bytes, and "
                 f"{free:,} are free. Allocate by {others} one layer at a time; or try a smaller --batch-size, "
-                "--dtype bfloat16, --states host or fewer calibration samples"
+                "--dtype bfloat16, --offload host or fewer calibration samples"
             )
 
 
@@ -193,7 +259,7 @@ def unsized(job: Job) -> list[Job]:
     name = job.plan.plan.allocate
     if name == "uniform":
         return []
-    jobs = templates(job.model, job.reader, job.plan_text, job.plan_source, sorted(KEEPS))
+    jobs = templates(job.model, job.reader, job.draft, sorted(KEEPS))
     sized_by(job, jobs[0], blank_curves(name, jobs))
     return jobs
 
@@ -207,6 +273,10 @@ def sized_by(job: Job, smallest: Job, curves: Sequence[Curve]) -> tuple[Job, flo
     assert isinstance(keep, float), "a plan that asks for an allocation has one keep"
     spent = buy(Budget(keep=keep), smallest, curves, Limits())
     return replace(job, plan=replace(spent.job.plan, plan=job.plan.plan)), spent.cost
+
+
+def _listed(fractions: Sequence[float]) -> str:
+    return ",".join(f"{fraction:g}" for fraction in fractions)
 
 
 def _unseen(done: int) -> None:

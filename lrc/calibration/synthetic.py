@@ -23,13 +23,11 @@ from lrc.hub.loader import load
 from lrc.hub.tokenizer import start_tokens
 from lrc.plan.job import Job
 from lrc.run.processes import ALONE, Ranks
-from lrc.run.settings import generating_batch
+from lrc.run.settings import Run, generating_batch
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched, ids_sha256, uniforms
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.mixture import Source
-
-Progress = Callable[[str, int], Callable[[int], object]]
 
 
 def synthesize(
@@ -38,20 +36,15 @@ def synthesize(
     job: Job,
     device: torch.device,
     dtype: torch.dtype,
-    batch_size: int | None,
+    run: Run,
     watch: Stopwatch,
-    progress: Progress | None,
-    allow_pickle: bool,
-    trust_remote_code: bool,
-    ranks: Ranks = ALONE,
 ) -> Source:
-    """Have a job's model write ``count`` blocks of its seq_len, ``batch_size`` of them at once; of several processes
-    each has the model, and writes its part of them.
+    """Have a job's model write ``count`` blocks of its seq_len. Each process has the model and writes its part of them.
 
-    The stage ``generate`` of ``progress`` counts tokens of a block, batch after batch. Raises UserError where the model
+    The stage ``generate`` counts tokens of a block, batch after batch. Raises UserError where the model
     does not fit on the device, has no start token, or gives NaN.
     """
-    batch = min(batch_size or generating_batch(job.plan.seq_len), count)
+    batch = min(run.batch_size or generating_batch(job.plan.seq_len), count)
     needed, start = generating_memory(job, dtype, batch), start_token(job)
     if needed > (free := free_bytes(device)):
         raise UserError(
@@ -65,13 +58,13 @@ def synthesize(
             job.reader.folder,
             device=device,
             dtype=dtype,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
+            allow_pickle=run.allow_pickle,
+            trust_remote_code=run.trust_remote_code,
         )
-        steps = -(-len(ranks.mine(range(count))) // batch) * seq_len
-        advance = progress("generate", steps) if progress else lambda done: None
+        steps = -(-len(run.processes.mine(range(count))) // batch) * seq_len
+        advance = run.stage("generate", steps)
         try:
-            blocks = write_blocks(model, start, count, seq_len, seed, batch, advance, ranks)
+            blocks = write_blocks(model, start, count, seq_len, seed, batch, advance, run.processes)
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU is out of memory while the model writes; try --batch-size below {batch}"

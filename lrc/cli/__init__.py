@@ -16,6 +16,7 @@ from lrc.cli.compress import compress_model
 from lrc.cli.eval import evaluate
 from lrc.cli.inspect import inspect
 from lrc.cli.list import list_known
+from lrc.cli.options import flat
 from lrc.cli.plan import plan_model
 from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
 from lrc.cli.screen import complain
@@ -95,15 +96,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("compress")(compress_model)
-app.command("eval")(evaluate)
-app.command("compare")(compare_outputs)
-app.command("plan")(plan_model)
-app.command("bench")(bench_model)
-app.command("check")(check_model)
-app.command("verify")(verify_output)
-app.command("inspect")(inspect)
-app.command("list")(list_known)
+app.command("compress")(flat(compress_model))
+app.command("eval")(flat(evaluate))
+app.command("compare")(flat(compare_outputs))
+app.command("plan")(flat(plan_model))
+app.command("bench")(flat(bench_model))
+app.command("check")(flat(check_model))
+app.command("verify")(flat(verify_output))
+app.command("inspect")(flat(inspect))
+app.command("list")(flat(list_known))
 
 
 def _print_version(asked: bool) -> None:

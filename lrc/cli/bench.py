@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.options import AsJson, Device, Dtype, Model, RemoteCode, Revision, names
-from lrc.cli.screen import progress, quiet, show, show_json, wrote
+from lrc.cli.options import AsJson, Model, Place, Source, names, running
+from lrc.cli.screen import quiet, show, show_json, wrote
 
 
 def bench_model(
     model: Model,
+    *,
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Another model, measured in turn, such as the original."),
@@ -51,10 +52,8 @@ def bench_model(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the figures as JSON besides.")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = False,
+    place: Place,
+    source: Source,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
@@ -70,7 +69,7 @@ def bench_model(
         parse_shapes(option, names(option, listed))
         for option, listed in (("--prefill", prefill), ("--decode", decode))
     ]
-    with progress() as track:
+    with running(place, source, as_json=as_json, split=False) as run:
         found = bench(
             model,
             against,
@@ -79,12 +78,8 @@ def bench_model(
             modes=names("--mode", mode),
             new_tokens=new_tokens,
             repeats=repeats,
-            device=device,
-            dtype=dtype,
             fuse=fuse,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=track,
+            run=run,
         )
     if out is not None:
         with written(out):

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from lrc.cli.options import AllowPickle, AsJson, Model, PlanName, RemoteCode, Revision
+from lrc.cli.options import AsJson, Model, PlanOptions, Source, running
 from lrc.cli.screen import quiet, show, show_json
+from lrc.errors import UserError
 
 
 def check_model(
     model: Model,
-    plan: PlanName,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
+    plan: PlanOptions,
+    source: Source,
     as_json: AsJson = False,
 ) -> None:
     """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
     quiet()
-    from lrc.plan.job import prepare
+    if plan == PlanOptions():
+        raise UserError(
+            f"say which plan, such as --plan a3-2x or --keep 0.8; to verify an output: lrc verify {model}"
+        )
+    from lrc.plan.job import make_job, open_checkpoint
+    from lrc.plan.library import find_draft
     from lrc.report.tables import resolution
     from lrc.verbs.check import check
 
-    job = prepare(
-        model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-    )
-    found = check(job)
+    draft = find_draft(plan.plan, plan.keep, plan.changes)
+    with running(source, split=False) as run:
+        found = check(make_job(*open_checkpoint(model, run), draft))
     if as_json:
         show_json(found)
     else:

@@ -7,24 +7,13 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.options import (
-    AllowPickle,
-    AsJson,
-    DataDir,
-    Device,
-    Dtype,
-    Model,
-    RemoteCode,
-    Revision,
-    States,
-    fractions,
-    names,
-)
-from lrc.cli.screen import progress, quiet, show, show_json, warn, wrote
+from lrc.cli.options import AsJson, Layers, Model, Place, Source, fractions, names, running
+from lrc.cli.screen import quiet, show, show_json, wrote
 
 
 def inspect(
     model: Model,
+    *,
     against: Annotated[
         Path | None,
         typer.Option(metavar="OUT", help="The folder of an lrc output of MODEL, to hold against it."),
@@ -70,20 +59,13 @@ def inspect(
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a block.", show_default="2048, or the model's limit")
     ] = None,
-    data_dir: DataDir = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Blocks at once.", show_default="by their length")
-    ] = None,
-    states: States = None,
+    on: Layers,
+    place: Place,
+    source: Source,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="DIR", help="Write inspect.json and inspect.html there."),
     ] = None,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""
@@ -94,7 +76,7 @@ def inspect(
 
     if out is not None:
         check_folder(out)
-    with progress() as track:
+    with running(on, place, source, as_json=as_json, split=False) as run:
         found = inspect_model(
             model,
             against=against,
@@ -107,16 +89,7 @@ def inspect(
             calib=calib,
             samples=samples,
             seq_len=seq_len,
-            data_dir=data_dir,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            states=states,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            progress=track,
-            warn=None if as_json else warn,
+            run=run,
         )
     written = [] if out is None else write_inspection(found, out)
     if as_json:

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lrc.cli.options import (
-    AllowPickle,
-    AsJson,
-    Calibration,
-    DataDir,
-    Device,
-    Dtype,
-    Model,
-    RemoteCode,
-    Revision,
-    States,
-    fractions,
-)
-from lrc.cli.processes import processes
-from lrc.cli.screen import progress, quiet, show, show_json, warn
+from lrc.cli.options import AsJson, Calibration, Layers, Model, Place, Source, fractions, running
+from lrc.cli.screen import quiet, show, show_json
 from lrc.errors import UserError
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kMGT])(i?)B?|B)?", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def plan_model(
-    model: Model,
+@dataclass(frozen=True)
+class BudgetOptions:
+    """What may be kept."""
+
     keep: Annotated[
         str | None,
         typer.Option(
@@ -38,25 +28,33 @@ def plan_model(
             help="Fraction of the weights of the decoder, and of an embedding or head that the base plan names "
             "without a size; a plan for each.",
         ),
-    ] = None,
+    ] = None
     size: Annotated[
         str | None,
         typer.Option(
             "--bytes", metavar="SIZE", help="Of the checkpoint's tensors: 4G is 4e9 bytes, 4GiB 2**32."
         ),
-    ] = None,
+    ] = None
     kv_cache: Annotated[
         float | None,
         typer.Option(metavar="F", help="Fraction of the KV cache; alone it leaves all else whole."),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PLAN",
-            help="Methods, options and calibration, in a plan without sizes in the layers.",
-            show_default="a3",
-        ),
-    ] = None,
+    ] = None
+
+    @property
+    def fractions(self) -> list[float] | None:
+        """Kept fractions, each of which gets a plan."""
+        return None if self.keep is None else fractions("--keep", self.keep)
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes of the checkpoint's tensors."""
+        return None if self.size is None else _bytes(self.size)
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """How to find what sizes cost; fields of ``lrc.Measuring``."""
+
     allocate: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +62,7 @@ def plan_model(
             help="How to share out the budget: uniform, energy, fisher, importance or sensitivity.",
             show_default="the base plan's, else sensitivity",
         ),
-    ] = None,
+    ] = None
     held_out: Annotated[
         str | None,
         typer.Option(
@@ -73,10 +71,11 @@ def plan_model(
             show_default="wikitext2:validation; builtin:train for the built-in models, but for what calibration draws "
             "of it",
         ),
-    ] = None,
-    held_out_samples: Annotated[
-        int | None, typer.Option(min=1, help="Blocks of it, from the start.", show_default="8")
-    ] = None,
+    ] = None
+    samples: Annotated[
+        int | None,
+        typer.Option("--held-out-samples", min=1, help="Blocks of it, from the start.", show_default="8"),
+    ] = None
     keeps: Annotated[
         str | None,
         typer.Option(
@@ -84,15 +83,7 @@ def plan_model(
             help="Fractions of each target at which to find its cost.",
             show_default="0.9,0.75,0.6,0.45,0.3",
         ),
-    ] = None,
-    calib: Calibration = None,
-    data_dir: DataDir = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Blocks at once.", show_default="by their length")
-    ] = None,
-    states: States = None,
+    ] = None
     curves: Annotated[
         Path | None,
         typer.Option(
@@ -100,7 +91,14 @@ def plan_model(
             help="Curves of what sizes cost: used again where FILE is there, else written to it.",
             show_default="MODEL.ALLOCATION.KEY.curves.json beside the plan, KEY for all that they hang on",
         ),
-    ] = None,
+    ] = None
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever curves there are.")] = False
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Which sizes a budget may buy; fields of ``lrc.Limits``."""
+
     round_to: Annotated[
         int | None,
         typer.Option(
@@ -109,7 +107,7 @@ def plan_model(
             help="Sizes are multiples of N.",
             show_default="8 for targets of 1,024 and wider, else 1",
         ),
-    ] = None,
+    ] = None
     floor: Annotated[
         float | None,
         typer.Option(
@@ -117,65 +115,61 @@ def plan_model(
             help="Of each target keep at least this.",
             show_default="the smallest fraction measured",
         ),
-    ] = None,
+    ] = None
     cap: Annotated[
         float, typer.Option(metavar="F", help="Of each target keep at most this; at 1 it may stay whole.")
-    ] = 1.0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever curves there are.")] = False,
+    ] = 1.0
+
+
+def plan_model(
+    model: Model,
+    *,
+    budget: BudgetOptions,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Methods, options and calibration, in a plan without sizes in the layers.",
+            show_default="a3",
+        ),
+    ] = None,
+    measuring: MeasuringOptions,
+    limits: LimitOptions,
+    calib: Calibration = None,
+    layers: Layers,
+    place: Place,
+    source: Source,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="FILE", help="The plan; NAME-F.yaml for several keeps.")
     ] = Path("plan.yaml"),
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
     quiet()
+    from lrc.allocation.sizing import Limits, Measuring
     from lrc.report.planning import pictures
     from lrc.verbs.plan import make_plan
 
-    with processes() as ranks:
-        kept, measured = (
-            None if listed is None else fractions(option, listed)
-            for option, listed in (("--keep", keep), ("--keeps", keeps))
+    keeps = None if measuring.keeps is None else fractions("--keeps", measuring.keeps)
+    with running(layers, place, source, as_json=as_json) as run:
+        planning = make_plan(
+            model,
+            keep=budget.fractions,
+            size=budget.bytes,
+            kv_cache=budget.kv_cache,
+            base=base,
+            calib=calib,
+            measuring=Measuring(**{**vars(measuring), "keeps": keeps}),
+            limits=Limits(**vars(limits)),
+            out=out,
+            run=run,
         )
-        with progress(ranks.first) as track:
-            planning = make_plan(
-                model,
-                keep=kept,
-                size=None if size is None else _bytes(size),
-                kv_cache=kv_cache,
-                base=base,
-                allocate=allocate,
-                held_out=held_out,
-                held_out_samples=held_out_samples,
-                keeps=measured,
-                calib=calib,
-                data_dir=data_dir,
-                device=device,
-                dtype=dtype,
-                batch_size=batch_size,
-                states=states,
-                curves=curves,
-                round_to=round_to,
-                floor=floor,
-                cap=cap,
-                fresh=fresh,
-                out=out,
-                revision=revision,
-                allow_pickle=allow_pickle,
-                trust_remote_code=trust_remote_code,
-                progress=track,
-                warn=None if as_json or not ranks.first else warn,
-                ranks=ranks,
-            )
-        if not ranks.first:
-            return
-        if as_json:
-            show_json(planning)
-        else:
-            show(*pictures(planning))
+    if not run.processes.first:
+        return
+    if as_json:
+        show_json(planning)
+    else:
+        show(*pictures(planning))
 
 
 def _bytes(size: str) -> int:

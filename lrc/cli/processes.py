@@ -24,8 +24,8 @@ def speaks(error: Exception | None = None) -> bool:
 
 
 @contextmanager
-def processes() -> Iterator[Ranks]:
-    """All processes of the run, until the context closes.
+def processes(split: bool = True) -> Iterator[Ranks]:
+    """All processes of the run, until the context closes; where it is not ``split``, this one alone.
 
     A UserError in one of them is raised in all, and ``Lost`` in the first to miss another; the rest then leave without
     a word. A launcher that misses one stops the others by SIGTERM.
@@ -38,6 +38,9 @@ def processes() -> Iterator[Ranks]:
         )
 
     ranks = ALONE
+    if not split:
+        yield ranks
+        return
     try:
         with launched() as ranks:
             if not ranks.alone:

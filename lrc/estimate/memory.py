@@ -23,6 +23,7 @@ from lrc.run.offload import Place
 from lrc.walk.backward import logit_rows, states_held, stride
 from lrc.walk.needs import collectors_needed, gradients_needed, sites_needed
 
+HELD_OUT_SAMPLES = 8  # blocks of held-out text that sizes are measured on by default
 ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
 
 

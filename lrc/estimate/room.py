@@ -10,7 +10,7 @@ import torch
 
 from lrc.checkpoint.headers import StoredTensor
 from lrc.errors import OutOfResources, UserError, nearest
-from lrc.estimate.memory import estimate_memory
+from lrc.estimate.memory import HELD_OUT_SAMPLES, estimate_memory, measuring_memory
 from lrc.plan.job import Job
 from lrc.run.offload import PLACES, Place
 
@@ -30,7 +30,9 @@ def known_place(asked: str | None) -> Place | None:
         if asked == place:
             return place
     if asked is not None:
-        raise UserError(f"no place for hidden states is called {asked!r}; {nearest(asked, PLACES)}")
+        raise UserError(
+            f"--offload {asked}: no place for hidden states is called {asked!r}; {nearest(asked, PLACES)}"
+        )
     return None
 
 
@@ -46,6 +48,14 @@ def choose_place(
     if device.type == _HOST.type:  # the same memory
         return "disk"
     return "host" if memory.states + memory.gradients <= _SHARE * free_bytes(_HOST) else "disk"
+
+
+def fits_measuring(
+    job: Job, device: torch.device, dtype: torch.dtype, batch_size: int, samples: int, place: Place
+) -> bool:
+    """Return whether the whole model fits on a device with what measuring its sizes takes (``measuring_memory``)."""
+    needed = measuring_memory(job, dtype, batch_size, samples, HELD_OUT_SAMPLES, place)
+    return needed <= _SHARE * free_bytes(device)
 
 
 def place_for(held: int, device: torch.device) -> Place:

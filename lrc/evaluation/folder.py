@@ -15,12 +15,11 @@ import torch
 
 from lrc.checkpoint.headers import read_headers
 from lrc.estimate.room import fits_whole
-from lrc.evaluation.perplexity import Keep, Perplexity, Progress, evaluate_perplexity
+from lrc.evaluation.perplexity import Keep, Perplexity, evaluate_perplexity
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load
 from lrc.hub.tokenizer import load_tokenizer
-from lrc.run.processes import ALONE, Ranks
-from lrc.run.settings import find_device, find_dtype
+from lrc.run.settings import Run, find_device, find_dtype
 
 if TYPE_CHECKING:
     from lrc.evaluation.perplexity import Model
@@ -30,37 +29,27 @@ if TYPE_CHECKING:
 class Loading:
     """How models are loaded to be evaluated.
 
-    ``dtype``: what they run in, None being as they are stored. ``streamed``: a layer at a time, or whole; None is whole
-    where they fit. ``scratch``: where hidden states that are streamed and have no room in memory go.
+    ``dtype``: what they run in, None being as they are stored. ``scratch``: where hidden states that are streamed and
+    have no room in memory go. ``streamed``: a layer at a time, or whole; None is whole where they fit.
     """
 
     device: torch.device
     dtype: torch.dtype | None
-    streamed: bool | None
     scratch: Path
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
+    run: Run = Run()
+    streamed: bool | None = None
 
 
-def find_loading(
-    device: str | None,
-    dtype: str | None,
-    streamed: bool | None,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    ranks: Ranks = ALONE,
-) -> Loading:
-    """How a user wants models loaded: on the device and in the precision named, by default as stored on a GPU.
+def find_loading(run: Run, streamed: bool | None) -> Loading:
+    """Return how a run loads models: by default as stored on a GPU, in float32 on a CPU.
 
     Raises UserError as ``find_device`` and ``find_dtype`` do.
     """
-    place = find_device(device, ranks)
+    place = find_device(run.device, run.processes)
     # On a CPU half precision is slow, and rounds unlike a GPU.
-    as_stored = dtype is None and place.type != "cpu"
-    precision = None if as_stored else find_dtype(dtype, place, torch.float32)
-    scratch = Path(tempfile.gettempdir())
-    return Loading(place, precision, streamed, scratch, allow_pickle, trust_remote_code)
+    as_stored = run.dtype is None and place.type != "cpu"
+    precision = None if as_stored else find_dtype(run.dtype, place, torch.float32)
+    return Loading(place, precision, Path(tempfile.gettempdir()), run, streamed)
 
 
 def fit(folders: Iterable[Path], vocab: int, loading: Loading) -> bool:
@@ -79,8 +68,8 @@ def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[li
     ``vocab`` as for ``fit``. Raises UserError for a model that cannot be had.
     """
     trusted: dict[str, Any] = {
-        "allow_pickle": loading.allow_pickle,
-        "trust_remote_code": loading.trust_remote_code,
+        "allow_pickle": loading.run.allow_pickle,
+        "trust_remote_code": loading.run.trust_remote_code,
     }
     streamed = loading.streamed
     if streamed is None:
@@ -105,27 +94,24 @@ def evaluate_folder(
     specs: list[str],
     loading: Loading,
     *,
-    data_dir: Path | None,
     seq_len: int | Sequence[int] | None = None,
     max_windows: int | None,
-    progress: Progress | None,
     keep: Keep | None = None,
-    ranks: Ranks,
 ) -> list[Perplexity]:
     """Perplexities of a folder's model on each text of ``specs``, as ``evaluate_perplexity`` has them.
 
     Raises UserError for a model or a text that cannot be had.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=loading.run.trust_remote_code)
     with loaded([path], len(tokenizer), loading) as models:
         return evaluate_perplexity(
             models[0],
             tokenizer,
             specs,
-            data_dir=data_dir,
+            data_dir=loading.run.data_folder,
             seq_len=seq_len,
             max_windows=max_windows,
-            progress=progress,
+            progress=loading.run.progress,
             keep=keep,
-            ranks=ranks,
+            ranks=loading.run.processes,
         )

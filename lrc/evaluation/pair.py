@@ -115,16 +115,15 @@ def evaluate_pair(
     loading: Loading,
     *,
     max_windows: int | None = None,
-    progress: Progress | None = None,
     keep: Keep | None = None,
-    ranks: Ranks,
 ) -> list[Pair]:
     """Evaluate two folders' models on each text in windows of each length, as ``passages`` cuts them.
 
     Both models run on a batch before the next one, so that only one batch's logits are in memory. Models with different
     tokens are measured separately; with ``keep`` that raises UserError.
     """
-    tokenizers = [load_tokenizer(f, trust_remote_code=loading.trust_remote_code) for f in folders]
+    ranks, progress = loading.run.processes, loading.run.progress
+    tokenizers = [load_tokenizer(f, trust_remote_code=loading.run.trust_remote_code) for f in folders]
     cut = [passages(tokenizer, texts, seq_lens, max_windows) for tokenizer in tokenizers]
     sides = [*zip(*cut, strict=True)]
     if keep and (differ := next((ours for ours, theirs in sides if not _same_ids(ours, theirs)), None)):

@@ -76,7 +76,7 @@ class Tasks:
         """Raise UserError if a folder's model does not fit whole, or ``loading`` streams it layer by layer."""
         if loading.streamed:
             raise UserError("--tasks and --streamed contradict each other: tasks need the whole model")
-        tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=loading.run.trust_remote_code)
         if loading.streamed is None and not fit([folder], len(tokenizer), loading):
             raise UserError(
                 f"tasks need the whole model, and {folder} does not fit on {loading.device}; try --dtype bfloat16 or "
@@ -90,7 +90,7 @@ class Tasks:
 
         harness_model: Any = huggingface.HFLM  # a decorator hides its signature
 
-        tokenizer = load_tokenizer(folder, trust_remote_code=loading.trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=loading.run.trust_remote_code)
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         with loaded([folder], len(tokenizer), replace(loading, streamed=False)) as models, _aside():

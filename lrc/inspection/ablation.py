@@ -20,11 +20,11 @@ from lrc.families import Architecture
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
 from lrc.methods.contract import Solution
-from lrc.moments import COLLECTORS
-from lrc.plan.job import Job
+from lrc.plan.job import Job, make_job
+from lrc.plan.library import draft_of
 from lrc.plan.precedence import COMPONENTS
-from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import Assignment
+from lrc.plan.schema import Calibration, Components, Entry, Plan, Projections
 from lrc.records.ablation import Ablated, ablated
 from lrc.records.losses import Losses
 from lrc.run.offload import States
@@ -34,14 +34,8 @@ from lrc.walk.stream import ModelStream
 # What people know of each: the published components, and for one matrix the SVD whitened by its input (SVD-LLM), which
 # reads no gradients.
 COMPONENT_METHOD = "a3"
-
-
 PROJECTION_METHOD = "whitened_svd"
-
-
-_HEAD = "format: 1\nrefit: none\n"
-
-
+CALIBRATION = Calibration()
 _COARSE = 0.1  # of the fraction asked for
 
 
@@ -112,11 +106,12 @@ def shrinking_job(
     model: ResolvedModel, reader: CheckpointReader, target: str, method: str, keep: float
 ) -> Job:
     """A plan that shrinks one target in all layers; UserError where it has no size that keeps so little."""
-    section = "components" if target in COMPONENTS else "projections"
-    text = f"{_HEAD}{section}: {{{target}: {{method: {method}, keep: {keep!r}}}}}\n"
-    source = f"ablation of {target} at keep {keep:g}"
-    plan = resolve(parse_plan(text, source), reader.architecture, methods(), COLLECTORS)
-    return Job(model, reader, text, source, plan)
+    entries = {target: Entry(method=method, keep=keep)}
+    if target in COMPONENTS:
+        plan = Plan(refit="none", calibration=CALIBRATION, components=Components(**entries))
+    else:
+        plan = Plan(refit="none", calibration=CALIBRATION, projections=Projections(**entries))
+    return make_job(model, reader, draft_of(plan, f"ablation of {target} at keep {keep:g}"))
 
 
 def asked_of(job: Job) -> dict[str, Any]:

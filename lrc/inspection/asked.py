@@ -11,7 +11,7 @@ from lrc.inspection.candidates import TABLE_COLLECTORS, Candidate, candidates
 from lrc.methods import Method, methods
 from lrc.moments import COLLECTORS
 from lrc.plan.resolved import LayerPlan
-from lrc.plan.schema import matched_layers
+from lrc.plan.schema import Calibration, Plan, matched_layers
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,12 @@ def known_methods(names: Sequence[str] | None) -> dict[str, Method]:
     return {name: method for name, method in known.items() if name in names}
 
 
-def base_text(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> str:
-    """A plan that reads all sites, and gradients of all projections where they are asked for."""
+def base_plan(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> Plan:
+    """Return a plan that reads all sites, and gradients of all projections where they are asked for."""
     if seq_len is not None and not 2 <= seq_len <= architecture.positions:
         raise UserError(
             f"--seq-len {seq_len}: the model reads 2 to {architecture.positions} tokens at once; the nearest is "
             f"{min(max(seq_len, 2), architecture.positions)}"
         )
-    length = "" if seq_len is None else f", seq_len: {seq_len}"
-    method = "two_sided_svd" if gradients else "whitened_svd"
-    return (
-        f"format: 1\nmethod: {method}\n"
-        f"calibration: {{samples: {samples}, gradient_samples: {samples}{length}}}\n"
-    )
+    calibration = Calibration(samples=samples, gradient_samples=samples, seq_len=seq_len)
+    return Plan(method="two_sided_svd" if gradients else "whitened_svd", calibration=calibration)

@@ -1,12 +1,23 @@
-"""Finds plans: files of the user, and those shipped with lrc."""
+"""Finds plans in every form that a user may give: files, shipped plans, YAML in a string, and plans made in Python."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lrc.errors import UserError, nearest
+from lrc.plan.document import Document, flow, read_document
+from lrc.plan.resolve import Draft
+from lrc.plan.schema import Plan, read_plan
+from lrc.plan.write import plan_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
+
+PlanLike = str | Path | Plan
+
+BEST = Plan(method="a3", allocate="sensitivity")  # what a run without a plan goes by
 
 
 def shipped_plans() -> dict[str, Path]:
@@ -34,3 +45,60 @@ def find_plan(name_or_path: str) -> tuple[str, str]:
         raise UserError(f"{path}: not a text in UTF-8 (byte {error.start}); a plan is a YAML file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_draft(plan: PlanLike, keep: float | None = None, changes: Mapping[str, Any] | None = None) -> Draft:
+    """Read a plan: a path, the name of a shipped plan, YAML that begins with ``{``, or ``lrc.Plan``.
+
+    ``keep`` and ``changes``, which are values by dotted keys, replace entries of the plan. Raises UserError for a plan
+    that cannot be had; mistakes in it are those of the draft's document.
+    """
+    entries = [(key, value, f"--set {key}={flow(value)}") for key, value in (changes or {}).items()]
+    if keep is not None:
+        entries = [*(entry for entry in entries if entry[0] != "keep"), ("keep", keep, f"--keep {keep:g}")]
+    document, text, name = _document(plan)
+    for entry in entries:
+        document = document.changed(*entry)
+    read = read_plan(document)
+    if not name:  # no file gives it one
+        keeps = read.keep if isinstance(read.keep, tuple) else (read.keep,)
+        name = stem = "-".join([read.method, *(f"{keep:g}" for keep in keeps)])
+    else:
+        stem = "-".join([Path(name).name.removesuffix(".yaml"), *map(_ending, entries)])
+    if not text:
+        text = plan_text(document.values)
+    elif entries:
+        text = f"{text.rstrip()}\n# changed by {' '.join(option for *_, option in entries)}\n"
+    return Draft(read, document, text, name, stem)
+
+
+def find_draft(plan: PlanLike | None, keep: float | None, changes: Mapping[str, Any] | None) -> Draft:
+    """Read a plan as ``read_draft`` does; without one ``BEST`` at a keep. Raises UserError where neither is given."""
+    if plan is None and keep is None and "keep" not in (changes or {}):
+        raise UserError("say how much to keep, such as --keep 0.8, or name a plan, such as --plan a3-2x")
+    return read_draft(BEST if plan is None else plan, keep, changes)
+
+
+def draft_of(plan: Plan, source: str) -> Draft:
+    """Return a plan that the program made for itself; ``source`` names it in messages."""
+    return Draft(plan, Document.made(source, plan.values), "", source, source)
+
+
+def _document(plan: PlanLike) -> tuple[Document, str, str]:
+    """Return a plan's document, its text, and the name that its file gives it; each is empty where there is none."""
+    if isinstance(plan, Plan):
+        return Document.made("lrc.Plan", plan.values), "", ""
+    if str(plan).lstrip().startswith("{"):
+        document = read_document(str(plan), "--plan")
+        document.values.setdefault("format", 1)  # which a file has for later versions to know it by
+        return document, str(plan), ""
+    text, source = find_plan(str(plan))
+    # A shipped plan goes by its name: where it is installed is nobody's business but this machine's.
+    return read_document(text, source), text, str(plan) if Path(plan).is_file() else Path(source).stem
+
+
+def _ending(entry: tuple[str, Any, str]) -> str:
+    """Return how a changed entry shows in the name of an output, so that each has its own."""
+    key, value, _ = entry
+    word = f"{value}" if key == "keep" else f"{key}-{flow(value)}"
+    return re.sub(r"[^\w.-]+", "-", word).strip("-")

@@ -198,7 +198,7 @@ class Levels:
         for pair in pairs:
             first, second = sorted(pair, key=self.document.line)
             if self._roles(str(first[-1])) & self._roles(str(second[-1])):
-                other = f"{dotted(first)} on line {self.document.line(first)}"
+                other = f"{dotted(first)}{self.document.on_line(first)}"
                 self.document.mistake(second, f"{other} is for the same weights{where}; keep one of the two")
 
     def _refuse_clashes(self) -> None:
@@ -212,7 +212,7 @@ class Levels:
             self._refuse_overlaps(((a, b) for a in one.entries for b in two.entries), where)
             for key in ("keep", "method"):
                 if key in one.rule.model_fields_set & two.rule.model_fields_set:
-                    other = f"the rule on line {self.document.line(one.path)} sets it too{where}"
+                    other = f"the rule{self.document.on_line(one.path)} sets it too{where}"
                     self.document.mistake((*two.path, key), f"{other}; keep one of the two")
 
     def _wish(self, base: Wish, path: Path, entry: Entry, index: int) -> Wish:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 from lrc.errors import as_text_number, nearest
@@ -23,16 +24,26 @@ TOKENS_PER_FIRST = 256
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan as its text has it; the document holds the mistakes found so far, which ``resolve`` raises."""
+    """A plan before it is worked out for a model; the document holds the mistakes, which ``resolve`` raises.
+
+    ``text``: the plan as the user wrote it. ``name``: what reports call it. ``stem``: what files of it are called.
+    """
 
     plan: Plan
     document: Document
+    text: str = ""
+    name: str = ""
+    stem: str = ""
+
+    def keeping(self, keep: float) -> Draft:
+        """Return the same plan with another ``keep``."""
+        return replace(self, plan=self.plan.model_copy(update={"keep": keep}))
 
 
 def parse_plan(text: str, source: str) -> Draft:
     """Read a plan's text; ``source`` names it in messages. UserError where it is not a YAML mapping."""
     document = read_document(text, source)
-    return Draft(read_plan(document), document)
+    return Draft(read_plan(document), document, text, source, FilePath(source).name.removesuffix(".yaml"))
 
 
 def resolve(
@@ -162,12 +173,12 @@ class _Assigner:
         told = [
             (
                 self.document.line(path),
-                f"{dotted(path)}: {message}"
+                f"{self.document.place(path)}: {dotted(path)}: {message}"
                 + ("" if layers in (every, []) else f" (layers {spans(layers)})"),
             )
             for (path, message), layers in self.warned.items()
         ]
-        return tuple(f"{self.document.source}:{line}: {message}" for line, message in sorted(told))
+        return tuple(message for _, message in sorted(told))
 
     def _solver(self, wish: Wish) -> SolverData | None:
         """The solver of a wish, None where there is none or none is needed."""

@@ -13,6 +13,8 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
     model_validator,
 )
 
@@ -37,7 +39,7 @@ def _fraction(value: object) -> float:
 
 
 def _keep(value: object) -> float | tuple[float, float]:
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         return _fraction(value)
     if len(value) != 2:
         raise ValueError(f"a gradient over depth has two ends, such as [0.9, 0.6], not {len(value)}")
@@ -220,12 +222,13 @@ class Heal(Strict):
 
 
 class Plan(Strict):
-    """A plan; a pair in ``keep`` runs linearly from the model's first layer to its last.
+    """A plan, made in Python as in YAML. Raises UserError with every mistake at once.
 
-    ``scale`` None means fitted with a residual refit, which carries along the stream that it is chosen on.
+    A pair in ``keep`` runs linearly from the model's first layer to its last. ``scale`` None means fitted with a
+    residual refit, which carries along the stream that it is chosen on.
     """
 
-    format: Annotated[int, PlainValidator(_format)]
+    format: Annotated[int, PlainValidator(_format)] = 1
     keep: Keep = 1.0
     method: Text = "a3"
     allocate: Annotated[str, PlainValidator(_word(*ALLOCATIONS))] = "uniform"
@@ -236,6 +239,25 @@ class Plan(Strict):
     scale: Annotated[str, PlainValidator(_word("fitted", "none"))] | None = None
     calibration: Calibration = Calibration()
     heal: Heal = Heal()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told(cls, values: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Tell the mistakes of a plan made in Python; those of a document are noted there."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            if info.context is not None or not isinstance(values, dict):
+                raise
+            document = Document.made("lrc.Plan", values)
+            _note(document, error)
+            document.stop()
+            raise
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the plan says, as plain values; defaults that it does not name are left out."""
+        return {"format": 1, **self.model_dump(mode="json", exclude_unset=True, exclude_none=True)}
 
     @property
     def scales(self) -> bool:
@@ -254,21 +276,29 @@ SECTIONS: dict[Path, type[Strict]] = {
 
 def read_plan(document: Document) -> Plan:
     """The plan in a document; what is wrong in it is noted as a mistake and left out."""
+    if "format" not in document.values:
+        document.mistake(("format",), "is missing; write 'format: 1'")
     return _read(document, document.values)
 
 
 def _read(document: Document, values: dict[str, Any]) -> Plan:
     try:
-        return Plan.model_validate(values)
+        return Plan.model_validate(values, context=document)
     except ValidationError as error:
+        _note(document, error)
         for problem in error.errors(include_url=False):
             path = problem["loc"]
-            for place, message in _messages(problem).items():
-                document.mistake((*path, *place), message)
             values = _without(
                 values, path[:2] if path[0] == "layers" and path[2:] in ((), ("match",)) else path
             )
-    return _read(document, {"format": 1, **values})
+    return _read(document, values)
+
+
+def _note(document: Document, error: ValidationError) -> None:
+    """Note every problem of a validation as a mistake of the document."""
+    for problem in error.errors(include_url=False):
+        for place, message in _messages(problem).items():
+            document.mistake((*problem["loc"], *place), message)
 
 
 def _messages(problem: Any) -> dict[Path, str]:
@@ -284,11 +314,7 @@ def _message(problem: Any) -> str:
     if kind == "extra_forbidden":
         return f"unknown key; {nearest(str(path[-1]), SECTIONS.get(path[:-1], Rule).model_fields)}"
     if kind == "missing":
-        return (
-            "is missing; write 'format: 1'"
-            if path == ("format",)
-            else "is missing; a rule says which layers it is for"
-        )
+        return "is missing; a rule says which layers it is for"
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     if kind.startswith("string"):

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
+from lrc.plan.document import flow
 from lrc.plan.precedence import Methods, spans
 from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.plan.schema import OUTSIDE, WHOLE, Plan
 from lrc.plan.solver import find_solver
+
+
+def plan_text(values: Mapping[str, Any]) -> str:
+    """Return the text of a plan made in Python, of its plain values: a line for each key."""
+    return "".join(f"{key}: {flow(value)}\n" for key, value in values.items())
 
 
 def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) -> str:
@@ -24,9 +28,9 @@ def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) 
     for layer in resolved.layers:
         entries = {a.target: _entry(a, plan, methods) for a in layer.assignments}
         if entries:
-            rules.setdefault(_flow(entries), (entries, []))[1].append(layer.index)
+            rules.setdefault(flow(entries), (entries, []))[1].append(layer.index)
     lines = [f"# {' '.join(line.split())}".rstrip() for line in header]
-    lines += ["format: 1", f"method: {_flow(plan.method)}"]
+    lines += ["format: 1", f"method: {flow(plan.method)}"]
     outside = {name: e for name, e in plan.projections.entries().items() if name in OUTSIDE}
     if outside:
         found = {a.target: _entry(a, plan, methods) for a in resolved.unsized(None)}
@@ -34,14 +38,14 @@ def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) 
             name: found.get(name, WHOLE) if name in resolved.shared else entry.model_dump(exclude_none=True)
             for name, entry in outside.items()
         }
-        lines.append(f"projections: {_flow(entries)}")
+        lines.append(f"projections: {flow(entries)}")
     lines += ["layers:"] if rules else []
     for entries, members in rules.values():
         match = members[0] if len(members) == 1 else spans(members)
-        lines.append(f"  - {_flow({'match': match, **entries})}")
+        lines.append(f"  - {flow({'match': match, **entries})}")
     calibration = plan.calibration.model_dump(mode="json", exclude_none=True)
     lines += [f"refit: {plan.refit}", *([f"scale: {plan.scale}"] if plan.scale else [])]
-    lines.append(f"calibration: {_flow(calibration)}")
+    lines.append(f"calibration: {flow(calibration)}")
     return "\n".join(lines) + "\n"
 
 
@@ -54,11 +58,3 @@ def _entry(assignment: Assignment, plan: Plan, methods: Methods) -> Any:
     own = {name: value for name, value in assignment.options.items() if value != defaults[name]}
     named: Mapping[str, str] = {} if assignment.method == plan.method else {"method": assignment.method}
     return {solver.size.word: assignment.size, **named, **own}
-
-
-def _flow(value: Any) -> str:
-    """A value as YAML on one line."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
-    )
-    return text.removesuffix("\n...\n").strip()

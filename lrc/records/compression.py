@@ -19,7 +19,7 @@ from lrc.methods.contract import Prediction
 from lrc.plan.resolved import Share
 
 REPORT = "report.json"
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 _RAN = 1e-3  # seconds
 
 
@@ -106,7 +106,7 @@ class Report:
     sample of their values) and the ``layers`` of its decoder. ``plan``: its name; ``plan_text``: as the user wrote it.
     ``keep``: kept over original weights of the decoder's projections; ``with_tables``: the same of these and of the
     tables that the plan names, None where it names none. ``scale``: what the logits were scaled by. ``allocation``:
-    what the sizes were found by, None where the plan gives them. ``states``: where hidden states waited between two
+    what the sizes were found by, None where the plan gives them. ``offload``: where hidden states waited between two
     layers. ``seconds`` and (on a GPU) ``device_bytes``, the peak of its memory, by stage; ``peak_bytes`` of ``host``
     and ``device``.
     """
@@ -132,7 +132,7 @@ class Report:
     dtype: str
     batch_size: int
     processes: int
-    states: str
+    offload: str
     seconds: dict[str, float]
     device_bytes: dict[str, int]
     peak_bytes: dict[str, int]

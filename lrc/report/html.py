@@ -30,7 +30,7 @@ _UNITS = {"relative": "relative to the output", "kl": "nats KL"}
 
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
     """Return the whole report, with outputs of the same original ``beside`` it in the picture of the cost."""
-    label = Path(report.out).name if beside else Path(report.plan).stem
+    label = Path(report.out).name if beside else plan_name(report)
     source = as_source([Output(label, report.out, report), *beside])
     comparable, left = _errors(report)
     sections = [
@@ -60,7 +60,7 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
         Section("How it was made", facts=list(facts(report))),
         Section("Plan", text=report.plan_text.rstrip()),
     ]
-    title = f"{Path(report.model).name}, {Path(report.plan).stem}"
+    title = f"{Path(report.model).name}, {plan_name(report)}"
     return render(title, report.sentence, sections, _figures(report), report.warnings)
 
 
@@ -149,3 +149,8 @@ def _errors(report: Report) -> tuple[list[Picture], list[str]]:
     if lost:
         notes.append(f"Zero or not finite, and so without a place in the pictures: {lost} of the errors.")
     return pictures, notes
+
+
+def plan_name(report: Report) -> str:
+    """Return the plan's name without its folder and ending."""
+    return Path(report.plan).name.removesuffix(".yaml")

@@ -190,7 +190,7 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "Perplexity text", f"{text.data}, protocol {text.protocol}, ids_sha256 {text.ids_sha256}"
     processes = f", {report.processes} processes" if report.processes > 1 else ""
     yield "Run", f"{report.device}, layers in {report.dtype}, {report.batch_size} blocks at once{processes}"
-    yield "Hidden states", f"waiting on {report.states}"
+    yield "Hidden states", f"waiting on {report.offload}"
     yield "Peak memory", listed({place: byte_text(size) for place, size in report.peak_bytes.items()})
     yield "Versions", listed(report.versions)
 

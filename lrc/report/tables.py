@@ -93,7 +93,7 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     yield (
         f"GPU memory for lrc compress: at most about {byte_text(memory.peak)}, an estimate ({memory.samples} blocks, "
         f"{memory.batch_size} at once, {memory.dtype}); "
-        f"{byte_text(least.peak)} with --states host or disk, where hidden states then take "
+        f"{byte_text(least.peak)} with --offload host or disk, where hidden states then take "
         f"{byte_text(memory.states)}{f' and gradients {byte_text(memory.gradients)}' if memory.gradients else ''}; "
         "perplexity is measured with the model whole where it fits, else a layer at a time"
     )

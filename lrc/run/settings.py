@@ -1,21 +1,58 @@
-"""Device, precision and batch size of a run: what the user says, or the default."""
+"""How and where a verb runs: what the user says, or the default."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from lrc.errors import UserError, nearest
 from lrc.run.processes import ALONE, Ranks
 
+Progress = Callable[[str, int], Callable[[int], object]]
+Warn = Callable[[str], object]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
-
-
 _WRITTEN_TOKENS = 2**15
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+@dataclass(frozen=True)
+class Run:
+    """How and where a verb runs. What decides the bytes of an output is the plan; this decides place and speed.
+
+    ``device``: cpu, cuda or cuda:N (default: the first GPU). ``dtype``: what layers run in (default: the checkpoint's
+    on a GPU, float32 on a CPU). ``batch_size``: blocks at once (default: by their length). ``offload``: where hidden
+    states wait between two layers, one of ``lrc.run.offload.PLACES`` (default: the first with room). ``data_dir``: the
+    folder with the data sets, instead of the hub. ``revision``: branch, tag or commit of the model on the hub.
+    ``allow_pickle``: read pickled weights. ``trust_remote_code``: run code that comes with the checkpoint.
+    ``progress`` is called with a stage's name and length, and returns the function to call with steps done. ``warn`` is
+    called with every warning before the work begins. ``processes`` share the work; each of them makes the same call.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int | None = None
+    offload: str | None = None
+    data_dir: str | Path | None = None
+    revision: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    progress: Progress | None = None
+    warn: Warn | None = None
+    processes: Ranks = ALONE
+
+    @property
+    def data_folder(self) -> Path | None:
+        """The folder with the data sets."""
+        return None if self.data_dir is None else Path(self.data_dir)
+
+    def stage(self, label: str, total: int) -> Callable[[int], object]:
+        """Begin a stage of so many steps; call the result with steps done."""
+        return self.progress(label, total) if self.progress else lambda done: None
 
 
 def find_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:

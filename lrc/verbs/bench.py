@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,10 @@ from lrc.hub.loader import load
 from lrc.hub.names import resolve_model
 from lrc.modules.fused.fuse import fuse as merge
 from lrc.records.benchmark import Bench, Model, Row
-from lrc.run.settings import find_device, find_dtype
+from lrc.run.settings import Run, find_device, find_dtype
 from lrc.run.versions import versions
 
 NEW_TOKENS, REPEATS = 16, 10
-
-Progress = Callable[[str, int], Callable[[int], object]]
 
 
 def bench(
@@ -37,12 +35,8 @@ def bench(
     modes: Sequence[str] | None = None,
     new_tokens: int = NEW_TOKENS,
     repeats: int = REPEATS,
-    device: str | None = None,
-    dtype: str | None = None,
     fuse: bool = True,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    run: Run = Run(),
 ) -> Bench:
     """Measure how fast a model reads and writes, and another beside it in turn where both fit on the device.
 
@@ -51,27 +45,27 @@ def bench(
     original runs as transformers runs it. Raises UserError for models that cannot be had or run, or do not fit on the
     device.
     """
-    place = find_device(device)
+    place = find_device(run.device)
     names = [str(name) for name in (model, against) if name is not None]
-    folders = [resolve_model(str(model), revision=revision, remedy=CONVERT).path]
+    folders = [resolve_model(str(model), revision=run.revision, remedy=CONVERT).path]
     folders += [resolve_model(str(against), remedy=CONVERT).path] if against is not None else []
     for name, number in (("--new-tokens", new_tokens), ("--repeats", repeats)):
         if number < 1:
             raise UserError(f"{name} {number}: the smallest is 1")
-    precision = find_dtype(dtype, place, _stored(folders[0]))
+    precision = find_dtype(run.dtype, place, _stored(folders[0]))
     sides = [
-        needs_of(name, folder, precision, place, trusted=trust_remote_code)
+        needs_of(name, folder, precision, place, trusted=run.trust_remote_code)
         for name, folder in zip(names, folders, strict=True)
     ]
     positions = min(side.positions for side in sides)
     cases = make_cases(prefill, decode, modes, positions, new_tokens, place)
     together = fit_together(sides, cases, place)
-    track = (progress or (lambda label, total: lambda done: None))("bench", len(cases) * len(sides))
+    track = run.stage("bench", len(cases) * len(sides))
     groups = [folders] if together else [[folder] for folder in folders]
     models, measured = [], []
     for group in groups:
         loaded = [
-            load(folder, device=place, dtype=precision, trust_remote_code=trust_remote_code)
+            load(folder, device=place, dtype=precision, trust_remote_code=run.trust_remote_code)
             for folder in group
         ]
         merged = [merge(one) if fuse and _compressed(one) else 0 for one in loaded]

@@ -7,10 +7,16 @@ from dataclasses import replace
 import torch
 
 from lrc.allocation import ALLOCATORS
-from lrc.allocation.sizing import HELD_OUT_SAMPLES, unsized
+from lrc.allocation.sizing import unsized
 from lrc.calibration.enough import too_few
 from lrc.checkpoint.sizes import size_of
-from lrc.estimate.memory import ASSUMED_SAMPLES, estimate_memory, generating_memory, measuring_memory
+from lrc.estimate.memory import (
+    ASSUMED_SAMPLES,
+    HELD_OUT_SAMPLES,
+    estimate_memory,
+    generating_memory,
+    measuring_memory,
+)
 from lrc.estimate.sizes import output_size, target_sizes
 from lrc.plan.job import Job
 from lrc.records.check import Check
@@ -64,7 +70,7 @@ def check(job: Job) -> Check:
             )
     return Check(
         model=job.model.source,
-        plan=job.plan_source,
+        plan=job.draft.name,
         keep=job.plan.keep,
         with_tables=job.plan.with_tables,
         before=size_of(reader.tensors.values(), reader.architecture, reader.dtype, {}),

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
-
-import torch
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.curves import as_curves
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
-from lrc.calibration.draw import draw_texts
 from lrc.calibration.enough import too_few
-from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.shared import SharedStaging
-from lrc.checkpoint.staging import check_output, staging
+from lrc.checkpoint.staging import Staging, check_output, staging
 from lrc.compression.finish import (
     copied_files,
     logit_scale,
@@ -30,30 +25,28 @@ from lrc.compression.finish import (
 )
 from lrc.compression.loop import Compressor
 from lrc.compression.refit import doubts
-from lrc.estimate.room import choose_place, known_place, memory_advice
+from lrc.estimate.memory import ASSUMED_SAMPLES
+from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
 from lrc.evaluation.passage import DEFAULT_SEQ_LEN, count_windows
 from lrc.hub.names import default_text
-from lrc.hub.tokenizer import load_tokenizer
-from lrc.plan.job import Job, prepare
+from lrc.modules.table import Table
+from lrc.plan.job import Job
+from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
 from lrc.records.compression import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
 from lrc.report.html import html_page
 from lrc.report.markdown import model_card, report_page
 from lrc.report.outputs import read_beside
-from lrc.run.offload import States
-from lrc.run.processes import ALONE, Ranks
-from lrc.run.settings import default_batch, find_device, find_dtype
-from lrc.run.stopwatch import Stopwatch
+from lrc.run.offload import Place, States
+from lrc.run.settings import Run
 from lrc.run.versions import versions
 from lrc.text.blocks import tokenize
 from lrc.text.mixture import Calibration
 from lrc.text.source import read_text
 from lrc.text.spec import DataLike
+from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream
-
-Progress = Callable[[str, int], Callable[[int], object]]
-Warn = Callable[[str], object]
 
 _ALLOCATION = "allocation"
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
@@ -61,229 +54,241 @@ _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
 
 def compress(
     model: str | Path,
-    plan: str | Path,
+    plan: PlanLike | None = None,
     *,
+    keep: float | None = None,
+    changes: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     calib: DataLike | None = None,
     ppl: str | Sequence[str] | None = None,
-    data_dir: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    batch_size: int | None = None,
-    states: str | None = None,
     max_windows: int | None = None,
     fresh: bool = False,
     force: bool = False,
     beside: Sequence[str | Path] = (),
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    warn: Warn | None = None,
-    ranks: Ranks = ALONE,
+    run: Run = Run(),
 ) -> Report:
     """Compress a checkpoint by a plan into the folder ``out`` (default ./MODEL-PLAN) and report what it cost.
 
-    ``calib`` names texts for calibration (else the plan's, else the model's default) as
-    ``lrc.text.mixture.read_mixture`` does, and ``ppl`` as ``lrc.text.source.read_text`` does those for the perplexity
-    before and after, which is that of the saved folder loaded back (none if it is empty). Layers run in ``dtype``
-    (default: the checkpoint's on a GPU, float32 on a CPU) and are saved in the checkpoint's. ``states``: where hidden
-    states wait between two layers, one of ``offload.PLACES`` (default: the first with room). A plan that asks for an
-    allocation has its sizes found first, as ``lrc.make_plan`` finds them by default. An unfinished run of the same
-    settings is taken up again unless ``fresh``. ``progress`` is called with a stage's name and length, and gives the
-    function to call with steps done; ``warn`` with every warning of the report before the work begins. ``ranks`` are
-    the processes that share the work (``launched``), each of which makes this call and gets the report.
-    Raises UserError for what the user can mend; nothing is then named ``out``.
+    ``plan``: ``lrc.Plan``, a file, the name of a shipped plan, or YAML that begins with ``{``. Without one, ``keep``
+    says how much to keep; the method is a3, and sizes are those that cost least. ``keep`` and ``changes`` (values by
+    dotted key, such as ``{"calibration.samples": 32}``) replace entries of the plan. ``calib`` names calibration texts
+    (default: the plan's, else the model's), ``ppl`` those for the perplexity before and after (none if it is empty).
+    An unfinished run of the same settings is resumed unless ``fresh``. Raises UserError for what the user can mend;
+    nothing is then named ``out``.
     """
-    job = prepare(
-        model, plan, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-    )
-    place, asked = find_device(device, ranks), known_place(states)
-    precision = find_dtype(dtype, place, job.reader.dtype)
+    draft = find_draft(plan, keep, changes)
+    setup = set_up(model, run)
+    job, notes = setup.job(draft), list[str]()
+    if plan is None and "allocate" not in (changes or {}):
+        job, note = _choose_allocation(setup, job, keep, changes)
+        notes.append(note)
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
     others = read_beside([Path(each) for each in beside], job.model.source, job.reader.fingerprint)
-    folder = None if data_dir is None else Path(data_dir)
-    default = default_text(job.model.source)
-    held_out = [default] if ppl is None else _specs(ppl)
-    tokenizer = load_tokenizer(job.model.path, trust_remote_code=trust_remote_code)
-    window = min(DEFAULT_SEQ_LEN, job.reader.architecture.positions)
-    for spec in held_out:  # one that is not there or too short should be known now, not after an hour
-        text = read_text(spec, "evaluation", folder)
-        count_windows(text, tokenize(tokenizer, text.text), window, max_windows)
-    jobs = unsized(job)  # a plan that asks for what its allocation cannot do, too, should be known now
-    watch = Stopwatch(place)
-    progress = progress or (lambda label, total: lambda done: None)
-    generate = partial(
-        synthesize,
-        job=job,
-        device=place,
-        dtype=precision,
-        batch_size=batch_size,
-        watch=watch,
-        progress=progress,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        ranks=ranks,
-    )
-    samples = default_samples(job.plan.plan.allocate)
-    texts = draw_texts(job, tokenizer, calib, None, samples, folder, generate)
-    calibration = texts.calibration
-    batch = batch_size or default_batch(place.type, job.plan.seq_len)
-    waits = choose_place(asked, job, place, precision, batch, len(ranks.mine(calibration.blocks)))
-    settings = _settings(job, calibration, place, precision, batch, ranks)
-    sizing = (
-        Sizing(job.plan.plan.allocate, jobs, sorted(KEEPS), texts, place, precision, batch, ranks=ranks)
-        if jobs
-        else None
-    )
-    if sizing:
-        settings["allocation"] = sizing.key
-    ranks.agree(settings)
-    warnings = [*job.plan.warnings, *calibration.notes, *_too_few(job, calibration)]
-    if warn:
-        for warning in warnings:
-            warn(warning)
-    source_folder = job.model.path
-    read = [*job.reader.files, *copied_files(source_folder)]
-    opened = staging(target, settings, source=source_folder, files=read, fresh=fresh, force=force)
-    with opened if ranks.first else nullcontext() as own:
-        stage = SharedStaging(own, ranks)
-        kept_in = States(waits, stage.scratch)
-        if sizing:
-            with watch.stage("measure sizes"):
-                sizing = replace(sizing, states=kept_in)
-                job, settings["allocation"] = _allocate(job, sizing, stage, progress)
-            settings["plan"] = {"source": job.plan_source, **job.plan.as_dict()}
-            warnings = [*dict.fromkeys([*job.plan.warnings, *warnings])]  # with what the sizes came to
-        settings["warnings"] = warnings
-        advance = progress("compress", len(job.plan.layers))
-        with watch.stage("load"):
-            stream = ModelStream(job.reader, place, precision, kept_in, ranks=ranks)
-        with memory_advice(f"--batch-size below {batch} (with --fresh), or fewer calibration samples"):
-            Compressor(stream, job.plan, stage, watch).run(calibration.blocks, batch, lambda: advance(1))
-        del stream
-        refits = refit_records(job, own) if own else []
-        settings["warnings"] = warnings = [*warnings, *doubts(refits)]
-        with watch.stage("write"):
-            table = write_checkpoint(job, own, settings) if own else {}
-            ranks.meet()
-        perplexity = []
-        if held_out:
-            loading = Loading(place, precision, None, stage.scratch, allow_pickle, trust_remote_code)
-            advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
-            with watch.stage("evaluate"), memory_advice(advice):
-                pair = [
-                    evaluate_folder(
-                        path,
-                        held_out,
-                        loading,
-                        data_dir=folder,
-                        max_windows=max_windows,
-                        progress=progress,
-                        ranks=ranks,
-                    )
-                    for path in (source_folder, stage.folder)
-                ]
-            perplexity = [PerplexityChange(*both) for both in zip(*pair, strict=True)]
+    held_out = _held_out(setup, ppl, max_windows)
+    work = _prepare(setup, job, calib, notes)
+    setup.processes.agree(work.settings)
+    setup.warn(work.warnings)
+    source = job.model.path
+    read = [*job.reader.files, *copied_files(source)]
+    opened = staging(target, work.settings, source=source, files=read, fresh=fresh, force=force)
+    with opened if setup.processes.first else nullcontext() as own:
+        stage = SharedStaging(own, setup.processes)
+        work = _find_sizes(work, stage)
+        work = _compress_layers(work, stage)
+        with setup.watch.stage("write"):
+            manifest = {**work.settings, "warnings": work.warnings}
+            table = write_checkpoint(work.job, own, manifest) if own else {}
+            setup.processes.meet()
+        perplexity = _evaluate(work, stage, held_out, max_windows) if held_out else []
         if own is None:
-            return ranks.share(cast(Report, None))
-        before, after = sizes(job, own, table)
-        report = Report(
-            model=job.model.source,
-            revision=job.model.revision,
-            fingerprint=settings["model"]["fingerprint"],
-            layers=len(job.plan.layers),
-            plan=job.plan_source,
-            plan_text=job.plan_text,
-            out=str(target),
-            keep=job.plan.keep,
-            with_tables=job.plan.with_tables,
-            before=before,
-            after=after,
-            perplexity=perplexity,
-            targets=[TargetRecord.from_dict(record) for record in target_records(job, own)],
-            refits=refits,
-            scale=logit_scale(own),
-            calibration=CalibrationRecord.from_dict(settings["calibration"]),
-            allocation=settings.get("allocation"),
-            device=_device_name(place),
-            dtype=_name(precision),
-            batch_size=batch,
-            processes=ranks.size,
-            states=waits,
-            seconds=watch.seconds,
-            device_bytes=watch.device_bytes,
-            peak_bytes=watch.peak_bytes,
-            warnings=warnings,
-            versions=settings["versions"],
-        )
+            return setup.processes.share(cast(Report, None))
+        report = _report(work, own, table, perplexity, target)
         own.write_file(REPORT, report.to_json())
         own.write_file("report.md", report_page(report))
         own.write_file("report.html", html_page(report, others))
         own.write_file("README.md", model_card(report))
         own.publish()
-    return ranks.share(report)
+    return setup.processes.share(report)
 
 
-def _allocate(
-    job: Job, sizing: Sizing, stage: SharedStaging, progress: Progress
-) -> tuple[Job, dict[str, Any]]:
-    """The job with the sizes that its allocation finds, and what the manifest keeps of that.
+@dataclass(frozen=True)
+class _Work:
+    """A compression that is ready to begin: ``settings`` are everything that decides the bytes of the output."""
 
-    What sizes cost is staged first: a run that is taken up again gets the sizes it had, whatever rounding does.
-    """
-    if not stage.has(_ALLOCATION):
-        stage.write(_ALLOCATION, {}, sizing.curves(progress).as_dict())
-        gc.collect()
-    curves = as_curves(stage.record(_ALLOCATION))
-    sized, cost = sized_by(job, sizing.jobs[0], curves.curves)
-    return sized, {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
-
-
-def _too_few(job: Job, calibration: Calibration) -> list[str]:
-    """Warnings of what is read of the calibration, by the allocation and by the compression."""
-    losses = ALLOCATORS[job.plan.plan.allocate].losses
-    return too_few(job.reader.architecture, job.plan, len(calibration.blocks), losses=losses)
+    setup: Setup
+    job: Job
+    calibration: Calibration
+    sizing: Sizing | None
+    batch: int
+    offload: Place
+    settings: dict[str, Any]
+    warnings: list[str]
 
 
-def _specs(ppl: str | Sequence[str]) -> list[str]:
-    return [ppl] if isinstance(ppl, str) else list(ppl)
+def _choose_allocation(
+    setup: Setup, job: Job, keep: float | None, changes: Mapping[str, Any] | None
+) -> tuple[Job, str]:
+    """Find sizes by measured sensitivity where the whole model fits on the device, else by gradients; and say so."""
+    largest, processes = unsized(job)[-1], setup.processes
+    asked = job.plan.plan.calibration.samples
+    samples = len(processes.mine(range(ASSUMED_SAMPLES if asked == "all" else asked)))
+    place, batch = setup.offload(job, samples), setup.batch_size(job)
+    # One process decides: each sees a free memory of its own.
+    fits = processes.share(fits_measuring(largest, setup.device, setup.dtype, batch, samples, place))
+    if fits:
+        how = (
+            "the whole model fits on the device, so sizes are found by measuring what shrinking each target alone does "
+            "to the loss on held-out text (allocate: sensitivity)"
+        )
+    else:
+        plan = BEST.model_copy(update={"allocate": "fisher"})
+        job = setup.job(read_draft(plan, keep, changes))
+        how = (
+            "the whole model does not fit on the device, so sizes are found by predicted losses, from gradients "
+            "(allocate: fisher)"
+        )
+    given = f"no plan is given: method {job.plan.plan.method}, keep {job.plan.plan.keep:g}"
+    return job, f"{given}; {how}. For uniform sizes, which take no measurement: --set allocate=uniform"
 
 
-def _settings(
-    job: Job, calibration: Calibration, device: torch.device, precision: torch.dtype, batch: int, ranks: Ranks
-) -> dict[str, Any]:
-    """Everything that decides the output's bytes: an unfinished run is only taken up if all of it is the same."""
-    run: dict[str, Any] = {"device": device.type, "dtype": _name(precision), "batch_size": batch}
-    if not ranks.alone:  # sums over blocks are rounded by how these are split
-        run["processes"] = ranks.size
-    gradients = reads_gradients(job.reader.architecture, job.plan)
+def _held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> list[str]:
+    """Return the perplexity texts, each of which is there and long enough: that should be known before the work."""
+    specs = (
+        [default_text(setup.model.source)] if ppl is None else [ppl] if isinstance(ppl, str) else list(ppl)
+    )
+    window = min(DEFAULT_SEQ_LEN, setup.reader.architecture.positions)
+    for spec in specs:
+        text = read_text(spec, "evaluation", setup.run.data_folder)
+        count_windows(text, tokenize(setup.tokenizer, text.text), window, max_windows)
+    return specs
+
+
+def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -> _Work:
+    """Draw the texts and settle everything that decides the output; a plan that cannot be done is refused before."""
+    name, jobs, processes = job.plan.plan.allocate, unsized(job), setup.processes
+    texts = setup.texts(job, calib, samples=default_samples(name))
+    calibration, batch = texts.calibration, setup.batch_size(job)
+    offload = setup.offload(job, len(processes.mine(calibration.blocks)))
+    settings = _settings(setup, job, calibration, batch)
+    sizing = None
+    if jobs:
+        sizing = Sizing(name, jobs, sorted(KEEPS), texts, setup.device, setup.dtype, batch, ranks=processes)
+        settings["allocation"] = sizing.key
+    few = too_few(job.reader.architecture, job.plan, len(calibration.blocks), losses=ALLOCATORS[name].losses)
+    warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
+    return _Work(setup, job, calibration, sizing, batch, offload, settings, warnings)
+
+
+def _settings(setup: Setup, job: Job, calibration: Calibration, batch: int) -> dict[str, Any]:
+    """Return everything that decides the output's bytes: a run is only resumed if all of it is the same."""
+    run: dict[str, Any] = {"device": setup.device.type, "dtype": setup.dtype_name, "batch_size": batch}
+    if not setup.processes.alone:  # sums over blocks are rounded by how these are split
+        run["processes"] = setup.processes.size
     asked = job.plan.plan.calibration
+    gradients = {"gradient_samples": min(asked.gradient_samples, len(calibration.blocks))}
     return {
         "model": {
             "source": job.model.source,
             "revision": job.model.revision,
             "fingerprint": job.reader.fingerprint,
         },
-        "plan": {"source": job.plan_source, **job.plan.as_dict()},
+        "plan": _plan_settings(job),
         "calibration": {
             **calibration.as_dict(asked.seed),
             "first_token": job.plan.first_token,
-            **(
-                {"gradient_samples": min(asked.gradient_samples, len(calibration.blocks))}
-                if gradients
-                else {}
-            ),
+            **(gradients if reads_gradients(job.reader.architecture, job.plan) else {}),
         },
         "run": run,
         "versions": versions(*_PACKAGES),
     }
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _plan_settings(job: Job) -> dict[str, Any]:
+    return {"source": job.draft.name, **job.plan.as_dict()}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
+    """Return the work with the sizes that the plan's allocation finds, if it asks for one.
+
+    What sizes cost is staged first: a resumed run gets the sizes it had, whatever rounding does.
+    """
+    if not work.sizing:
+        return work
+    setup = work.setup
+    with setup.watch.stage("measure sizes"):
+        sizing = replace(work.sizing, states=States(work.offload, stage.scratch))
+        if not stage.has(_ALLOCATION):
+            stage.write(_ALLOCATION, {}, sizing.curves(setup.run.progress).as_dict())
+            gc.collect()
+        curves = as_curves(stage.record(_ALLOCATION))
+        job, cost = sized_by(work.job, sizing.jobs[0], curves.curves)
+    found = {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
+    settings = {**work.settings, "allocation": found, "plan": _plan_settings(job)}
+    warnings = [*dict.fromkeys([*job.plan.warnings, *work.warnings])]  # with what the sizes came to
+    return replace(work, job=job, settings=settings, warnings=warnings)
+
+
+def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
+    """Solve, assemble and stage every layer; return the work with the warnings of the refits."""
+    setup, job = work.setup, work.job
+    advance = setup.run.stage("compress", len(job.plan.layers))
+    with setup.watch.stage("load"):
+        states = States(work.offload, stage.scratch)
+        stream = ModelStream(job.reader, setup.device, setup.dtype, states, ranks=setup.processes)
+    with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
+        compressor = Compressor(stream, job.plan, stage, setup.watch)
+        compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))
+    refits = refit_records(job, stage.own) if stage.own else []
+    return replace(work, warnings=[*work.warnings, *doubts(refits)])
+
+
+def _evaluate(
+    work: _Work, stage: SharedStaging, held_out: list[str], max_windows: int | None
+) -> list[PerplexityChange]:
+    """Measure the perplexity of the original and of the staged checkpoint, loaded back."""
+    setup = work.setup
+    loading = Loading(setup.device, setup.dtype, stage.scratch, setup.run)
+    advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
+    with setup.watch.stage("evaluate"), memory_advice(advice):
+        pair = [
+            evaluate_folder(path, held_out, loading, max_windows=max_windows)
+            for path in (work.job.model.path, stage.folder)
+        ]
+    return [PerplexityChange(*both) for both in zip(*pair, strict=True)]
+
+
+def _report(
+    work: _Work, own: Staging, table: Table, perplexity: list[PerplexityChange], target: Path
+) -> Report:
+    setup, job, settings = work.setup, work.job, work.settings
+    before, after = sizes(job, own, table)
+    return Report(
+        model=job.model.source,
+        revision=job.model.revision,
+        fingerprint=job.reader.fingerprint,
+        layers=len(job.plan.layers),
+        plan=job.draft.name,
+        plan_text=job.draft.text,
+        out=str(target),
+        keep=job.plan.keep,
+        with_tables=job.plan.with_tables,
+        before=before,
+        after=after,
+        perplexity=perplexity,
+        targets=[TargetRecord.from_dict(record) for record in target_records(job, own)],
+        refits=refit_records(job, own),
+        scale=logit_scale(own),
+        calibration=CalibrationRecord.from_dict(settings["calibration"]),
+        allocation=settings.get("allocation"),
+        device=setup.device_name,
+        dtype=setup.dtype_name,
+        batch_size=work.batch,
+        processes=setup.processes.size,
+        offload=work.offload,
+        seconds=setup.watch.seconds,
+        device_bytes=setup.watch.device_bytes,
+        peak_bytes=setup.watch.peak_bytes,
+        warnings=work.warnings,
+        versions=settings["versions"],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lrc.checkpoint.staging import MANIFEST
@@ -11,13 +12,15 @@ from lrc.estimate.room import memory_advice
 from lrc.evaluation.folder import evaluate_folder, find_loading
 from lrc.evaluation.pair import evaluate_pair
 from lrc.evaluation.passage import choose_seq_lens, read_config
-from lrc.evaluation.perplexity import Perplexity, Progress
+from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.records import token_file
 from lrc.evaluation.tasks import Tasks, TaskScore
 from lrc.hub.names import default_text, resolve_model
 from lrc.records.comparison import Comparison, Evaluated
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.settings import Run
 from lrc.text.source import named_texts, read_text
+
+_ADVICE = "--streamed, a shorter --seq-len, or --device cpu"
 
 
 def evaluate(
@@ -26,54 +29,24 @@ def evaluate(
     *,
     seq_len: int | Sequence[int] | None = None,
     max_windows: int | None = None,
-    data_dir: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
     streamed: bool | None = None,
     tokens: str | Path | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    ranks: Ranks = ALONE,
+    run: Run = Run(),
 ) -> list[Perplexity]:
-    """Perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
+    """Measure the perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
 
     The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
     ``lrc.evaluation.perplexity``. ``seq_len``: tokens of a window; of several lengths each has a figure, on the same
     part of the text. ``streamed``: the model runs a layer at a time, which gives the same figure and needs the memory
     of a layer (default: where it would not fit whole). ``tokens``: a file for the loss of each token, as
-    ``lrc.evaluation.records`` writes it. ``ranks`` are the processes that share the work, as for ``compress``. Raises
-    UserError for a model or text that cannot be had.
+    ``lrc.evaluation.records`` writes it. Raises UserError for a model or text that cannot be had.
     """
     named = None if ppl is None else named_texts(ppl)
-    if model is None:
-        path = newest_output(Path.cwd())
-    else:
-        path = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
-    loading = find_loading(
-        device,
-        dtype,
-        streamed,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        ranks=ranks,
-    )
-    with (
-        memory_advice("--streamed, a shorter --seq-len, or --device cpu"),
-        token_file(tokens, paired=False, ranks=ranks) as keep,
-    ):
-        return evaluate_folder(
-            path,
-            named or [default_text(str(model or path))],
-            loading,
-            data_dir=None if data_dir is None else Path(data_dir),
-            seq_len=seq_len,
-            max_windows=max_windows,
-            progress=progress,
-            keep=keep,
-            ranks=ranks,
-        )
+    path = newest_output(Path.cwd()) if model is None else _folder(model, run)
+    loading = find_loading(run, streamed)
+    specs = named or [default_text(str(model or path))]
+    with memory_advice(_ADVICE), token_file(tokens, paired=False, ranks=run.processes) as keep:
+        return evaluate_folder(path, specs, loading, seq_len=seq_len, max_windows=max_windows, keep=keep)
 
 
 def evaluate_against(
@@ -83,56 +56,26 @@ def evaluate_against(
     *,
     seq_len: int | Sequence[int] | None = None,
     max_windows: int | None = None,
-    data_dir: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
     streamed: bool | None = None,
     tokens: str | Path | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    ranks: Ranks = ALONE,
+    run: Run = Run(),
 ) -> Comparison:
-    """A model beside the one it is held ``against``, usually its original, on the same windows of each text.
+    """Measure a model beside the one it is held ``against``, usually its original, on the same windows of each text.
 
     Besides both perplexities it has what ``lrc.evaluation.pair.TokenByToken`` says, where the two read the text as the
-    same tokens; else bits per byte alone compare. ``revision`` is of ``model``; a length in ``seq_len`` is one that
+    same tokens; else bits per byte alone compare. ``run.revision`` is of ``model``; a length in ``seq_len`` is one that
     both can be measured with. Both models are loaded at once: whole where both fit, else both a layer at a time. The
     rest is as for ``lrc.evaluate``. Raises UserError for a model or text that cannot be had, and where ``tokens`` are
     to be kept of models whose tokens differ.
     """
     named = None if ppl is None else named_texts(ppl)
-    ours, theirs = (
-        resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path,
-        resolve_model(str(against), allow_pickle=allow_pickle).path,
-    )
-    configs = [read_config(folder, trust_remote_code=trust_remote_code) for folder in (ours, theirs)]
+    folders = _folder(model, run), _folder(against, replace(run, revision=None))
+    configs = [read_config(folder, trust_remote_code=run.trust_remote_code) for folder in folders]
     lengths = choose_seq_lens(zip((str(model), str(against)), configs, strict=True), seq_len)
-    folder = None if data_dir is None else Path(data_dir)
-    texts = [read_text(spec, "evaluation", folder) for spec in named or [default_text(str(model))]]
-    loading = find_loading(
-        device,
-        dtype,
-        streamed,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        ranks=ranks,
-    )
-    with (
-        memory_advice("--streamed, a shorter --seq-len, or --device cpu"),
-        token_file(tokens, paired=True, ranks=ranks) as keep,
-    ):
-        pairs = evaluate_pair(
-            (ours, theirs),
-            texts,
-            lengths,
-            loading,
-            max_windows=max_windows,
-            progress=progress,
-            keep=keep,
-            ranks=ranks,
-        )
+    texts = [read_text(spec, "evaluation", run.data_folder) for spec in named or [default_text(str(model))]]
+    loading = find_loading(run, streamed)
+    with memory_advice(_ADVICE), token_file(tokens, paired=True, ranks=run.processes) as keep:
+        pairs = evaluate_pair(folders, texts, lengths, loading, max_windows=max_windows, keep=keep)
     of, held = (
         Evaluated(str(name), [getattr(pair, side) for pair in pairs])
         for name, side in ((model, "ours"), (against, "theirs"))
@@ -145,30 +88,19 @@ def prepare_tasks(
     tasks: str | Sequence[str],
     *,
     tasks_dir: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
     streamed: bool | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    ranks: Ranks = ALONE,
+    run: Run = Run(),
 ) -> Callable[[], list[list[TaskScore]]]:
-    """The function that scores each model on tasks of lm-evaluation-harness, which come from ``tasks_dir`` too; whole
-    models alone.
+    """Check everything that can be checked without loading a model, then return the function that runs the tasks.
 
-    ``revision`` is of the first. What can be known before a model is loaded is known when the function is given: raises
-    UserError where the harness is not installed, for a task or data that cannot be had, a model that does not fit
-    whole, and of several processes.
+    The function scores each model on tasks of lm-evaluation-harness; ``tasks_dir`` has files of more tasks.
+    ``run.revision`` is of the first model. Raises UserError where the harness is not installed, for a task or data that
+    cannot be had, a model that does not fit whole, and of several processes.
     """
-    if not ranks.alone:
+    if not run.processes.alone:
         raise UserError("--tasks runs in one process; start the command without a launcher")
-    folders = [
-        resolve_model(str(model), revision=None if i else revision, allow_pickle=allow_pickle).path
-        for i, model in enumerate(models)
-    ]
-    loading = find_loading(
-        device, dtype, streamed, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-    )
+    folders = [_folder(model, replace(run, revision=None) if i else run) for i, model in enumerate(models)]
+    loading = find_loading(run, streamed)
     found = Tasks(
         [tasks] if isinstance(tasks, str) else tasks, None if tasks_dir is None else Path(tasks_dir)
     )
@@ -180,6 +112,10 @@ def prepare_tasks(
             return [found.evaluate(folder, loading) for folder in folders]
 
     return evaluate
+
+
+def _folder(model: str | Path, run: Run) -> Path:
+    return resolve_model(str(model), revision=run.revision, allow_pickle=run.allow_pickle).path
 
 
 def newest_output(folder: Path) -> Path:

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.budget import Budget, Spent, read_budgets
 from lrc.allocation.curves import Curves, file_name, load_curves
-from lrc.allocation.sizing import KEEPS, Limits, Progress, Sizing, blank_curves, buy, default_samples
+from lrc.allocation.sizing import Limits, Measuring, Sizing, blank_curves, buy, default_samples
 from lrc.allocation.spend import Curve
-from lrc.calibration.draw import Texts, draw_texts
+from lrc.calibration.draw import Texts
 from lrc.calibration.enough import too_few
-from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.durable import check_file, write_text, written
-from lrc.checkpoint.reader import CheckpointReader
-from lrc.errors import UserError, nearest
-from lrc.estimate.room import choose_place, known_place
+from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
 from lrc.families import Target
-from lrc.hub.names import resolve_model
-from lrc.hub.tokenizer import load_tokenizer
 from lrc.methods import methods
-from lrc.plan.resolve import Draft, parse_plan
+from lrc.plan.job import Job, templates
+from lrc.plan.library import PlanLike, draft_of, read_draft
+from lrc.plan.resolve import Draft
 from lrc.plan.resolved import Assignment
-from lrc.plan.schema import Plan
-from lrc.plan.template import base_plan, templates
+from lrc.plan.schema import Components, Entry, Plan
 from lrc.plan.write import write_plan
 from lrc.records.planning import Planned, Planning, Strip, TableSize, cost_text, factor
 from lrc.run.offload import States
-from lrc.run.processes import ALONE, Ranks
-from lrc.run.settings import default_batch, find_device, find_dtype
-from lrc.run.stopwatch import Stopwatch
+from lrc.run.settings import Run
 from lrc.text.spec import DataLike
+from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import solver_of
 
 _MADE = "Made by lrc plan"
+_DEFAULT = Plan()
+_FOR_CACHE = Plan(
+    components=Components(qk=Entry.model_validate({"metric": "attention"}))
+)  # narrower heads alone do
 
 
 def make_plan(
@@ -46,110 +44,48 @@ def make_plan(
     keep: float | Sequence[float] | None = None,
     size: int | None = None,
     kv_cache: float | None = None,
-    base: str | Path | None = None,
-    allocate: str | None = None,
-    held_out: str | None = None,
-    held_out_samples: int | None = None,
-    keeps: Sequence[float] | None = None,
+    base: PlanLike | None = None,
     calib: DataLike | None = None,
-    data_dir: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    batch_size: int | None = None,
-    states: str | None = None,
-    curves: str | Path | None = None,
-    round_to: int | None = None,
-    floor: float | None = None,
-    cap: float = 1.0,
-    fresh: bool = False,
+    measuring: Measuring = Measuring(),
+    limits: Limits = Limits(),
     out: str | Path = "plan.yaml",
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    warn: Callable[[str], object] | None = None,
-    ranks: Ranks = ALONE,
+    run: Run = Run(),
 ) -> Planning:
     """Write plans with the sizes of least cost that ``keep``, ``size`` or ``kv_cache`` allows.
 
     ``keep``: of the weights of the decoder and of what ``base`` names outside the layers without a size; of several,
     each gets a plan, NAME-KEEP.yaml. ``size``: bytes of all tensors. ``kv_cache``: of the cache; alone it leaves all
     but qk and ov whole, beside a keep it fixes what these take of that. ``base``: a plan without sizes in the layers,
-    for methods, options and calibration (default: a3). ``allocate``: what is spent where it saves most, one of
-    ``lrc.allocation.ALLOCATORS`` (default: the base plan's if it names one, else sensitivity). ``keeps``:
-    fractions of each target at which costs are found, by the allocations that cannot find all. ``held_out``: the text
-    whose first ``held_out_samples`` blocks sensitivity is measured on (default: wikitext2:validation; for built-in
-    models what calibration does not draw of builtin:train). Curves are kept in the file ``curves`` (default: beside
-    ``out``, under the name that ``file_name`` gives to all that they hang on), to be used again unless
-    ``fresh``. Sizes are multiples of ``round_to`` (default: of eight where a
-    target is wide, at which matrix units are fast), and keep ``floor`` to ``cap`` of a target's weights (default: from
-    the smallest whose cost is known, to all). The rest is as for ``lrc.compress``. Raises UserError for what the user
-    can mend; no plan is written then.
+    for methods, options and calibration (default: a3). ``measuring``: how costs are found. ``limits``: which sizes may
+    be bought. Raises UserError for what the user can mend; no plan is written then.
     """
     out = Path(out)
-    budgets, limits = read_budgets(keep, size, kv_cache), Limits(round_to, floor, cap)
-    text, source = base_plan(None if base is None else str(base), for_cache=kv_cache is not None)
-    draft = parse_plan(text, source)
-    name = allocate or _allocation_of(draft.plan)
-    _check_options(name, keeps, held_out, held_out_samples, curves)
-    keeps = sorted(KEEPS if keeps is None else keeps)
-    _check_limits(name, limits, keeps)
+    budgets = read_budgets(keep, size, kv_cache)
+    default = _DEFAULT if kv_cache is None else _FOR_CACHE
+    draft = draft_of(default, "the default base plan") if base is None else read_draft(base)
+    name, keeps = measuring.allocation(draft.plan), measuring.fractions
+    limits.check(name, keeps)
     paths = [out.with_name(f"{out.stem}-{b.keep:g}{out.suffix}") if budgets[1:] else out for b in budgets]
-    _check_files(paths, None if curves is None else Path(curves))
-    found = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle)
-    reader = CheckpointReader(found.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    jobs = templates(found, reader, text, source, keeps)
+    _check_files(paths, None if measuring.curves is None else Path(measuring.curves))
+    setup = set_up(model, run)
+    jobs = templates(setup.model, setup.reader, draft, keeps)
     blank = blank_curves(name, jobs)
     for budget in budgets:  # one that cannot be met should be known now, not after the measurement
         buy(budget, jobs[0], blank, limits)
-    place, asked = find_device(device, ranks), known_place(states)
-    precision = find_dtype(dtype, place, reader.dtype)
-    samples = held_out_samples or default_samples(name)
-    tokenizer = load_tokenizer(found.path, trust_remote_code=trust_remote_code)
-    folder = None if data_dir is None else Path(data_dir)
-    watch = Stopwatch(place)
-    generate = partial(
-        synthesize,
-        job=jobs[0],
-        device=place,
-        dtype=precision,
-        batch_size=batch_size,
-        watch=watch,
-        progress=progress,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        ranks=ranks,
-    )
-    texts = draw_texts(jobs[0], tokenizer, calib, held_out, samples, folder, generate)
-    batch = batch_size or default_batch(place.type, jobs[0].plan.seq_len)
-    waits = choose_place(asked, jobs[-1], place, precision, batch, len(ranks.mine(texts.calibration.blocks)))
-    sizing = Sizing(name, jobs, keeps, texts, place, precision, batch, States(waits, out.parent), ranks)
-    ranks.agree(sizing.key)
-    few = too_few(
-        reader.architecture, jobs[0].plan, len(texts.calibration.blocks), losses=ALLOCATORS[name].losses
-    )
-    of_texts, overruled = [*texts.warnings, *few], _gives_way(draft, budgets)
-    if warn:
-        for warning in (*overruled, *jobs[0].plan.warnings, *of_texts):
-            warn(warning)
-    store = None
-    if ALLOCATORS[name].holds != "nothing":
-        store = out.with_name(file_name(found.name, sizing.key)) if curves is None else Path(curves)
-    known = ranks.share(_known(store, sizing, blank) if store and ranks.first else None)
-    measured = fresh or known is None
-    if known is None or measured:
-        with watch.stage("measure"):
-            known = sizing.curves(progress)
-        if store and ranks.first:
-            with written(store):
-                known.save(store)
-    with watch.stage("allocate"):
+    texts = setup.texts(jobs[0], calib, measuring.held_out, measuring.samples or default_samples(name))
+    sizing = _sizing(setup, name, jobs, keeps, texts, out.parent)
+    setup.processes.agree(sizing.key)
+    overruled, of_texts = _gives_way(draft, budgets), [*texts.warnings, *_too_few(sizing)]
+    setup.warn([*overruled, *jobs[0].plan.warnings, *of_texts])
+    store = _store(setup, sizing, measuring, out)
+    known, measured = _curves(setup, sizing, blank, store, fresh=measuring.fresh)
+    with setup.watch.stage("allocate"):
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
-    for path, budget, each in zip(paths, budgets, spent, strict=True) if ranks.first else ():
+    for path, budget, each in zip(paths, budgets, spent, strict=True) if setup.processes.first else ():
         with written(path):
             write_text(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(
-        model=found.source,
+        model=setup.model.source,
         allocation=name,
         unit=known.unit,
         plans=[_planned(*each, known.unit) for each in zip(paths, budgets, spent, strict=True)],
@@ -158,16 +94,49 @@ def make_plan(
         loss=known.loss,
         calibration=texts.fitted_to,
         held_out=texts.measured_on,
-        dtype=str(precision).removeprefix("torch."),
-        seconds=watch.seconds,
-        peak_bytes=watch.peak_bytes,
+        dtype=setup.dtype_name,
+        seconds=setup.watch.seconds,
+        peak_bytes=setup.watch.peak_bytes,
         warnings=[*overruled, *dict.fromkeys(w for each in spent for w in each.job.plan.warnings), *of_texts],
     )
 
 
-def _allocation_of(plan: Plan) -> str:
-    """The allocation that a base plan names; sensitivity where it names none."""
-    return plan.allocate if "allocate" in plan.model_fields_set else "sensitivity"
+def _sizing(
+    setup: Setup, name: str, jobs: Sequence[Job], keeps: Sequence[float], texts: Texts, scratch: Path
+) -> Sizing:
+    place = setup.offload(jobs[-1], len(setup.processes.mine(texts.calibration.blocks)))
+    states, batch = States(place, scratch), setup.batch_size(jobs[0])
+    return Sizing(name, jobs, keeps, texts, setup.device, setup.dtype, batch, states, setup.processes)
+
+
+def _too_few(sizing: Sizing) -> list[str]:
+    job, samples = sizing.jobs[0], len(sizing.texts.calibration.blocks)
+    return too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[sizing.name].losses)
+
+
+def _store(setup: Setup, sizing: Sizing, measuring: Measuring, out: Path) -> Path | None:
+    """Return the file of what sizes cost; None for an allocation that measures nothing."""
+    if ALLOCATORS[sizing.name].holds == "nothing":
+        return None
+    if measuring.curves is not None:
+        return Path(measuring.curves)
+    return out.with_name(file_name(setup.model.name, sizing.key))
+
+
+def _curves(
+    setup: Setup, sizing: Sizing, blank: Sequence[Curve], store: Path | None, *, fresh: bool
+) -> tuple[Curves, bool]:
+    """Return what sizes cost, and whether that was measured now: an earlier run's is used again unless ``fresh``."""
+    first = setup.processes.first
+    known = setup.processes.share(_known(store, sizing, blank) if store and first else None)
+    if known is not None and not fresh:
+        return known, False
+    with setup.watch.stage("measure"):
+        found = sizing.curves(setup.run.progress)
+    if store and first:
+        with written(store):
+            found.save(store)
+    return found, True
 
 
 def _gives_way(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
@@ -175,53 +144,8 @@ def _gives_way(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
     plan, asked = draft.plan, " and ".join(str(budget) for budget in budgets)
     if "keep" not in plan.model_fields_set or [budget.keep for budget in budgets] == [plan.keep]:
         return []
-    place = f"{draft.document.source}:{draft.document.line(('keep',))}"
+    place = draft.document.place(("keep",))
     return [f"{place}: keep: the base plan's own gives way to what is asked for, {asked}"]
-
-
-def _check_options(
-    name: str,
-    keeps: Sequence[float] | None,
-    held_out: str | None,
-    samples: int | None,
-    curves: str | Path | None,
-) -> None:
-    """Refuse an unknown allocation, and options that it has no use for."""
-    if name not in ALLOCATORS:
-        raise UserError(f"unknown allocation {name!r}; {nearest(name, ALLOCATORS)}")
-    allocator = ALLOCATORS[name]
-    for option, given, used, why in (
-        ("--keeps", keeps, allocator.keeps, "knows the cost of every size"),
-        ("--held-out", held_out, allocator.held_out, "reads no held-out text"),
-        ("--held-out-samples", samples, allocator.held_out, "reads no held-out text"),
-        ("--curves", curves, allocator.holds != "nothing", "measures nothing"),
-    ):
-        if given is not None and not used:
-            raise UserError(f"{option} has no effect: allocation {name} {why}; leave it out")
-    if keeps is not None and (
-        not keeps or any(not 0 < value < 1 for value in keeps) or len(set(keeps)) < len(keeps)
-    ):
-        raise UserError(f"--keeps {_listed(keeps)}: fractions to measure are distinct, above 0 and below 1")
-    if samples is not None and samples < 1:
-        raise UserError(f"--held-out-samples {samples} is too small; the smallest is 1")
-
-
-def _check_limits(name: str, limits: Limits, keeps: Sequence[float]) -> None:
-    if limits.round_to is not None and limits.round_to < 1:
-        raise UserError(f"--round {limits.round_to} is too small; the smallest is 1")
-    for option, value in (("--floor", limits.floor), ("--cap", limits.cap)):
-        if value is not None and not 0 < value <= 1:
-            raise UserError(
-                f"{option} {value:g} is outside (0, 1]; it is a fraction of each target's weights"
-            )
-    if limits.floor is None:
-        return
-    if limits.floor > limits.cap:
-        raise UserError(f"--floor {limits.floor:g} is above --cap {limits.cap:g}")
-    if ALLOCATORS[name].keeps and limits.floor < keeps[0]:
-        raise UserError(
-            f"--floor {limits.floor:g} is below the smallest fraction measured; put it into --keeps {_listed(keeps)}"
-        )
 
 
 def _check_files(plans: Sequence[Path], curves: Path | None) -> None:
@@ -307,7 +231,3 @@ def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
     """A target's sizes out of the largest that its methods have."""
     full = max(solver_of(a).size.full(target, a.options) for a in layers if a)
     return Strip(target.name, full, [a and (a.size if a.kept < a.whole else full) for a in layers])
-
-
-def _listed(fractions: Sequence[float]) -> str:
-    return ",".join(f"{fraction:g}" for fraction in fractions)

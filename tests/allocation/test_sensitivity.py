@@ -74,7 +74,9 @@ def test_a_point_is_the_loss_of_the_saved_model(
     rule = f"layers: [{{match: {layer}, {target}: {{rank: {size}, method: {method}}}}}]"
     plan = tmp_path / "p.yaml"
     plan.write_text(f"format: 1\nrefit: none\n{CALIBRATION}\n{rule}\n", encoding="utf-8")
-    lrc.compress(source, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu", batch_size=2)
+    lrc.compress(
+        source, plan, out=tmp_path / "out", calib=str(text), ppl=[], run=lrc.Run(device="cpu", batch_size=2)
+    )
 
     measuring = sensitivity(source, held_out, resolved(CheckpointReader(source), rule))
     (curve,) = measuring.curves(lambda done: None)

@@ -21,7 +21,7 @@ from lrc.modules import attention
 from lrc.verbs import bench as benching
 
 TinyCheckpoint = Callable[..., Path]
-QUICK: dict[str, Any] = {"new_tokens": 2, "repeats": 2, "device": "cpu"}
+QUICK: dict[str, Any] = {"new_tokens": 2, "repeats": 2, "run": lrc.Run(device="cpu")}
 SHAPES: dict[str, Any] = {"prefill": [(2, 8)], "decode": [(2, 8)]}
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def pair(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> tuple[Path, Path]:
     text.write_text(
         "It was a bright cold day in April, and the clocks were striking. " * 20, encoding="utf-8"
     )
-    lrc.compress(original, plan, calib=str(text), out=tmp_path / "small", ppl=[], device="cpu")
+    lrc.compress(original, plan, calib=str(text), out=tmp_path / "small", ppl=[], run=lrc.Run(device="cpu"))
     return tmp_path / "small", original
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -61,10 +61,10 @@ def test_every_verb_says_it_before_the_work_and_keeps_it(
     Path("plan.yaml").write_text(f"format: 1\nkeep: 0.5\n{settings}", encoding="utf-8")
     Path("base.yaml").write_text(f"format: 1\n{settings}", encoding="utf-8")
     expected = [MOMENTS.format(16, 48), GRADIENTS.format(8, 32, "gradient_samples")]
-    given: dict[str, Any] = {"calib": "text.txt", "device": "cpu"}
 
     told: list[str] = []
-    lrc.compress(model, "plan.yaml", out="out", ppl=[], warn=told.append, **given)
+    run = lrc.Run(device="cpu", warn=told.append)
+    lrc.compress(model, "plan.yaml", out="out", ppl=[], calib="text.txt", run=run)
     assert told == expected
     for name in ("report.json", "lrc.json"):
         assert json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))["warnings"] == expected
@@ -83,11 +83,10 @@ def test_every_verb_says_it_before_the_work_and_keeps_it(
         model,
         keep=0.7,
         base="base.yaml",
-        allocate="energy",
-        progress=progress,
-        warn=told.append,
+        measuring=lrc.Measuring(allocate="energy"),
+        run=replace(run, progress=progress),
         out="made.yaml",
-        **given,
+        calib="text.txt",
     )
     assert told == [warning for warning in planning.warnings if "comes to" not in warning] == expected
     assert steps

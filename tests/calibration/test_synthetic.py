@@ -17,6 +17,7 @@ from lrc.calibration.synthetic import start_token, synthesize, write_blocks
 from lrc.errors import UserError
 from lrc.hub.loader import load
 from lrc.plan.job import prepare
+from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import ids_sha256, uniforms
 from lrc.text.mixture import Source
@@ -99,11 +100,8 @@ def source(folder: Path, tmp_path: Path, progress: Any = None) -> Source:
         job=prepare(folder, plan),
         device=CPU,
         dtype=torch.float32,
-        batch_size=2,
+        run=Run(batch_size=2, progress=progress),
         watch=watch,
-        progress=progress,
-        allow_pickle=False,
-        trust_remote_code=False,
     )
     assert list(watch.seconds) == ["generate"]
     return found

@@ -44,7 +44,7 @@ def test_tables_and_documents(succeeds, tiny_checkpoint, work):
 
 
 def test_quartiles_and_peaks_where_there_are_some(tiny_checkpoint):
-    quick = {"prefill": [(1, 8)], "decode": [], "new_tokens": 2, "device": "cpu"}
+    quick = {"prefill": [(1, 8)], "decode": [], "new_tokens": 2, "run": lrc.Run(device="cpu")}
     alone = lrc.bench(tiny_checkpoint("llama"), repeats=3, **quick)
     parts = list(speeds(alone))
     told = " ".join(part for part in parts if isinstance(part, str))

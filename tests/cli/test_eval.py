@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from lrc.plan.schema import Calibration
+
 Run = Callable[..., Result]
 Fails = Callable[..., str]
 TinyCheckpoint = Callable[..., Path]
@@ -302,8 +304,7 @@ def ablation(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[object]:
     """``lrc eval --ablate`` of a tiny checkpoint, on four calibration blocks."""
-    head = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
-    monkeypatch.setattr("lrc.inspection.ablation._HEAD", head)
+    monkeypatch.setattr("lrc.inspection.ablation.CALIBRATION", Calibration(samples=4))
     text = tmp_path / "text.txt"
     argv = ["eval", "--ablate", tiny_checkpoint("llama"), "--ppl", text, "--calib", text, "--device", "cpu"]
     return [*argv, "--keeps", "0.5,0.25"]
@@ -338,7 +339,7 @@ def test_an_interrupted_ablation_says_that_it_goes_on(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lrc.inspection.ablation.losses", interrupt)
+    monkeypatch.setattr("lrc.verbs.ablate.losses", interrupt)
     result = run(*ablation)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted; run the same command again to go on\n"

@@ -26,8 +26,9 @@ from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
 from lrc.moments import COLLECTORS
 from lrc.moments.observe import observe
+from lrc.plan.document import Document
 from lrc.plan.job import Job
-from lrc.plan.resolve import parse_plan, resolve
+from lrc.plan.resolve import Draft, parse_plan, resolve
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan
 from lrc.run.stopwatch import Stopwatch
@@ -87,7 +88,7 @@ def compress(
     reader = CheckpointReader(source)
     if isinstance(plan, str):
         plan = resolve(parse_plan(f"format: 1\n{plan}", "p.yaml"), reader.architecture, methods(), COLLECTORS)
-    job = Job(ResolvedModel(source, str(source)), reader, "", "p.yaml", plan)
+    job = Job(ResolvedModel(source, str(source)), reader, Draft(plan.plan, Document.made("p.yaml", {})), plan)
     left = stop_after
 
     def advance() -> None:

@@ -27,9 +27,10 @@ from lrc.hub.names import ASSETS, ResolvedModel
 from lrc.methods import methods
 from lrc.modules.embedding import FactorizedEmbedding
 from lrc.moments import COLLECTORS
-from lrc.plan.job import Job
-from lrc.plan.resolve import parse_plan, resolve
-from lrc.plan.template import base_plan, templates
+from lrc.plan.document import Document
+from lrc.plan.job import Job, templates
+from lrc.plan.library import read_draft
+from lrc.plan.resolve import Draft, parse_plan, resolve
 from lrc.run.stopwatch import Stopwatch
 from lrc.walk.stream import ModelStream
 
@@ -55,7 +56,10 @@ def compress(source: Path, out: Path, body: str, stop_after: int = 0) -> list[di
     """Compress by a plan's text; ``stop_after`` dies after so many layers. Returns the records."""
     reader = CheckpointReader(source)
     plan = resolve(parse_plan(f"format: 1\n{body}\n", "p.yaml"), reader.architecture, methods(), COLLECTORS)
-    job, left = Job(ResolvedModel(source, str(source)), reader, "", "p.yaml", plan), [stop_after]
+    job, left = (
+        Job(ResolvedModel(source, str(source)), reader, Draft(plan.plan, Document.made("p.yaml", {})), plan),
+        [stop_after],
+    )
 
     def advance() -> None:
         left[0] -= 1
@@ -340,7 +344,9 @@ def test_the_report_counts_the_whole_model(tied, tiny_checkpoint, tmp_path):
     plan.write_text(f"format: 1\nprojections: {{{EMBED}}}\ncalibration: {{samples: 3, seq_len: 32}}\n")
     text.write_text("Once more into the fields, and back again. " * 40)
     source = tiny_checkpoint("llama", tie_word_embeddings=True)
-    report = lrc.compress(source, plan, out=tmp_path / "o", calib=str(text), ppl=[], device="cpu")
+    report = lrc.compress(
+        source, plan, out=tmp_path / "o", calib=str(text), ppl=[], run=lrc.Run(device="cpu")
+    )
     assert report.keep == 1
     assert report.before.parameters - report.after.parameters == 256 * 32 - 12 * (256 + 32)
     assert "| embed | whitened_svd | 0 | 12 |" in (tmp_path / "o" / "report.md").read_text()
@@ -350,8 +356,7 @@ def test_a_base_plan_for_a_budget_keeps_its_embedding(tiny_checkpoint, tmp_path)
     source, base = tiny_checkpoint("gpt2"), tmp_path / "base.yaml"
     base.write_text(f"format: 1\nprojections: {{{EMBED}}}\n")
     reader = CheckpointReader(source)
-    model, (text, name) = ResolvedModel(source, str(source)), base_plan(str(base))
-    small, large = templates(model, reader, text, name, [0.5, 0.75])
+    small, large = templates(ResolvedModel(source, str(source)), reader, read_draft(base), [0.5, 0.75])
     assert [a.size for a in small.plan.outer] == [a.size for a in large.plan.outer] == [12]
     assert any("what embed costs is not measured" in warning for warning in small.plan.warnings)
     assert small.plan.keep == 0.5
@@ -363,7 +368,9 @@ def test_an_allocation_leaves_the_embedding_to_the_plan(tiny_checkpoint, tmp_pat
     plan.write_text(f"format: 1\nkeep: 0.6\nallocate: energy\nmethod: whitened_svd\n{entries}\n")
     text.write_text("Once more into the fields, and back again. " * 40)
     source = tiny_checkpoint("gpt2")
-    report = lrc.compress(source, plan, out=tmp_path / "o", calib=str(text), ppl=[], device="cpu")
+    report = lrc.compress(
+        source, plan, out=tmp_path / "o", calib=str(text), ppl=[], run=lrc.Run(device="cpu")
+    )
     assert report.keep == pytest.approx(0.6, abs=0.01)
     assert [r.size for r in report.targets if r.target == "embed"] == [12]
     assert any("what embed costs is not measured" in warning for warning in report.warnings)

@@ -20,6 +20,7 @@ from lrc.estimate.memory import estimate_memory
 from lrc.estimate.sizes import target_sizes
 from lrc.plan.job import Job, prepare
 from lrc.run.offload import States
+from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.verbs.check import check
 from lrc.verbs.compress import compress
@@ -77,7 +78,7 @@ def test_sizes_are_those_of_the_written_checkpoint(
         body = body.replace("keep: 0.4", "keep: 0.6")
     model, plan = tiny_checkpoint(family), write_plan(body)
     expected = check(prepare(model, plan))
-    report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu")
+    report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], run=Run(device="cpu"))
     assert expected.before == report.before
     assert expected.after == report.after
     assert expected.keep == report.keep
@@ -93,7 +94,7 @@ def test_sizes_where_precisions_are_mixed(
     tensors = load_file(model / "model.safetensors")
     mixed = {name: t.half() if ".v_proj" in name or ".up_proj" in name else t for name, t in tensors.items()}
     save_file(mixed, model / "model.safetensors", metadata={"format": "pt"})
-    report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu")
+    report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], run=Run(device="cpu"))
     assert check(prepare(model, plan)).after == report.after
 
 

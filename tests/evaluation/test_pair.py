@@ -17,6 +17,7 @@ import lrc.evaluation.records
 from lrc.errors import UserError
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.tokenizer import load_tokenizer
+from lrc.run.settings import Run
 from lrc.verbs.evaluate import evaluate_against
 
 TEXT = "It was a bright cold day in April, and nobody had counted the words. " * 20
@@ -50,10 +51,10 @@ def figures(found):
 
 
 def test_is_what_each_is_by_itself_and_what_the_whole_models_say(both, text):
-    found = evaluate_against(*both, ppl=str(text), seq_len=[40, 20], device="cpu")
+    found = evaluate_against(*both, ppl=str(text), seq_len=[40, 20], run=Run(device="cpu"))
     for folder, side in zip(both, (found.of, found.against), strict=True):
         assert side is not None
-        alone = lrc.evaluate(folder, str(text), seq_len=[40, 20], device="cpu")
+        alone = lrc.evaluate(folder, str(text), seq_len=[40, 20], run=lrc.Run(device="cpu"))
         assert [p.nats for p in side.perplexity] == [p.nats for p in alone]
         assert [p.bits_per_byte for p in side.perplexity] == [p.bits_per_byte for p in alone]
     pair = found.pairs[0]
@@ -88,7 +89,7 @@ def test_the_same_to_the_last_digit_again_and_a_layer_at_a_time(both, text, tmp_
 
     def measured():
         kept = tmp_path / f"{len(tables)}.parquet"
-        found = evaluate_against(*both, ppl=str(text), seq_len=[40, 24], device="cpu", tokens=kept)
+        found = evaluate_against(*both, ppl=str(text), seq_len=[40, 24], run=Run(device="cpu"), tokens=kept)
         tables.append(pq.read_table(kept))
         return figures(found)
 
@@ -106,7 +107,7 @@ def test_the_same_to_the_last_digit_again_and_a_layer_at_a_time(both, text, tmp_
 def test_tokens_are_kept_with_their_place(both, text, tmp_path, monkeypatch):
     monkeypatch.setattr(lrc.evaluation.records, "_ROWS", 100)
     kept = tmp_path / "tokens.parquet"
-    found = evaluate_against(*both, ppl=str(text), seq_len=[40, 20], device="cpu", tokens=kept)
+    found = evaluate_against(*both, ppl=str(text), seq_len=[40, 20], run=Run(device="cpu"), tokens=kept)
     table = pq.read_table(kept)
     rows = [row for row in table.to_pylist() if row["seq_len"] == 20]
     ids = load_tokenizer(both[0])(TEXT)["input_ids"]
@@ -126,7 +127,7 @@ def test_tokens_are_kept_with_their_place(both, text, tmp_path, monkeypatch):
 
 def test_tokens_of_one_model_are_kept_too(both, text, tmp_path):
     kept = tmp_path / "tokens.parquet"
-    (found,) = lrc.evaluate(both[0], str(text), seq_len=40, device="cpu", tokens=kept)
+    (found,) = lrc.evaluate(both[0], str(text), seq_len=40, run=lrc.Run(device="cpu"), tokens=kept)
     table = pq.read_table(kept)
     assert table.column_names == ["text", "seq_len", "window", "position", "token", "nll"]
     assert sum(table["nll"].to_pylist()) == pytest.approx(found.nats)
@@ -134,11 +135,11 @@ def test_tokens_of_one_model_are_kept_too(both, text, tmp_path):
 
 def test_an_evaluation_that_stops_leaves_no_file_and_the_earlier_one(both, text, tmp_path, monkeypatch):
     kept = tmp_path / "tokens.parquet"
-    lrc.evaluate(both[0], str(text), seq_len=40, device="cpu", tokens=kept)
+    lrc.evaluate(both[0], str(text), seq_len=40, run=lrc.Run(device="cpu"), tokens=kept)
     earlier = kept.read_bytes()
     monkeypatch.setattr(lrc.evaluation.records.pq.ParquetWriter, "write_table", _no_space)
     with pytest.raises(UserError, match=r"tokens\.parquet cannot be written: No space left on device"):
-        evaluate_against(*both, ppl=str(text), seq_len=40, device="cpu", tokens=kept)
+        evaluate_against(*both, ppl=str(text), seq_len=40, run=Run(device="cpu"), tokens=kept)
     assert kept.read_bytes() == earlier
     assert sorted(p.name for p in tmp_path.iterdir() if "tokens" in p.name) == ["tokens.parquet"]
 
@@ -149,7 +150,7 @@ def test_a_file_that_is_no_evaluation_s_stays(both, text, tmp_path, other):
     kept.write_bytes(other) if isinstance(other, bytes) else pq.write_table(other, kept)
     before = kept.read_bytes()
     with pytest.raises(UserError, match=r"--tokens .*tokens\.parquet exists and was not made by lrc eval"):
-        lrc.evaluate(both[0], str(text), seq_len=40, device="cpu", tokens=kept)
+        lrc.evaluate(both[0], str(text), seq_len=40, run=lrc.Run(device="cpu"), tokens=kept)
     assert kept.read_bytes() == before
 
 
@@ -167,12 +168,14 @@ def _no_space(*_):
 
 def test_other_vocabularies_are_compared_by_perplexity_alone(tiny_checkpoint, text, tmp_path):
     both = tiny_checkpoint("llama"), tiny_checkpoint("llama", vocab_size=300)
-    found = evaluate_against(*both, ppl=str(text), seq_len=40, device="cpu")
+    found = evaluate_against(*both, ppl=str(text), seq_len=40, run=Run(device="cpu"))
     (pair,) = found.pairs
     assert pair.tokens is None
     assert pair.ratio_of == "perplexity"
     (note,) = found.notes
     assert note.startswith(f"{text}: the vocabularies have 256 and 300 entries")
     with pytest.raises(UserError, match=r"the vocabularies have 256 and 300 entries.*leave --tokens out"):
-        evaluate_against(*both, ppl=str(text), seq_len=40, device="cpu", tokens=tmp_path / "t.parquet")
+        evaluate_against(
+            *both, ppl=str(text), seq_len=40, run=Run(device="cpu"), tokens=tmp_path / "t.parquet"
+        )
     assert not (tmp_path / "t.parquet").exists()

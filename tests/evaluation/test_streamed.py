@@ -16,6 +16,7 @@ from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load
+from lrc.run.settings import Run
 from lrc.verbs.compress import compress
 from lrc.verbs.evaluate import evaluate
 
@@ -44,7 +45,9 @@ def compressed(tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path) -> C
     def make(family: str, body: str, **config: Any) -> Path:
         plan, out = tmp_path / "plan.yaml", tmp_path / "out"
         plan.write_text(f"format: 1\n{body}\ncalibration: {{samples: 4, seq_len: 48}}\n", encoding="utf-8")
-        compress(tiny_checkpoint(family, **config), plan, out=out, calib=str(text), ppl=[], device="cpu")
+        compress(
+            tiny_checkpoint(family, **config), plan, out=out, calib=str(text), ppl=[], run=Run(device="cpu")
+        )
         return out
 
     return make
@@ -90,13 +93,13 @@ def test_a_model_that_does_not_fit_is_streamed(
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(lrc.evaluation.folder, "StreamedModel", Seen)
-    (whole,) = evaluate(model, str(text), seq_len=40, device="cpu")
+    (whole,) = evaluate(model, str(text), seq_len=40, run=Run(device="cpu"))
     assert not made
     monkeypatch.setattr(lrc.estimate.room, "free_bytes", lambda device: 100_000)
-    (streamed,) = evaluate(model, str(text), seq_len=40, device="cpu")
+    (streamed,) = evaluate(model, str(text), seq_len=40, run=Run(device="cpu"))
     assert made == [model]
     assert (streamed.nats, streamed.tokens, streamed.dtype) == (whole.nats, whole.tokens, whole.dtype)
-    evaluate(model, str(text), seq_len=40, device="cpu", streamed=False)
+    evaluate(model, str(text), seq_len=40, run=Run(device="cpu"), streamed=False)
     assert len(made) == 1
 
 

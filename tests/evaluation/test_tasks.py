@@ -17,6 +17,7 @@ from lrc.hub.names import resolve_model
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.run.launcher import Place
 from lrc.run.processes import Ranks
+from lrc.run.settings import Run
 from lrc.verbs.evaluate import prepare_tasks
 
 QUESTIONS = [
@@ -71,7 +72,7 @@ def by_hand(model: Path | str) -> float:
 
 def test_scores_are_what_the_logits_say_and_come_again(folder: Path) -> None:
     models = ["tiny-gpt2", "tiny-llama", "tiny-gpt2"]
-    found = prepare_tasks(models, "endings", tasks_dir=folder, device="cpu")()
+    found = prepare_tasks(models, "endings", tasks_dir=folder, run=Run(device="cpu"))()
     assert found[0] == found[2]
     for model, scores in zip(models, found, strict=True):
         (score,) = scores
@@ -86,7 +87,7 @@ def test_a_task_without_metadata_has_no_version(folder: Path) -> None:
     path = folder / "endings.yaml"
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(x for x in lines if not x.startswith("metadata:")), encoding="utf-8")
-    ((score,),) = prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, device="cpu")()
+    ((score,),) = prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, run=Run(device="cpu"))()
     assert score.version is None
 
 
@@ -99,20 +100,20 @@ def test_a_compressed_model_takes_them_too(folder: Path, tiny_checkpoint, tmp_pa
         encoding="utf-8",
     )
     source = tiny_checkpoint("llama", tie_word_embeddings=True)
-    lrc.compress(source, plan, out=tmp_path / "out", calib=str(text), ppl=[], device="cpu")
-    ((score,),) = prepare_tasks([tmp_path / "out"], ["endings"], tasks_dir=folder, device="cpu")()
+    lrc.compress(source, plan, out=tmp_path / "out", calib=str(text), ppl=[], run=lrc.Run(device="cpu"))
+    ((score,),) = prepare_tasks([tmp_path / "out"], ["endings"], tasks_dir=folder, run=Run(device="cpu"))()
     assert score.value == by_hand(tmp_path / "out")
 
 
 def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*names: str, **options: Any) -> str:
-        asked: dict[str, Any] = {"tasks_dir": folder, "device": "cpu", **options}
+        asked: dict[str, Any] = {"tasks_dir": folder, "run": lrc.Run(device="cpu"), **options}
         with pytest.raises(UserError) as error:
             prepare_tasks(["tiny-gpt2"], names, **asked)
         return str(error.value)
 
     assert "--tasks and --streamed contradict" in refused("endings", streamed=True)
-    assert "--tasks runs in one process" in refused("endings", ranks=Ranks(Place(0, 2, 0)))
+    assert "--tasks runs in one process" in refused("endings", run=lrc.Run(processes=Ranks(Place(0, 2, 0))))
     assert "no task is named" in refused()
     assert f"--tasks-dir {folder / 'none'} is not a folder" in refused("endings", tasks_dir=folder / "none")
     (folder / "data.jsonl").unlink()
@@ -127,9 +128,9 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_does_not_fit_whole_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lrc.estimate.room, "free_bytes", lambda device: 100_000)
     with pytest.raises(UserError, match=r"tiny-gpt2 does not fit on cpu.*--dtype bfloat16.*--whole"):
-        prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, device="cpu")
+        prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, run=Run(device="cpu"))
 
 
 def test_an_unknown_task_is_told_with_the_nearest(folder: Path) -> None:
     with pytest.raises(UserError, match=r"has no task 'endigns'; did you mean 'endings'"):
-        prepare_tasks(["tiny-gpt2"], "endigns", tasks_dir=folder, device="cpu")
+        prepare_tasks(["tiny-gpt2"], "endigns", tasks_dir=folder, run=Run(device="cpu"))

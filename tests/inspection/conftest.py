@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrc.records.inspection import Inspected, Inspection
+from lrc.run.settings import Run
 from lrc.verbs.compress import compress
 from lrc.verbs.inspect import inspect_model
 
@@ -40,7 +41,8 @@ def inspected(text: Path) -> Callable[..., Inspection]:
     """Inspects a checkpoint on the four blocks, two at a time."""
 
     def inspect(folder: Path, **options: object) -> Inspection:
-        settings = {"samples": 4, "seq_len": 32, "batch_size": 2, "device": "cpu"} | options
+        run = Run(device="cpu", batch_size=2)
+        settings = {"samples": 4, "seq_len": 32, "run": run} | options
         return inspect_model(folder, calib=str(text), **settings)  # type: ignore[arg-type]
 
     return inspect
@@ -54,7 +56,9 @@ def output(text: Path, tmp_path: Path) -> Callable[..., Path]:
         written = tmp_path / f"{name}.yaml"
         calibration = "calibration: {samples: 4, seq_len: 32, gradient_samples: 4}"
         written.write_text(f"format: 1\n{calibration}\n{plan}\n", encoding="utf-8")
-        compress(folder, written, out=tmp_path / name, calib=str(text), ppl=(), device="cpu", batch_size=2)
+        compress(
+            folder, written, out=tmp_path / name, calib=str(text), ppl=(), run=Run(device="cpu", batch_size=2)
+        )
         return tmp_path / name
 
     return make

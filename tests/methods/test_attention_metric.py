@@ -19,7 +19,7 @@ def divergences(folder: Path, model: str, metric: str) -> list[float]:
         "calibration: {samples: 6, seq_len: 256}\n",
         encoding="utf-8",
     )
-    report = lrc.compress(model, plan, out=folder / plan.stem, ppl=[], device="cpu")
+    report = lrc.compress(model, plan, out=folder / plan.stem, ppl=[], run=lrc.Run(device="cpu"))
     return [target.measured.kl for target in report.targets if target.measured.kl is not None]
 
 

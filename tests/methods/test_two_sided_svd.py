@@ -17,8 +17,8 @@ def test_beats_whitened_svd_in_perplexity_on_the_built_in_text(tmp_path: Path) -
             encoding="utf-8",
         )
         out = tmp_path / method
-        report = lrc.compress("tiny-llama", plan, out=out, ppl=[], device="cpu")
-        (after,) = lrc.evaluate(out, "builtin", max_windows=4, device="cpu")
+        report = lrc.compress("tiny-llama", plan, out=out, ppl=[], run=lrc.Run(device="cpu"))
+        (after,) = lrc.evaluate(out, "builtin", max_windows=4, run=lrc.Run(device="cpu"))
         found[method] = after.value
         sampled = report.calibration.gradient_samples
         assert sampled == (16 if method == "two_sided_svd" else None)

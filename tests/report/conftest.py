@@ -93,7 +93,7 @@ def make_report() -> MakeReport:
             dtype="float32",
             batch_size=2,
             processes=1,
-            states="device",
+            offload="device",
             seconds={"load": 0.5, "observe": 22.7, "solve": 5.7, "evaluate": 11.3},
             device_bytes={},
             peak_bytes={"host": 2**31},
@@ -159,7 +159,7 @@ def worst(make_report: MakeReport) -> Report:
         device_bytes={stage: i * 2**33 for i, stage in enumerate(stages)},
         peak_bytes={"host": 2**38, "device": 2**36},
         processes=8,
-        states="disk",
+        offload="disk",
         versions={f"package-{i}": "1.2.3+cu128" for i in range(20)},
     )
 

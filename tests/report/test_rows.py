@@ -72,7 +72,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         device_bytes={},
         device="cpu",
         dtype="float32",
-        states="device",
+        offload="device",
         seconds={},
         peak_bytes={},
         warnings=[],

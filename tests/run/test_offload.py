@@ -16,6 +16,7 @@ from lrc.estimate.memory import estimate_memory
 from lrc.estimate.room import choose_place, known_place
 from lrc.plan.job import Job, prepare
 from lrc.run.offload import ON_DEVICE, States
+from lrc.run.settings import Run
 from lrc.verbs.compress import compress
 
 TinyCheckpoint = Callable[..., Path]
@@ -74,8 +75,8 @@ def test_the_place_changes_no_bit(
     written = {}
     for place in ("device", "disk"):
         out = tmp_path / place
-        report = compress(model, plan, out=out, calib=str(text), ppl=[], device="cpu", states=place)
-        assert report.states == place
+        report = compress(model, plan, out=out, calib=str(text), ppl=[], run=Run(device="cpu", offload=place))
+        assert report.offload == place
         written[place] = [
             (out / name).read_bytes() for name in ("model.safetensors", "lrc.json", "config.json")
         ]

@@ -49,7 +49,9 @@ def test_the_modules_are_those_of_a_compression(
     calibration.write_text(
         "It was a bright cold day in April, and the clocks struck. " * 20, encoding="utf-8"
     )
-    lrc.compress(source, plan, calib=str(calibration), out=tmp_path / "made", ppl=[], device="cpu")
+    lrc.compress(
+        source, plan, calib=str(calibration), out=tmp_path / "made", ppl=[], run=lrc.Run(device="cpu")
+    )
     config = lrc.load(source).config
     reduced = inference.reduce(config, text)
     model = inference.draw_reduced(config, reduced, torch.float32, CPU)

@@ -13,6 +13,7 @@ import lrc
 import lrc.verbs.ablate
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.plan.schema import Calibration
 
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(160))
 SECTIONS = {"qk": "components", "ov": "components", "mlp": "components"}
@@ -35,9 +36,9 @@ def ablate(texts, tmp_path):
         given = {
             "ppl": str(texts[0]),
             "calib": str(texts[1]),
-            "device": "cpu",
             "out": tmp_path,
             "seq_len": 48,
+            "run": lrc.Run(device="cpu"),
         }
         return lrc.ablate(model, **(given | options))
 
@@ -47,11 +48,8 @@ def ablate(texts, tmp_path):
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of a test hold no more than a few calibration blocks."""
-    monkeypatch.setattr(
-        lrc.verbs.ablate,
-        "_HEAD",
-        "format: 1\nrefit: none\ncalibration: {samples: 4, seq_len: 48, first_token: 5}\n",
-    )
+    calibration = Calibration(samples=4, seq_len=48, first_token=5)
+    monkeypatch.setattr("lrc.inspection.ablation.CALIBRATION", calibration)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -60,7 +58,9 @@ def test_is_the_perplexity_of_the_saved_model(family, tiny_checkpoint, ablate, t
     found = ablate(source, keeps=[0.25, 0.5])
     assert found.keeps == [0.5, 0.25]
     assert list(found.targets) == list(CheckpointReader(source).architecture.targets)
-    assert found.dense.nats == lrc.evaluate(source, str(texts[0]), seq_len=48, device="cpu")[0].nats
+    assert (
+        found.dense.nats == lrc.evaluate(source, str(texts[0]), seq_len=48, run=lrc.Run(device="cpu"))[0].nats
+    )
     for target, keep in (("qk", 0.5), ("ov", 0.25), ("mlp", 0.25), ("q", 0.5), ("o", 0.25)):
         result, plan = found.at(target, keep), tmp_path / "plan.yaml"
         method = "a3" if target in SECTIONS else "whitened_svd"
@@ -70,8 +70,8 @@ def test_is_the_perplexity_of_the_saved_model(family, tiny_checkpoint, ablate, t
             encoding="utf-8",
         )
         out = tmp_path / f"{target}-{keep}"
-        report = lrc.compress(source, plan, out=out, calib=str(texts[1]), ppl=[], device="cpu")
-        (saved,) = lrc.evaluate(out, str(texts[0]), seq_len=48, device="cpu")
+        report = lrc.compress(source, plan, out=out, calib=str(texts[1]), ppl=[], run=lrc.Run(device="cpu"))
+        (saved,) = lrc.evaluate(out, str(texts[0]), seq_len=48, run=lrc.Run(device="cpu"))
         assert result.method == method
         assert result.perplexity == pytest.approx(saved.value, rel=1e-5), target
         assert result.increase == pytest.approx(saved.value / found.dense.value - 1, abs=1e-5)
@@ -182,7 +182,12 @@ def test_a_full_gpu_is_told_with_what_the_verb_takes(batch_size, told, tiny_chec
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lrc.inspection.ablation.losses", full)
+    monkeypatch.setattr("lrc.verbs.ablate.losses", full)
     with pytest.raises(UserError) as error:
-        ablate(tiny_checkpoint("llama"), keeps=[0.5], method="svd", batch_size=batch_size)
+        ablate(
+            tiny_checkpoint("llama"),
+            keeps=[0.5],
+            method="svd",
+            run=lrc.Run(device="cpu", batch_size=batch_size),
+        )
     assert f"{told} shorter --seq-len, or --device cpu (CUDA out of memory)" in str(error.value)

@@ -32,8 +32,10 @@ def test_loss_aware_beats_published_beats_whitened_beats_plain(model: str, tmp_p
         calibration = {"samples": 8, "seq_len": 256}
         text = yaml.safe_dump({"format": 1, "keep": KEEP, **plan, "calibration": calibration})
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
-        report = lrc.compress(model, tmp_path / f"{name}.yaml", out=tmp_path / name, ppl=[], device="cpu")
+        report = lrc.compress(
+            model, tmp_path / f"{name}.yaml", out=tmp_path / name, ppl=[], run=lrc.Run(device="cpu")
+        )
         assert report.keep == pytest.approx(KEEP, abs=0.01)
-        (after,) = lrc.evaluate(tmp_path / name, "builtin", max_windows=4, device="cpu")
+        (after,) = lrc.evaluate(tmp_path / name, "builtin", max_windows=4, run=lrc.Run(device="cpu"))
         found[name] = after.value
     assert list(found.values()) == sorted(found.values()), found
