@@ -122,7 +122,7 @@ def evaluate_pair(
     """Evaluate two folders' models on each text in windows of each length, as ``passages`` cuts them.
 
     Both models run on a batch before the next one, so that only one batch's logits are in memory. Models with different
-    tokens are measured separately; with ``keep`` that raises UserError.
+    tokenizers or vocabularies are measured separately; with ``keep`` they raise UserError.
     """
     tokenizers = [load_tokenizer(f, trust_remote_code=loading.trust_remote_code) for f in folders]
     cut = [passages(tokenizer, texts, seq_lens, max_windows) for tokenizer in tokenizers]
