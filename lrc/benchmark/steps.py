@@ -49,7 +49,7 @@ class Steps(ABC):
 
 
 class Prefill(Steps):
-    """Process all tokens of a batch into a new cache and pick the most likely next ones."""
+    """A prefill: all tokens of a batch into a new cache, and the most likely next tokens."""
 
     def __init__(self, model: PreTrainedModel, case: Case) -> None:
         super().__init__(model, case)
@@ -66,7 +66,7 @@ class Prefill(Steps):
 
 
 class Decode(Steps):
-    """Generate ``new_tokens`` tokens one by one with a static cache; the last attends to ``case.length`` tokens.
+    """A decode of ``new_tokens`` tokens one by one with a static cache; the last attends to ``case.length`` tokens.
 
     The context is noise, which takes as long as text. Raises UserError if the model cannot be captured in a CUDA graph.
     """

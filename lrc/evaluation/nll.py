@@ -22,7 +22,7 @@ def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield window and rows of logits (windows, n, vocab), so that a float32 copy of the rows has bounded size.
+    """Yield window indices and row slices of logits (windows, n, vocab), small enough for float32 copies.
 
     The last row of a window is left out: its target lies outside the window.
     """

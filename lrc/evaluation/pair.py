@@ -120,7 +120,7 @@ def evaluate_pair(
     """Evaluate two folders' models on each text in windows of each length, as ``passages`` cuts them.
 
     Both models run on a batch before the next one, so that only one batch's logits are in memory. Models with different
-    tokens are measured separately; with ``keep`` that raises UserError.
+    tokenizers or vocabularies are measured separately; with ``keep`` they raise UserError.
     """
     ranks, progress = loading.run.processes, loading.run.progress
     tokenizers = [load_tokenizer(f, trust_remote_code=loading.run.trust_remote_code) for f in folders]

@@ -62,7 +62,7 @@ def choose_seq_len(config: PreTrainedConfig, asked: int | None) -> int:
 def choose_seq_lens(
     models: Iterable[tuple[str, PreTrainedConfig]], asked: int | Sequence[int] | None
 ) -> tuple[int, ...]:
-    """Return the window lengths for several models, each a name and a config, as ``choose_seq_len`` does for one.
+    """Return the window lengths asked for, else one default, within the limits of models given by name and config.
 
     Raises UserError as ``choose_seq_len`` does, and for a repeated length or none.
     """

@@ -40,9 +40,8 @@ _CPU_BATCH_TOKENS = 2**11  # larger batches spend their time on fresh memory pag
 
 Advance = Callable[[int], object]
 Progress = Callable[[str, int], Advance]
-Keep = Callable[
-    [Passage, Mapping[str, Tensor]], object
-]  # called with a passage and its results by token, each (windows, n - 1)
+# Called with a passage and its results by token, each (windows, n - 1).
+Keep = Callable[[Passage, Mapping[str, Tensor]], object]
 
 
 @dataclass(frozen=True)
@@ -187,9 +186,7 @@ def window_losses(
     found = []
     with closing(window_logits(model, cut, batch_size)) as logits:
         for batch in batched(cut, batch_size):
-            found.append(
-                token_nll(next(logits), batch)
-            )  # unnamed, so that logits are freed before the next batch
+            found.append(token_nll(next(logits), batch))  # unnamed logits are freed before the next batch
             if progress:
                 progress(len(batch))
     return torch.cat(found) if found else torch.empty(0, cut.shape[1] - 1)

@@ -52,7 +52,7 @@ class LrcConfig(QuantizationConfigMixin):
 
 
 class LrcQuantizer(HfQuantizer):
-    """Replace modules before the weights are loaded; check afterwards that every tensor was loaded."""
+    """Quantizer that replaces modules before the weights are loaded and then checks that all were loaded."""
 
     requires_calibration = True  # in transformers: only for checkpoints that carry the config
     quantization_config: LrcConfig  # type: ignore[assignment]

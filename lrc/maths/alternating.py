@@ -15,10 +15,7 @@ from torch import Tensor
 from lrc.maths.linalg import damped, damped_cholesky
 
 ROUNDS, STEPS, GROWTH = 30, 8, 1.5
-FALL, PATIENCE = (
-    1e-3,
-    3,
-)  # rounds end once the error falls by less than this fraction, that many times in a row
+FALL, PATIENCE = 1e-3, 3  # rounds end when the error falls by less than FALL, PATIENCE times in a row
 
 Linear = Callable[[Tensor], Tensor]
 

@@ -174,7 +174,7 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
         fitted.addmm_(fitted[:, drop], step, alpha=-1)
         inverse.addmm_(rows.mT, step, alpha=-1)
         gone[drop] = True
-        # Rounding may leave a dropped column a diagonal of 0 or less.
+        # Rounding could leave the diagonal of a dropped column at 0 or below.
         inverse.diagonal()[drop] = 1.0
         there -= len(drop)
     return gone.logical_not().nonzero().squeeze(-1), root.damping

@@ -100,7 +100,7 @@ class ReducedAttention(SharesInput):
 
 
 class Absent(nn.Module):
-    """Take the place of a fused projection; its empty tensor makes loading without lrc fail."""
+    """Placeholder for a fused projection; its empty tensor makes loading without lrc fail."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

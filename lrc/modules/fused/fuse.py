@@ -14,7 +14,7 @@ from lrc.modules.fused.shared_input import SharesInput, mergeable
 
 
 class GatedMLP(SharesInput):
-    """Replace the class of a family's gated MLP; modules and attributes stay."""
+    """Class that replaces a family's own on its gated MLP; the module's attributes stay."""
 
     family: Family
     stock: type[nn.Module]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class FusedRMSNorm(nn.Module):
-    """Replace the class of a family's RMS norm; weight and attributes stay (arXiv:1910.07467, equation 4).
+    """Class that replaces a family's own on its RMS norms; attributes stay (arXiv:1910.07467, equation 4).
 
     Half precision is rounded once, after the weight, not also before it. With gradients, or if weight and input differ
     in dtype, the family's own forward runs.
