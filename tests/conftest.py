@@ -81,6 +81,12 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
 
 
 @pytest.fixture
+def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the HTML page of every output empty: its pictures are most of the time of a small compression."""
+    monkeypatch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
+
+
+@pytest.fixture
 def blocks() -> Tensor:
     """Four blocks of 32 random ids."""
     import torch

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from lrc.allocation.sizing import Sizing
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 PLAN = (
     "format: 1\nkeep: 0.7\nmethod: {method}\nallocate: {name}\n"
     "calibration: {{data: ../text.txt, samples: 3, seq_len: 48}}\n"

@@ -15,6 +15,8 @@ import lrc.calibration.synthetic
 from lrc.compression.loop import Compressor
 from lrc.text.blocks import ids_sha256
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 Run = Callable[..., Result]
 Fails = Callable[..., str]
 TinyCheckpoint = Callable[..., Path]

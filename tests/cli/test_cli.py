@@ -175,7 +175,7 @@ def succeeds_here(there: Job) -> Run:
 
 
 @pytest.fixture
-def argv(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> list[str]:
+def argv(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, without_pages: None) -> list[str]:
     """``lrc compress`` of a tiny checkpoint of three layers by the small plan and text."""
     model, text = tiny_checkpoint("llama", num_hidden_layers=3), tmp_path / "text.txt"
     given = ["--plan", tmp_path / "plan.yaml", "--calib", text, "--ppl", text, "--device", "cpu"]

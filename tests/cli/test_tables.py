@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 BASE = "format: 1\nmethod: {method}\nprojections: {tables}\ncalibration: {calibration}\n"
 OPEN = "{embed: {method: whitened_svd}}"
 BOTH = "{embed: {method: whitened_svd}, lm_head: {method: svd}}"

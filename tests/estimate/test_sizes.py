@@ -28,6 +28,8 @@ from lrc.walk.backward import gradient_moments
 from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import ModelStream
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 TinyCheckpoint = Callable[..., Path]
 
 PLANS = {

@@ -8,6 +8,8 @@ import pytest
 
 import lrc
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 RANKS = {"tiny-llama": 8, "tiny-gpt2": 12}
 
 

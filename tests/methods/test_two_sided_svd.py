@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import lrc
+
+pytestmark = pytest.mark.usefixtures("without_pages")
 
 
 def test_beats_whitened_svd_in_perplexity_on_the_built_in_text(tmp_path: Path) -> None:

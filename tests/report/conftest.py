@@ -22,6 +22,7 @@ from lrc.records.compression import (
     Report,
     TargetRecord,
 )
+from lrc.report.html import html_page
 
 DENSE = Size(6_738_415_616, 13_476_831_232, 524_288)
 
@@ -66,7 +67,7 @@ def attention(layer: int) -> TargetRecord:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_report() -> MakeReport:
     def make(**fields: Any) -> Report:
         known = Report(
@@ -105,7 +106,7 @@ def make_report() -> MakeReport:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def worst(make_report: MakeReport) -> Report:
     """80 layers of every projection and both tables, long and foreign names, markup, figures that are no numbers."""
     roles = ("q", "k", "v", "o", "gate", "up", "down")
@@ -162,6 +163,12 @@ def worst(make_report: MakeReport) -> Report:
         offload="disk",
         versions={f"package-{i}": "1.2.3+cu128" for i in range(20)},
     )
+
+
+@pytest.fixture(scope="session")
+def worst_page(worst: Report) -> str:
+    """The page of the worst report, which takes seconds to draw."""
+    return html_page(worst)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import lrc
 from lrc.modules.fused.fuse import fuse
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 CPU = torch.device("cpu")
 
 

@@ -15,6 +15,8 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.plan.schema import Calibration
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(160))
 SECTIONS = {"qk": "components", "ov": "components", "mlp": "components"}
 

@@ -9,6 +9,8 @@ import yaml
 
 import lrc
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 KEEP = 0.6
 PUBLISHED = {
     "qk": {"metric": "score"},

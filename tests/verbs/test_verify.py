@@ -19,6 +19,8 @@ from lrc.errors import UserError
 from lrc.records.integrity import Damage
 from lrc.verbs.verify import verify
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 PLAN = "format: 1\nkeep: 0.5\nmethod: a3\nrefit: none\ncalibration: {samples: 4, seq_len: 16}\n"
 TABLES = PLAN.replace("a3", "svd") + "projections: {embed: {method: svd, rank: 8}}\n"
 
