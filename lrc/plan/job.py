@@ -8,7 +8,7 @@ from pathlib import Path
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.hub.names import ResolvedModel, resolve_model
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.library import find_plan
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
@@ -48,4 +48,4 @@ def prepare(
     reader = CheckpointReader(found.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     # A shipped plan goes by its name: where it is installed is nobody's business but this machine's.
     name = str(plan) if Path(plan).is_file() else Path(source).stem
-    return Job(found, reader, text, name, resolve(draft, reader.architecture, methods(), COLLECTORS))
+    return Job(found, reader, text, name, resolve(draft, reader.architecture, methods(), collectors()))

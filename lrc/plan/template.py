@@ -8,7 +8,7 @@ from dataclasses import replace
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.job import Job
 from lrc.plan.library import find_plan
 from lrc.plan.resolve import Draft, parse_plan, resolve
@@ -37,7 +37,7 @@ def templates(
     found = []
     for keep in keeps:
         sized = Draft(draft.plan.model_copy(update={"keep": keep}), draft.document)
-        resolved = resolve(sized, reader.architecture, methods(), COLLECTORS, finder="the allocation")
+        resolved = resolve(sized, reader.architecture, methods(), collectors(), finder="the allocation")
         if fixed := [a.target for a in resolved.outer if a.target not in resolved.shared]:
             names = " and ".join(fixed)
             unmeasured = f"{source}: what {names} costs is not measured, so predictions leave it out"

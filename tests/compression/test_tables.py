@@ -26,7 +26,7 @@ from lrc.families import family_of
 from lrc.hub.names import ASSETS, ResolvedModel
 from lrc.methods import methods
 from lrc.modules.embedding import FactorizedEmbedding
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.job import Job
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.template import base_plan, templates
@@ -54,7 +54,7 @@ def blocks(vocab: int = 256) -> Tensor:
 def compress(source: Path, out: Path, body: str, stop_after: int = 0) -> list[dict[str, Any]]:
     """Compress by a plan's text; ``stop_after`` dies after so many layers. Returns the records."""
     reader = CheckpointReader(source)
-    plan = resolve(parse_plan(f"format: 1\n{body}\n", "p.yaml"), reader.architecture, methods(), COLLECTORS)
+    plan = resolve(parse_plan(f"format: 1\n{body}\n", "p.yaml"), reader.architecture, methods(), collectors())
     job, left = Job(ResolvedModel(source, str(source)), reader, "", "p.yaml", plan), [stop_after]
 
     def advance() -> None:
