@@ -40,7 +40,7 @@ from lrc.methods import methods
 from lrc.methods.contract import Affine, Factors, Prediction, Solution
 from lrc.modules.fused.fuse import fuse, unfuse
 from lrc.modules.table import Table
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.records.benchmark import Row
@@ -190,7 +190,7 @@ def reduce(config: PreTrainedConfig, text: str) -> Reduced:
         skeleton = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     architecture = describe(family, config, shapes)
-    plan = resolve(parse_plan(text, "the plan"), architecture, methods(), COLLECTORS)
+    plan = resolve(parse_plan(text, "the plan"), architecture, methods(), collectors())
     table, columns = Table(), {}
     for layer in plan.layers:
         start = f"{family.layers}.{layer.index}"

@@ -117,6 +117,31 @@ def _linear_inputs(folder: Path, blocks: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat(found).double() for name, found in seen.items()}
 
 
+Runs = Callable[[], "dict[tuple[int, bool], int]"]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Gives, and forgets, how many blocks have gone through each layer, and of those the ones to be differentiated."""
+    from lrc.walk.stream import ModelStream
+
+    counted: dict[tuple[int, bool], int] = {}
+    run = ModelStream.run
+
+    def count(self: Any, layer: Any, index: int, batch: Any, hidden: Tensor, **options: Any) -> Tensor:
+        key = index, options.get("grad", False)
+        counted[key] = counted.get(key, 0) + len(hidden)
+        return run(self, layer, index, batch, hidden, **options)
+
+    def taken() -> dict[tuple[int, bool], int]:
+        found = dict(counted)
+        counted.clear()
+        return found
+
+    monkeypatch.setattr(ModelStream, "run", count)
+    return taken
+
+
 @dataclass(frozen=True)
 class Ended:
     """How one of several processes ended: its exit code, what it printed, and what its function returned."""

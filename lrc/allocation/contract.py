@@ -20,9 +20,9 @@ from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.run.offload import ON_DEVICE, States
 from lrc.run.processes import ALONE, Ranks
+from lrc.walk.backward import read_gradients
 from lrc.walk.needs import solver_of
 from lrc.walk.stream import ModelStream
-from lrc.walk.walk import read_gradients
 
 Advance = Callable[[int], object]
 

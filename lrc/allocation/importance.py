@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from lrc.allocation.contract import Advance, Costs, Setting, blank_curves, every_size
+from lrc.allocation.problems import Posed, each_posed
 from lrc.allocation.spend import Curve
-from lrc.allocation.stops import walk
 from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.maths.linalg import direction_scores
@@ -39,12 +39,13 @@ def costs(setting: Setting, advance: Advance) -> Costs:
     output; half of such a score is what dropping the direction alone adds to the loss in nats. Directions are sorted by
     score per weight, as those of a larger matrix take more of the budget.
     """
-    found, done = {}, 0
-    for stop in walk(setting):
-        dropped = setting.ranks.spread([*stop.problems.values()], _dropped)
-        found |= {(stop.layer, target): nats for target, nats in zip(stop.problems, dropped, strict=True)}
-        advance(stop.done - done)
-        done = stop.done
+    found: dict[tuple[int | None, str], list[float]] = {}
+
+    def look(posed: Posed) -> None:
+        dropped = setting.ranks.spread([*posed.problems.values()], _dropped)
+        found.update(zip(((posed.layer, target) for target in posed.problems), dropped, strict=True))
+
+    each_posed(setting, look, advance)
     curves = [
         replace(curve, costs=tuple(found[curve.layer, curve.target][size] for size in curve.sizes))
         for curve in blank(setting.reader.architecture, setting.plans)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lrc.allocation.contract import Advance, Costs, Setting, Unit, blank_curves
-from lrc.allocation.stops import Stop, walk
+from lrc.allocation.problems import Posed, each_posed
 from lrc.compression.solve import solve
 from lrc.errors import UserError
 from lrc.methods.contract import Prediction
@@ -41,21 +41,20 @@ def fisher_costs(setting: Setting, advance: Advance) -> Costs:
 def _costs(
     setting: Setting, advance: Advance, unit: Unit, cost: Callable[[Assignment, Prediction], float]
 ) -> Costs:
-    architecture = setting.reader.architecture
     found: dict[tuple[int | None, str, int], float] = {}
-    done = 0
-    for stop in walk(setting):
 
-        def predicted(assignment: Assignment, stop: Stop = stop) -> float:
-            return cost(assignment, solve(stop.problems[assignment.target], assignment).predicted)
+    def look(posed: Posed) -> None:
+        def predicted(assignment: Assignment) -> float:
+            return cost(assignment, solve(posed.problems[assignment.target], assignment).predicted)
 
-        costs = setting.ranks.spread([*stop.asked.values()], predicted)
-        found |= {(stop.layer, *key): nats for key, nats in zip(stop.asked, costs, strict=True)}
-        advance(stop.done - done)
-        done = stop.done
+        costs = setting.ranks.spread([*posed.asked.values()], predicted)
+        for key, nats in zip(posed.asked, costs, strict=True):
+            found[posed.layer, *key] = nats
+
+    each_posed(setting, look, advance)
     curves = [
         replace(curve, costs=tuple(found[curve.layer, curve.target, size] for size in curve.sizes))
-        for curve in blank_curves(architecture, setting.plans)
+        for curve in blank_curves(setting.reader.architecture, setting.plans)
     ]
     return Costs(curves, unit)
 

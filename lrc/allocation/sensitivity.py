@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,11 +19,11 @@ from lrc.evaluation.nll import token_nll
 from lrc.families import Architecture
 from lrc.methods.contract import Solution
 from lrc.moments.gradient import GradientMoment
-from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.moments.statistic import Found
+from lrc.plan.resolved import Assignment
 from lrc.text.blocks import batched
-from lrc.walk.statistics import Statistics
 from lrc.walk.stream import Batch
-from lrc.walk.walk import read_statistics
+from lrc.walk.walk import Visit, Walk
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
@@ -79,13 +79,14 @@ class Sensitivity:
         setting, found = self._setting, []
         blank = blank_curves(self._architecture, setting.plans)
         gradients = setting.gradients(self._stream, self._layers.__getitem__)
-        for index, layer in enumerate(self._layers):
-            if setting.asked(index):
-                statistics = self._observe(setting.at_all_sizes(index), gradients.pop(index, None))
-                here = [curve for curve in blank if curve.layer == index]
-                solution, alone = partial(self._solution, index, statistics), partial(self._alone, index)
-                found += self._measured(here, solution, alone, advance)
-            self._stream.advance(layer, index, [*self._batches, *self._held])
+
+        def held(index: int) -> tuple[nn.Module, Mapping[str, Tensor]]:
+            return self._layers[index], self._states[index]
+
+        for visit in Walk(self._stream, self._batches, first_token=setting.first_token, load=held):
+            if here := [curve for curve in blank if curve.layer == visit.index]:
+                found += self._layer_curves(visit, gradients.pop(visit.index, None), here, advance)
+            self._stream.advance(self._layers[visit.index], visit.index, self._held)
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
             problems = pose_outer(self._stream, targets, blocks, self._batches)
@@ -95,6 +96,15 @@ class Sensitivity:
 
             found += self._measured(tables, table, self._table_alone, advance)
         return found
+
+    def _layer_curves(
+        self, visit: Visit, gradients: GradientMoment | None, blank: Sequence[Curve], advance: Advance
+    ) -> list[Curve]:
+        index = visit.index
+        found = visit.read(self._setting.at_all_sizes(index), gradients)
+        return self._measured(
+            blank, partial(self._solution, index, found), partial(self._alone, index), advance
+        )
 
     def _measured(
         self,
@@ -114,13 +124,8 @@ class Sensitivity:
             found.append(replace(curve, costs=tuple(nats)))
         return found
 
-    def _observe(self, plan: LayerPlan, gradients: GradientMoment | None) -> Statistics:
-        layer, state = self._layers[plan.index], self._states[plan.index]
-        first_token = self._setting.first_token
-        return read_statistics(self._stream, plan, layer, state, self._batches, gradients, first_token)
-
-    def _solution(self, index: int, statistics: Statistics, assignment: Assignment) -> Solution:
-        problem = pose(self._architecture, assignment.target, self._states[index], statistics)
+    def _solution(self, index: int, found: Found, assignment: Assignment) -> Solution:
+        problem = pose(self._architecture, assignment.target, self._states[index], found)
         return solve(problem, assignment)
 
     def _alone(self, index: int, _: str, solution: Solution) -> float:

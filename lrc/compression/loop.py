@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,13 +23,15 @@ from lrc.methods.contract import Affine, Solution
 from lrc.modules import StructuredLinear
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
-from lrc.moments.observe import observe
+from lrc.moments.observe import Call, observe
+from lrc.moments.statistic import Found, Layer, Observer
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
+from lrc.run.processes import Ranks
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
-from lrc.walk.statistics import Statistics
+from lrc.walk.backward import read_gradients
 from lrc.walk.stream import Batch, ModelStream
-from lrc.walk.walk import layer_sums, read_gradients
+from lrc.walk.walk import Visit, Walk
 
 REST = "rest"
 
@@ -48,13 +50,31 @@ def part_name(layer: int) -> str:
 class Passed:
     """What is kept when the original stream has gone past a layer.
 
-    ``statistics``: what the solvers read. ``middles``, by batch: the stream between the layer's halves, where the
+    ``found``: what the solvers read. ``middles``, by batch: the stream between the layer's halves, where the
     attention's half is refitted to it. ``measured``: the batches on which reductions are measured, before the layer.
     """
 
-    statistics: Statistics
+    found: Found
     middles: list[Tensor]
     measured: list[Batch]
+
+
+class Kept(Observer):
+    """Keeps the input of one module of a layer, by batch, as ``keep`` gives it."""
+
+    def __init__(self, index: int, path: str, keep: Callable[[Tensor], Tensor]) -> None:
+        self.index, self._path, self._keep = index, path, keep
+        self.inputs: list[Tensor] = []
+
+    @property
+    def watched(self) -> Collection[str]:
+        return (self._path,)
+
+    def add(self, calls: Mapping[str, Call]) -> None:
+        self.inputs.append(self._keep(calls[self._path].input))
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add nothing: every process keeps the inputs of its own batches."""
 
 
 class Compressor:
@@ -92,8 +112,9 @@ class Compressor:
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(ids)
         self._part_at_embedding(blocks, ids)
-        for plan in self._plan.layers:
-            self._layer(plan)
+        walk = Walk(self._stream, self._batches, first_token=self._plan.first_token, watch=self._watch)
+        for visit, plan in zip(walk, self._plan.layers, strict=True):
+            self._layer(plan, visit)
             advance()
         head = self._outer.head(self._batches)
         with self._watch.stage("scale"):
@@ -126,30 +147,31 @@ class Compressor:
     def _refits(self) -> bool:
         return self._plan.plan.refit == "residual"
 
-    def _layer(self, plan: LayerPlan) -> None:
-        with self._watch.stage("load"):
-            layer, state = self._stream.layer(plan.index)
+    def _layer(self, plan: LayerPlan, visit: Visit) -> None:
         if self._staging.has(part_name(plan.index)):
-            self._resume(plan.index, layer)
+            with self._watch.stage("resume"):
+                self._resume(plan.index)
+            visit.observe()
             return
+        layer = visit.layer
+        state = layer.state
         if not plan.assignments:
+            visit.observe()
             with self._watch.stage("observe"):
-                self._advance_original(layer, plan.index)
-                self._advance_compressed(layer, plan.index)
-            self._write(plan.index, ReducedLayer(layer, {}, state, {}), [], [])
+                self._advance_compressed(layer.module, plan.index)
+            self._write(plan.index, ReducedLayer(layer.module, {}, dict(state), {}), [], [])
             return
         self._part_streams()
-        with self._watch.stage("observe"):
-            passed = self._pass_original(layer, state, plan)
+        passed = self._pass_original(visit, plan)
         with self._watch.stage("solve"):
-            solutions = solve_layer(self._architecture, plan, state, passed.statistics, self._ranks)
+            solutions = solve_layer(self._architecture, plan, state, passed.found, self._ranks)
         with self._watch.stage("assemble"):
             roles = self._refit_roles(plan) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
             reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, roles)
             self._stream.filled(reduced.module, reduced.state)
         with self._watch.stage("measure"):
-            measured = self._measure(layer, state, plan, solutions, passed.measured)
+            measured = self._measure(layer, solutions, passed.measured)
             records = _records(plan, solutions, measured)
             middles = passed.middles
             del solutions, passed  # in float64, and moments; their tensors are in the reduced layer now
@@ -157,40 +179,24 @@ class Compressor:
             refits = self._refit(plan.index, reduced, roles, middles)
         self._write(plan.index, reduced, records, refits)
 
-    def _pass_original(self, layer: nn.Module, state: Mapping[str, Tensor], plan: LayerPlan) -> Passed:
-        """Take the original stream past a layer and see what its solvers and its refit need of it."""
-        gradients = self._gradients.pop(plan.index, None)
-        sums = layer_sums(self._stream, plan, layer, state, self._plan.first_token)
-        middles, measured = [], []
-        states = self._stream.passing(batch.hidden for batch in self._batches)
-        for batch, held, (hidden,) in zip(self._batches, self._held, states, strict=True):
-            with observe(layer, {"middle": self._family.mlp_norm, **sums.watched}) as calls:
-                out = self._stream.run(layer, plan.index, batch, hidden)
-            sums.add(calls)
-            if self._refits:
-                middles.append(self._stream.states.keep(calls["middle"].input))
-            if held or not self._any_held:
-                measured.append(replace(batch))
-            batch.hidden = self._stream.states.keep(out)
-        return Passed(sums.results(gradients), middles, measured)
+    def _pass_original(self, visit: Visit, plan: LayerPlan) -> Passed:
+        """Take the original stream past a layer and return what its solvers and its refit need of it."""
+        pairs = zip(self._batches, self._held, strict=True)
+        measured = [replace(batch) for batch, held in pairs if held or not self._any_held]
+        middles = Kept(plan.index, self._family.mlp_norm, self._stream.states.keep)
+        found = visit.read(plan, self._gradients.pop(plan.index, None), *([middles] if self._refits else []))
+        return Passed(found, middles.inputs, measured)
 
     def _measure(
-        self,
-        layer: nn.Module,
-        state: Mapping[str, Tensor],
-        plan: LayerPlan,
-        solutions: Mapping[str, Solution],
-        batches: Sequence[Batch],
+        self, layer: Layer, solutions: Mapping[str, Solution], batches: Sequence[Batch]
     ) -> dict[str, Measured]:
-        """What the solutions really do to the outputs of the original layer."""
-        first_token = self._plan.first_token
-        measure = LayerMeasure(self._stream, plan.index, state, solutions, first_token, opens=self._opens)
-        states = self._stream.passing(batch.hidden for batch in batches)
-        for batch, (hidden,) in zip(batches, states, strict=True):
-            with observe(layer, measure.watched) as calls:
-                self._stream.run(layer, plan.index, batch, hidden)
-            measure.add(calls)
-        return measure.results()
+        """Return what the solutions really do to the outputs of the original layer.
+
+        They come from the same run that takes the batches past it, so that those held out run through it once more.
+        """
+        measure = LayerMeasure(self._stream, layer, solutions, opens=self._opens)
+        self._stream.advance(layer.module, layer.index, batches, measure, stay=True)
+        return measure.result()
 
     def _refit_roles(self, plan: LayerPlan) -> list[str]:
         """Output projections that close a half of the layer in which something was reduced."""
@@ -318,27 +324,26 @@ class Compressor:
         if self._refits and self._compressed is None:
             self._compressed = [batch.hidden for batch in self._batches]
 
-    def _advance_original(self, layer: nn.Module, index: int) -> None:
-        self._stream.advance(layer, index, self._batches)
-
     def _advance_compressed(self, layer: nn.Module, index: int) -> None:
-        if self._compressed is not None:
-            self._stream.advance_states(layer, index, self._batches, self._compressed)
+        if (compressed := self._compressed) is not None:
+            pairs = zip(self._batches, compressed, strict=True)
+            batches = [replace(batch, hidden=hidden) for batch, hidden in pairs]
+            compressed.clear()  # or the states before and behind the layer would be there at once
+            self._stream.advance(layer, index, batches)
+            compressed += [batch.hidden for batch in batches]
 
-    def _resume(self, index: int, layer: nn.Module) -> None:
-        """Take both streams past a layer that an earlier run finished."""
-        with self._watch.stage("resume"):
-            prefix = f"{self._family.layers}.{index}."
-            tensors = self._staging.tensors(part_name(index))
-            state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            table = self._staging.record(part_name(index))["table"]
-            module = copy.deepcopy(self._stream.skeletons[index])
-            apply_table(module, table, self._family)
-            self._stream.filled(module, state)
-            if table:
-                self._part_streams()
-            self._advance_compressed(module, index)
-            self._advance_original(layer, index)
+    def _resume(self, index: int) -> None:
+        """Take the compressed stream past a layer that an earlier run finished."""
+        prefix = f"{self._family.layers}.{index}."
+        tensors = self._staging.tensors(part_name(index))
+        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        table = self._staging.record(part_name(index))["table"]
+        module = copy.deepcopy(self._stream.skeletons[index])
+        apply_table(module, table, self._family)
+        self._stream.filled(module, state)
+        if table:
+            self._part_streams()
+        self._advance_compressed(module, index)
 
     def _write(
         self, index: int, reduced: ReducedLayer, results: list[dict[str, Any]], refits: list[RefitRecord]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from lrc.compression.assemble import assemble
 from lrc.families import canonical
 from lrc.methods.contract import Solution
 from lrc.moments.observe import Call
+from lrc.moments.statistic import Layer, Observer
+from lrc.run.processes import Ranks
 from lrc.walk.stream import ModelStream
 
 
@@ -26,76 +28,72 @@ class Measured:
     kl: float | None = None
 
 
-class LayerMeasure:
+class LayerMeasure(Observer):
     """One layer with each of its solutions put in alone, compared with the original batch by batch.
 
     ``opens``: whether the first block measured is among this process's, which is where attention is compared. The first
-    token of a block counts as ``first_token`` in errors, as it does in the moments that they are predicted from.
+    token of a block counts in errors as it does in the moments that they are predicted from.
     """
 
     def __init__(
-        self,
-        stream: ModelStream,
-        index: int,
-        state: Mapping[str, Tensor],
-        solutions: Mapping[str, Solution],
-        first_token: int,
-        *,
-        opens: bool = True,
+        self, stream: ModelStream, layer: Layer, solutions: Mapping[str, Solution], *, opens: bool = True
     ) -> None:
-        self._stream, self._architecture = stream, stream.reader.architecture
-        self._index, self._state = index, state
+        self._stream, self._architecture = stream, layer.architecture
+        self.index, self._state = layer.index, layer.state
         family, dtype = self._architecture.family, stream.reader.dtype
         homes = {"qk": family.attention, "ov": family.attention, "mlp": family.mlp}
         self._alone: dict[str, nn.Module] = {}
         for target, solution in solutions.items():
-            reduced = assemble(self._architecture, stream.skeletons[index], state, [solution], dtype)
+            reduced = assemble(
+                self._architecture, stream.skeletons[self.index], self._state, [solution], dtype
+            )
             module = stream.filled(reduced.module, reduced.state)
             self._alone[target] = module.get_submodule(homes.get(target) or reduced.paths[target])
         self._sums = {
             target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions
         }
-        self._opens, self._first_token = opens, first_token
+        self._opens, self._first_token = opens, layer.first_token
         self._kl: float | None = None
         self._tokens = 0
 
     @property
-    def watched(self) -> dict[str, str]:
-        """Submodules whose calls ``add`` needs."""
+    def watched(self) -> Collection[str]:
         family = self._architecture.family
-        return {"attention": family.attention, "mlp": family.mlp, **family.sites}
+        return {family.attention, family.mlp, *family.sites.values()}
 
     @torch.no_grad()
     def add(self, calls: Mapping[str, Call]) -> None:
-        """Count the tokens of one call of the original layer."""
         family = self._architecture.family
-        blocks, tokens, _ = calls["attention"].input.shape
+        attention, mlp = calls[family.attention], calls[family.mlp]
+        blocks, tokens, _ = attention.input.shape
         self._tokens += blocks * (tokens + self._first_token - 1)
         with self._stream.precision():
             for target, alone in self._alone.items():
                 if target == "qk":
                     if self._opens and self._kl is None:
-                        self._kl = self._attention_kl(alone, calls["attention"])
+                        self._kl = self._attention_kl(alone, attention)
                 elif target == "ov":
-                    call = calls["attention"]
-                    new, _ = alone(*call.args, **call.kwargs)
-                    self._count(target, call.output[0], new, self._affine("o")[1])
+                    new, _ = alone(*attention.args, **attention.kwargs)
+                    self._count(target, attention.output[0], new, self._affine("o")[1])
                 elif target == "mlp":
-                    new = alone(calls["mlp"].input)
-                    self._count(target, calls["mlp"].output, new, self._affine(family.mlp_output)[1])
+                    new = alone(mlp.input)
+                    self._count(target, mlp.output, new, self._affine(family.mlp_output)[1])
                 else:
-                    x = calls[family.site(target)].input
+                    x = calls[family.sites[family.site(target)]].input
                     weight, bias = self._affine(target)
                     self._count(target, functional.linear(x, weight, bias), alone(x), bias)
 
-    def results(self) -> dict[str, Measured]:
-        """What all processes measured, by target."""
-        ranks, found = self._stream.ranks, {}
-        tokens = ranks.total(self._tokens)
-        kl = next((each for each in ranks.gather(self._kl) if each is not None), None)
+    def reduce(self, ranks: Ranks) -> None:
+        self._tokens = ranks.total(self._tokens)
+        self._kl = next((each for each in ranks.gather(self._kl) if each is not None), None)
+        self._sums = {target: ranks.total(sums) for target, sums in self._sums.items()}
+
+    def result(self) -> dict[str, Measured]:
+        """Return what all processes measured, by target."""
+        found = {}
         for target, sums in self._sums.items():
-            error, reference = (ranks.total(sums) / max(tokens, 1)).tolist()
-            found[target] = Measured(kl=kl) if target == "qk" else Measured(error, reference)
+            error, reference = (sums / max(self._tokens, 1)).tolist()
+            found[target] = Measured(kl=self._kl) if target == "qk" else Measured(error, reference)
         return found
 
     def _affine(self, role: str) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +113,7 @@ class LayerMeasure:
         """Mean KL divergence, over queries and heads of the first block, of the attention distribution."""
         path = self._architecture.family.attention
         original = self._stream.filled(
-            copy.deepcopy(self._stream.skeletons[self._index].get_submodule(path)),
+            copy.deepcopy(self._stream.skeletons[self.index].get_submodule(path)),
             {
                 name.removeprefix(f"{path}."): tensor
                 for name, tensor in self._state.items()

@@ -16,28 +16,28 @@ from lrc.methods.contract import (
     QKProblem,
     Solution,
 )
+from lrc.moments.gradient import GRADIENTS
+from lrc.moments.moment import Moments
+from lrc.moments.statistic import Found
 from lrc.plan.resolved import Assignment, LayerPlan
 from lrc.run.processes import ALONE, Ranks
-from lrc.walk.needs import (
-    solver_of,
-)
-from lrc.walk.statistics import Statistics
+from lrc.walk.needs import solver_of
 
 
 def solve_layer(
     architecture: Architecture,
     plan: LayerPlan,
     state: Mapping[str, Tensor],
-    statistics: Statistics,
+    found: Found,
     ranks: Ranks = ALONE,
 ) -> dict[str, Solution]:
-    """Solve everything a plan asks of one layer, by target, from its tensors and statistics.
+    """Solve everything a plan asks of one layer, by target, from its tensors and what was found of it.
 
     Each is solved by one process, so that all have the same to the bit.
     """
 
     def solution(assignment: Assignment) -> Solution:
-        return solve(pose(architecture, assignment.target, state, statistics), assignment)
+        return solve(pose(architecture, assignment.target, state, found), assignment)
 
     targets = [assignment.target for assignment in plan.assignments]
     return dict(zip(targets, ranks.spread(plan.assignments, solution), strict=True))
@@ -48,25 +48,20 @@ def solve(problem: Problem, assignment: Assignment) -> Solution:
     return solver_of(assignment).solve(problem, assignment.size, **assignment.options)
 
 
-def pose(
-    architecture: Architecture, target: str, state: Mapping[str, Tensor], statistics: Statistics
-) -> Problem:
-    """The problem of one target of a layer, from its tensors and statistics."""
-    family, heads, moments = architecture.family, architecture.geometry, statistics.moments
-    gradients = statistics.gradients
+def pose(architecture: Architecture, target: str, state: Mapping[str, Tensor], found: Found) -> Problem:
+    """Return the problem of one target of a layer, from its tensors and what was found of it."""
+    family, heads = architecture.family, architecture.geometry
+    own = {name: by_target[target] for name, by_target in found.items() if target in by_target}
+    moment, gradient = own[Moments.name], own.get(GRADIENTS)
 
     def affine(role: str) -> Affine:
         return Affine(*canonical(family, architecture, state, role))
 
-    def gradient(role: str) -> Tensor | None:
-        return gradients and gradients.outputs.get(role)
-
     if target == "qk":
-        queries = gradients and gradients.queries
-        return QKProblem(affine("q"), affine("k"), heads, moments["attn_in"], statistics.attention, queries)
+        return QKProblem(affine("q"), affine("k"), heads, moment, gradient, own)
     if target == "ov":
-        return OVProblem(affine("v"), affine("o"), heads, moments["o_in"], gradient("o"))
+        return OVProblem(affine("v"), affine("o"), heads, moment, gradient, own)
     if target == "mlp":
         inputs, role = {role: affine(role) for role in family.mlp_inputs}, family.mlp_output
-        return MLPProblem(inputs, role, affine(role), moments["down_in"], gradient(role))
-    return ProjectionProblem(target, affine(target), moments[family.site(target)], gradient(target))
+        return MLPProblem(inputs, role, affine(role), moment, gradient, own)
+    return ProjectionProblem(target, affine(target), moment, gradient, own)

@@ -26,6 +26,7 @@ from lrc.moments.moment import Moment, MomentSum
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.stopwatch import Stopwatch
 from lrc.walk.stream import Batch, ModelStream
+from lrc.walk.walk import Walk
 
 OuterProblem = EmbeddingProblem | ProjectionProblem
 
@@ -110,11 +111,10 @@ class Outer:
 
     def _final_ahead(self, batches: Sequence[Batch]) -> Moment:
         """The moment of what the head reads, by running all layers before any is reduced."""
-        stream, states = self._stream, [batch.hidden for batch in batches]
-        for index in range(self._architecture.layers):
-            layer, _ = stream.layer(index)
-            stream.advance_states(layer, index, batches, states)
-        return final_moment(stream, states)
+        ahead = [replace(batch) for batch in batches]
+        for visit in Walk(self._stream, ahead):
+            visit.observe()
+        return final_moment(self._stream, (batch.hidden for batch in ahead))
 
     def _reduce(
         self, target: str, problem: OuterProblem, met: OuterProblem

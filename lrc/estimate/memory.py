@@ -16,7 +16,8 @@ from lrc.compression.logit_scale import CHUNK_BYTES
 from lrc.compression.refit import held_out_blocks
 from lrc.estimate.workspace import ATTENTION_TARGETS, refit_widths, refit_work, solve_work
 from lrc.families import Architecture
-from lrc.moments.attention import QUERIES, SAMPLES
+from lrc.moments.attention import QUERIES
+from lrc.moments.attention_samples import SAMPLES
 from lrc.plan.job import Job
 from lrc.plan.resolved import LayerPlan
 from lrc.run.offload import Place

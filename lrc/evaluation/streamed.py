@@ -16,6 +16,7 @@ from lrc.hub.quantizer import METHOD, LrcConfig
 from lrc.run.offload import ON_DEVICE, States
 from lrc.text.blocks import batched
 from lrc.walk.stream import ModelStream
+from lrc.walk.walk import Walk
 
 
 class StreamedModel:
@@ -56,9 +57,8 @@ class StreamedModel:
         held = cut.numel() * self.config.hidden_size * self.dtype.itemsize
         stream = self._stream(States(place_for(held, self.device), self._scratch))
         batches = stream.embed(batched(cut, batch_size))
-        for index in range(len(stream.skeletons)):
-            layer, _ = stream.layer(index)
-            stream.advance(layer, index, batches)
+        for visit in Walk(stream, batches):
+            visit.observe()
         tail = stream.tail()
         for (hidden,) in stream.passing(batch.hidden for batch in batches):
             yield tail(hidden)

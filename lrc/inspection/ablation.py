@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lrc.allocation.contract import Advance, Setting
-from lrc.allocation.stops import walk
+from lrc.allocation.problems import Posed, each_posed
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.solve import solve
 from lrc.errors import UserError, nearest
@@ -53,27 +54,28 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
     text = ModelStream(reader, setting.device, setting.dtype, states, ranks=ranks, residual=setting.dtype)
     ids = batched(mine, setting.batch_size)
     batches = text.embed(ids)
-    hidden = [[batch.hidden for batch in batches] for _ in setting.plans]
-    for stop in walk(setting):
-        index = stop.layer
+    texts = [[replace(batch) for batch in batches] for _ in setting.plans]
+    del batches  # or the states before the first layer would be there to the end
+
+    def look(posed: Posed) -> None:
+        index = posed.layer
         assert index is not None, "an ablation plan leaves what is outside the layers alone"
 
-        def solution(
-            assignment: Assignment | None, problems: Mapping[str, Any] = stop.problems
-        ) -> Solution | None:
-            return solve(problems[assignment.target], assignment) if assignment else None
+        def solution(assignment: Assignment | None) -> Solution | None:
+            return solve(posed.problems[assignment.target], assignment) if assignment else None
 
         assigned = [next(iter(plan.unsized(index)), None) for plan in setting.plans]
-        for number, solved in enumerate(ranks.spread(assigned, solution)):
+        for own, solved in zip(texts, ranks.spread(assigned, solution), strict=True):
             if solved is None:
-                layer = text.materialize(index, stop.state)
+                layer = text.materialize(index, posed.state)
             else:
-                layer = setting.reduced(text, index, stop.state, solved)
-            text.advance_states(layer, index, batches, hidden[number])
-        advance(1)
+                layer = setting.reduced(text, index, posed.state, solved)
+            text.advance(layer, index, own)
+
+    each_posed(setting, look, advance)
     tail, found = text.tail(), []
-    for each in hidden:
-        arriving = text.passing(each)
+    for own in texts:
+        arriving = text.passing(batch.hidden for batch in own)
         nats = sum(
             float(token_nll(tail(states), one).double().sum())
             for (states,), one in zip(arriving, ids, strict=True)

@@ -9,7 +9,8 @@ from lrc.errors import UserError, nearest
 from lrc.families import Architecture, Target
 from lrc.inspection.candidates import TABLE_COLLECTORS, Candidate, candidates
 from lrc.methods import Method, methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
+from lrc.moments.gradient import GRADIENTS
 from lrc.plan.resolved import LayerPlan
 from lrc.plan.schema import Calibration, Plan, matched_layers
 
@@ -60,12 +61,12 @@ def find_asked(
             )
     inside = [t for name, t in architecture.targets.items() if names is None or name in names]
     outside = [t for name, t in architecture.outer.items() if (tables if names is None else name in names)]
-    collectors = COLLECTORS if gradients else COLLECTORS - {"gradients"}
+    collected = collectors() if gradients else collectors() - {GRADIENTS}
     return Asked(
         sorted(chosen) if inside else [],
         inside,
         outside,
-        candidates(architecture, inside, known, keeps, collectors)
+        candidates(architecture, inside, known, keeps, collected)
         | candidates(architecture, outside, known, keeps, TABLE_COLLECTORS),
     )
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lrc.allocation.stops import Visit, visits
 from lrc.compression.measure import LayerMeasure, Measured
 from lrc.compression.solve import pose
 from lrc.compression.tables import pose_outer
@@ -17,14 +17,16 @@ from lrc.inspection.output import REFIT, Output
 from lrc.inspection.spectrum import conditioning, spectra
 from lrc.methods import Method
 from lrc.methods.contract import Prediction, Problem, Solution
-from lrc.moments.observe import observe
-from lrc.plan.resolved import ResolvedPlan
+from lrc.moments.gradient import GradientMoment
+from lrc.moments.moment import Moment, Moments, site_of
+from lrc.moments.statistic import Layer
+from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.records.inspection import Conditioning, Estimate, Held, Inspected, Unit
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
-from lrc.walk.needs import site_of
+from lrc.walk.backward import read_gradients
 from lrc.walk.stream import ModelStream
-from lrc.walk.walk import read_gradients
+from lrc.walk.walk import Visit, Walk
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
@@ -59,8 +61,7 @@ class Inspector:
         asked, stream = self._asked, self._stream
         advance = progress("inspect", len(asked.layers) + bool(asked.outside)) if progress else lambda _: None
         plans = {plan.index: plan for plan in asked.plans}
-        sites = {site_of(self._architecture, target.name) for target in asked.inside}
-        swept = {}
+        swept: dict[int, GradientMoment] = {}
         if gradients:
             with self._watch.stage("gradients"):
                 swept = read_gradients(
@@ -69,15 +70,10 @@ class Inspector:
         with self._watch.stage("embed"):
             batches = stream.embed(batched(blocks, batch_size))
         end = self._architecture.layers if asked.outside else max(asked.layers, default=-1) + 1
-        walk = visits(stream, plans, batches, swept, end, self._plan.first_token, sites)
-        while True:
-            with self._watch.stage("observe"):
-                visit = next(walk, None)
-            if visit is None:
-                break
-            self._layer(visit)
-            del visit  # with its moments, before the next layer's are summed
-            advance(1)
+        for visit in Walk(stream, batches, end=end, first_token=self._plan.first_token, watch=self._watch):
+            if (plan := plans.get(visit.index)) is not None:
+                self._layer(visit, plan, swept.pop(visit.index, None))
+                advance(1)
         if asked.outside:
             with self._watch.stage("observe"):
                 names = [target.name for target in asked.outside]
@@ -86,29 +82,35 @@ class Inspector:
             self._look(None, problems, held)
             advance(1)
 
-    def _layer(self, visit: Visit) -> None:
-        names = [target.name for target in self._asked.inside]
-        roles = {r for t in self._asked.inside for r in t.matrices}
-
-        def posed(target: str) -> Problem:
-            return pose(self._architecture, target, visit.state, visit.statistics)
-
+    def _layer(self, visit: Visit, plan: LayerPlan, gradients: GradientMoment | None) -> None:
+        names, layer = [target.name for target in self._asked.inside], visit.layer
+        with self._against():
+            solutions = self._stored(layer, names)
+            measures = [LayerMeasure(self._stream, layer, solutions)] if solutions else []
+        found = visit.read(plan, gradients, *measures, targets=names)
+        measured = {name: each for measure in measures for name, each in measure.result().items()}
+        del measures  # with the reduced layers
         with self._watch.stage("spectra"):
-            self._condition(visit, roles)
-        held = self._held(visit, posed)
-        problems = {name: posed(name) for name in names}
-        self._look(visit.index, problems, held)
+            self._condition(layer.index, found[Moments.name])
+        problems = {name: pose(self._architecture, name, layer.state, found) for name in names}
+        with self._against():
+            held = {
+                name: self._compared(layer.index, problems[name], name, solution, measured[name])
+                for name, solution in solutions.items()
+            }
+        self._look(layer.index, problems, held)
 
-    def _condition(self, visit: Visit, roles: Collection[str]) -> None:
-        """The moments that the targets of a layer read, as methods take them: centred beside a bias."""
+    def _condition(self, layer: int, moments: Mapping[str, Moment]) -> None:
+        """Record the moments by target of a layer, as methods take them: centred beside a bias."""
         family = self._architecture.family
+        roles = {role for target in self._asked.inside for role in target.matrices}
+        at = {site_of(family, target): moment for target, moment in moments.items()}
         seen = set[tuple[str, bool]]()
         for role, matrix in self._architecture.matrices.items():
             key = family.site(role), matrix.bias
-            if role in roles and key[0] in visit.statistics.moments and key not in seen:
+            if role in roles and key[0] in at and key not in seen:
                 seen.add(key)
-                moment = visit.statistics.moments[key[0]]
-                self.moments.append(conditioning(visit.index, key[0], moment, centred=key[1]))
+                self.moments.append(conditioning(layer, key[0], at[key[0]], centred=key[1]))
 
     def _look(self, layer: int | None, problems: Mapping[str, Problem], held: Mapping[str, Held]) -> None:
         """Spectra, estimates and choices of problems by target."""
@@ -124,24 +126,15 @@ class Inspector:
                     Inspected(layer, name, plain, whitened, estimates[name], chosen[name], held.get(name))
                 )
 
-    def _held(self, visit: Visit, posed: Callable[[str], Problem]) -> dict[str, Held]:
-        """What of a layer an output stores, by target, beside the original, run on all blocks."""
+    def _against(self) -> AbstractContextManager[object]:
+        return self._watch.stage("against") if self._output else nullcontext()
+
+    def _stored(self, layer: Layer, names: Collection[str]) -> dict[str, Solution]:
+        """Return what the output stores in the place of a layer's targets, by target; nothing without an output."""
         if self._output is None:
             return {}
-        with self._watch.stage("against"):
-            solutions = self._output.layer(visit.index, visit.state)
-            names = {target.name for target in self._asked.inside}
-            solutions = {name: solution for name, solution in solutions.items() if name in names}
-            measure = LayerMeasure(self._stream, visit.index, visit.state, solutions, self._plan.first_token)
-            for batch in visit.batches if solutions else ():
-                with observe(visit.layer, measure.watched) as calls:
-                    self._stream.run(visit.layer, visit.index, batch, batch.hidden)
-                measure.add(calls)
-            measured = measure.results()
-            return {
-                name: self._compared(visit.index, posed(name), name, solution, measured[name])
-                for name, solution in solutions.items()
-            }
+        stored = self._output.layer(layer.index, layer.state)
+        return {name: solution for name, solution in stored.items() if name in names}
 
     def _held_outside(self, problems: Mapping[str, Problem]) -> dict[str, Held]:
         if self._output is None:

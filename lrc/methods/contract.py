@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lrc.families import Heads
 from lrc.methods.sizes import SizeRule
-from lrc.moments.attention import AttentionMoment
 from lrc.moments.moment import Moment
 
 Metric = Literal["weight", "data", "loss"]
@@ -30,6 +29,10 @@ class Affine:
     bias: Tensor | None = None
 
 
+# What the statistics that a solver names found for its target, by name.
+Statistics = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class ProjectionProblem:
     """One matrix, the moment of its input and, where gradients are used, G = E[g gᵀ] (out, out) of its output."""
@@ -38,6 +41,7 @@ class ProjectionProblem:
     matrix: Affine
     input: Moment
     gradient: Tensor | None = None
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class EmbeddingProblem:
 
 @dataclass(frozen=True)
 class QKProblem:
-    """Queries and keys of one layer, the moment of the input that both read and, where asked for, that of attention.
+    """Queries and keys of one layer, and the moment of the input that both read.
 
     ``gradient``, where asked for, is of the loss: with rotary positions the Gram matrix (kv_heads, D/2, D/2) of pairs,
     a_j = q_j·∂L/∂q_j summed over the queries that share a key, else E[γ γᵀ] (kv_heads, D, D) of γ = ∂L/∂q, summed over
@@ -64,8 +68,8 @@ class QKProblem:
     k: Affine
     heads: Heads
     input: Moment
-    attention: AttentionMoment | None = None
     gradient: Tensor | None = None
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class OVProblem:
     heads: Heads
     output: Moment
     gradient: Tensor | None = None
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class MLPProblem:
     output: Affine
     hidden: Moment
     gradient: Tensor | None = None
+    statistics: Statistics = field(default_factory=dict)
 
 
 Problem = ProjectionProblem | EmbeddingProblem | QKProblem | OVProblem | MLPProblem
@@ -157,7 +163,7 @@ class Option:
 class Solver:
     """One function of a method with what the planner must know of it.
 
-    ``target``: ``projection``, ``embed``, ``qk``, ``ov`` or ``mlp``. ``needs``: collectors in ``lrc.moments``, and
+    ``target``: ``projection``, ``embed``, ``qk``, ``ov`` or ``mlp``. ``needs``: statistics in ``lrc.moments``, and
     ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
     full size it gives the map back. ``refuses``: says why it cannot do a family with these options. ``rotary``: the
     method that takes a component's projections one by one where positions are rotary and no entry names the component.

@@ -1,3 +1,28 @@
-"""Statistics of activations and gradients: what is summed over the calibration tokens, and how it is observed."""
+"""Statistics of a layer's activations, one file each and found by scan, and the gradients of a backward sweep."""
 
-COLLECTORS = frozenset({"moments", "attention", "attention_samples", "gradients"})
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+from lrc.discovery import submodules
+from lrc.moments.gradient import GRADIENTS
+from lrc.moments.statistic import Statistic
+
+__all__ = ["collectors", "statistics"]
+
+
+@cache
+def statistics() -> dict[str, type[Statistic]]:
+    """Return every statistic in this folder, by name."""
+    found: dict[str, type[Statistic]] = {}
+    for _, module in submodules(sys.modules[__name__]):
+        for item in vars(module).values():
+            if isinstance(item, type) and issubclass(item, Statistic) and hasattr(item, "name"):
+                found[item.name] = item
+    return found
+
+
+def collectors() -> frozenset[str]:
+    """Return the names of everything that solvers may need: the statistics, and the gradients."""
+    return frozenset({*statistics(), GRADIENTS})

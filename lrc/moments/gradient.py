@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.families import Family
 from lrc.moments.moment import add_gram, whole
 from lrc.run.processes import Ranks
+
+GRADIENTS = "gradients"  # what solvers call them in their needs
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,22 @@ class GradientMoment:
         queries = None if self.queries is None else move(self.queries)
         return GradientMoment({role: move(g) for role, g in self.outputs.items()}, queries, self.tokens)
 
+    def by_target(self, family: Family) -> dict[str, Tensor]:
+        """Return what the solver of each target reads: the queries', or G of the output of the target."""
+        roles = {target: output_role(family, target) for target in ("ov", "mlp", *self.outputs)}
+        found = {target: self.outputs[role] for target, role in roles.items() if role in self.outputs}
+        return found if self.queries is None else found | {"qk": self.queries}
+
     @property
     def finite(self) -> bool:
         """Whether no gradient was NaN or inf."""
         tensors = [*self.outputs.values(), *([] if self.queries is None else [self.queries])]
         return all(bool(tensor.diagonal(dim1=-2, dim2=-1).isfinite().all()) for tensor in tensors)
+
+
+def output_role(family: Family, target: str) -> str:
+    """Return the projection whose output is that of a target other than ``qk``."""
+    return {"ov": "o", "mlp": family.mlp_output}.get(target, target)
 
 
 class GradientSum:

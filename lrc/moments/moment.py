@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lrc.errors import UserError
+from lrc.families import Family
+from lrc.moments.observe import Call
+from lrc.moments.statistic import Layer, Statistic
 from lrc.run.processes import Ranks
 
 GRAM_BLOCK = 2048  # columns; a product of fewer rows runs below the speed of a GPU
+
+# The site of a component's moment; a projection's is that of its own input.
+COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
+
+
+def site_of(family: Family, target: str) -> str:
+    """Return the site whose moment a target's problem holds."""
+    return COMPONENT_SITES.get(target) or family.site(target)
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,40 @@ class MomentSum:
     def moment(self) -> Moment:
         """The means so far."""
         return Moment(whole(self._second / self._weight), self._first / self._weight, self._tokens)
+
+
+class Moments(Statistic):
+    """The moment at the site of each target; targets of one site share it."""
+
+    name = "moments"
+
+    def __init__(self, layer: Layer, targets: Iterable[str]) -> None:
+        super().__init__(layer, targets)
+        family, device = layer.architecture.family, layer.device
+        used = {site_of(family, target) for target in self.targets}
+        self._paths = {site: path for site, path in family.sites.items() if site in used}
+        widths = {site: layer.architecture.site_width(site) for site in self._paths}
+        self._sums = {site: MomentSum(width, device) for site, width in widths.items()}
+
+    @property
+    def watched(self) -> Collection[str]:
+        return self._paths.values()
+
+    def add(self, calls: Mapping[str, Call]) -> None:
+        for site, path in self._paths.items():
+            self._sums[site].add(self.layer.cast(calls[path].input), self.layer.first_token)
+
+    def reduce(self, ranks: Ranks) -> None:
+        for total in self._sums.values():
+            total.reduce(ranks)
+
+    def result(self) -> dict[str, Moment]:
+        moments = {site: total.moment() for site, total in self._sums.items()}
+        for site, moment in moments.items():
+            if not bool(moment.second.diagonal().isfinite().all()):
+                raise UserError(f"layer {self.index}: activations at {site} are NaN or inf")
+        family = self.layer.architecture.family
+        return {target: moments[site_of(family, target)] for target in self.targets}
 
 
 def add_gram(total: Tensor, rows: Tensor, factor: Tensor | int = 1) -> None:

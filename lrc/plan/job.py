@@ -9,7 +9,7 @@ from pathlib import Path
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.hub.names import ResolvedModel, resolve_model
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.library import PlanLike, read_draft
 from lrc.plan.resolve import Draft, resolve
 from lrc.plan.resolved import ResolvedPlan
@@ -41,7 +41,7 @@ def open_checkpoint(model: str | Path, run: Run) -> tuple[ResolvedModel, Checkpo
 
 def make_job(model: ResolvedModel, reader: CheckpointReader, draft: Draft) -> Job:
     """Work a plan out for a model. Raises UserError with every mistake of the plan at once."""
-    return Job(model, reader, draft, resolve(draft, reader.architecture, methods(), COLLECTORS))
+    return Job(model, reader, draft, resolve(draft, reader.architecture, methods(), collectors()))
 
 
 def prepare(model: str | Path, plan: PlanLike, run: Run = Run()) -> Job:
@@ -64,7 +64,7 @@ def templates(
     found = []
     for keep in keeps:
         resolved = resolve(
-            draft.keeping(keep), reader.architecture, methods(), COLLECTORS, finder="the allocation"
+            draft.keeping(keep), reader.architecture, methods(), collectors(), finder="the allocation"
         )
         if fixed := [a.target for a in resolved.outer if a.target not in resolved.shared]:
             names = " and ".join(fixed)

@@ -10,7 +10,7 @@ which costs one more forward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from lrc.errors import UserError
 from lrc.moments.gradient import GradientMoment, GradientSum, Wanted
 from lrc.moments.observe import observe
-from lrc.text.blocks import batched, seed_for
+from lrc.plan.resolved import LayerPlan
+from lrc.plan.schema import Calibration
+from lrc.text.blocks import batched, gradient_blocks, seed_for
+from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import Batch, ModelStream
 
 _KEEP_ALL = 2**33
@@ -61,6 +64,30 @@ def gradient_moments(
     """
     sweep = _Sweep(stream, blocks, batch_size, layer or (lambda index: stream.layer(index)[0]), every)
     return sweep.run(wanted, seed)
+
+
+def read_gradients(
+    stream: ModelStream,
+    plans: Iterable[LayerPlan],
+    calibration: Calibration,
+    blocks: Tensor,
+    batch_size: int,
+    *,
+    losses: bool = False,
+    held: Callable[[int], nn.Module] | None = None,
+) -> dict[int, GradientMoment]:
+    """Return the gradient moments that the solvers of layers need, where states wait, by layer.
+
+    They are of the calibration blocks (n, tokens) that its settings choose. With ``losses`` they are of every target.
+    ``held`` gives layers that are on the device already. No sweep is made where nothing is needed.
+    """
+    architecture = stream.reader.architecture
+    wanted = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
+    wanted = {index: want for index, want in wanted.items() if want}
+    if not wanted:
+        return {}
+    chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
+    return gradient_moments(stream, chosen, wanted, batch_size, calibration.seed, layer=held)
 
 
 class _Sweep:

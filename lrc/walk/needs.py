@@ -1,51 +1,58 @@
-"""Statistics, sites and gradients that the solvers of a layer need."""
+"""What the solvers of a layer need: statistics, sites and gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lrc.families import Architecture
 from lrc.methods import methods
-from lrc.methods.contract import (
-    Solver,
-)
-from lrc.moments.gradient import Wanted
+from lrc.methods.contract import Solver
+from lrc.moments import statistics
+from lrc.moments.gradient import GRADIENTS, Wanted, output_role
+from lrc.moments.moment import Moments, site_of
+from lrc.moments.statistic import Layer, Statistic
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.solver import find_solver
 
-# The moment that a component's problem is posed on; a projection's is that of its own input.
-COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
-
 
 def collectors_needed(plan: LayerPlan) -> set[str]:
-    """Statistics that the solvers of a layer read."""
+    """Return the names that the solvers of a layer have in their needs."""
     return {name for a in plan.assignments for name in solver_of(a).collectors(a.options)}
 
 
 def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
-    """Sites whose moments the solvers of a layer read."""
-    return {site_of(architecture, a.target) for a in plan.assignments}
+    """Return the sites whose moments the solvers of a layer read."""
+    return {site_of(architecture.family, a.target) for a in plan.assignments}
 
 
-def site_of(architecture: Architecture, target: str) -> str:
-    """The site whose moment a target's problem is posed on."""
-    return COMPONENT_SITES.get(target) or architecture.family.site(target)
+def statistics_needed(layer: Layer, plan: LayerPlan, targets: Iterable[str] = ()) -> list[Statistic]:
+    """Return empty accumulators of what the solvers of a layer need, in the same order in all processes.
+
+    Every problem holds a moment, so that moments are of all targets of the plan, and of ``targets`` beside.
+    """
+    needed: dict[str, dict[str, None]] = {Moments.name: dict.fromkeys(targets)}
+    for a in plan.assignments:
+        for name in {Moments.name, *solver_of(a).collectors(a.options)} - {GRADIENTS}:
+            needed.setdefault(name, {})[a.target] = None
+    return [statistics()[name](layer, needed[name]) for name in sorted(needed)]
 
 
 def gradients_needed(architecture: Architecture, plan: LayerPlan, *, losses: bool = False) -> Wanted:
-    """Gradient moments that the solvers of a layer read; with ``losses``, all that they can predict a loss from."""
+    """Return the gradient moments that the solvers of a layer read; with ``losses``, those of every target."""
     targets = {
-        a.target for a in plan.assignments if losses or "gradients" in solver_of(a).collectors(a.options)
+        a.target for a in plan.assignments if losses or GRADIENTS in solver_of(a).collectors(a.options)
     }
-    outputs = {"ov": "o", "mlp": architecture.family.mlp_output}
-    return Wanted(frozenset(outputs.get(target, target) for target in targets - {"qk"}), "qk" in targets)
+    roles = frozenset(output_role(architecture.family, target) for target in targets - {"qk"})
+    return Wanted(roles, "qk" in targets)
 
 
 def reads_gradients(architecture: Architecture, plan: ResolvedPlan) -> bool:
-    """Whether any layer's solvers read gradients."""
+    """Return whether the solvers of any layer read gradients."""
     return any(gradients_needed(architecture, layer) for layer in plan.layers)
 
 
 def solver_of(assignment: Assignment) -> Solver:
-    """The function of its method that solves an assignment."""
+    """Return the function of its method that solves an assignment."""
     solver = find_solver(methods()[assignment.method], assignment.target)
     assert isinstance(solver, Solver)  # or it would not have been assigned
     return solver

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_flatten
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.modules.table import Table, apply_table
+from lrc.moments.observe import observe
+from lrc.moments.statistic import Observer
 from lrc.run.offload import ON_DEVICE, States, send
 from lrc.run.processes import ALONE, Ranks
 
@@ -221,18 +223,30 @@ class ModelStream:
             out = layer(self.fetch(hidden), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(self._residual)
 
-    def advance(self, layer: nn.Module, index: int, batches: Sequence[Batch]) -> None:
-        """Take the hidden states of batches past a decoder layer, to where states wait."""
+    @torch.no_grad()
+    def advance(
+        self,
+        layer: nn.Module,
+        index: int,
+        batches: Sequence[Batch],
+        *observers: Observer,
+        stay: bool = False,
+    ) -> None:
+        """Run a decoder layer on batches, feed its observers, and take the batches past it unless they ``stay``.
+
+        New hidden states go to where states wait.
+        """
+        paths = {path: path for observer in observers for path in observer.watched}
         states = self.passing(batch.hidden for batch in batches)
         for batch, (hidden,) in zip(batches, states, strict=True):
-            batch.hidden = self.states.keep(self.run(layer, index, batch, hidden))
-
-    def advance_states(
-        self, layer: nn.Module, index: int, batches: Sequence[Batch], states: list[Tensor]
-    ) -> None:
-        """The same for other ``states`` of the batches, in place."""
-        for i, (hidden,) in enumerate(self.passing(states)):
-            states[i] = self.states.keep(self.run(layer, index, batches[i], hidden))
+            with observe(layer, paths) as calls:
+                out = self.run(layer, index, batch, hidden)
+            for observer in observers:
+                observer.add(calls)
+            if not stay:
+                batch.hidden = self.states.keep(out)
+        for observer in observers:
+            observer.reduce(self.ranks)
 
     def fetch(self, x: Tensor) -> Tensor:
         """What waits anywhere, on the device."""

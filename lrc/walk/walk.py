@@ -1,83 +1,136 @@
-"""What solvers read of a layer, from a run of the original on all calibration batches."""
+"""The one walk over a model's layers: each is loaded once and runs once on all batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from lrc.moments.gradient import GradientMoment
-from lrc.moments.observe import observe
+from lrc.moments.gradient import GRADIENTS, GradientMoment
+from lrc.moments.statistic import Found, Layer, Observer
 from lrc.plan.resolved import LayerPlan
-from lrc.plan.schema import Calibration
-from lrc.text.blocks import gradient_blocks
-from lrc.walk.backward import gradient_moments
-from lrc.walk.needs import (
-    collectors_needed,
-    gradients_needed,
-    sites_needed,
-)
-from lrc.walk.statistics import LayerSums, Statistics
+from lrc.run.stopwatch import Stopwatch
+from lrc.walk.needs import statistics_needed
 from lrc.walk.stream import Batch, ModelStream
 
+Load = Callable[[int], tuple[nn.Module, Mapping[str, Tensor]]]
+Stage = Callable[[str], AbstractContextManager[object]]
 
-def read_gradients(
-    stream: ModelStream,
-    plans: Iterable[LayerPlan],
-    calibration: Calibration,
-    blocks: Tensor,
-    batch_size: int,
-    *,
-    losses: bool = False,
-    held: Callable[[int], nn.Module] | None = None,
-) -> dict[int, GradientMoment]:
-    """The gradient moments that layers' solvers read, where states wait, by layer; none where no solver reads any.
 
-    They are of the calibration blocks (n, tokens) that its settings choose. ``losses`` and ``held`` are those of
-    ``gradients_needed`` and of the sweep, which runs the layers that ``held`` gives.
+class Walk:
+    """Visit the first ``end`` layers (default: all), ``group`` neighbours at a time, and take ``batches`` past them.
+
+    Layers that a visit has not observed are run when the loop goes on. The visit then drops its layers, so that only
+    those of one visit are on the device. ``load`` gives layers that are held elsewhere. The first token of a block
+    counts as ``first_token`` in moments. ``watch`` times the stages ``load`` and ``observe``.
     """
-    architecture = stream.reader.architecture
-    wanted = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
-    wanted = {index: want for index, want in wanted.items() if want}
-    if not wanted:
-        return {}
-    chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
-    return gradient_moments(stream, chosen, wanted, batch_size, calibration.seed, layer=held)
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        batches: Sequence[Batch],
+        *,
+        end: int | None = None,
+        group: int = 1,
+        first_token: int = 1,
+        load: Load | None = None,
+        watch: Stopwatch | None = None,
+    ) -> None:
+        self._stream, self._batches, self._first_token = stream, batches, first_token
+        self._end, self._group = len(stream.skeletons) if end is None else end, group
+        self._load: Load = load or stream.layer
+        self._stage: Stage = watch.stage if watch else _untimed
+
+    def __iter__(self) -> Iterator[Visit]:
+        for start in range(0, self._end, self._group):
+            with self._stage("load"):
+                layers = {i: self._load(i) for i in range(start, min(start + self._group, self._end))}
+            visit = Visit(self._stream, layers, self._batches, self._first_token, self._stage)
+            del layers
+            yield visit
+            visit.leave()
 
 
-def layer_sums(
-    stream: ModelStream,
-    plan: LayerPlan,
-    layer: nn.Module,
-    state: Mapping[str, Tensor],
-    first_token: int,
-    sites: Collection[str] = (),
-) -> LayerSums:
-    """What a layer's solvers read of its activations, and the moments at ``sites`` beside; nothing counted yet.
+class Visit:
+    """Neighbouring layers of the original on the device, and the batches in front of them or, once run, behind them."""
 
-    The first token of a block counts as ``first_token`` in moments.
-    """
-    needed, collectors = sites_needed(stream.reader.architecture, plan), collectors_needed(plan)
-    return LayerSums(stream, plan, layer, state, needed.union(sites), collectors, first_token)
+    def __init__(
+        self,
+        stream: ModelStream,
+        layers: Mapping[int, tuple[nn.Module, Mapping[str, Tensor]]],
+        batches: Sequence[Batch],
+        first_token: int,
+        stage: Stage,
+    ) -> None:
+        self._stream, self._loaded, self._first_token, self._stage = stream, layers, first_token, stage
+        self._observed = False
+        self.batches = batches
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers, in order."""
+        stream = self._stream
+        architecture, where = stream.reader.architecture, (stream.device, stream.dtype, stream.ranks)
+        return [
+            Layer(architecture, index, module, state, *where, self._first_token)
+            for index, (module, state) in self._loaded.items()
+        ]
+
+    @property
+    def layer(self) -> Layer:
+        """The only layer, where the walk visits one at a time."""
+        (layer,) = self.layers
+        return layer
+
+    @property
+    def index(self) -> int:
+        """Number of the first layer."""
+        return next(iter(self._loaded))
+
+    def observe(self, *observers: Observer) -> None:
+        """Run the layers once on all batches, feed each observer the calls of its layer, and move the batches past."""
+        with self._stage("observe"):
+            self._run(observers)
+
+    def read(
+        self,
+        plan: LayerPlan,
+        gradients: GradientMoment | None,
+        *beside: Observer,
+        targets: Iterable[str] = (),
+    ) -> Found:
+        """Observe what the solvers of the only layer need, and return it together with the gradients of a sweep.
+
+        ``beside``: more observers. ``targets``: more targets to take moments for. Raise UserError where activations are
+        NaN or inf.
+        """
+        with self._stage("observe"):
+            needed = statistics_needed(self.layer, plan, targets)
+            self._run([*needed, *beside])
+            found = {statistic.name: statistic.result() for statistic in needed}
+            del needed  # with the sums, before gradients take their room
+            if gradients is None:
+                return found
+            fetched = gradients.moved(self._stream.fetch)
+            return found | {GRADIENTS: fetched.by_target(self._stream.reader.family)}
+
+    def leave(self) -> None:
+        """Run the layers if they have not been observed, and drop them."""
+        if not self._observed:
+            self.observe()
+        self._loaded = {}
+
+    def _run(self, observers: Sequence[Observer]) -> None:
+        assert not self._observed, "the batches are behind the layers already"
+        assert {observer.index for observer in observers} <= self._loaded.keys(), (
+            "an observer of another layer"
+        )
+        self._observed = True
+        for index, (module, _) in self._loaded.items():
+            here = [observer for observer in observers if observer.index == index]
+            self._stream.advance(module, index, self.batches, *here)
 
 
-def read_statistics(
-    stream: ModelStream,
-    plan: LayerPlan,
-    layer: nn.Module,
-    state: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    gradients: GradientMoment | None,
-    first_token: int,
-    sites: Collection[str] = (),
-) -> Statistics:
-    """What ``layer_sums`` counts, from a run of the original on all batches, and what a sweep found.
-
-    The batches stay where they are. Raises UserError where activations are NaN or inf.
-    """
-    sums = layer_sums(stream, plan, layer, state, first_token, sites)
-    for batch, (hidden,) in zip(batches, stream.passing(batch.hidden for batch in batches), strict=True):
-        with observe(layer, sums.watched) as calls:
-            stream.run(layer, plan.index, batch, hidden)
-        sums.add(calls)
-    return sums.results(gradients)
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return nullcontext()

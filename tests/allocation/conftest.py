@@ -13,7 +13,7 @@ from lrc.allocation.contract import Setting
 from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.moments.gradient import GradientMoment, Wanted
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
@@ -24,7 +24,7 @@ from lrc.walk.stream import ModelStream
 
 def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
     draft = parse_plan(f"format: 1\n{text}", "p.yaml")
-    return resolve(draft, reader.architecture, methods(), COLLECTORS)
+    return resolve(draft, reader.architecture, methods(), collectors())
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lrc.allocation import predicted
+from lrc.allocation import importance, predicted
 from lrc.allocation.spend import allocate
 from lrc.errors import UserError
 from lrc.methods import Method, methods
 from lrc.methods.contract import Prediction, Problem, Solution, solves
 from lrc.methods.sizes import ComponentRank
 
+WHOLE = "{match: 0, qk: keep-all, ov: keep-all, mlp: keep-all}"
 BY_SCORE = "mlp: {metric: output, select: score}"  # neurons cut as published
 
 
@@ -154,3 +155,24 @@ def test_fisher_refuses_a_method_that_predicts_no_loss(
     text = "method: mute\ncomponents: {qk: keep-all, ov: keep-all}"
     with pytest.raises(UserError, match="'mute' as it is set predicts none for mlp; allocate by energy"):
         predicted.fisher_costs(setting(tiny_checkpoint("gpt2"), text, losses=True), lambda done: None)
+
+
+@pytest.mark.parametrize(
+    ("costs", "plan", "sweeps"),
+    [
+        (predicted.energy_costs, "method: whitened_svd", 0),
+        (predicted.energy_costs, f"layers: [{WHOLE}, {{match: 1, method: whitened_svd}}]", 0),
+        (predicted.fisher_costs, "method: two_sided_svd", 4),
+        (importance.costs, "method: svd", 4),
+    ],
+    ids=["energy", "energy of the last layer", "fisher", "importance"],
+)
+def test_every_block_goes_through_every_layer_once(
+    tiny_checkpoint: Any, setting: Any, runs: Any, costs: Any, plan: str, sweeps: int
+) -> None:
+    """The gradients take one sweep there and one back."""
+    one = setting(tiny_checkpoint("llama"), plan, losses=bool(sweeps))
+    runs()
+    costs(one, lambda done: None)
+    back = {(index, True): sweeps for index in range(2)} if sweeps else {}
+    assert runs() == {(0, False): 4 + sweeps, (1, False): 4 + sweeps} | back

@@ -17,7 +17,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.text.blocks import calibration_blocks, tokenize
@@ -32,7 +32,7 @@ QK = "components: {qk: {metric: attention}}"
 
 def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
     draft = parse_plan(f"format: 1\n{CALIBRATION}\n{text}", "p.yaml")
-    return resolve(draft, reader.architecture, methods(), COLLECTORS)
+    return resolve(draft, reader.architecture, methods(), collectors())
 
 
 def sensitivity(folder: Path, held_out: Tensor, *plans: ResolvedPlan) -> Sensitivity:

@@ -39,12 +39,12 @@ def verb(argv: Sequence[str], fault: tuple[int, str] | None = None) -> None:
 
     layer = Compressor._layer
 
-    def struck(self: Compressor, plan: Any) -> None:
+    def struck(self: Compressor, plan: Any, visit: Any) -> None:
         if fault and plan.index == 2 and self._ranks.rank == fault[0]:
             if fault[1] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OutOfResources("the GPU is out of memory")
-        layer(self, plan)
+        layer(self, plan, visit)
 
     Compressor._layer = struck
     sys.argv = ["lrc", *argv]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import lrc.compression.loop
-import lrc.compression.solve  # also, so that compressed checkpoints load
+import lrc.compression.loop  # also, so that compressed checkpoints load
+import lrc.walk.backward
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import staging
 from lrc.compression.finish import logit_scale, refit_records, target_records, write_checkpoint
@@ -24,7 +24,7 @@ from lrc.compression.loop import Compressor
 from lrc.compression.refit import RIDGE, RIDGES, RefitRecord, held_out_blocks
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.moments.observe import observe
 from lrc.plan.document import Document
 from lrc.plan.job import Job
@@ -87,7 +87,9 @@ def compress(
     """Compress a checkpoint by a plan's text, in batches of two blocks; ``stop_after`` dies after so many layers."""
     reader = CheckpointReader(source)
     if isinstance(plan, str):
-        plan = resolve(parse_plan(f"format: 1\n{plan}", "p.yaml"), reader.architecture, methods(), COLLECTORS)
+        plan = resolve(
+            parse_plan(f"format: 1\n{plan}", "p.yaml"), reader.architecture, methods(), collectors()
+        )
     job = Job(ResolvedModel(source, str(source)), reader, Draft(plan.plan, Document.made("p.yaml", {})), plan)
     left = stop_after
 
@@ -517,6 +519,17 @@ def test_a_run_taken_up_again_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_go_through_every_layer_once_and_those_held_out_once_more(tiny_checkpoint, out, family, runs):
+    """What is measured on them needs solutions, which need the moments of all."""
+    compress(
+        tiny_checkpoint(family),
+        out("measured"),
+        "method: whitened_svd\nkeep: 0.5\nrefit: none\nlayers: [{match: 0, keep: 1}]",
+    )
+    assert runs() == {(0, False): 5, (1, False): 5 + int(held_out_blocks(5).sum())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_taken_once_of_their_samples_for_the_layers_that_are_left(
     tiny_checkpoint, out, family, monkeypatch
 ):
@@ -527,7 +540,7 @@ def test_gradients_are_taken_once_of_their_samples_for_the_layers_that_are_left(
         swept.append((len(ids), sorted(wanted), found))
         return found
 
-    monkeypatch.setattr(lrc.compression.solve, "gradient_moments", sweep)
+    monkeypatch.setattr(lrc.walk.backward, "gradient_moments", sweep)
     plan = (
         "method: two_sided_svd\nkeep: 0.5\ncalibration: {gradient_samples: 2}\nlayers: [{match: 0, keep: 1}]"
     )

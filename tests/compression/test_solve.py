@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import lrc.compression.solve
+import lrc.walk.needs
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.solve import solve_layer
 from lrc.methods import Method
@@ -17,7 +17,6 @@ from lrc.moments.gradient import GradientMoment, Wanted
 from lrc.moments.moment import Moment
 from lrc.plan.resolved import Assignment, LayerPlan
 from lrc.walk.needs import gradients_needed
-from lrc.walk.statistics import Statistics
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def posed(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
         return solves(target, size=ComponentRank(), option_needs=needs, paper="none")(solve).solver
 
     solvers = {target: solver(target) for target in ("projection", "qk", "ov", "mlp")}
-    monkeypatch.setattr(lrc.compression.solve, "methods", lambda: {"fake": Method("fake", "None.", solvers)})
+    monkeypatch.setattr(lrc.walk.needs, "methods", lambda: {"fake": Method("fake", "None.", solvers)})
     return found
 
 
@@ -50,15 +49,16 @@ def plan(*targets: str, **options: str) -> LayerPlan:
 def test_every_problem_has_the_gradients_of_its_own_outputs(tiny_checkpoint, posed, family, output, single):
     reader = CheckpointReader(tiny_checkpoint(family))
     architecture = reader.architecture
-    moments = {site: Moment(torch.eye(2), torch.zeros(2), 1) for site in architecture.family.sites}
+    moments = dict.fromkeys(architecture.targets, Moment(torch.eye(2), torch.zeros(2), 1))
     outputs = {role: torch.full((1,), float(i)) for i, role in enumerate(architecture.matrices)}
     gradients = GradientMoment(outputs, torch.full((1,), -1.0), 1)
     layer = plan("qk", "ov", "mlp", single)
     assert gradients_needed(architecture, layer) == Wanted(frozenset({"o", output, single}), True)
-    solve_layer(architecture, layer, reader.layer(1), Statistics(moments, None, gradients))
+    found = {"moments": moments, "gradients": gradients.by_target(architecture.family)}
+    solve_layer(architecture, layer, reader.layer(1), found)
     expected = [gradients.queries, outputs["o"], outputs[output], outputs[single]]
     assert [problem.gradient for problem in posed] == expected
-    solve_layer(architecture, layer, reader.layer(1), Statistics(moments))
+    solve_layer(architecture, layer, reader.layer(1), {"moments": moments})
     assert all(problem.gradient is None for problem in posed[4:])
 
 

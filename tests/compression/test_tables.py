@@ -26,7 +26,7 @@ from lrc.families import family_of
 from lrc.hub.names import ASSETS, ResolvedModel
 from lrc.methods import methods
 from lrc.modules.embedding import FactorizedEmbedding
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.document import Document
 from lrc.plan.job import Job, templates
 from lrc.plan.library import read_draft
@@ -55,7 +55,7 @@ def blocks(vocab: int = 256) -> Tensor:
 def compress(source: Path, out: Path, body: str, stop_after: int = 0) -> list[dict[str, Any]]:
     """Compress by a plan's text; ``stop_after`` dies after so many layers. Returns the records."""
     reader = CheckpointReader(source)
-    plan = resolve(parse_plan(f"format: 1\n{body}\n", "p.yaml"), reader.architecture, methods(), COLLECTORS)
+    plan = resolve(parse_plan(f"format: 1\n{body}\n", "p.yaml"), reader.architecture, methods(), collectors())
     job, left = (
         Job(ResolvedModel(source, str(source)), reader, Draft(plan.plan, Document.made("p.yaml", {})), plan),
         [stop_after],

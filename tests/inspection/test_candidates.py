@@ -7,9 +7,9 @@ from typing import Any
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.inspection.candidates import able_options, candidates
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 
-WITHOUT = COLLECTORS - {"gradients"}
+WITHOUT = collectors() - {"gradients"}
 
 
 def by_target(folder: Any, collectors: Any, keeps: Any = (0.6,)) -> dict[str, dict[str, Any]]:
@@ -22,7 +22,7 @@ def by_target(folder: Any, collectors: Any, keeps: Any = (0.6,)) -> dict[str, di
 
 
 def test_components_and_projections_have_methods_of_their_own(tiny_checkpoint: Any) -> None:
-    found = by_target(tiny_checkpoint("llama"), COLLECTORS)
+    found = by_target(tiny_checkpoint("llama"), collectors())
     solved = {name: method.solvers.keys() for name, method in methods().items()}
     for target in ("qk", "ov", "mlp"):
         assert set(found[target]) == {name for name, targets in solved.items() if target in targets}
@@ -36,14 +36,14 @@ def test_without_gradients_options_go_without_or_the_method_does(tiny_checkpoint
     assert "two_sided_svd" not in found["q"]
     assert found["mlp"]["a3"].options["metric"] == "output"
     assert found["qk"]["a3"].options["metric"] == "attention"
-    assert by_target(tiny_checkpoint("gpt2"), COLLECTORS)["mlp"]["a3"].options["metric"] == "loss"
+    assert by_target(tiny_checkpoint("gpt2"), collectors())["mlp"]["a3"].options["metric"] == "loss"
     assert able_options(methods()["a3"].solvers["qk"], {"moments"}) == {"metric": "score"}
 
 
 def test_sizes_that_are_not_legal_or_save_nothing_are_left_out(tiny_checkpoint: Any) -> None:
     folder = tiny_checkpoint("llama", intermediate_size=50)  # which 4 blocks do not divide
-    found = by_target(folder, COLLECTORS)
+    found = by_target(folder, collectors())
     assert "monarch" not in found["down"]
     assert "monarch" in found["q"]
-    tight = by_target(folder, COLLECTORS, (0.99,))
+    tight = by_target(folder, collectors(), (0.99,))
     assert not tight["qk"]  # the nearest of 8 dimensions is all of them

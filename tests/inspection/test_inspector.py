@@ -148,3 +148,24 @@ def test_an_output_of_something_else_is_refused(
     manifest.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"lrc\.json is damaged"):
         Output(out, CheckpointReader(folder), "it", CPU)
+
+
+@pytest.mark.parametrize("asked", ["all", "gradients", "against", "last layer", "outside"])
+def test_every_block_goes_through_every_layer_once(
+    tiny_checkpoint: Any, inspected: Any, output: Any, runs: Any, asked: str
+) -> None:
+    """Beside an output too; the gradients take one sweep there and one back."""
+    folder = tiny_checkpoint("llama")
+    options: dict[str, dict[str, Any]] = {
+        "all": {},
+        "gradients": {"gradients": True},
+        "against": {},
+        "last layer": {"layers": "-1"},
+        "outside": {"targets": ["embed"]},
+    }
+    if asked == "against":
+        options[asked]["against"] = output(folder, "keep: 0.5\nmethod: a3")
+    runs()
+    inspected(folder, keeps=[0.5], **options[asked])
+    swept = {(0, False): 8, (0, True): 4, (1, False): 8, (1, True): 4}
+    assert runs() == (swept if asked == "gradients" else {(0, False): 4, (1, False): 4})

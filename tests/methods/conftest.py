@@ -25,7 +25,8 @@ from lrc.methods.contract import (
     Solver,
 )
 from lrc.modules import kinds
-from lrc.moments.attention import AttentionMoment, AttentionSamples
+from lrc.moments.attention import AttentionMoment
+from lrc.moments.attention_samples import AttentionSamples
 from lrc.moments.moment import Moment
 
 HIDDEN, HEAD_DIM, WIDTH = 10, 6, 16
@@ -174,7 +175,7 @@ def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool
     # Of the loss by the scaled scores, as softmax passes it on: nothing where a query sees nothing, nothing in all.
     slopes = (spread @ random(4, len(x), len(x), 1)).squeeze(-1)
 
-    def statistics() -> AttentionMoment:
+    def statistics() -> dict[str, AttentionMoment | AttentionSamples]:
         queries, keys = split(*before)
         each = torch.einsum("hnd,hmnl,hle->hmde", keys, spread, keys).unflatten(0, (kv_heads, -1))
         samples = AttentionSamples(queries.unflatten(0, (kv_heads, -1)) * scale, each)
@@ -185,7 +186,8 @@ def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool
             shares = products[..., : HEAD_DIM // 2] + products[..., HEAD_DIM // 2 :]
             pairs = torch.einsum("hmni,hmnl,hmlj->hij", shares, spread, shares) / len(x)
             pairs = pairs.unflatten(0, (kv_heads, -1)).sum(dim=1)
-        return AttentionMoment(each.mean(dim=2).sum(dim=1), pairs, len(x), scale, samples)
+        moment = AttentionMoment(each.mean(dim=2).sum(dim=1), pairs, len(x), scale)
+        return {"attention": moment, "attention_samples": samples}
 
     def gradient() -> Tensor:
         queries, keys = split(*before)
@@ -224,7 +226,7 @@ def qk(seed: int, *, hard: bool, kv_heads: int, rotary: Any = "none", bias: bool
         variances = torch.einsum("hmn,hmnl,hml->mh", change, seen, change)
         return (variances.clamp_min(0) / (2 * 4)).sqrt()
 
-    problem = QKProblem(q, k, heads, moment_of(x), statistics(), gradient())
+    problem = QKProblem(q, k, heads, moment_of(x), gradient(), statistics())
     return Case(problem, target, heads, changes)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.moments import attention
+from lrc.moments import attention_samples
 from lrc.moments.attention import QUERIES, AttentionSum
+from lrc.moments.attention_samples import AttentionSamples, SampleSum
 
 CPU, SCALE, HEADS, KV_HEADS, HEAD_DIM = torch.device("cpu"), 0.3, 4, 2, 6
 
@@ -16,13 +17,18 @@ def sequences(count: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
     return [tuple(torch.randn(s, generator=generator) for s in shapes) for _ in range(count)]  # type: ignore[misc]
 
 
-def summed(
-    parts: list[tuple[Tensor, Tensor]], mask: Tensor | None = None, samples: bool = False
-) -> AttentionSum:
-    total = AttentionSum(KV_HEADS, HEAD_DIM, SCALE, True, CPU, samples=samples)
+def summed(parts: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> AttentionSum:
+    total = AttentionSum(KV_HEADS, HEAD_DIM, SCALE, True, CPU)
     for q, k in parts:
         total.add(q, k, mask)
     return total
+
+
+def sampled(parts: list[tuple[Tensor, Tensor]]) -> AttentionSamples:
+    total = SampleSum(SCALE)
+    for q, k in parts:
+        total.add(q, k, None)
+    return total.moment()
 
 
 def one_by_one(parts: list[tuple[Tensor, Tensor]], seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +93,7 @@ def test_half_the_sum_over_a_set_of_pairs_is_the_divergence_of_dropping_it():
 
 def test_samples_are_queries_with_the_covariance_of_what_each_attends_to():
     parts = sequences(3, QUERIES)
-    samples = summed(parts, samples=True).moment().samples
-    assert samples is not None
+    samples = sampled(parts)
     for head in range(HEADS):
         every = [(q[head, m], k[head // 2, : m + 1]) for q, k in parts for m in range(QUERIES)]
         found = samples.q[head // 2, head % 2], samples.covariance[head // 2, head % 2]
@@ -103,9 +108,9 @@ def test_samples_are_queries_with_the_covariance_of_what_each_attends_to():
 
 def test_samples_are_bounded_and_evenly_taken(monkeypatch):
     parts = sequences(11, QUERIES)
-    monkeypatch.setattr(attention, "SAMPLES", 4 * 2 * QUERIES)  # four sequences for two heads a key head
-    samples = summed(parts, samples=True).moment().samples
-    assert samples is not None
+    monkeypatch.setattr(
+        attention_samples, "SAMPLES", 4 * 2 * QUERIES
+    )  # four sequences for two heads a key head
+    samples = sampled(parts)
     expected = torch.cat([parts[i][0][1] for i in (0, 4, 8)]) * SCALE
     torch.testing.assert_close(samples.q[0, 1], expected)
-    assert summed(parts).moment().samples is None

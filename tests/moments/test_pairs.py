@@ -10,12 +10,10 @@ from transformers import AutoTokenizer
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.hub.names import ASSETS
 from lrc.maths.linalg import eliminate
-from lrc.moments.attention import QUERIES, AttentionSum
-from lrc.moments.observe import observe
-from lrc.plan.resolved import LayerPlan
+from lrc.moments.attention import QUERIES, Attention, AttentionSum
 from lrc.text.blocks import tokenize
-from lrc.walk.statistics import LayerSums
 from lrc.walk.stream import ModelStream
+from lrc.walk.walk import Walk
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 2, 16, QUERIES
 
@@ -86,20 +84,13 @@ def grams_of_the_built_in_model() -> Tensor:
         (ASSETS / "calibration.txt").read_text(encoding="utf-8")[:20_000],
     )
     stream = ModelStream(reader, torch.device("cpu"), torch.float32)
-    (batch,) = stream.embed([ids[: 4 * 256].view(4, 256)])
     found = []
-    for index in range(reader.architecture.layers):
-        layer, state = stream.layer(index)
-        sums = LayerSums(
-            stream, LayerPlan(index, ()), layer, state, {"attn_in"}, {"attention"}, first_token=1
-        )
-        with observe(layer, sums.watched) as calls:
-            batch.hidden = stream.run(layer, index, batch, batch.hidden)
-        sums.add(calls)
-        attention = sums.results().attention
-        assert attention is not None
-        assert attention.pairs is not None
-        found.append(attention.pairs.double())
+    for visit in Walk(stream, stream.embed([ids[: 4 * 256].view(4, 256)])):
+        attention = Attention(visit.layer, ["qk"])
+        visit.observe(attention)
+        pairs = attention.result()["qk"].pairs
+        assert pairs is not None
+        found.append(pairs.double())
     return torch.cat(found)
 
 

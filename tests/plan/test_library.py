@@ -11,7 +11,7 @@ import pytest
 from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.library import find_plan, shipped_plans
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
@@ -27,7 +27,7 @@ Shipped = Callable[[str, str], ResolvedPlan]
 def shipped(architecture: Callable[[str], Architecture]) -> Shipped:
     """Resolves a shipped plan with the real methods."""
     return lambda name, model: resolve(
-        parse_plan(*find_plan(name)), architecture(model), methods(), COLLECTORS
+        parse_plan(*find_plan(name)), architecture(model), methods(), collectors()
     )
 
 

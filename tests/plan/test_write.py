@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.write import write_plan
 
@@ -25,9 +25,9 @@ layers:
 
 def test_comes_back_as_it_was(architecture):
     shapes = architecture("small-llama")
-    plan = resolve(parse_plan(BASE, "base.yaml"), shapes, methods(), COLLECTORS)
+    plan = resolve(parse_plan(BASE, "base.yaml"), shapes, methods(), collectors())
     text = write_plan(plan, methods(), ["a", "", "b\nc: d"])
-    again = resolve(parse_plan(text, "again.yaml"), shapes, methods(), COLLECTORS)
+    again = resolve(parse_plan(text, "again.yaml"), shapes, methods(), collectors())
     assert again.layers == plan.layers
     assert again.warnings == ()
     assert (again.plan.refit, again.plan.calibration) == ("none", plan.plan.calibration)
@@ -42,9 +42,11 @@ def test_the_scale_comes_back_where_it_was_written(architecture):
         ("scale: fitted", "fitted", True),
         ("refit: none", None, False),
     ):
-        plan = resolve(parse_plan(f"format: 1\nkeep: 0.5\n{line}\n", "p.yaml"), shapes, methods(), COLLECTORS)
+        plan = resolve(
+            parse_plan(f"format: 1\nkeep: 0.5\n{line}\n", "p.yaml"), shapes, methods(), collectors()
+        )
         text = write_plan(plan, methods(), [])
-        again = resolve(parse_plan(text, "q.yaml"), shapes, methods(), COLLECTORS).plan
+        again = resolve(parse_plan(text, "q.yaml"), shapes, methods(), collectors()).plan
         assert (again.scale, again.scales) == (plan.plan.scale, plan.plan.scales) == (scale, scales)
 
 
@@ -52,18 +54,18 @@ def test_a_mixture_of_texts_comes_back_too(architecture):
     shapes = architecture("small-llama")
     for data, read in (("{a:b: 2, c: 0.5}", {"a:b": 2, "c": 0.5}), ("[a, b]", ("a", "b")), ("a=1", "a=1")):
         base = f"format: 1\nkeep: 0.5\ncalibration: {{data: {data}}}\n"
-        plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), COLLECTORS)
+        plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), collectors())
         assert plan.plan.calibration.data == read
         text = write_plan(plan, methods(), [])
         assert (
-            resolve(parse_plan(text, "q.yaml"), shapes, methods(), COLLECTORS).plan.calibration.data == read
+            resolve(parse_plan(text, "q.yaml"), shapes, methods(), collectors()).plan.calibration.data == read
         )
 
 
 def test_layers_alike_share_a_rule_and_whole_targets_say_so(architecture):
     shapes = architecture("small-llama")
     base = "format: 1\nkeep: 0.5\ncomponents: {qk: {metric: attention}}\n"
-    plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), COLLECTORS)
+    plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), collectors())
     whole = [
         replace(
             layer,
@@ -85,20 +87,20 @@ def test_layers_alike_share_a_rule_and_whole_targets_say_so(architecture):
 def test_what_is_outside_the_layers_comes_back_too(architecture):
     shapes = architecture("small-llama")
     base = "format: 1\nkeep: 0.5\nprojections: {embed: {method: svd, rank: 9}, lm_head: {method: monarch, keep: 0.5}}\n"
-    plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), COLLECTORS)
+    plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), collectors())
     again = parse_plan(write_plan(plan, methods(), []), "q.yaml")
-    assert resolve(again, shapes, methods(), COLLECTORS).outer == plan.outer != ()
+    assert resolve(again, shapes, methods(), collectors()).outer == plan.outer != ()
 
 
 def test_sizes_that_were_found_outside_the_layers_are_written(architecture):
     shapes = architecture("small-llama")
     base = "format: 1\nkeep: 0.5\nallocate: energy\nprojections: {embed: {method: svd}, lm_head: {method: svd}}\n"
-    plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), COLLECTORS)
+    plan = resolve(parse_plan(base, "p.yaml"), shapes, methods(), collectors())
     embed, head = plan.outer
     found = replace(plan, outer=(replace(embed, size=9), replace(head, size=64, kept=head.whole)))
     text = write_plan(found, methods(), [])
     assert "projections: {embed: {rank: 9, method: svd}, lm_head: keep-all}\n" in text
-    again = resolve(parse_plan(text, "q.yaml"), shapes, methods(), COLLECTORS)
+    again = resolve(parse_plan(text, "q.yaml"), shapes, methods(), collectors())
     assert [(a.target, a.size) for a in again.outer] == [("embed", 9)]
     # Nor is one that has no size to choose from left open.
     none = write_plan(replace(plan, outer=(embed,)), methods(), [])

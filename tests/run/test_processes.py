@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from lrc.families import Architecture
 from lrc.hub.loader import load
 from lrc.methods import methods
 from lrc.methods.contract import Affine
-from lrc.moments import COLLECTORS
-from lrc.moments.attention import SAMPLES
+from lrc.moments import collectors
+from lrc.moments.attention_samples import SAMPLES, SampleSum
 from lrc.moments.gradient import Wanted
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
@@ -38,7 +39,7 @@ from lrc.text.blocks import batched
 from lrc.text.mixture import Calibration, Source
 from lrc.walk.backward import gradient_moments
 from lrc.walk.stream import ModelStream
-from lrc.walk.walk import read_statistics
+from lrc.walk.walk import Walk
 
 Together = Callable[..., list[Any]]
 TinyCheckpoint = Callable[..., Path]
@@ -183,7 +184,7 @@ def blocks(count: int) -> Tensor:
 
 
 def resolved(architecture: Architecture, text: str) -> ResolvedPlan:
-    return resolve(parse_plan(text, "p.yaml"), architecture, methods(), COLLECTORS)
+    return resolve(parse_plan(text, "p.yaml"), architecture, methods(), collectors())
 
 
 def sums(ranks: Ranks, folder: Path, text: str, count: int) -> dict[str, Tensor]:
@@ -193,22 +194,23 @@ def sums(ranks: Ranks, folder: Path, text: str, count: int) -> dict[str, Tensor]
     plan = resolved(architecture, text).layers[0]
     ids = blocks(count)
     batches = stream.embed(batched(ranks.mine(ids), 2))
-    layer, state = stream.layer(0)
     wanted = {index: Wanted(frozenset(architecture.matrices), True) for index in range(architecture.layers)}
     gradients = gradient_moments(stream, ids, wanted, 2, 0)
     found = {
         f"{index} {role}": tensor for index, g in gradients.items() for role, tensor in g.outputs.items()
     }
     found |= {f"{index} queries": g.queries for index, g in gradients.items() if g.queries is not None}
-    statistics = read_statistics(stream, plan, layer, state, batches, gradients[0], first_token=8)
-    for site, moment in statistics.moments.items():
-        found |= {site: moment.second, f"{site} mean": moment.mean, f"{site} n": torch.tensor(moment.tokens)}
-    if (attention := statistics.attention) is not None:
+    visit = next(iter(Walk(stream, [replace(batch) for batch in batches], first_token=8)))
+    statistics = visit.read(plan, gradients[0])
+    for target, moment in statistics["moments"].items():
+        means = {f"{target} mean": moment.mean, f"{target} n": torch.tensor(moment.tokens)}
+        found |= {f"{target} moment": moment.second} | means
+    for attention in statistics.get("attention", {}).values():
         found["covariance"] = attention.covariance
         if attention.pairs is not None:
             found["pairs"] = attention.pairs
-        if attention.samples is not None:
-            found |= {"q": attention.samples.q, "of q": attention.samples.covariance}
+    for samples in statistics.get("attention_samples", {}).values():
+        found |= {"q": samples.q, "of q": samples.covariance}
     found["final"] = final_moment(stream, [batch.hidden for batch in batches]).second
     refit = RefitSum(architecture.hidden, architecture.hidden, CPU)
     numbers = iter(ranks.mine(range(count)))
@@ -225,7 +227,7 @@ def sums(ranks: Ranks, folder: Path, text: str, count: int) -> dict[str, Tensor]
         ranks,
     )
     found["scale"] = torch.tensor([scale.value, scale.before, scale.after, scale.tokens])
-    for target, solution in solve_layer(architecture, plan, state, statistics, ranks).items():
+    for target, solution in solve_layer(architecture, plan, visit.layer.state, statistics, ranks).items():
         kept = {"neurons": solution.neurons, "columns": solution.rotary_columns}
         found |= {f"{target} {name}": tensor for name, tensor in kept.items() if tensor is not None}
     return found
@@ -253,7 +255,7 @@ def test_sums_and_what_is_kept_by_them(
         sums(ALONE, folder, text, count),
         values(together(sums_of_several, folder, text, count, size=size)),
     )
-    assert {"attn_in", "down_in", "final", "refit", "scale", "mlp neurons", "0 o"} <= set(expected)
+    assert {"qk moment", "mlp moment", "final", "refit", "scale", "mlp neurons", "0 o"} <= set(expected)
     assert ("q" in expected) == (text == ALS)
     for name, tensor in expected.items():
         for found in several:
@@ -267,16 +269,12 @@ def test_sums_and_what_is_kept_by_them(
 
 
 def sampled(count: int) -> Tensor:
-    from lrc.moments.attention import AttentionSum
-
     with launched() as ranks:
-        total = AttentionSum(1, 2, 1.0, False, CPU, samples=True, ranks=ranks)
+        total = SampleSum(1.0, ranks)
         for number in ranks.mine(range(count)):
             total.add(torch.full((4, 16, 2), float(number)), normal(number, 1, 16, 2), None)
-        total.reduce()
-        samples = total.moment().samples
-        assert samples is not None
-        return samples.q[0, 0, ::16, 0]
+        total.reduce(ranks)
+        return total.moment().q[0, 0, ::16, 0]
 
 
 @pytest.mark.parametrize("count", [15, 33, 70])

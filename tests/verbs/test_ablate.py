@@ -107,6 +107,15 @@ def test_what_is_known_is_not_measured_again(tiny_checkpoint, ablate, monkeypatc
     assert other.file != first.file
 
 
+def test_every_block_goes_through_every_layer_once(tiny_checkpoint, ablate, runs):
+    """Those of the calibration for all plans together, windows of the text for every plan."""
+    source = tiny_checkpoint("llama")
+    dense = ablate(source, keeps=[0.5], method="svd").dense
+    windows = dense.tokens // 47  # of 48 tokens, the first of which is not scored
+    before = runs()
+    assert before == {(0, False): 4 + 7 * windows, (1, False): 4 + 7 * windows}
+
+
 def test_a_run_that_was_stopped_goes_on(tiny_checkpoint, ablate, monkeypatch):
     source = tiny_checkpoint("llama")
     measured, calls = lrc.inspection.ablation.losses, []

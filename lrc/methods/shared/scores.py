@@ -10,7 +10,8 @@ from torch import Tensor
 from lrc.maths.alternating import Maps, attended_error, attended_maps
 from lrc.maths.linalg import best_projector, eliminate
 from lrc.methods.contract import Affine, Prediction, QKProblem, Solution
-from lrc.moments.attention import AttentionMoment
+from lrc.moments.attention import Attention, AttentionMoment
+from lrc.moments.attention_samples import AttentionSamples, Samples
 from lrc.moments.moment import Moment
 
 ScoreMetric = Literal["attention", "score", "loss", "attention_als"]
@@ -54,8 +55,8 @@ def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
 
 def fitted_map(problem: QKProblem, rank: int) -> Solution:
     """Without rotary positions: alternating least squares on sampled queries, each with the keys it attends to."""
-    heads, samples = problem.heads, _attention(problem).samples
-    assert samples is not None, "attention_als is solved with the sampled queries"
+    heads = problem.heads
+    samples: AttentionSamples = problem.statistics[Samples.name]
     q_moment = (samples.q.double().mT @ samples.q.double()).sum(dim=1)
     p = best_projector(samples.covariance.mean(dim=(1, 2), dtype=torch.float64), q_moment, rank)
     ups, downs, errors, sizes, most = [], [], [], [], 0
@@ -142,8 +143,7 @@ def _gradient(problem: QKProblem) -> Tensor:
 
 
 def _attention(problem: QKProblem) -> AttentionMoment:
-    assert problem.attention is not None, "the attention metrics are solved with the attention statistic"
-    return problem.attention
+    return problem.statistics[Attention.name]
 
 
 def by_head(matrix: Affine, heads: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,79 @@
+"""Some queries as they are, each with the covariance of the keys it attends to: the mean of q_m q_mᵀ ⊗ Cov_m."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.moments.attention import QueryStatistic, attended
+from lrc.moments.statistic import Layer
+from lrc.run.processes import ALONE, Ranks
+
+SAMPLES = 1024  # queries kept of a key head
+
+
+@dataclass(frozen=True)
+class AttentionSamples:
+    """Scaled queries ``q`` (kv_heads, group, n, D) and, of each, Cov_{n~p}(k_n) (kv_heads, group, n, D, D)."""
+
+    q: Tensor
+    covariance: Tensor
+
+
+class SampleSum:
+    """At most ``SAMPLES`` queries of every key head, evenly taken.
+
+    Sequences are those that are ``mine`` by ``ranks``, in order, so that all processes keep the queries that one would.
+    """
+
+    def __init__(self, scale: float, ranks: Ranks = ALONE) -> None:
+        self._scale = scale
+        # By the number of the sequence among those of all processes.
+        self._kept: dict[int, AttentionSamples] = {}
+        self._number, self._step, self._stride = ranks.rank, ranks.size, 1
+
+    def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        """Count one sequence, as ``attended`` takes it: every ``stride``-th is kept."""
+        if self._number % self._stride == 0:
+            q, k, p = attended(q, k, mask, self._scale)
+            covariances = []
+            # one key head at a time: keys weighted by every query are large
+            for keys, weights in zip(k, p, strict=True):
+                centred = keys - (weights @ keys).unsqueeze(-2)  # (group, rows, tokens, D)
+                covariances.append((centred * weights.unsqueeze(-1)).mT @ centred)
+            self._kept[self._number] = AttentionSamples(q, torch.stack(covariances))
+        self._number += self._step
+        self._thin()
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other processes have kept."""
+        self._stride = max(ranks.gather(self._stride))
+        gathered = {n: kept for each in ranks.gather(self._kept) for n, kept in each.items()}
+        self._kept = {n: gathered[n] for n in sorted(gathered) if n % self._stride == 0}
+        self._thin()
+
+    def moment(self) -> AttentionSamples:
+        """Return what is kept, in the order of the sequences."""
+        return AttentionSamples(
+            torch.cat([kept.q for kept in self._kept.values()], dim=2),
+            torch.cat([kept.covariance for kept in self._kept.values()], dim=2),
+        )
+
+    def _thin(self) -> None:
+        """Double the stride until there are not too many."""
+        while len(self._kept) > 1 and sum(k.q[0, ..., 0].numel() for k in self._kept.values()) > SAMPLES:
+            self._stride *= 2
+            self._kept = {n: kept for n, kept in self._kept.items() if n % self._stride == 0}
+
+
+class Samples(QueryStatistic):
+    """The samples of this file."""
+
+    name = "attention_samples"
+
+    def __init__(self, layer: Layer, targets: Iterable[str]) -> None:
+        super().__init__(layer, targets)
+        self.sums = SampleSum(self.scale, layer.ranks)
