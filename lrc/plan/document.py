@@ -65,9 +65,8 @@ class Document:
 
         ``option`` is what messages name as the place of the value.
         """
-        path = _path_of(key, self.values)
-        made = [path[:end] for end in range(1, len(path)) if path[:end] not in self.lines]
-        new = [*made, *_paths(value, path)]
+        path, kept = _path_of(key, self.values)
+        new = [*(path[:end] for end in range(kept + 1, len(path))), *_paths(value, path)]
         lines, options = (
             {p: at for p, at in known.items() if p[: len(path)] != path}
             for known in (self.lines, self.options)
@@ -139,15 +138,21 @@ def _paths(value: Any, path: Path) -> Iterator[Path]:
         yield from _paths(each, (*path, key))
 
 
-def _path_of(key: str, values: Any) -> Path:
-    """Return the path that a dotted key names; a number in it is a position where there is a list."""
-    path: Path = ()
+def _path_of(key: str, values: Any) -> tuple[Path, int]:
+    """Return the path that a dotted key names, and how many of its steps lead through what is there already.
+
+    A number is a position where there is a list.
+    """
+    path, kept = (), 0
     for word in key.split("."):
         if isinstance(values, list) and word.isdecimal() and int(word) < len(values):
             path, values = (*path, int(word)), values[int(word)]
         else:
+            if isinstance(values, list):  # a word in it makes it a mapping
+                kept = min(kept, len(path) - 1)
             path, values = (*path, word), values.get(word) if isinstance(values, dict) else None
-    return path
+        kept += kept == len(path) - 1 and isinstance(values, dict | list)
+    return path, kept
 
 
 def _put(values: Any, path: Path, value: Any) -> Any:

@@ -283,7 +283,7 @@ def test_what_cannot_be_taken_up_says_that_it_starts_over(
         raise KeyboardInterrupt
 
     # In this order: a module that is first imported here should have the name as it is.
-    monkeypatch.setattr("lrc.verbs.plan.resolve_model", interrupt)
+    monkeypatch.setattr("lrc.plan.job.resolve_model", interrupt)
     monkeypatch.setattr("lrc.verbs.evaluate.resolve_model", interrupt)
     result = run(*verb)
     assert result.exit_code == 130
@@ -390,7 +390,7 @@ def test_a_failure_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.Mon
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lrc.plan.job.find_plan", broken)
+    monkeypatch.setattr("lrc.plan.library.find_plan", broken)
     result = run("check", "tiny-gpt2", "--plan", "a3-2x")
     assert result.exit_code == 1
     assert isinstance(result.exception, RuntimeError)

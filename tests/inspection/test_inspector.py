@@ -15,6 +15,7 @@ from lrc.errors import UserError
 from lrc.inspection.output import Output
 from lrc.methods import methods
 from lrc.records.inspection import Inspection
+from lrc.run.settings import Run
 
 CPU = torch.device("cpu")
 
@@ -94,9 +95,9 @@ def test_layers_and_targets_as_asked_and_the_same_figures(
 
 def test_waiting_on_disk_and_batches_change_nothing_that_counts(tiny_checkpoint: Any, inspected: Any) -> None:
     folder = tiny_checkpoint("gpt2")
-    one, other = inspected(folder), inspected(folder, states="disk")
+    one, other = inspected(folder), inspected(folder, run=Run(device="cpu", batch_size=2, offload="disk"))
     assert one.targets == other.targets
-    by_four = inspected(folder, batch_size=4)
+    by_four = inspected(folder, run=Run(device="cpu", batch_size=4))
     for a, b in zip(one.targets, by_four.targets, strict=True):
         assert a.whitened.effective_rank == pytest.approx(b.whitened.effective_rank, rel=1e-4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,13 +65,11 @@ def test_is_the_perplexity_of_the_saved_model(family, tiny_checkpoint, ablate, t
         found.dense.nats == lrc.evaluate(source, str(texts[0]), seq_len=48, run=lrc.Run(device="cpu"))[0].nats
     )
     for target, keep in (("qk", 0.5), ("ov", 0.25), ("mlp", 0.25), ("q", 0.5), ("o", 0.25)):
-        result, plan = found.at(target, keep), tmp_path / "plan.yaml"
+        result = found.at(target, keep)
         method = "a3" if target in SECTIONS else "whitened_svd"
         section = SECTIONS.get(target, "projections")
-        plan.write_text(
-            f"{lrc.inspection.ablation._HEAD}{section}: {{{target}: {{method: {method}, keep: {keep}}}}}\n",
-            encoding="utf-8",
-        )
+        asked: dict[str, Any] = {section: {target: {"method": method, "keep": keep}}}
+        plan = lrc.Plan(refit="none", calibration=lrc.inspection.ablation.CALIBRATION, **asked)
         out = tmp_path / f"{target}-{keep}"
         report = lrc.compress(source, plan, out=out, calib=str(texts[1]), ppl=[], run=lrc.Run(device="cpu"))
         (saved,) = lrc.evaluate(out, str(texts[0]), seq_len=48, run=lrc.Run(device="cpu"))
