@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike
 
@@ -22,7 +22,6 @@ from lrc.report.plots.theme import (
     PHONE,
     compact,
     drawing,
-    log_scale,
     mark,
     shortened,
     svg,
@@ -109,13 +108,14 @@ def _scales(axes: Axes, points: Sequence[Point]) -> None:
     values = [point.perplexity for point in points] or [1.0]
     low, high = min(values), max(values)
     if high > 3 * low:
-        log_scale(axes, "y")
-        axes.set_ylim(low / 1.25, high * 1.25)
+        axes.set(yscale="log", ylim=(low / 1.25, high * 1.25))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 60 * low else (1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         room = 0.12 * (high - low) or 0.1 * high
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[Point]) -> None:
