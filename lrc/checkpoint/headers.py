@@ -26,8 +26,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
 _SAMPLE = 256
 
 

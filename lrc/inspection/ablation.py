@@ -34,14 +34,8 @@ from lrc.walk.stream import ModelStream
 # What people know of each: the published components, and for one matrix the SVD whitened by its input (SVD-LLM), which
 # reads no gradients.
 COMPONENT_METHOD = "a3"
-
-
 PROJECTION_METHOD = "whitened_svd"
-
-
 _HEAD = "format: 1\nrefit: none\n"
-
-
 _COARSE = 0.1  # of the fraction asked for
 
 

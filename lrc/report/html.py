@@ -38,8 +38,8 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
         Section(
             "What was kept, and the error of it",
             list(_kept(report)),
-            [targets_table(report.targets)],
-            [error_note(report.targets)],
+            notes=[error_note(report.targets)],
+            tables=[targets_table(report.targets)],
             folded={"Every layer": every_table(report.targets)},
         ),
     ]

@@ -10,11 +10,7 @@ from lrc.errors import UserError, nearest
 from lrc.run.processes import ALONE, Ranks
 
 _BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
-
-
 _WRITTEN_TOKENS = 2**15
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

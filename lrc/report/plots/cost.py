@@ -50,13 +50,13 @@ def front(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str], width: float = PHONE) -> str:
+def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) -> str:
     """The picture of one text; ``kinds`` in the order of their colours, which pictures beside each other share.
 
     Points whose perplexity is not finite are left out, as an axis has no place for them.
     """
     shown = [point for point in points if math.isfinite(point.perplexity) and point.perplexity > 0]
-    with drawing(width, 0.78 * width) as figure:
+    with drawing(PHONE, 0.78 * PHONE) as figure:
         axes = figure.subplots()
         axes.set_title(f"perplexity on {shortened(text, 28)}")
         edge = front(shown)
