@@ -112,7 +112,8 @@ def evaluate(
     from transformers import AutoTokenizer
 
     import lrc
-    from lrc.evaluation.perplexity import perplexity, window_losses
+    from lrc.evaluation.passage import Passage
+    from lrc.evaluation.perplexity import measure, window_losses
     from lrc.text.blocks import tokenize
     from lrc.text.source import read_text
 
@@ -131,7 +132,7 @@ def evaluate(
 
         bare()
         both = [
-            (_seconds(bare), _seconds(lambda: perplexity(model, ids, seq_len=seq_len)))
+            (_seconds(bare), _seconds(lambda: measure(model, Passage("ids", ids, cut))))
             for _ in range(repeats)
         ]
     forward, scored = (cut.numel() / statistics.median(times) for times in zip(*both, strict=True))

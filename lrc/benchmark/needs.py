@@ -31,18 +31,14 @@ class Needs:
     activations: int
     logits: int
 
-    def held(self, case: Case) -> int:
-        """Return the bytes of keys and values of a case."""
-        return case.batch * case.length * self.kv
-
-    def transient(self, case: Case) -> int:
-        """Return the approximate bytes of activations and logits of a step."""
+    def beside(self, case: Case) -> int:
+        """Bytes that a case takes beside the weights: keys and values, a step's activations, logits."""
         tokens = case.length if case.phase == "prefill" else 1
-        return case.batch * (tokens * self.activations + self.logits)
+        return case.batch * (case.length * self.kv + tokens * self.activations + self.logits)
 
     def alone(self, case: Case) -> int:
-        """Return the bytes with no other model loaded."""
-        return self.weights + self.held(case) + self.transient(case)
+        """Bytes with no other model there."""
+        return self.weights + self.beside(case)
 
 
 def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, *, trusted: bool) -> Needs:
@@ -87,24 +83,20 @@ def fit_together(sides: Sequence[Needs], cases: Sequence[Case], device: torch.de
     room = int(_SHARE * free)
     for side in sides:
         for case in cases:
-            if (needed := side.alone(case)) <= room:
-                continue
-            raise UserError(
-                f"the benchmark of {side.name} needs about {needed:,} bytes on {device} for {case.phase} {case.shape} "
-                f"({side.weights:,} of weights, {side.held(case):,} of keys and values, {side.transient(case):,} of "
-                f"activations); {free:,} are free, {_SHARE:.0%} of them usable; {_nearest(side, case, room)}"
-            )
+            if (needed := side.alone(case)) > room:
+                raise UserError(
+                    f"the benchmark of {side.name} needs about {needed:,} bytes on {device} for "
+                    f"{case.phase} {case.shape} "
+                    f"({side.weights:,} of weights); {free:,} are free, of which it takes {_SHARE:.0%}; "
+                    f"{_nearest(side, case, room)}"
+                )
     weights = sum(side.weights for side in sides)
-    most = max(
-        sum(side.held(case) for side in sides) + max(side.transient(case) for side in sides) for case in cases
-    )
-    return weights + most <= room
+    return weights + max(sum(side.beside(case) for side in sides) for case in cases) <= room
 
 
 def _nearest(side: Needs, case: Case, room: int) -> str:
-    """Name the largest batch that fits, or the remedy if none does."""
-    one = side.alone(replace(case, batch=1)) - side.weights
-    if batch := max(room - side.weights, 0) // one:
+    """The largest smaller batch that fits, or what to do where none does."""
+    if batch := max(room - side.weights, 0) // side.beside(replace(case, batch=1)):
         return f"the nearest is --{case.phase} {batch}x{case.length}"
     if side.weights < room:
         return f"not even --{case.phase} 1x{case.length} fits; try fewer tokens"

@@ -9,7 +9,6 @@ earlier output of that name waits in the folder from just before the last rename
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -293,26 +293,16 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
         try:
             with _space(out):
                 work.mkdir(parents=True, exist_ok=True)
-                lock = (work / "lock").open("w")
+                held = FileLock(work / "lock").acquire(blocking=False)
         except FileNotFoundError:  # another run has just finished, and its folder is gone
             continue
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another run is writing {out} (it holds {work}); wait for it or choose another --out"
-                ) from None
-            if _same(lock.fileno(), work / "lock"):  # and not the lock of a folder that is gone
-                yield
-                return
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        except Timeout:
+            raise UserError(
+                f"another run is writing {out} (it holds {work}); wait for it or choose another --out"
+            ) from None
+        with held:
+            yield
+            return
 
 
 def _recover(work: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrc.errors import UserError
-from lrc.evaluation.bootstrap import FEW, Bootstrap, Estimate
+from lrc.evaluation.bootstrap import FEW, Estimate, mean, percentile, ratio
 from lrc.evaluation.divergence import Divergence, divergence
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.passage import Passage, passages
@@ -163,16 +163,15 @@ def _compared(
     whole = Divergence(*(ranks.woven(torch.cat(column)) for column in zip(*parts, strict=True)))
     if keep:
         keep(passage, whole._asdict())
-    bootstrap = Bootstrap(len(passage.cut))
     ours, theirs = (
         summarise(nll, passage, model.dtype, seconds, tokenizer, ranks)
         for nll, model, seconds in zip(whole[:2], models, watch.seconds.values(), strict=True)
     )
     tokens = TokenByToken(
-        bootstrap.ratio(whole.nll, whole.nll_against),
-        bootstrap.mean(whole.kl),
-        bootstrap.percentile(whole.kl, _TAIL),
-        bootstrap.mean(whole.agree),
+        ratio(whole.nll, whole.nll_against),
+        mean(whole.kl),
+        percentile(whole.kl, _TAIL),
+        mean(whole.agree),
     )
     return Pair(ours, theirs, tokens)
 

@@ -53,18 +53,12 @@ def passages(
     return found
 
 
-def choose_seq_len(config: PreTrainedConfig, asked: int | None) -> int:
-    """Return ``asked``, else 2048 or the model's limit if lower; raise UserError above the limit or below 2."""
-    (length,) = choose_seq_lens([("the model", config)], asked)
-    return length
-
-
 def choose_seq_lens(
     models: Iterable[tuple[str, PreTrainedConfig]], asked: int | Sequence[int] | None
 ) -> tuple[int, ...]:
-    """Return the window lengths asked for, else one default, within the limits of models given by name and config.
+    """Return the lengths of windows asked for, else 2048 or the limit of the models, each a name and a config.
 
-    Raises UserError as ``choose_seq_len`` does, and for a repeated length or none.
+    Raises UserError for a length above that limit or below 2, for one that comes twice, and where there is none.
     """
     limits = [(limit, name) for name, config in models if (limit := _positions(config)) is not None]
     limit, name = min(limits, default=(None, ""))

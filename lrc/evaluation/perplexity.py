@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lrc.evaluation.nll import token_nll
-from lrc.evaluation.passage import Passage, choose_seq_len, choose_seq_lens, passages
+from lrc.evaluation.passage import Passage, choose_seq_lens, passages
 from lrc.evaluation.streamed import StreamedModel
 from lrc.run.processes import ALONE, Ranks
-from lrc.text.blocks import batched, ids_sha256, windows
+from lrc.text.blocks import batched, ids_sha256
 from lrc.text.source import read_text
 
 if TYPE_CHECKING:
@@ -105,29 +105,6 @@ def evaluate_perplexity(
     ]
 
 
-def perplexity(
-    model: Model,
-    ids: Tensor,
-    *,
-    data: str = "ids",
-    seq_len: int | None = None,
-    max_windows: int | None = None,
-    batch_size: int | None = None,
-    progress: Advance | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    notes: tuple[str, ...] = (),
-    ranks: Ranks = ALONE,
-) -> Perplexity:
-    """Measure perplexity on ids (tokens,) by the protocol above; it may be infinite or NaN.
-
-    ``batch_size`` windows run at once (default: ``default_batch``). ``progress`` is called with the windows done.
-    Raises UserError if ``seq_len`` is above the model's limit or the text is shorter than one window.
-    """
-    cut = windows(ids, choose_seq_len(model.config, seq_len))[:max_windows]
-    passage = Passage(data, ids, cut, notes)
-    return measure(model, passage, batch_size=batch_size, progress=progress, tokenizer=tokenizer, ranks=ranks)
-
-
 def measure(
     model: Model,
     passage: Passage,
@@ -138,7 +115,11 @@ def measure(
     keep: Keep | None = None,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
-    """Measure perplexity on the windows of a passage; each process runs its share."""
+    """Return the perplexity on the windows of a passage, of which each process runs its part; it may be inf or NaN.
+
+    ``batch_size`` windows run at once (default: as many as keep the logits below 1 GiB). ``progress`` is called with
+    the windows done.
+    """
     start = time.perf_counter()
     nll = ranks.woven(window_losses(model, ranks.mine(passage.cut), batch_size, progress).cpu())
     seconds = time.perf_counter() - start

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lrc.evaluation.perplexity import Perplexity
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ from lrc.records.compression import Report, TargetRecord
 from lrc.report.outputs import Output, Source, as_source, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost
-from lrc.report.plots.errors import drawable, errors
 from lrc.report.plots.kept import Row, kept
-from lrc.report.plots.stages import stages
 from lrc.report.rows import (
     cost_table,
     error_note,
@@ -25,14 +23,11 @@ from lrc.report.rows import (
     targets_table,
 )
 
-_UNITS = {"relative": "relative to the output", "kl": "nats KL"}
-
 
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
     """Return the whole report, with outputs of the same original ``beside`` it in the picture of the cost."""
     label = Path(report.out).name if beside else plan_name(report)
     source = as_source([Output(label, report.out, report), *beside])
-    comparable, left = _errors(report)
     sections = [
         Section(
             "What it cost",
@@ -42,8 +37,8 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
         ),
         Section(
             "What was kept, and the error of it",
-            [*_kept(report), *comparable],
-            notes=[error_note(report.targets), *left],
+            list(_kept(report)),
+            notes=[error_note(report.targets)],
             tables=[targets_table(report.targets)],
             folded={"Every layer": every_table(report.targets)},
         ),
@@ -51,12 +46,8 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
     if report.refits:
         summary = f"{len(report.refits)} output projections fitted again"
         sections.append(Section("Residual stream", folded={summary: refits_table(report)}))
-    took = Picture(
-        stages("stages", report.stages, report.device_bytes),
-        f"{sum(report.seconds.values()):,.1f} seconds in all.",
-    )
     sections += [
-        Section("Time and memory", [took], [stages_table(report)]),
+        Section("Time and memory", tables=[stages_table(report)]),
         Section("How it was made", facts=list(facts(report))),
         Section("Plan", text=report.plan_text.rstrip()),
     ]
@@ -118,37 +109,6 @@ def _kept(report: Report) -> Iterator[Picture]:
         if any(None in row.methods for row in rows):
             caption += " Grey: whole in that layer, or reduced there as part of another target."
         yield Picture(kept("kept", rows), caption)
-
-
-def _errors(report: Report) -> tuple[list[Picture], list[str]]:
-    """A picture for each unit in which something was both predicted and measured, and what has a place in none."""
-    units: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    apart = list[str]()
-    for record in report.targets:
-        predicted, measured = record.predicted, record.measured
-        if predicted.metric == "kl" and measured.kl is not None:
-            unit, pair = "kl", (predicted.error, measured.kl)
-        elif predicted.metric == "output" and measured.error is not None and measured.reference:
-            unit, pair = "relative", (predicted.relative, (measured.error / measured.reference) ** 0.5)
-        else:
-            apart.append(f"{record.target} ({predicted.metric})")
-            continue
-        units.setdefault(unit, {}).setdefault(record.target, []).append(pair)
-    caption = (
-        "A point a layer, on the line where the measurement is as predicted; above it the error is larger."
-    )
-    pictures = [
-        Picture(errors(f"errors-{unit}", _UNITS[unit], points), caption)
-        for unit, points in sorted(units.items(), reverse=True)
-    ]
-    notes = []
-    if apart:
-        names = ", ".join(dict.fromkeys(apart))
-        notes.append(f"Predicted and measured in units of their own, so in no picture: {names}.")
-    lost = sum(not drawable(p) for points in units.values() for pairs in points.values() for p in pairs)
-    if lost:
-        notes.append(f"Zero or not finite, and so without a place in the pictures: {lost} of the errors.")
-    return pictures, notes
 
 
 def plan_name(report: Report) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lrc.methods import methods
 from lrc.plan.precedence import spans
 from lrc.records.inspection import Choice, Conditioning, Estimate, Held, Inspected, Inspection
+from lrc.report.rows import size_text
 from lrc.report.table import Table, table
 from lrc.report.tables import seconds_line, warning_lines
 
@@ -64,17 +65,6 @@ def by_method(estimates: Iterable[Estimate]) -> dict[str, dict[float, list[Estim
     return found
 
 
-def error_of(estimates: Sequence[Estimate]) -> float:
-    """Errors of several layers as one: of nats the mean, of relative errors the root mean square."""
-    errors = [estimate.error for estimate in estimates]
-    return _mean(errors) if estimates[0].unit.startswith("nats") else _root_mean_square(errors)
-
-
-def loss_of(estimates: Sequence[Estimate]) -> float:
-    """The nats of several layers, which add up."""
-    return sum(estimate.loss or 0.0 for estimate in estimates)
-
-
 def spectra_table(groups: Groups) -> Table:
     """Effective and stable ranks, plain and whitened: means over the layers."""
     rows = []
@@ -84,9 +74,9 @@ def spectra_table(groups: Groups) -> Table:
             [
                 name,
                 str(each[0].plain.full),
-                *(f"{_mean([s.effective_rank for s in kind]):.1f}" for kind in (plain, whitened)),
-                *(f"{_mean([s.stable_rank for s in kind]):.2f}" for kind in (plain, whitened)),
-                _span([s.rank_99 for s in whitened]),
+                *(f"{fmean([s.effective_rank for s in kind]):.1f}" for kind in (plain, whitened)),
+                *(f"{fmean([s.stable_rank for s in kind]):.2f}" for kind in (plain, whitened)),
+                size_text([s.rank_99 for s in whitened]),
             ]
         )
     headings = (
@@ -116,7 +106,7 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
         [
             name,
             str(each[0].width),
-            _span([one.numerical_rank for one in each]),
+            size_text([one.numerical_rank for one in each]),
             *(_range([getattr(one, key) for one in each]) for key in ("condition", "damped", "damping")),
             f"{each[0].tokens:,}",
         ]
@@ -140,12 +130,30 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
 
 
 def estimate_tables(found: Inspection, groups: Groups) -> list[Table]:
-    """What methods would lose, by kept fraction; with gradients the nats of all layers too."""
-    every = {name: [e for one in each for e in one.estimates] for name, each in groups.items()}
-    tables = [_estimates("error", every, found.keeps, _error_text)]
+    """What methods would lose, by kept fraction; with gradients the nats of all layers too.
+
+    Over layers relative errors are root mean squares, nats of divergence means, and nats of loss sums.
+    """
+
+    def error(some: Sequence[Estimate]) -> str:
+        unit = some[0].unit
+        return _folded([e.error for e in some], f" {unit}" if unit.startswith("nats") else "")
+
+    def loss(some: Sequence[Estimate]) -> str:
+        return f"{sum(e.loss or 0.0 for e in some):.3g}"
+
+    shown: list[tuple[str, Callable[[Sequence[Estimate]], str]]] = [("error", error)]
     if found.gradients:
-        known = {name: [e for e in each if e.loss is not None] for name, each in every.items()}
-        tables.append(_estimates("nats of loss", known, found.keeps, lambda some: f"{loss_of(some):.3g}"))
+        shown.append(("nats of loss", loss))
+    tables = []
+    for what, cell in shown:
+        rows = []
+        for name, each in groups.items():
+            every = [e for one in each for e in one.estimates if cell is error or e.loss is not None]
+            for method, at in by_method(every).items():
+                rows.append([name, method, *(cell(at[keep]) if keep in at else "" for keep in found.keeps)])
+        headings = ("target", "method", *(f"{keep:g}:n" for keep in found.keeps))
+        tables.append(table(headings, rows, f"Predicted {what}, by kept fraction"))
     return tables
 
 
@@ -187,9 +195,9 @@ def held_table(groups: Groups, against: str) -> Table:
                     _folded([h.kl if measured else h.measured for h in held], measured),
                     _folded([h.data_error for h in held]),
                     _folded([h.reconstruction for h in held]),
-                    _folded([h.overlap for h in held], fold=_mean),
+                    _folded([h.overlap for h in held], plain=True),
                     f"{sum(h.kept for h in held) / sum(h.whole for h in held):.1%}",
-                    _span(sizes) if sizes else "",
+                    size_text(sizes) if sizes else "",
                     _folded([h.recorded_predicted for h in held], predicted),
                     _folded([h.recorded_measured for h in held], measured),
                 ]
@@ -223,41 +231,16 @@ def _unusual(estimate: Estimate) -> str:
     return "".join(f", {name} {value}" for name, value in changed.items())
 
 
-def _estimates(
-    what: str,
-    groups: Mapping[str, Sequence[Estimate]],
-    keeps: Sequence[float],
-    cell: Callable[[Sequence[Estimate]], str],
-) -> Table:
-    rows = [
-        [name, method, *(cell(at[keep]) if keep in at else "" for keep in keeps)]
-        for name, each in groups.items()
-        for method, at in by_method(each).items()
-    ]
-    return table(
-        ("target", "method", *(f"{keep:g}:n" for keep in keeps)), rows, f"Predicted {what}, by kept fraction"
-    )
-
-
-def _error_text(estimates: Sequence[Estimate]) -> str:
-    unit = estimates[0].unit
-    error = error_of(estimates)
-    return f"{error:.2g} {unit}" if unit.startswith("nats") else f"{error:.4f}"
-
-
-def _folded(
-    values: Iterable[float | None], unit: str = "", fold: Callable[[Sequence[float]], float] | None = None
-) -> str:
-    """What there is of some figures as one: nats as their mean, relative errors as their root mean square."""
+def _folded(values: Iterable[float | None], unit: str = "", *, plain: bool = False) -> str:
+    """What there is of some figures as one: with a unit or ``plain`` their mean, else their root mean square."""
     there = [value for value in values if value is not None]
     if not there:
         return ""
-    return f"{_mean(there):.2g}{unit}" if unit else f"{(fold or _root_mean_square)(there):.4f}"
-
-
-def _span(values: Sequence[int]) -> str:
-    least, most = min(values), max(values)
-    return str(least) if least == most else f"{least}-{most}"
+    return (
+        f"{fmean(there):.2g}{unit}"
+        if unit
+        else f"{(fmean(there) if plain else fmean(v * v for v in there) ** 0.5):.4f}"
+    )
 
 
 def _range(values: Sequence[float]) -> str:
@@ -269,11 +252,3 @@ def _two_digits(value: float) -> str:
     """510 and 0.0012, and in powers of ten what is longer."""
     rounded = f"{value:.2g}"
     return f"{float(rounded):g}" if 1e-4 <= abs(value) < 1e5 else rounded
-
-
-def _root_mean_square(values: Sequence[float]) -> float:
-    return math.sqrt(_mean([value * value for value in values]))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

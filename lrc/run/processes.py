@@ -145,17 +145,21 @@ class Ranks:
             return True
 
     def _filled(self, outline: bytes, tensors: Sequence[Tensor], source: int) -> Any:
-        """The value behind an outline; its tensors come from the process ``source``, whose own are ``tensors``."""
+        """Return the value behind an outline; its tensors come from process ``source``, whose own are ``tensors``."""
+        ranks = self
 
-        def tensor(key: tuple[int, Any, torch.dtype, str]) -> Tensor:
-            number, shape, dtype, device = key
-            sends = self.rank == source
-            found = tensors[number].contiguous() if sends else torch.empty(shape, dtype=dtype, device=device)
-            if found.numel():  # as bytes, which every backend carries
-                self._try(lambda: dist.broadcast(found.view(-1).view(torch.uint8), source))
-            return tensors[number] if sends else found
+        class Reader(pickle.Unpickler):
+            def persistent_load(self, pid: tuple[int, Any, torch.dtype, str]) -> Tensor:
+                number, shape, dtype, device = pid
+                sends = ranks.rank == source
+                found = (
+                    tensors[number].contiguous() if sends else torch.empty(shape, dtype=dtype, device=device)
+                )
+                if found.numel():  # as bytes, which every backend carries
+                    ranks._try(lambda: dist.broadcast(found.view(-1).view(torch.uint8), source))
+                return tensors[number] if sends else found
 
-        return _Reader(BytesIO(outline), tensor).load()
+        return Reader(BytesIO(outline)).load()
 
     def _try(self, exchange: Callable[[], object]) -> None:
         try:
@@ -184,9 +188,8 @@ def launched() -> Iterator[Ranks]:
     if here.size == 1:
         yield ALONE
         return
-    if (
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    ):  # its store holds the addresses of those that are gone
+    # The store of a restart holds the addresses of those that are gone.
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         raise UserError(
             "a launcher's restarts are not supported; leave --max-restarts at 0 and start the command again"
         )
@@ -226,34 +229,19 @@ def _of_ours(error: Exception, place: Place) -> UserError:
     return OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}")
 
 
-class _Writer(pickle.Pickler):
-    """Leaves the tensors out of what it writes and keeps them."""
-
-    def __init__(self, file: BytesIO) -> None:
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor):
-            return None
-        self.tensors.append(obj)
-        return len(self.tensors) - 1, tuple(obj.shape), obj.dtype, obj.device.type
-
-
-class _Reader(pickle.Unpickler):
-    """Puts tensors back by what was written in their place."""
-
-    def __init__(self, file: BytesIO, tensor: Callable[[Any], Tensor]) -> None:
-        super().__init__(file)
-        self._tensor = tensor
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        return self._tensor(pid)
-
-
 def _outlined(value: Any) -> tuple[bytes, list[Tensor]]:
-    """A value without its tensors, and those in the order they stand in it."""
-    file = BytesIO()
-    writer = _Writer(file)
-    writer.dump(value)
-    return file.getvalue(), writer.tensors
+    """Pickle a value without its tensors, and return these in the order they stand in it.
+
+    Tensors that are pickled within an object travel ten times slower, and CUDA ones arrive on the sender's device.
+    """
+    file, tensors = BytesIO(), list[Tensor]()
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if not isinstance(obj, Tensor):
+                return None
+            tensors.append(obj)
+            return len(tensors) - 1, tuple(obj.shape), obj.dtype, obj.device.type
+
+    Writer(file).dump(value)
+    return file.getvalue(), tensors

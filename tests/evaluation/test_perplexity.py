@@ -15,7 +15,8 @@ from lrc.errors import UserError
 from lrc.evaluation import PROTOCOL_VERSION, evaluate_perplexity, nll
 from lrc.evaluation import perplexity as module
 from lrc.evaluation.nll import token_nll
-from lrc.evaluation.perplexity import count_scored_bytes, perplexity, window_losses
+from lrc.evaluation.passage import Passage, choose_seq_lens
+from lrc.evaluation.perplexity import count_scored_bytes, measure, window_losses
 from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import read_text
 
@@ -30,6 +31,11 @@ def folder(request, tiny_checkpoint):
 @pytest.fixture
 def model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def perplexity(model, ids, *, data="ids", seq_len=None, max_windows=None, **options):
+    (length,) = choose_seq_lens([("the model", model.config)], seq_len)
+    return measure(model, Passage(data, ids, windows(ids, length)[:max_windows]), **options)
 
 
 def naive_nats(model, ids, seq_len):
@@ -148,7 +154,7 @@ def test_the_window_is_bounded_by_the_model(model):
     with pytest.raises(UserError, match="the text has 31 tokens, fewer than one window of 32"):
         perplexity(model, ids[:31])
     model.config.max_position_embeddings = 100_000
-    assert module.choose_seq_len(model.config, None) == 2048
+    assert choose_seq_lens([("the model", model.config)], None) == (2048,)
 
 
 def test_bits_per_byte_of_a_byte_tokenizer_are_bits_per_token(folder, model):

@@ -11,7 +11,7 @@ import pytest
 from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.methods import methods
-from lrc.moments import COLLECTORS
+from lrc.moments import collectors
 from lrc.plan.document import read_value
 from lrc.plan.library import find_draft, read_draft
 from lrc.plan.resolve import Draft, resolve
@@ -47,7 +47,7 @@ def mine(tmp_path: Path) -> Path:
 @pytest.fixture
 def resolved(architecture: Callable[[str], Architecture]) -> Resolved:
     """Works a plan out for a small model with the real methods."""
-    return lambda draft: resolve(draft, architecture("small-gpt2"), methods(), COLLECTORS)
+    return lambda draft: resolve(draft, architecture("small-gpt2"), methods(), collectors())
 
 
 def test_the_same_plan_in_python_in_one_string_and_in_a_file(mine: Path, resolved: Resolved) -> None:
@@ -134,16 +134,14 @@ def test_entries_are_replaced_and_the_rest_stays(mine: Path, resolved: Resolved)
 
 
 def test_a_changed_plan_names_its_own_output(mine: Path) -> None:
-    stems = {
-        read_draft(mine, *changed).stem
-        for changed in (
-            (),
-            (0.6,),
-            (0.7,),
-            (None, {"allocate": "fisher"}),
-            (None, {"calibration.samples": 4}),
-        )
-    }
+    changed: list[tuple[Any, ...]] = [
+        (),
+        (0.6,),
+        (0.7,),
+        (None, {"allocate": "fisher"}),
+        (None, {"calibration.samples": 4}),
+    ]
+    stems = {read_draft(mine, *each).stem for each in changed}
     assert stems == {
         "mine",
         "mine-0.6",

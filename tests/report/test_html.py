@@ -115,9 +115,9 @@ def pictures(page: str) -> list[str]:
     return re.findall(r'data-picture="([^"]+)"', page)
 
 
-def test_each_text_has_a_picture_and_every_unit_of_errors(make_report: MakeReport, worst_page: str) -> None:
-    assert pictures(html_page(make_report())) == ["cost-0", "kept", "errors-relative", "errors-kl", "stages"]
-    assert [name for name in pictures(worst_page) if name.startswith("cost")] == [
+def test_each_text_has_a_picture(make_report: MakeReport, worst: Report) -> None:
+    assert pictures(html_page(make_report())) == ["cost-0", "kept"]
+    assert [name for name in pictures(html_page(worst)) if name.startswith("cost")] == [
         "cost-0",
         "cost-1",
         "cost-2",
@@ -132,7 +132,7 @@ def test_without_an_evaluation_the_page_says_so(make_report: MakeReport) -> None
 
 def test_a_plan_that_changes_nothing_has_a_page(make_report: MakeReport) -> None:
     page = html_page(make_report(targets=[], refits=[], scale=None, warnings=[]))
-    assert pictures(page) == ["cost-0", "stages"]
+    assert pictures(page) == ["cost-0"]
     assert "Warnings" not in page
     assert "Residual stream" not in page
 
@@ -140,8 +140,6 @@ def test_a_plan_that_changes_nothing_has_a_page(make_report: MakeReport) -> None
 def test_figures_that_are_none_are_told_beside_the_pictures(worst_page: str) -> None:
     page = Page(worst_page)
     assert page.has("is inf, which has no place in the picture")
-    assert page.has("Zero or not finite, and so without a place in the pictures: 1 of the errors.")
-    assert page.has("Predicted and measured in units of their own, so in no picture: up (output), q (loss).")
 
 
 def test_sizes_say_what_they_are_of(make_report: MakeReport) -> None:
@@ -160,7 +158,6 @@ def test_memory_of_the_device_is_there_where_there_is_one(make_report: MakeRepor
     assert "device memory" not in html_page(make_report())
     page = html_page(make_report(device_bytes={"load": 2**30, "solve": 3 * 2**30}))
     assert Page(page).has("3 GiB")
-    assert "peak GiB" in page
 
 
 def test_other_outputs_stand_beside_it_on_the_same_text_alone(make_report: MakeReport) -> None:

@@ -16,13 +16,11 @@ from lrc.records.inspection import Choice, Conditioning, Estimate, Held, Inspect
 from lrc.report.inspected import (
     auto_table,
     by_method,
-    error_of,
     estimate_tables,
     grouped,
     heading,
     held_table,
     inspection_tables,
-    loss_of,
     moments_table,
     spectra_table,
 )
@@ -103,8 +101,8 @@ def test_relative_errors_fold_to_their_root_mean_square_and_nats_to_sums_or_mean
     assert losses.rows[0] == ["q", "svd", "0.03"]
     assert len(estimate_tables(inspection(gradients=False), GROUPS)) == 1
     kl = [replace(ESTIMATE, error=e, unit="nats KL") for e in (0.1, 0.3)]
-    assert error_of(kl) == pytest.approx(0.2)
-    assert loss_of(kl) == pytest.approx(0.02)
+    errors, losses = estimate_tables(inspection(), {"qk": [replace(ONE, estimates=kl)]})
+    assert (errors.rows[0][2], losses.rows[0][2]) == ("0.2 nats KL", "0.02")
     unknown = replace(ONE, estimates=[replace(ESTIMATE, loss=None)])
     assert estimate_tables(inspection(), {"q": [unknown]})[1].rows == []
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike
 
@@ -22,7 +22,6 @@ from lrc.report.plots.theme import (
     PHONE,
     compact,
     drawing,
-    log_scale,
     mark,
     shortened,
     svg,
@@ -51,13 +50,13 @@ def front(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str], width: float = PHONE) -> str:
+def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) -> str:
     """The picture of one text; ``kinds`` in the order of their colours, which pictures beside each other share.
 
     Points whose perplexity is not finite are left out, as an axis has no place for them.
     """
     shown = [point for point in points if math.isfinite(point.perplexity) and point.perplexity > 0]
-    with drawing(width, 0.78 * width) as figure:
+    with drawing(PHONE, 0.78 * PHONE) as figure:
         axes = figure.subplots()
         axes.set_title(f"perplexity on {shortened(text, 28)}")
         edge = front(shown)
@@ -109,13 +108,14 @@ def _scales(axes: Axes, points: Sequence[Point]) -> None:
     values = [point.perplexity for point in points] or [1.0]
     low, high = min(values), max(values)
     if high > 3 * low:
-        log_scale(axes, "y")
-        axes.set_ylim(low / 1.25, high * 1.25)
+        axes.set(yscale="log", ylim=(low / 1.25, high * 1.25))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 60 * low else (1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         room = 0.12 * (high - low) or 0.1 * high
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[Point]) -> None:

@@ -24,12 +24,12 @@ class Row:
     size: str
 
 
-def kept(name: str, rows: Sequence[Row], width: float = PHONE) -> str:
+def kept(name: str, rows: Sequence[Row]) -> str:
     """The picture of a whole model, drawn on light bars that are what was there."""
     methods = list(dict.fromkeys(m for row in rows for m in row.methods if m is not None))
     colours = {method: SERIES[i % len(SERIES)] for i, method in enumerate(methods)}
     layers = max((len(row.kept) for row in rows), default=1)
-    with drawing(width, _EDGES + _ROW * len(rows) + (18 if len(methods) > 1 else 0)) as figure:
+    with drawing(PHONE, _EDGES + _ROW * len(rows) + (18 if len(methods) > 1 else 0)) as figure:
         panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True)[:, 0]
         for row, axes in zip(rows, panels, strict=True):
             bars = len(row.kept)

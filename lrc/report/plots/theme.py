@@ -14,22 +14,19 @@ A picture is drawn between ``drawing`` and ``svg``::
 from __future__ import annotations
 
 import io
-import math
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 PHONE = 344
 
@@ -201,22 +198,3 @@ def shortened(text: str, most: int) -> str:
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
-
-
-class _FewTicks(LogLocator):
-    """Decades where there are several, 1, 2 and 5 of each where there are not, and even steps inside of one."""
-
-    def tick_values(self, vmin: float, vmax: float) -> Any:
-        span = math.log10(vmax / vmin)
-        if span < 0.6:
-            return MaxNLocator(4).tick_values(vmin, vmax)
-        return LogLocator(subs=(1,) if span > 1.8 else (1, 2, 5)).tick_values(vmin, vmax)
-
-
-def log_scale(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Make an axis logarithmic, with few and plain numbers."""
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(_FewTicks())
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))

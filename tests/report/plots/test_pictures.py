@@ -1,14 +1,11 @@
-"""Pictures of what was kept, of errors and of stages say what they are given."""
+"""The picture of what was kept says what it is given."""
 
 from __future__ import annotations
 
-import math
 import re
 
-from lrc.report.plots.errors import drawable, errors
 from lrc.report.plots.kept import Row, kept
-from lrc.report.plots.stages import stages
-from lrc.report.plots.theme import MUTED, SERIES, figure_size
+from lrc.report.plots.theme import MUTED, SERIES
 
 
 def words(picture: str) -> list[str]:
@@ -47,21 +44,3 @@ def test_many_layers_are_ticked_sparsely() -> None:
     picture = kept("kept", [Row("mlp", [0.5] * 80, ["a3"] * 80, "9")])
     numbers = [int(word) for word in words(picture) if word.isdigit() and word != "9"]
     assert numbers == list(range(0, 80, 8))
-
-
-def test_what_a_logarithm_has_no_place_for_is_left_out() -> None:
-    assert drawable((0.1, 2.0))
-    for bad in (0.0, -1.0, math.inf, math.nan):
-        assert not drawable((bad, 1.0))
-        assert not drawable((1.0, bad))
-    pairs = {"qk": [(0.1, 0.2), (math.nan, 1.0)], "ov": [(0.0, 0.0)]}
-    assert errors("errors", "nats", pairs) == errors("errors", "nats", {"qk": [(0.1, 0.2)], "ov": []})
-
-
-def test_stages_have_their_figures_and_memory_where_there_is_some() -> None:
-    seconds = {"load": 1.26, "solve": 30.0}
-    plain, both = stages("stages", seconds, {}), stages("stages", seconds, {"solve": 3 * 2**29})
-    assert {"load", "solve", "1.3", "30.0", "seconds"} <= set(words(plain))
-    assert "peak GiB" not in words(plain)
-    assert {"peak GiB", "1.50", "0.00"} <= set(words(both))
-    assert figure_size(plain) == figure_size(both)
