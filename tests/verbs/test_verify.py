@@ -28,7 +28,9 @@ TABLES = PLAN.replace("a3", "svd") + "projections: {embed: {method: svd, rank: 8
 def compress(model: Path, plan: str, folder: Path) -> Path:
     """An output of a model by a plan's text, in ``folder``."""
     (folder / "plan.yaml").write_text(plan, encoding="utf-8")
-    lrc.compress(model, folder / "plan.yaml", out=folder / "out", calib="builtin", ppl=[], device="cpu")
+    (folder / "text.txt").write_text(" ".join(f"{n} sheep went by." for n in range(40)), encoding="utf-8")
+    calib = str(folder / "text.txt")
+    lrc.compress(model, folder / "plan.yaml", out=folder / "out", calib=calib, ppl=[], device="cpu")
     return folder / "out"
 
 
