@@ -141,9 +141,12 @@ QUICK = ("--keep", "0.8", "--held-out-samples", "2", "--keeps", "0.7,0.4", "--de
 BASE = "format: 1\ncalibration: {data: {'builtin:test': 1, synthetic: 1}, samples: 4, seq_len: 48}\n"
 
 
-def test_plan_takes_mixtures_and_measures_anew_when_they_change(work: Path, succeeds: Run) -> None:
+def test_plan_takes_mixtures_and_measures_anew_when_they_change(
+    work: Path, model: Path, succeeds: Run
+) -> None:
     (work / "base.yaml").write_text(BASE, encoding="utf-8")
-    argv = ("plan", "tiny-gpt2", "--base", "base.yaml", *QUICK)
+    (work / "held-out.txt").write_text("Goats went by. " * 20, encoding="utf-8")
+    argv = ("plan", model, "--base", "base.yaml", *QUICK, "--held-out", "held-out.txt")
     found = json.loads(succeeds(*argv).stdout)
     assert found["calibration"] == "builtin:test=1,synthetic=1 (4 blocks of 48 tokens)"
     assert found["warnings"][0] == "builtin: test split used for calibration"
@@ -155,11 +158,11 @@ def test_plan_takes_mixtures_and_measures_anew_when_they_change(work: Path, succ
     assert json.loads(succeeds(*argv, "--calib", "builtin:test=3,synthetic=1").stdout)["measured"]
 
 
-def test_held_out_text_is_none_of_any_source(work: Path, fails: Fails) -> None:
+def test_held_out_text_is_none_of_any_source(work: Path, model: Path, fails: Fails) -> None:
     text = " ".join(f"{n} sheep and {n * 37 % 101} goats." for n in range(200))
     (work / "text.txt").write_text(text, encoding="utf-8")
     (work / "copy.txt").write_text(f"Once upon a time: {text}", encoding="utf-8")
     (work / "base.yaml").write_text(BASE.replace("samples: 4", "samples: all"), encoding="utf-8")
-    argv = ("plan", "tiny-llama", "--base", "base.yaml", *QUICK, "--held-out", "text.txt")
+    argv = ("plan", model, "--base", "base.yaml", *QUICK, "--held-out", "text.txt")
     message = fails(*argv, "--calib", "builtin:test,copy.txt")
     assert "held-out text text.txt: it overlaps the calibration blocks" in message

@@ -33,6 +33,7 @@ PLAN = (
 
 def verb(argv: Sequence[str], fault: tuple[int, str] | None = None) -> None:
     """A verb, as the command line runs it; ``fault`` is a rank and what befalls it before the last of three layers."""
+    import lrc.verbs.compress
     from lrc.cli import main
     from lrc.compression.loop import Compressor
     from lrc.errors import OutOfResources
@@ -47,12 +48,13 @@ def verb(argv: Sequence[str], fault: tuple[int, str] | None = None) -> None:
         layer(self, plan, visit)
 
     Compressor._layer = struck
+    lrc.verbs.compress.html_page = lambda report, others: ""  # as without_pages
     sys.argv = ["lrc", *argv]
     main()
 
 
 @pytest.fixture
-def argv(tiny_checkpoint: TinyCheckpoint, work: Path) -> list[str]:
+def argv(tiny_checkpoint: TinyCheckpoint, work: Path, without_pages: None) -> list[str]:
     """``lrc compress`` of a tiny checkpoint of three layers, both attention and embedding reduced."""
     model = tiny_checkpoint("llama", num_hidden_layers=3, tie_word_embeddings=True)
     (work / "plan.yaml").write_text(PLAN, encoding="utf-8")

@@ -49,7 +49,7 @@ def inspected(text: Path) -> Callable[..., Inspection]:
 
 
 @pytest.fixture
-def output(text: Path, tmp_path: Path) -> Callable[..., Path]:
+def output(text: Path, tmp_path: Path, without_pages: None) -> Callable[..., Path]:
     """Compresses a checkpoint by a plan on the same blocks."""
 
     def make(folder: Path, plan: str, name: str = "out") -> Path:

@@ -28,8 +28,10 @@ TABLES = PLAN.replace("a3", "svd") + "projections: {embed: {method: svd, rank: 8
 def compress(model: Path, plan: str, folder: Path) -> Path:
     """An output of a model by a plan's text, in ``folder``."""
     (folder / "plan.yaml").write_text(plan, encoding="utf-8")
+    (folder / "text.txt").write_text(" ".join(f"{n} sheep went by." for n in range(40)), encoding="utf-8")
+    calib = str(folder / "text.txt")
     lrc.compress(
-        model, folder / "plan.yaml", out=folder / "out", calib="builtin", ppl=[], run=lrc.Run(device="cpu")
+        model, folder / "plan.yaml", out=folder / "out", calib=calib, ppl=[], run=lrc.Run(device="cpu")
     )
     return folder / "out"
 
