@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,10 @@ from lrc.cli.options import AsJson, Layers, Model, Place, Source, fractions, nam
 from lrc.cli.screen import quiet, show, show_json, wrote
 
 
-def inspect(
-    model: Model,
-    *,
-    against: Annotated[
-        Path | None,
-        typer.Option(metavar="OUT", help="The folder of an lrc output of MODEL, to hold against it."),
-    ] = None,
+@dataclass(frozen=True)
+class Scope:
+    """What is looked at, and what is found of it."""
+
     layers: Annotated[
         str | None,
         typer.Option(
@@ -25,16 +23,16 @@ def inspect(
             help="These layers alone, each by itself; -1 is the last.",
             show_default="all, by target",
         ),
-    ] = None,
+    ] = None
     targets: Annotated[
         str | None,
         typer.Option(metavar="NAME[,NAME...]", help="qk, ov, mlp, q, k, v, o ...; embed, lm_head."),
-    ] = None,
-    tables: Annotated[bool, typer.Option("--tables", help="The embedding and the head too.")] = False,
+    ] = None
+    tables: Annotated[bool, typer.Option("--tables", help="The embedding and the head too.")] = False
     methods: Annotated[
         str | None,
         typer.Option(metavar="NAME[,NAME...]", help="Methods to estimate.", show_default="all that apply"),
-    ] = None,
+    ] = None
     keeps: Annotated[
         str | None,
         typer.Option(
@@ -42,10 +40,16 @@ def inspect(
             help="Fractions of each target at which to estimate what methods lose.",
             show_default="0.9,0.8,0.6,0.4",
         ),
-    ] = None,
+    ] = None
     gradients: Annotated[
         bool, typer.Option("--gradients", help="What errors cost the loss too, by a sweep back.")
-    ] = False,
+    ] = False
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The text that moments are taken of."""
+
     calib: Annotated[
         str | None,
         typer.Option(
@@ -54,12 +58,23 @@ def inspect(
             "model itself writes.",
             show_default="wikitext2, for a built-in its own text",
         ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 32,
+    ] = None
+    samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 32
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a block.", show_default="2048, or the model's limit")
+    ] = None
+
+
+def inspect(
+    model: Model,
+    *,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="The folder of an lrc output of MODEL, to hold against it."),
     ] = None,
-    on: Layers,
+    scope: Scope,
+    text: Blocks,
+    layers: Layers,
     place: Place,
     source: Source,
     out: Annotated[
@@ -76,24 +91,24 @@ def inspect(
 
     if out is not None:
         check_folder(out)
-    with running(on, place, source, as_json=as_json, split=False) as run:
+    with running(layers, place, source, as_json=as_json, split=False) as run:
         found = inspect_model(
             model,
             against=against,
-            keeps=None if keeps is None else fractions("--keeps", keeps),
-            method_names=names("--methods", methods),
-            layers=layers,
-            targets=names("--targets", targets),
-            tables=tables,
-            gradients=gradients,
-            calib=calib,
-            samples=samples,
-            seq_len=seq_len,
+            keeps=None if scope.keeps is None else fractions("--keeps", scope.keeps),
+            method_names=names("--methods", scope.methods),
+            layers=scope.layers,
+            targets=names("--targets", scope.targets),
+            tables=scope.tables,
+            gradients=scope.gradients,
+            calib=text.calib,
+            samples=text.samples,
+            seq_len=text.seq_len,
             run=run,
         )
     written = [] if out is None else write_inspection(found, out)
     if as_json:
         show_json(found)
     else:
-        show(*inspection_tables(found, by_layer=layers is not None))
+        show(*inspection_tables(found, by_layer=scope.layers is not None))
         wrote(*written)

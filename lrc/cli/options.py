@@ -161,9 +161,11 @@ def flat(verb: Callable[..., None]) -> Callable[..., None]:
             )
 
     def run(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
-        verb(**given)
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        verb(**given, **made)
 
     run.__doc__, run.__name__ = verb.__doc__, verb.__name__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -132,8 +132,8 @@ def _choose_allocation(
     """Find sizes by measured sensitivity where the whole model fits on the device, else by gradients; and say so."""
     largest, processes = unsized(job)[-1], setup.processes
     asked = job.plan.plan.calibration.samples
-    samples = len(processes.mine(range(ASSUMED_SAMPLES if asked == "all" else asked)))
-    place, batch = setup.offload(job, samples), setup.batch_size(job)
+    samples = ASSUMED_SAMPLES if asked == "all" else asked
+    place, batch = setup.offload(job, len(processes.mine(range(samples)))), setup.batch_size(job)
     # One process decides: each sees a free memory of its own.
     fits = processes.share(fits_measuring(largest, setup.device, setup.dtype, batch, samples, place))
     if fits:

@@ -104,7 +104,7 @@ def test_a_killed_run_takes_up_the_sizes_that_it_had(
         yield stage
 
     with monkeypatch.context() as patch:
-        patch.setattr("lrc.cli.compress.progress", progress)
+        patch.setattr("lrc.cli.options.progress", progress)
         assert run(*arguments, "--out", "out").exit_code == 130
     assert found == ["energy"]
     write(work, "importance", "svd")

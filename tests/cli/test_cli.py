@@ -248,7 +248,7 @@ def killed(
             yield lambda label, total: advance
 
         with monkeypatch.context() as patch:
-            patch.setattr("lrc.cli.compress.progress", progress)
+            patch.setattr("lrc.cli.options.progress", progress)
             return run(*argv, "--out", "out")
 
     return run_and_kill

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 import lrc
+from lrc.plan.schema import Calibration
 
 Run = Callable[..., Result]
 TinyCheckpoint = Callable[..., Path]
@@ -137,9 +138,9 @@ def test_eval_against_another(
 
 def ablation(argv: list[str]) -> None:
     """``lrc eval --ablate`` on four calibration blocks, as one of several processes runs it."""
-    import lrc.verbs.ablate
+    import lrc.inspection.ablation
 
-    lrc.inspection.ablation._HEAD = "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
+    lrc.inspection.ablation.CALIBRATION = Calibration(samples=4)
     verb(argv)
 
 
@@ -166,9 +167,7 @@ def test_an_ablation(
     ended = together(ablation, argv, cwd=work)
     assert codes(ended) == [0, 0], ended
     only_the_first_spoke(ended)
-    monkeypatch.setattr(
-        "lrc.inspection.ablation._HEAD", "format: 1\nrefit: none\ncalibration: {samples: 4}\n"
-    )
+    monkeypatch.setattr("lrc.inspection.ablation.CALIBRATION", Calibration(samples=4))
     found, expected = json.loads(ended[0].out), json.loads(succeeds(*argv, "--fresh").stdout)
     assert found["file"] == expected["file"]
     for ours, theirs in zip(found["results"], expected["results"], strict=True):
