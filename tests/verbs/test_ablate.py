@@ -191,7 +191,7 @@ def test_a_full_gpu_is_told_with_what_the_verb_takes(batch_size, told, tiny_chec
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lrc.inspection.ablation.losses", full)
+    monkeypatch.setattr("lrc.verbs.ablate.losses", full)
     with pytest.raises(UserError) as error:
         ablate(tiny_checkpoint("llama"), keeps=[0.5], method="svd", batch_size=batch_size)
     assert f"{told} shorter --seq-len, or --device cpu (CUDA out of memory)" in str(error.value)
