@@ -134,16 +134,14 @@ def test_entries_are_replaced_and_the_rest_stays(mine: Path, resolved: Resolved)
 
 
 def test_a_changed_plan_names_its_own_output(mine: Path) -> None:
-    stems = {
-        read_draft(mine, *changed).stem
-        for changed in (
-            (),
-            (0.6,),
-            (0.7,),
-            (None, {"allocate": "fisher"}),
-            (None, {"calibration.samples": 4}),
-        )
-    }
+    changed: list[tuple[float | None, dict[str, Any]]] = [
+        (None, {}),
+        (0.6, {}),
+        (0.7, {}),
+        (None, {"allocate": "fisher"}),
+        (None, {"calibration.samples": 4}),
+    ]
+    stems = {read_draft(mine, *each).stem for each in changed}
     assert stems == {
         "mine",
         "mine-0.6",
