@@ -502,7 +502,7 @@ def test_unknown_list(fails: Fails) -> None:
         (("plan", "m", "--kv-cache", "abc"), "--kv-cache 'abc': should be a valid number"),
         (("compress", "m", "--plan", "p", "--batch-size", "0"), "--batch-size '0': should be greater than"),
         (("compress", "m", "--plan"), "option '--plan' requires an argument"),
-        (("compress", "m"), "missing option '--plan'; see lrc compress --help"),
+        (("compress", "m"), "say how much to keep, such as --keep 0.8, or name a plan, such as --plan a3-2x"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

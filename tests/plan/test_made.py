@@ -134,10 +134,10 @@ def test_entries_are_replaced_and_the_rest_stays(mine: Path, resolved: Resolved)
 
 
 def test_a_changed_plan_names_its_own_output(mine: Path) -> None:
-    changed: list[tuple[Any, ...]] = [
-        (),
-        (0.6,),
-        (0.7,),
+    changed: list[tuple[float | None, dict[str, Any]]] = [
+        (None, {}),
+        (0.6, {}),
+        (0.7, {}),
         (None, {"allocate": "fisher"}),
         (None, {"calibration.samples": 4}),
     ]
