@@ -245,6 +245,7 @@ class ModelStream:
                 observer.add(calls)
             if not stay:
                 batch.hidden = self.states.keep(out)
+            del out  # or the device would hold it beside the next
         for observer in observers:
             observer.reduce(self.ranks)
 
