@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lrc.compression.loop
-import lrc.compression.solve  # also, so that compressed checkpoints load
+import lrc.walk.walk
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import staging
 from lrc.compression.finish import logit_scale, refit_records, target_records, write_checkpoint
@@ -339,7 +339,7 @@ def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, fam
     assert start is not None
     assert found is not None
 
-    places = {"in": layer, "middle": f"{layer}.{shape.mlp_norm}", "end": shape.final_norm}
+    places = {"in": layer, "middle": f"{layer}.{shape.half('mlp').norm}", "end": shape.final_norm}
     old, new = inputs_at(source, places), inputs_at(fitted.out, {**places, "x": path})
     goal = old["middle"] - new["in"] if attention else old["end"] - new["middle"]
     x, goal = new["x"].double(), goal.double()
@@ -372,8 +372,11 @@ def test_stream_errors_are_those_of_every_layer(biased, out, family):
     assert [(r.layer, r.role) for r in run.refits] == [
         (layer, role) for layer in (0, 2) for role in ("o", shape.mlp_output)
     ]
-    places = {"0 o": f"{shape.layers}.0.{shape.mlp_norm}", f"0 {shape.mlp_output}": f"{shape.layers}.1"}
-    places |= {"2 o": f"{shape.layers}.2.{shape.mlp_norm}", f"2 {shape.mlp_output}": shape.final_norm}
+    places = {
+        "0 o": f"{shape.layers}.0.{shape.half('mlp').norm}",
+        f"0 {shape.mlp_output}": f"{shape.layers}.1",
+    }
+    places |= {"2 o": f"{shape.layers}.2.{shape.half('mlp').norm}", f"2 {shape.mlp_output}": shape.final_norm}
     old, new = inputs_at(source, places), inputs_at(run.out, places)
     for record in run.refits:
         place = f"{record.layer} {record.role}"
@@ -526,7 +529,7 @@ def test_gradients_are_taken_once_of_their_samples_for_the_layers_that_are_left(
         swept.append((len(ids), sorted(wanted), found))
         return found
 
-    monkeypatch.setattr(lrc.compression.solve, "gradient_moments", sweep)
+    monkeypatch.setattr(lrc.walk.walk, "gradient_moments", sweep)
     plan = (
         "method: two_sided_svd\nkeep: 0.5\ncalibration: {gradient_samples: 2}\nlayers: [{match: 0, keep: 1}]"
     )
