@@ -187,6 +187,19 @@ class Solver:
         return {*self.needs, *brought}
 
 
+@dataclass(frozen=True)
+class Method:
+    """A method by its file's name: what it says of itself in one line, and its solvers by target."""
+
+    name: str
+    summary: str
+    solvers: Mapping[str, Solver]
+
+    def solver(self, target: str) -> Solver | None:
+        """What solves a target; an embedding is looked up, so no solver of projections will do for it."""
+        return self.solvers.get(target) or (None if target == "embed" else self.solvers.get("projection"))
+
+
 def solves(
     target: Literal["projection", "embed", "qk", "ov", "mlp"],
     *,

@@ -8,12 +8,12 @@ from typing import Any
 
 from lrc.errors import as_text_number, nearest
 from lrc.families import Architecture
+from lrc.methods.contract import Solver
 from lrc.plan.document import Document, Path, dotted, read_document
 from lrc.plan.options import read_options
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan, read_plan
-from lrc.plan.solver import SolverData, find_solver
 from lrc.plan.unsized import refuse_no_budget, refuse_sizes
 
 MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
@@ -169,7 +169,7 @@ class _Assigner:
         ]
         return tuple(f"{self.document.source}:{line}: {message}" for line, message in sorted(told))
 
-    def _solver(self, wish: Wish) -> SolverData | None:
+    def _solver(self, wish: Wish) -> Solver | None:
         """The solver of a wish, None where there is none or none is needed."""
         if wish.method not in self.methods:
             hint = nearest(wish.method, self.methods)
@@ -178,7 +178,7 @@ class _Assigner:
         solver = wish.solver(self.methods)
         if solver is None and (wish.own or wish.keep < 1):
             kind = wish.target if wish.target in COMPONENTS else "projection"
-            able = [name for name, method in self.methods.items() if find_solver(method, wish.target)]
+            able = [name for name, method in self.methods.items() if method.solver(wish.target)]
             has = ", ".join(self.methods[wish.method].solvers)
             named = wish.target if kind == wish.target else f"{wish.target}, a single projection"
             self.document.mistake(
@@ -187,13 +187,13 @@ class _Assigner:
             )
         return solver
 
-    def _check_needs(self, wish: Wish, solver: SolverData, options: dict[str, Any]) -> None:
+    def _check_needs(self, wish: Wish, solver: Solver, options: dict[str, Any]) -> None:
         missing = sorted(set(solver.needs) - set(self.collectors))
         if missing:
             others = [
                 name
                 for name, method in self.methods.items()
-                if (other := find_solver(method, wish.target)) and set(other.needs) <= set(self.collectors)
+                if (other := method.solver(wish.target)) and set(other.needs) <= set(self.collectors)
             ]
             needs = f"{wish.method!r} needs {', '.join(missing)}, which lrc does not collect yet{self.where}"
             self.document.mistake(

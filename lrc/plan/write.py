@@ -10,7 +10,6 @@ import yaml
 from lrc.plan.precedence import Methods, spans
 from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.plan.schema import OUTSIDE, WHOLE, Plan
-from lrc.plan.solver import find_solver
 
 
 def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) -> str:
@@ -48,7 +47,7 @@ def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) 
 def _entry(assignment: Assignment, plan: Plan, methods: Methods) -> Any:
     if assignment.kept == assignment.whole:
         return WHOLE
-    solver = find_solver(methods[assignment.method], assignment.target)
+    solver = methods[assignment.method].solver(assignment.target)
     assert solver is not None  # or it would not have been assigned
     defaults = {name: option.default for name, option in solver.options.items()}
     own = {name: value for name, value in assignment.options.items() if value != defaults[name]}

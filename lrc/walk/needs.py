@@ -9,7 +9,6 @@ from lrc.methods.contract import (
 )
 from lrc.moments.gradient import Wanted
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.plan.solver import find_solver
 
 # The moment that a component's problem is posed on; a projection's is that of its own input.
 COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
@@ -46,6 +45,6 @@ def reads_gradients(architecture: Architecture, plan: ResolvedPlan) -> bool:
 
 def solver_of(assignment: Assignment) -> Solver:
     """The function of its method that solves an assignment."""
-    solver = find_solver(methods()[assignment.method], assignment.target)
-    assert isinstance(solver, Solver)  # or it would not have been assigned
+    solver = methods()[assignment.method].solver(assignment.target)
+    assert solver is not None  # or it would not have been assigned
     return solver
