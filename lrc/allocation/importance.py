@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lrc.allocation.contract import Advance, Costs, Setting, blank_curves, every_size
+from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
 from lrc.allocation.spend import Curve
 from lrc.allocation.stops import walk
 from lrc.errors import UserError
@@ -29,7 +29,7 @@ def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Cur
                 f"{assignment.method!r} has none; it is for single projections stored as low-rank pairs, such as those "
                 "of svd. Allocate by fisher or energy here"
             )
-    return [every_size(curve) for curve in blank_curves(architecture, plans)]
+    return blank_curves(architecture, plans, every_size=True)
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
@@ -39,16 +39,17 @@ def costs(setting: Setting, advance: Advance) -> Costs:
     output; half of such a score is what dropping the direction alone adds to the loss in nats. Directions are sorted by
     score per weight, as those of a larger matrix take more of the budget.
     """
-    found, done = {}, 0
+    found, done = dict[tuple[int | None, str], list[float]](), 0
     for stop in walk(setting):
         dropped = setting.ranks.spread([*stop.problems.values()], _dropped)
         found |= {(stop.layer, target): nats for target, nats in zip(stop.problems, dropped, strict=True)}
         advance(stop.done - done)
         done = stop.done
-    curves = [
-        replace(curve, costs=tuple(found[curve.layer, curve.target][size] for size in curve.sizes))
-        for curve in blank(setting.reader.architecture, setting.plans)
-    ]
+    curves = []
+    for curve in blank(setting.reader.architecture, setting.plans):
+        nats = found[curve.layer, curve.target]
+        ranks = (size for size in curve.sizes if isinstance(size, int))
+        curves.append(replace(curve, costs=tuple(nats[rank] for rank in ranks)))
     return Costs(curves, "predicted nats")
 
 

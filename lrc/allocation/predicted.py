@@ -10,6 +10,7 @@ from lrc.allocation.stops import Stop, walk
 from lrc.compression.solve import solve
 from lrc.errors import UserError
 from lrc.methods.contract import Prediction
+from lrc.methods.sizes import SizeValue
 from lrc.plan.resolved import Assignment
 
 
@@ -42,7 +43,7 @@ def _costs(
     setting: Setting, advance: Advance, unit: Unit, cost: Callable[[Assignment, Prediction], float]
 ) -> Costs:
     architecture = setting.reader.architecture
-    found: dict[tuple[int | None, str, int], float] = {}
+    found: dict[tuple[int | None, str, SizeValue], float] = {}
     done = 0
     for stop in walk(setting):
 

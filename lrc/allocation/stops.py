@@ -11,6 +11,7 @@ from lrc.allocation.contract import Setting
 from lrc.compression.solve import pose
 from lrc.compression.tables import pose_outer
 from lrc.methods.contract import Problem
+from lrc.methods.sizes import SizeValue
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan
 from lrc.text.blocks import batched
@@ -37,7 +38,7 @@ class Stop:
     """
 
     layer: int | None
-    asked: Mapping[tuple[str, int], Assignment]
+    asked: Mapping[tuple[str, SizeValue], Assignment]
     problems: Mapping[str, Problem]
     done: int
     state: Mapping[str, Tensor] = field(default_factory=dict)

@@ -47,7 +47,7 @@ import torch
 
 from lrc.compression.logit_scale import CHUNK_BYTES
 from lrc.compression.refit import held_out_blocks
-from lrc.estimate.workspace import ATTENTION_TARGETS, refit_widths, refit_work, solve_work
+from lrc.estimate.workspace import refit_widths, refit_work, solve_work
 from lrc.families import Architecture
 from lrc.moments.attention import QUERIES, SAMPLES
 from lrc.plan.job import Job
@@ -294,9 +294,8 @@ def _states(run: _Run, layer: LayerPlan) -> int:
 
 def _read(run: _Run, layer: LayerPlan) -> int:
     """Bytes of what the attention's output projection reads of all blocks, where it is refitted."""
-    if not (run.refits and layer.targets & ATTENTION_TARGETS):
-        return 0
-    return refit_widths(run.architecture, layer)[0] * run.samples * run.seq_len * run.run
+    width = refit_widths(run.architecture, layer).get("attention", 0) if run.refits else 0
+    return width * run.samples * run.seq_len * run.run
 
 
 def _layer(run: _Run, layer: LayerPlan) -> dict[str, int]:
@@ -332,7 +331,7 @@ def _layer(run: _Run, layer: LayerPlan) -> dict[str, int]:
         # Sums, and what is added to one of the two, while a batch runs; then those and the solve's.
         work = max(
             max(refit_work(architecture, n), 12 * n * (n + architecture.hidden) + activations)
-            for n in refit_widths(architecture, layer)
+            for n in refit_widths(architecture, layer).values()
         )
         held = run.waiting(_states(run, layer) + _read(run, layer))
         stages["refit"] = held + run.weights + reduced + work

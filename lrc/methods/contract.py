@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
-from lrc.families import Heads
+from lrc.families import Heads, Target
 from lrc.methods.sizes import SizeRule
 from lrc.moments.attention import AttentionMoment
 from lrc.moments.moment import Moment
@@ -140,9 +140,32 @@ class Solution:
     numerics: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What is known of a problem before its tensors are there: the target and the head geometry.
+
+    ``sampled``: elements of the covariances that go with the sampled queries of one key head.
+    """
+
+    target: Target
+    heads: Heads
+    sampled: int = 0
+
+
 # (problem, size, *, options) -> Solution; the keyword-only parameters are the options a plan may set.
 SolveFunction = Callable[..., Solution]
 Refusal = Callable[[Heads, Mapping[str, Any]], str | None]
+# (shapes, size, options) -> bytes of the float64 working set of a solve, beside the problem and the solution.
+Memory = Callable[[Shapes, Any, Mapping[str, Any]], int]
+
+
+def moment_copies(shapes: Shapes, size: Any, options: Mapping[str, Any]) -> int:
+    """Return the bytes of a few float64 copies of the largest moment and of the weights, and a root of each."""
+    inputs, outputs = (
+        max(getattr(matrix, side) for matrix in shapes.target.matrices.values())
+        for side in ("columns", "rows")
+    )
+    return 8 * (4 * inputs**2 + 4 * shapes.target.parameters + 5 * min(inputs, outputs) ** 2)
 
 
 @dataclass(frozen=True)
@@ -161,6 +184,7 @@ class Solver:
     ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
     full size it gives the map back. ``refuses``: says why it cannot do a family with these options. ``rotary``: the
     method that takes a component's projections one by one where positions are rotary and no entry names the component.
+    ``memory``: what a solve takes.
     """
 
     solve: SolveFunction
@@ -173,6 +197,7 @@ class Solver:
     paper: str
     refuses: Refusal
     rotary: str | None
+    memory: Memory
 
     @property
     def options(self) -> dict[str, Option]:
@@ -211,11 +236,14 @@ def solves(
     paper: str,
     refuses: Refusal = lambda heads, options: None,
     rotary: str | None = None,
+    memory: Memory = moment_copies,
 ) -> Callable[[SolveFunction], SolveFunction]:
     """Mark a function as a method's solver of one target; the folder scan finds it."""
 
     def mark(function: SolveFunction) -> SolveFunction:
-        solver = Solver(function, target, size, needs, option_needs, metric, exact, paper, refuses, rotary)
+        solver = Solver(
+            function, target, size, needs, option_needs, metric, exact, paper, refuses, rotary, memory
+        )
         function.solver = solver  # type: ignore[attr-defined]
         return function
 

@@ -6,9 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from lrc.errors import as_text_number, nearest
+from lrc.errors import nearest
 from lrc.families import Architecture
 from lrc.methods.contract import Solver
+from lrc.methods.sizes import SizeValue, size_text
 from lrc.plan.document import Document, Path, dotted, read_document
 from lrc.plan.options import read_options
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
@@ -134,7 +135,7 @@ class _Assigner:
             return None
         self._check_needs(wish, solver, options)
         if word in wish.own:
-            size = self._whole_number(wish.own[word], path)
+            size = self._read(solver, wish.own[word], path)
         else:
             size = solver.size.nearest(target, wish.keep, options)
         if size is None:
@@ -143,13 +144,15 @@ class _Assigner:
             place = path if word in wish.own or not wish.own else wish.path
             self.document.mistake(place, refusal if wish.target in place else f"{wish.target}: {refusal}")
             return None
-        kept = solver.size.parameters(target, size, options)
+        kept = solver.size.weights(target, size, options)
         if kept < target.parameters:
             return Assignment(wish.target, wish.method, size, options, kept, target.parameters)
         if word not in wish.own:
             self.warn(path, f"{wish.keep:g} of {wish.target} is nearest to all of it; it stays whole", index)
         elif wish.target not in COMPONENTS:
-            self.warn(path, f"{word} {size} saves nothing for {wish.target}; it stays dense", index)
+            self.warn(
+                path, f"{word} {size_text(size)} saves nothing for {wish.target}; it stays dense", index
+            )
         return None
 
     def warn(self, path: Path, message: str, index: int | None) -> None:
@@ -209,8 +212,9 @@ class _Assigner:
                 wish.path or wish.method_path, f"{wish.method!r} cannot do this model: {refusal}"
             )
 
-    def _whole_number(self, value: Any, path: Path) -> int | None:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        self.document.mistake(path, as_text_number(value) or f"{value!r} is not a whole number")
-        return None
+    def _read(self, solver: Solver, value: Any, path: Path) -> SizeValue | None:
+        try:
+            return solver.size.read(value)
+        except ValueError as error:
+            self.document.mistake(path, str(error))
+            return None

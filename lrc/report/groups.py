@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lrc.compression.measure import Measured
 from lrc.methods.contract import Prediction
+from lrc.methods.sizes import SizeValue, size_text
 from lrc.records.compression import TargetRecord
 
 
@@ -24,8 +25,8 @@ class Group:
     method: str
     metric: str
     layers: int
-    smallest: int
-    largest: int
+    smallest: SizeValue
+    largest: SizeValue
     kept: int
     whole: int
     predicted: float
@@ -35,8 +36,7 @@ class Group:
     @property
     def size_text(self) -> str:
         """The size, or the smallest and the largest, and what there is so many of where that is no rank."""
-        span = f"{self.smallest}" if self.smallest == self.largest else f"{self.smallest}-{self.largest}"
-        return span + size_unit(self.target)
+        return size_span(self.smallest, self.largest, "-") + size_unit(self.target, self.largest)
 
     @property
     def predicted_text(self) -> str:
@@ -54,9 +54,25 @@ class Group:
         return "" if self.measured is None else f"{self.measured:.4f}"
 
 
-def size_unit(target: str) -> str:
-    """What follows the size of a target: nothing where it is a rank."""
-    return {"mlp": " neurons", "qk": " per head", "ov": " per head"}.get(target, "")
+def size_span(smallest: SizeValue, largest: SizeValue, dash: str) -> str:
+    """Return a size, or the smallest and the largest."""
+    ends = [size_text(smallest), *([size_text(largest)] if largest != smallest else [])]
+    return dash.join(ends)
+
+
+def size_ends(records: Iterable[TargetRecord]) -> tuple[SizeValue, SizeValue]:
+    """Return the sizes that keep the fewest and the most weights."""
+    ordered = sorted(records, key=lambda record: record.kept)
+    return ordered[0].size, ordered[-1].size
+
+
+def size_unit(target: str, size: SizeValue) -> str:
+    """What follows the size of a target: nothing where it is a rank, or says more than one number."""
+    return (
+        ""
+        if isinstance(size, tuple)
+        else {"mlp": " neurons", "qk": " per head", "ov": " per head"}.get(target, "")
+    )
 
 
 def summarise(records: Iterable[TargetRecord]) -> list[Group]:
@@ -68,7 +84,7 @@ def summarise(records: Iterable[TargetRecord]) -> list[Group]:
 
 
 def _group(target: str, method: str, metric: str, records: list[TargetRecord]) -> Group:
-    sizes, nats = [record.size for record in records], metric in ("kl", "loss")
+    (smallest, largest), nats = size_ends(records), metric in ("kl", "loss")
     predicted, measured = [r.predicted for r in records], [r.measured for r in records]
     kl = [m.kl for m in measured if m.kl is not None]
     return Group(
@@ -76,8 +92,8 @@ def _group(target: str, method: str, metric: str, records: list[TargetRecord]) -
         method=method,
         metric=metric,
         layers=sum(record.layer is not None for record in records),
-        smallest=min(sizes),
-        largest=max(sizes),
+        smallest=smallest,
+        largest=largest,
         kept=sum(record.kept for record in records),
         whole=sum(record.whole for record in records),
         predicted=_mean([p.error for p in predicted]) if nats else _relative(predicted),

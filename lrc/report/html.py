@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from lrc.checkpoint.sizes import byte_text
 from lrc.records.compression import Report, TargetRecord
-from lrc.report.groups import summarise
+from lrc.report.groups import size_ends, size_span, summarise
 from lrc.report.markdown import error_note, refit_cells
 from lrc.report.outputs import Output, Source, as_source, points
 from lrc.report.page import Picture, Table, columns, render
@@ -116,8 +116,7 @@ def _kept(report: Report) -> Iterator[Picture]:
         by_target.setdefault(record.target, []).append(record)
     rows = []
     for target, records in by_target.items():
-        sizes = [record.size for record in records]
-        size = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)}–{max(sizes)}"
+        size = size_span(*size_ends(records), "–")
         at = {record.layer: record for record in records}
         places = [None] if None in at else range(report.layers)
         here = [at.get(place) for place in places]

@@ -12,6 +12,7 @@ from rich.table import Table as Screen
 from lrc.methods import methods
 from lrc.plan.precedence import spans
 from lrc.records.inspection import Conditioning, Estimate, Held, Inspected, Inspection
+from lrc.report.groups import size_span
 from lrc.report.page import Table, columns
 
 if TYPE_CHECKING:
@@ -172,7 +173,8 @@ def held_table(groups: Groups) -> Table:
         for held in (one.held for one in each if one.held is not None):
             found.setdefault(held.method, []).append(held)
         for method, held in found.items():
-            sizes = [h.size for h in held if h.size is not None]
+            sized = sorted((h for h in held if h.size is not None), key=lambda each: each.kept)
+            sizes = [h.size for h in sized if h.size is not None]
             predicted = " nats KL" if held[0].recorded_unit == "nats KL" else ""
             measured = " nats KL" if any(h.kl is not None for h in held) else ""
             rows.append(
@@ -184,7 +186,7 @@ def held_table(groups: Groups) -> Table:
                     _folded([h.reconstruction for h in held]),
                     _folded([h.overlap for h in held], fold=_mean),
                     f"{sum(h.kept for h in held) / sum(h.whole for h in held):.1%}",
-                    _span(sizes) if sizes else "",
+                    size_span(sizes[0], sizes[-1], "-") if sizes else "",
                     _folded([h.recorded_predicted for h in held], predicted),
                     _folded([h.recorded_measured for h in held], measured),
                 ]
@@ -259,8 +261,7 @@ def _folded(
 
 
 def _span(values: Sequence[int]) -> str:
-    least, most = min(values), max(values)
-    return str(least) if least == most else f"{least}-{most}"
+    return size_span(min(values), max(values), "-")
 
 
 def _range(values: Sequence[float]) -> str:

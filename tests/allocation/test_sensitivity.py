@@ -12,6 +12,7 @@ from torch import Tensor
 import lrc
 from lrc.allocation.contract import Setting, blank_curves
 from lrc.allocation.sensitivity import Sensitivity, passes
+from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
@@ -116,7 +117,7 @@ def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out)
     blank, done = blank_curves(reader.architecture, plans), []
     assert [(c.layer, c.target) for c in blank] == [(0, "qk"), (0, "ov"), (1, "qk"), (1, "ov"), (1, "mlp")]
     assert blank[0].sizes == (2, 4)  # at 0.99 it stays whole
-    assert blank[4] == replace(blank[4], full=48, unit=96, whole=48 * 96, step=1, sizes=(14, 29))
+    assert blank[4] == Curve(1, "mlp", (14, 29), (14 * 96, 29 * 96), (0.0, 0.0), 48, 48 * 96, 48 * 96)
     measured = sensitivity(source, held_out, *plans).curves(done.append)
     assert [replace(c, costs=(0.0,) * len(c.costs)) for c in measured] == blank
     assert sum(done) == passes(reader.architecture, blank) == 2 * 4 + 6

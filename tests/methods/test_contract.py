@@ -34,10 +34,10 @@ class Posed:
         self.options = options
         rule, self.problem = self.solver.size, self.case.problem
         self.full = rule.full(self.case.target, options)
-        legal = [n for n in range(1, self.full) if rule.refusal(self.case.target, n, options) is None]
+        legal = rule.choices(self.case.target, options, 1)
         self.sizes = [*legal[:: max(len(legal) // 4, 1)], self.full]
 
-    def solve(self, size: int, problem: Any = None) -> Solution:
+    def solve(self, size: Any, problem: Any = None) -> Solution:
         return self.solver.solve(problem or self.problem, size, **self.options)
 
     def cost(self, solution: Solution) -> float:
@@ -202,7 +202,7 @@ def test_shapes_are_those_of_the_size(posed):
             part.weight.numel() if isinstance(part, Affine) else sum(t.numel() for t in part.tensors.values())
             for part in parts.values()
         )
-        assert stored == posed.solver.size.parameters(posed.case.target, size, posed.options)
+        assert stored == posed.solver.size.weights(posed.case.target, size, posed.options)
 
 
 def test_names_a_paper_and_known_collectors(posed, method):
