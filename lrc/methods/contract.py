@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrc.families import Heads, Target
 from lrc.methods.sizes import SizeRule
+from lrc.modules.kind import Factors
 from lrc.moments.attention import AttentionMoment
 from lrc.moments.moment import Moment
 
@@ -93,15 +94,6 @@ class MLPProblem:
 
 
 Problem = ProjectionProblem | EmbeddingProblem | QKProblem | OVProblem | MLPProblem
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One projection stored as the factors of a kind."""
-
-    kind: str
-    tensors: Mapping[str, Tensor]
-    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
