@@ -17,6 +17,7 @@ from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
+from lrc.families import families
 from lrc.methods import methods
 from lrc.moments import COLLECTORS
 from lrc.plan.resolve import parse_plan, resolve
@@ -55,7 +56,7 @@ def held_out() -> Tensor:
     return torch.randint(1, 256, (3, 32), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 @pytest.mark.parametrize(
     ("method", "layer", "target", "size"),
     [
@@ -86,7 +87,7 @@ def test_a_point_is_the_loss_of_the_saved_model(
     assert curve.costs[0] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
     source = tiny_checkpoint(family)
     plan = resolved(CheckpointReader(source), "keep: 0.5\ncomponents: {qk: {metric: attention}}")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
-from lrc.families import canonical
+from lrc.families import canonical, families
 
-FAMILIES = ["llama", "gpt2"]
+FAMILIES = sorted(families())
 
 
 def state(folder: Path) -> dict[str, Tensor]:

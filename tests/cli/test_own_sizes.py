@@ -48,7 +48,7 @@ def test_planned_compressed_and_loaded(work: Path, succeeds: Any) -> None:
     stored = sum(t.nbytes for t in load_file(work / "out" / "model.safetensors").values())
     assert stored == report["after"]["bytes"] == told["after"]["bytes"]
     loaded = lrc.load(work / "out", dtype=torch.float32)
-    sums = [module for module in loaded.modules() if getattr(module, "kind", None) == "sum"]
+    sums: list[Any] = [module for module in loaded.modules() if getattr(module, "kind", None) == "sum"]
     assert len(sums) == len(report["targets"])
     for module in sums:
         factors = Factors("sum", module.factors, module.offset)

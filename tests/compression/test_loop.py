@@ -22,6 +22,7 @@ from lrc.compression.finish import logit_scale, refit_records, target_records, w
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
 from lrc.compression.refit import RIDGE, RIDGES, RefitRecord, held_out_blocks
+from lrc.families import families
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
 from lrc.moments import COLLECTORS
@@ -35,7 +36,7 @@ from lrc.walk.backward import gradient_moments
 from lrc.walk.stream import ModelStream
 
 CPU = torch.device("cpu")
-FAMILIES = ["llama", "gpt2"]
+FAMILIES = sorted(families())
 METHODS = ["a3", "whitened_svd", "two_sided_svd", "svd", "monarch"]
 
 

@@ -20,12 +20,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import lrc
 from lrc.errors import UserError
-from lrc.families import family_of
+from lrc.families import families, family_of
 from lrc.modules import attention
 from lrc.modules.attention import ReducedAttention
 from lrc.modules.table import apply_table
 
-FAMILIES = ("llama", "gpt2")
+FAMILIES = sorted(families())
 Make = Callable[..., Any]
 
 

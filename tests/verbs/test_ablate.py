@@ -13,6 +13,7 @@ import lrc
 import lrc.verbs.ablate
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.families import families
 
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(160))
 SECTIONS = {"qk": "components", "ov": "components", "mlp": "components"}
@@ -54,7 +55,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_is_the_perplexity_of_the_saved_model(family, tiny_checkpoint, ablate, texts, tmp_path):
     source = tiny_checkpoint(family)
     found = ablate(source, keeps=[0.25, 0.5])
