@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrc.errors import UserError
+from lrc.families import family_of
 from lrc.modules import Factors, StructuredLinear, kind_of, kinds
 from lrc.modules.monarch import MonarchLinear
+from lrc.modules.table import apply_table
 
 FAKES = Path(__file__).parents[1] / "fakes.py"
 
@@ -94,6 +97,12 @@ def test_states_the_multiplications_of_a_token(case: dict[str, Any]) -> None:
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         module(torch.randn(7, case["in"], dtype=torch.float64))
     assert counted.get_total_flops() == 2 * 7 * module.operations(case)
+
+
+def test_an_unknown_kind_inside_another_is_named(sum_kind: None) -> None:
+    entry = {"kind": "sum", "in": 12, "out": 20, "parts": [{"kind": "low_rnk"}], "bias": False}
+    with pytest.raises(UserError, match=r"'x' is stored as 'low_rnk'.*did you mean 'low_rank'"):
+        apply_table(torch.nn.ModuleDict({"x": torch.nn.Linear(12, 20)}), {"x": entry}, family_of("llama"))
 
 
 def test_guard_is_empty_and_saved(case: dict[str, Any]) -> None:
