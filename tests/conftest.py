@@ -26,19 +26,7 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
-COMMON = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 256}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **COMMON},
-    "llama": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        **COMMON,
-    },
-}
+COMMON = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 256}  # as the byte tokenizer has it
 
 
 class TinyCheckpoint(Protocol):
@@ -222,9 +210,12 @@ def save_random_model(folder: Path, family: str, seed: int, config: dict[str, An
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lrc.families import families
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CONFIGS[family] | config))
+        shape = {**families()[family].tiny, **COMMON, **config}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 around = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lrc.allocation.spend import Allocation, Curve, allocate
+from lrc.allocation.spend import Allocation, Choice, Currency, Offer, allocate
 from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
 from lrc.plan.job import Job
 from lrc.plan.resolved import Assignment, ResolvedPlan
+from lrc.walk.needs import solver_of
 
 _SMALLER = "allow smaller sizes (lrc plan's --keeps, --floor, --round), or shrink more of the model"
 _SHORT = 0.002  # of what was asked may stay unspent
@@ -60,29 +61,30 @@ def read_budgets(
     return [Budget(value, size, kv_cache) for value in keeps or [None]]
 
 
-def spend(budget: Budget, job: Job, curves: Sequence[Curve]) -> Spent:
-    """Sizes of least cost within a budget; ``job``: the measured plan at any one of its sizes.
+def spend(budget: Budget, job: Job, offers: Sequence[Offer]) -> Spent:
+    """Return the sizes of least cost within a budget; ``job``: the measured plan at any one of its sizes.
 
     Raises UserError with the smallest or largest budget that can be met where this one cannot.
     """
-    if not curves:
+    if not offers:
         raise UserError(
             f"there is nothing to allocate: {job.draft.name} leaves all whole at every measured size"
         )
     if budget.size is not None:
-        return _spend_bytes(budget.size, job, curves)
-    kept = [curve for curve in curves if curve.target in ("qk", "ov")] if budget.kv_cache is not None else []
-    rest = [curve for curve in curves if curve not in kept]
+        return _spend_bytes(budget.size, job, offers)
+    cached = [each for each in offers if each.curve.target in ("qk", "ov")]
+    kept = cached if budget.kv_cache is not None else []
+    rest = [offer for offer in offers if offer not in kept]
     spent = (
         _spend_cache(budget.kv_cache, job, kept) if budget.kv_cache is not None else Allocation((), 0, 0.0)
     )
     whole = job.plan.budget.whole
-    fixed = whole - sum(curve.whole for curve in curves) + spent.weights
+    fixed = whole - sum(offer.whole.weights for offer in offers) + spent.weights
     if budget.keep is None:
-        bought = Allocation(tuple(c.full for c in rest), sum(c.whole for c in rest), 0.0)
+        bought = Allocation(tuple(offer.whole for offer in rest), 0, 0.0)
     else:
         bought = _spend_weights(budget.keep, whole, fixed, rest)
-    return _sized(job, [*kept, *rest], (*spent.sizes, *bought.sizes), spent.cost + bought.cost)
+    return _sized(job, [*kept, *rest], (*spent.choices, *bought.choices), spent.cost + bought.cost)
 
 
 def shortfalls(budget: Budget, spent: Spent) -> list[str]:
@@ -106,31 +108,35 @@ def _cache_share(spent: Spent) -> float:
     """Width of the KV cache over the original's."""
     heads = spent.job.reader.architecture
     narrowed = [a for layer in spent.job.plan.layers for a in layer.assignments if a.target in ("qk", "ov")]
-    return 1 - sum(1 - a.size / heads.head_dim for a in narrowed) / (2 * heads.layers)
+    widths = [solver_of(a).size.inner(heads.targets[a.target], a.size) for a in narrowed]
+    return 1 - sum(1 - width / heads.head_dim for width in widths) / (2 * heads.layers)
 
 
-def _spend_weights(keep: float, whole: int, fixed: int, curves: Sequence[Curve]) -> Allocation:
-    least = fixed + sum(curve.smallest for curve in curves)
-    limit = _limit(f"a keep of {keep:g}", keep, whole, least, fixed + sum(curve.largest for curve in curves))
-    return allocate(curves, limit - fixed)
+def _spend_weights(keep: float, whole: int, fixed: int, offers: Sequence[Offer]) -> Allocation:
+    least, most = (fixed + sum(each) for each in _ends(offers, "weights"))
+    limit = _limit(f"a keep of {keep:g}", keep, whole, least, most)
+    return allocate(offers, limit - fixed)
 
 
-def _spend_cache(fraction: float, job: Job, curves: Sequence[Curve]) -> Allocation:
-    """Spend the cache's width on qk and ov; the weights returned are still weights."""
+def _spend_cache(fraction: float, job: Job, offers: Sequence[Offer]) -> Allocation:
+    """Spend the cache's width on qk and ov."""
     heads = job.reader.architecture
-    if not curves:
+    if not offers:
         raise UserError(
             "the KV cache shrinks with the components qk and ov; the base plan has neither to shrink"
         )
     whole = 2 * heads.head_dim * heads.layers
-    widths = [replace(curve, unit=1, whole=curve.full) for curve in curves]
-    fixed = whole - sum(curve.full for curve in curves)
-    least = fixed + sum(curve.smallest for curve in widths)
-    most = fixed + sum(curve.largest for curve in widths)
-    wide = "" if any(curve.target == "qk" for curve in curves) else " without narrower keys (components: qk)"
+    fixed = whole - sum(offer.whole.width for offer in offers)
+    least, most = (fixed + sum(each) for each in _ends(offers, "width"))
+    narrower = any(offer.curve.target == "qk" for offer in offers)
+    wide = "" if narrower else " without narrower keys (components: qk)"
     limit = _limit(f"a KV cache of {fraction:g}{wide}", fraction, whole, least, most)
-    found = allocate(widths, limit - fixed)
-    return replace(found, weights=sum(c.kept(size) for c, size in zip(curves, found.sizes, strict=True)))
+    return allocate(offers, limit - fixed, "width")
+
+
+def _ends(offers: Sequence[Offer], currency: Currency) -> tuple[list[int], list[int]]:
+    """What the cheapest and the dearest choices take."""
+    return [offer.smallest(currency) for offer in offers], [offer.largest(currency) for offer in offers]
 
 
 def _limit(asked: str, fraction: float, whole: int, least: int, most: int) -> int:
@@ -145,28 +151,30 @@ def _limit(asked: str, fraction: float, whole: int, least: int, most: int) -> in
     return limit
 
 
-def _spend_bytes(limit: int, job: Job, curves: Sequence[Curve]) -> Spent:
+def _spend_bytes(limit: int, job: Job, offers: Sequence[Offer]) -> Spent:
     """Spend bytes of the checkpoint's tensors; biases and kept columns are counted afterwards."""
-    whole = output_size(_sized(job, curves, [curve.full for curve in curves], 0.0).job).bytes
+    whole = output_size(_sized(job, offers, [offer.whole for offer in offers], 0.0).job).bytes
     if limit > whole:
         raise UserError(f"{limit:,} bytes are more than the whole model, which has {whole:,}: ask for fewer")
-    lowest, budget = (sum(c.smallest for c in curves), sum(c.whole for c in curves))
-    least = allocate(curves, lowest)
-    smallest = output_size(_sized(job, curves, least.sizes, least.cost).job).bytes
+    lowest = sum(offer.smallest("bytes") for offer in offers)
+    budget = sum(offer.whole.bytes for offer in offers)
+    least = allocate(offers, lowest, "bytes")
+    smallest = output_size(_sized(job, offers, least.choices, least.cost).job).bytes
     if limit < smallest:
         raise UserError(f"{limit:,} bytes cannot be met; the fewest that can are {smallest:,}: {_SMALLER}")
     while True:  # the weights are nearly all of it, so that two or three rounds do
-        found = allocate(curves, max(budget, lowest))
-        spent = _sized(job, curves, found.sizes, found.cost)
+        found = allocate(offers, max(budget, lowest), "bytes")
+        spent = _sized(job, offers, found.choices, found.cost)
         over = output_size(spent.job).bytes - limit
         if over <= 0:
             return spent
-        budget = found.weights + over // -job.reader.dtype.itemsize
+        budget = found.taken - over
 
 
-def _sized(job: Job, curves: Sequence[Curve], sizes: Sequence[int], cost: float) -> Spent:
+def _sized(job: Job, offers: Sequence[Offer], choices: Sequence[Choice], cost: float) -> Spent:
     """The job with new sizes; what is at its full one stays whole."""
-    bought = {(c.layer, c.target): (size, c.kept(size)) for c, size in zip(curves, sizes, strict=True)}
+    pairs = zip(offers, choices, strict=True)
+    bought = {(o.curve.layer, o.curve.target): (choice.size, choice.weights) for o, choice in pairs}
 
     def resized(layer: int | None, assignments: Sequence[Assignment]) -> tuple[Assignment, ...]:
         found = [(a, *bought[layer, a.target]) for a in assignments]

@@ -13,9 +13,9 @@ from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.assemble import assemble
-from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.methods.contract import Solution
+from lrc.methods.sizes import SizeValue
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.run.offload import ON_DEVICE, States
@@ -63,7 +63,7 @@ class Setting:
         """What the first token of a block counts for in moments, as in a compression by the plans."""
         return self.plans[0].first_token
 
-    def asked(self, layer: int | None) -> dict[tuple[str, int], Assignment]:
+    def asked(self, layer: int | None) -> dict[tuple[str, SizeValue], Assignment]:
         """Everything that the plans ask of one layer, or None for outside the layers, by target and size."""
         return {(a.target, a.size): a for plan in self.plans for a in plan.unsized(layer)}
 
@@ -127,37 +127,32 @@ class Allocator:
     losses: bool = False
 
 
-def blank_curves(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
-    """Curves of no cost at the sizes that the plans have, the layers in their order, then what is outside of them.
+def blank_curves(
+    architecture: Architecture, plans: Sequence[ResolvedPlan], *, every_size: bool = False
+) -> list[Curve]:
+    """Return curves of no cost at the sizes of the plans, the layers in their order, then what is outside of them.
 
-    They end where the method gives the target back. What stays whole at all of the sizes has none. Raises UserError
-    where weights do not grow evenly with a method's sizes, which is what curves are made of.
+    ``every_size``: at every size that the method can have instead. What stays whole in all plans has no curve.
     """
     found = []
     targets = architecture.targets | architecture.outer
     for index in (*range(architecture.layers), None):
-        asked: dict[str, dict[int, Assignment]] = {}
+        asked: dict[str, list[Assignment]] = {}
         for plan in plans:
             for one in plan.unsized(index):
-                asked.setdefault(one.target, {})[one.size] = one
-        for name, by_size in asked.items():
-            first, target = next(iter(by_size.values())), targets[name]
-            unit, sizes = first.kept // first.size, tuple(sorted(by_size))
-            if any(one.kept != size * unit for size, one in by_size.items()):
-                raise UserError(
-                    f"method {first.method!r} has no sizes of even weight for {name}, so there is no curve"
-                )
-            costs, full = (0.0,) * len(sizes), solver_of(first).size.full(target, first.options)
-            found.append(Curve(index, name, sizes, costs, full, unit, first.whole, target.step))
+                asked.setdefault(one.target, []).append(one)
+        for name, ones in asked.items():
+            first, target = ones[0], targets[name]
+            rule, options = solver_of(first).size, first.options
+            if every_size:
+                by_weights = {rule.weights(target, n, options): n for n in rule.choices(target, options, 1)}
+            else:
+                by_weights = {one.kept: one.size for one in ones}
+            weights, full = tuple(sorted(by_weights)), rule.full(target, options)
+            sizes, costs = tuple(by_weights[kept] for kept in weights), (0.0,) * len(weights)
+            exact = rule.weights(target, full, options)
+            found.append(Curve(index, name, sizes, weights, costs, full, exact, first.whole))
     return found
-
-
-def every_size(curve: Curve) -> Curve:
-    """The curve at every legal size below the full one, without costs."""
-    sizes = tuple(range(curve.step, min(curve.full, -(-curve.whole // curve.unit)), curve.step))
-    return Curve(
-        curve.layer, curve.target, sizes, (0.0,) * len(sizes), curve.full, curve.unit, curve.whole, curve.step
-    )
 
 
 def walk_steps(architecture: Architecture, curves: Sequence[Curve]) -> int:

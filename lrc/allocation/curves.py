@@ -20,7 +20,7 @@ from lrc.errors import UserError
 from lrc.plan.document import dotted
 from lrc.plan.resolved import ResolvedPlan
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)

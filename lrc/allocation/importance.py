@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lrc.allocation.contract import Advance, Costs, Setting, blank_curves, every_size
+from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
 from lrc.allocation.problems import Posed, each_posed
 from lrc.allocation.spend import Curve
 from lrc.errors import UserError
@@ -29,7 +29,7 @@ def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Cur
                 f"{assignment.method!r} has none; it is for single projections stored as low-rank pairs, such as those "
                 "of svd. Allocate by fisher or energy here"
             )
-    return [every_size(curve) for curve in blank_curves(architecture, plans)]
+    return blank_curves(architecture, plans, every_size=True)
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
@@ -46,10 +46,11 @@ def costs(setting: Setting, advance: Advance) -> Costs:
         found.update(zip(((posed.layer, target) for target in posed.problems), dropped, strict=True))
 
     each_posed(setting, look, advance)
-    curves = [
-        replace(curve, costs=tuple(found[curve.layer, curve.target][size] for size in curve.sizes))
-        for curve in blank(setting.reader.architecture, setting.plans)
-    ]
+    curves = []
+    for curve in blank(setting.reader.architecture, setting.plans):
+        nats = found[curve.layer, curve.target]
+        ranks = (size for size in curve.sizes if isinstance(size, int))
+        curves.append(replace(curve, costs=tuple(nats[rank] for rank in ranks)))
     return Costs(curves, "predicted nats")
 
 

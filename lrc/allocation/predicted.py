@@ -10,6 +10,7 @@ from lrc.allocation.problems import Posed, each_posed
 from lrc.compression.solve import solve
 from lrc.errors import UserError
 from lrc.methods.contract import Prediction
+from lrc.methods.sizes import SizeValue
 from lrc.plan.resolved import Assignment
 
 
@@ -41,7 +42,7 @@ def fisher_costs(setting: Setting, advance: Advance) -> Costs:
 def _costs(
     setting: Setting, advance: Advance, unit: Unit, cost: Callable[[Assignment, Prediction], float]
 ) -> Costs:
-    found: dict[tuple[int | None, str, int], float] = {}
+    found: dict[tuple[int | None, str, SizeValue], float] = {}
 
     def look(posed: Posed) -> None:
         def predicted(assignment: Assignment) -> float:

@@ -11,6 +11,7 @@ from lrc.allocation.contract import Advance, Setting
 from lrc.compression.solve import pose
 from lrc.compression.tables import pose_outer
 from lrc.methods.contract import Problem
+from lrc.methods.sizes import SizeValue
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment
 from lrc.text.blocks import batched
@@ -24,7 +25,7 @@ class Posed:
     """
 
     layer: int | None
-    asked: Mapping[tuple[str, int], Assignment]
+    asked: Mapping[tuple[str, SizeValue], Assignment]
     problems: Mapping[str, Problem]
     state: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,31 +13,33 @@ from lrc.allocation import ALLOCATORS
 from lrc.allocation.budget import Budget, Spent, shortfalls, spend
 from lrc.allocation.contract import Advance, Setting
 from lrc.allocation.curves import Curves, plan_sha256
-from lrc.allocation.spend import Curve
+from lrc.allocation.spend import Choice, Curve, Offer
 from lrc.calibration.draw import Texts
 from lrc.calibration.key import blocks_key, gradients_key
 from lrc.errors import OutOfResources, UserError, nearest
 from lrc.estimate.memory import HELD_OUT_SAMPLES, measuring_memory
 from lrc.estimate.room import free_bytes
-from lrc.methods.sizes import even_step
+from lrc.families import Target
+from lrc.methods.sizes import Options, SizeRule, SizeValue
 from lrc.plan.job import Job, templates
 from lrc.plan.schema import Plan
 from lrc.run.offload import ON_DEVICE, States
 from lrc.run.processes import ALONE, Ranks
 from lrc.run.versions import versions
-from lrc.walk.needs import reads_gradients
+from lrc.walk.needs import reads_gradients, solver_of
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
+_EXACT = 1e-9  # 0.7 * 10 is a little more than 7
 
 
 @dataclass(frozen=True)
 class Limits:
     """Sizes that a budget may buy: multiples of ``round_to``, from ``floor`` to ``cap`` of a target's weights.
 
-    Without ``round_to`` they are multiples of eight where a target is wide (``lrc.methods.sizes.even_step``). Without a
-    floor it is the smallest size whose cost is known; at a cap of 1 a target may stay whole.
+    Without ``round_to`` they are those that the method calls fast. Without a floor they begin at the smallest size
+    whose cost is known. At a cap of 1 a target may stay whole.
     """
 
     round_to: int | None = None
@@ -69,18 +70,22 @@ class Limits:
         steps = [f"--round {self.round_to}"] if (self.round_to or 1) > 1 else []
         return [*steps, *([f"--cap {self.cap:g}"] if self.cap < 1 else [])]
 
-    def on(self, curve: Curve) -> Curve:
-        """The curve within the limits; UserError where they leave none of its sizes."""
-        found = replace(
-            curve,
-            step=math.lcm(curve.step, self.round_to or even_step(curve.full)),
-            floor=math.ceil((self.floor or 0) * curve.whole / curve.unit - 1e-6),
-            cap=None if self.cap == 1 else math.floor(self.cap * curve.whole / curve.unit + 1e-6),
-        )
-        if not found.legal:
-            least = min(replace(found, cap=None).smallest / curve.whole, 1)
-            raise UserError(f"--cap {self.cap:g} leaves {curve.name} no size; its smallest keeps {least:.4g}")
-        return found
+    def on(self, curve: Curve, rule: SizeRule, target: Target, options: Options, dtype: torch.dtype) -> Offer:
+        """Return what may be bought of a curve with sizes of ``rule``; UserError where the limits leave nothing."""
+
+        def choice(size: SizeValue) -> Choice:
+            weights = rule.weights(target, size, options)
+            return Choice(size, weights, rule.bytes(target, size, options, dtype), rule.inner(target, size))
+
+        whole = Choice(curve.full, curve.whole, curve.whole * dtype.itemsize, target.full)
+        least = max(curve.weights[0], ((self.floor or 0) - _EXACT) * curve.whole)
+        smaller = [choice(size) for size in rule.choices(target, options, self.round_to)]
+        every = [*(each for each in smaller if each.weights >= least), whole]
+        found = [each for each in every if each.weights <= (self.cap + _EXACT) * curve.whole]
+        if not found:
+            kept = every[0].weights / curve.whole
+            raise UserError(f"--cap {self.cap:g} leaves {curve.name} no size; its smallest keeps {kept:.4g}")
+        return Offer(curve, tuple(found), whole)
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Sp
     Where they leave more than 0.2 % of it unspent the plan warns of it. Raises UserError with the smallest or largest
     budget that can be met where this one cannot.
     """
-    spent = spend(budget, job, [limits.on(curve) for curve in curves])
+    spent = spend(budget, job, [_offer(curve, job, limits) for curve in curves])
     short = shortfalls(budget, spent)
     if not short:
         return spent
@@ -244,6 +249,13 @@ def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Sp
     warning = f"{', '.join(short)}: the rest does not pay for the next larger size of any target{within}"
     plan = replace(spent.job.plan, warnings=(*spent.job.plan.warnings, warning))
     return replace(spent, job=replace(spent.job, plan=plan))
+
+
+def _offer(curve: Curve, job: Job, limits: Limits) -> Offer:
+    architecture = job.reader.architecture
+    (one,) = [a for a in job.plan.unsized(curve.layer) if a.target == curve.target]
+    target = (architecture.targets | architecture.outer)[one.target]
+    return limits.on(curve, solver_of(one).size, target, one.options, job.reader.dtype)
 
 
 def default_samples(name: str) -> int | None:

@@ -5,93 +5,111 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lrc.methods.sizes import SizeValue
+
+Currency = Literal["weights", "bytes", "width"]  # what a budget is of
 
 
 @dataclass(frozen=True)
 class Curve:
     """What shrinking one target costs, all else whole, in a unit that all curves of an allocation share.
 
-    ``layer`` is None for the embedding and the head, which are outside the layers.
-
-    ``costs`` are at ``sizes``, which ascend and leave out the ``full`` one, where the cost is 0. A size keeps ``unit``
-    weights for each of it; the full one is the target left as it is, ``whole`` weights, of which factors would take
-    more. Legal sizes are the multiples of ``step`` from ``floor`` and the smallest of ``sizes`` to ``cap``, and the
-    full one where ``cap`` is None.
+    ``layer`` is None for the embedding and the head, which are outside the layers. ``costs`` are at ``sizes``, which
+    keep ``weights`` each, ascending. At the ``full`` size the cost is 0. Factors of that size have ``exact`` weights,
+    which may be more than the ``whole`` of the target as it is.
     """
 
     layer: int | None
     target: str
-    sizes: tuple[int, ...]
+    sizes: tuple[SizeValue, ...]
+    weights: tuple[int, ...]
     costs: tuple[float, ...]
-    full: int
-    unit: int
+    full: SizeValue
+    exact: int
     whole: int
-    step: int = 1
-    floor: int = 0
-    cap: int | None = None
 
     @property
     def name(self) -> str:
         """The target and where it is."""
         return self.target if self.layer is None else f"{self.target} of layer {self.layer}"
 
-    @property
-    def legal(self) -> list[int]:
-        """Every legal size, ascending."""
-        first = -(-max(self.sizes[0], self.floor) // self.step) * self.step
-        # A pair may be larger than its matrix long before full rank.
-        last = min(self.full - 1, (self.whole - 1) // self.unit)
-        if self.cap is None:
-            return [*range(first, last + 1, self.step), self.full]
-        return [*range(first, min(last, self.cap) + 1, self.step)]
 
-    @property
-    def smallest(self) -> int:
-        """Weights kept at the smallest legal size."""
-        return self.kept(self.legal[0])
+@dataclass(frozen=True)
+class Choice:
+    """A size with the weights that it keeps, their bytes, and of a component the inner dimension left."""
 
-    @property
-    def largest(self) -> int:
-        """Weights kept at the largest legal size."""
-        return self.kept(self.legal[-1])
+    size: SizeValue
+    weights: int
+    bytes: int
+    width: int
 
-    def kept(self, size: int) -> int:
-        """Weights that a size keeps."""
-        return self.whole if size == self.full else size * self.unit
+
+@dataclass(frozen=True)
+class Offer:
+    """A curve and the sizes that a budget may buy on it; ``whole``: the target left as it is, which may be one."""
+
+    curve: Curve
+    choices: tuple[Choice, ...]
+    whole: Choice
+
+    def ascending(self, currency: Currency) -> list[Choice]:
+        """Return the choices by what they take of a budget; of several that take the same the one of most weights."""
+        best = {price(each, currency): each for each in sorted(self.choices, key=lambda each: each.weights)}
+        return [best[taken] for taken in sorted(best)]
+
+    def smallest(self, currency: Currency = "weights") -> int:
+        """Return what the cheapest choice takes."""
+        return min(price(each, currency) for each in self.choices)
+
+    def largest(self, currency: Currency = "weights") -> int:
+        """Return what the dearest choice takes."""
+        return max(price(each, currency) for each in self.choices)
+
+
+def price(choice: Choice, currency: Currency) -> int:
+    """Return what a choice takes of a budget."""
+    return getattr(choice, currency)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Sizes in the order of the curves, the weights they keep and what the curves add up to."""
+    """Choices in the order of the offers, what they take of the budget and what their costs add up to."""
 
-    sizes: tuple[int, ...]
-    weights: int
+    choices: tuple[Choice, ...]
+    taken: int
     cost: float
 
+    @property
+    def weights(self) -> int:
+        """Weights kept."""
+        return sum(choice.weights for choice in self.choices)
 
-def allocate(curves: Sequence[Curve], budget: int) -> Allocation:
-    """The sizes of least cost that keep at most ``budget`` of the curves' weights; costs are taken to add up.
 
-    One price per weight decides every size (a Lagrange multiplier, found by bisection); what that leaves of the budget
-    goes, step by step, where a weight saves most. ``budget`` is at least the sum of the curves' ``smallest``.
+def allocate(offers: Sequence[Offer], budget: int, currency: Currency = "weights") -> Allocation:
+    """Return the choices of least cost that take at most ``budget``; costs are taken to add up.
+
+    One price per weight, or byte, decides every size (a Lagrange multiplier, found by bisection). What that leaves of
+    the budget goes, step by step, where it saves most. ``budget`` is at least the sum of the offers' ``smallest``.
     """
-    least = sum(curve.smallest for curve in curves)
-    assert budget >= least, f"a budget of {budget} weights is below the smallest sizes, which keep {least}"
-    choices = [_Choices(curve) for curve in curves]
+    least = sum(offer.smallest(currency) for offer in offers)
+    assert budget >= least, f"a budget of {budget} {currency} is below the smallest sizes, which take {least}"
+    choices = [_Choices(offer, currency) for offer in offers]
     low, high = 0.0, 1e-12
     while _spent(choices, high) > budget:
         low, high = high, 2 * high
     for _ in range(60):
-        price = (low + high) / 2
-        low, high = (price, high) if _spent(choices, price) > budget else (low, price)
+        middle = (low + high) / 2
+        low, high = (middle, high) if _spent(choices, middle) > budget else (low, middle)
     chosen = [choice.best(high) for choice in choices]
-    _spend_rest(choices, chosen, budget - _kept(choices, chosen))
+    _spend_rest(choices, chosen, budget - _taken(choices, chosen))
     return Allocation(
-        tuple(c.sizes[i] for c, i in zip(choices, chosen, strict=True)),
-        _kept(choices, chosen),
+        tuple(c.choices[i] for c, i in zip(choices, chosen, strict=True)),
+        _taken(choices, chosen),
         sum(float(c.costs[i]) for c, i in zip(choices, chosen, strict=True)),
     )
 
@@ -112,28 +130,28 @@ def not_rising(values: Sequence[float]) -> list[float]:
 
 
 class _Choices:
-    """Every legal size of a curve, ascending, with the weights it keeps and what it costs."""
+    """Every choice of an offer, ascending in what it takes of a budget, with what it costs."""
 
-    def __init__(self, curve: Curve) -> None:
-        self.sizes = curve.legal
-        self.weights = torch.tensor([curve.kept(size) for size in self.sizes])
+    def __init__(self, offer: Offer, currency: Currency) -> None:
+        curve, self.choices = offer.curve, offer.ascending(currency)
+        self.taken = torch.tensor([price(each, currency) for each in self.choices])
         # Costs grow with the square of what is lost, so that it is their root that is straight between two sizes.
         roots = torch.tensor([*not_rising(curve.costs), 0.0], dtype=torch.float64).sqrt()
         # Factors that keep nearly as many weights as their matrix still cost something: they are exact at full size.
-        points = torch.tensor([*curve.sizes, curve.full], dtype=torch.float64)
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        self.costs = _interpolate(sizes, points, roots).square()
+        points = torch.tensor([*curve.weights, curve.exact], dtype=torch.float64)
+        weights = [curve.exact if each == offer.whole else each.weights for each in self.choices]
+        self.costs = _interpolate(torch.tensor(weights, dtype=torch.float64), points, roots).square()
 
     def best(self, price: float) -> int:
-        """Position of the size that is cheapest at a price per weight."""
-        return int((self.costs + price * self.weights).argmin())
+        """Position of the choice of least cost at a price per weight or byte."""
+        return int((self.costs + price * self.taken).argmin())
 
     def move(self, at: int, left: int) -> tuple[float, int] | None:
-        """Cost saved per weight, and position, of the best larger size that ``left`` more weights pay for.
+        """Cost saved per weight, and position, of the best larger choice that ``left`` more of the budget pays for.
 
         It looks past flat and hollow stretches; of several as good it is the largest, so that free weights go at once.
         """
-        added = self.weights[at + 1 :] - self.weights[at]
+        added = self.taken[at + 1 :] - self.taken[at]
         added = added[added <= left]
         if not len(added):
             return None
@@ -142,12 +160,12 @@ class _Choices:
         return float(saved[best]), at + 1 + best
 
 
-def _kept(choices: Sequence[_Choices], chosen: Sequence[int]) -> int:
-    return sum(int(choice.weights[at]) for choice, at in zip(choices, chosen, strict=True))
+def _taken(choices: Sequence[_Choices], chosen: Sequence[int]) -> int:
+    return sum(int(choice.taken[at]) for choice, at in zip(choices, chosen, strict=True))
 
 
 def _spent(choices: Sequence[_Choices], price: float) -> int:
-    return _kept(choices, [choice.best(price) for choice in choices])
+    return _taken(choices, [choice.best(price) for choice in choices])
 
 
 def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> None:
@@ -162,7 +180,7 @@ def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> No
         offer(number)
     while moves:
         _, number, to = heapq.heappop(moves)
-        added = int(choices[number].weights[to] - choices[number].weights[chosen[number]])
+        added = int(choices[number].taken[to] - choices[number].taken[chosen[number]])
         if added <= left:  # else others took its weights, and a smaller move may still do
             left -= added
             chosen[number] = to

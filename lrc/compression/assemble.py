@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrc.families import Architecture, canonical
 from lrc.families.family import ATTENTION_ROLES
 from lrc.methods.contract import Affine, Factors, Solution
-from lrc.modules import Entry, kinds
+from lrc.modules import Entry, kind_of, kinds
 from lrc.modules.table import DENSE, Table, apply_table, attention_entry, dense_entry
 
 
@@ -91,16 +91,15 @@ def _shape(part: Affine | Factors) -> tuple[int, int]:
 
 def store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
     """The table entry of a part and the tensors of its module by name."""
-    bias = None if part.bias is None else part.bias.to(dtype)
     if isinstance(part, Affine):
-        rows, columns = part.weight.shape
+        bias, (rows, columns) = None if part.bias is None else part.bias.to(dtype), part.weight.shape
         tensors = {"weight": part.weight.to(dtype)} | ({} if bias is None else {"bias": bias})
         return dense_entry(rows, columns, bias is not None), tensors
-    kind = kinds()[part.kind]
-    entry = kind.entry(part.tensors, bias is not None)
+    kind, part = kinds()[part.kind], part.to(dtype)
+    entry = kind.entry(part.tensors, part.bias is not None)
     with torch.device("meta"):
         module = kind.from_entry(entry)
-    module.load_factors({name: tensor.to(dtype) for name, tensor in part.tensors.items()}, bias)
+    module.load_factors(part.tensors, part.bias)
     return entry, {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
@@ -109,7 +108,7 @@ def restore(entry: Entry, tensors: Mapping[str, Tensor]) -> Affine | Factors:
     if entry["kind"] == DENSE:
         return Affine(tensors["weight"], tensors.get("bias"))
     with torch.device("meta"):
-        module = kinds()[entry["kind"]].from_entry(entry)
+        module = kind_of(entry).from_entry(entry)
     module.load_state_dict(dict(tensors), assign=True)
     module.requires_grad_(False)
     return Factors(entry["kind"], module.factors, module.offset)

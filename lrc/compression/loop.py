@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,15 +15,13 @@ from lrc.checkpoint.staging import Staging
 from lrc.compression.assemble import ReducedLayer, assemble
 from lrc.compression.logit_scale import Final, LogitScale, fit_scale
 from lrc.compression.measure import LayerMeasure, Measured
-from lrc.compression.refit import Refit, RefitRecord, RefitSum, held_out_blocks
+from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_blocks
 from lrc.compression.solve import solve_layer
 from lrc.compression.tables import Outer
-from lrc.families.family import ATTENTION_ROLES
-from lrc.methods.contract import Affine, Solution
-from lrc.modules import StructuredLinear
+from lrc.methods.contract import Solution
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
-from lrc.moments.observe import Call, observe
+from lrc.moments.observe import Call
 from lrc.moments.statistic import Found, Layer, Observer
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.run.processes import Ranks
@@ -166,7 +164,7 @@ class Compressor:
         with self._watch.stage("solve"):
             solutions = solve_layer(self._architecture, plan, state, passed.found, self._ranks)
         with self._watch.stage("assemble"):
-            roles = self._refit_roles(plan) if self._refits else []
+            roles = closing_roles(self._family, plan.targets) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
             reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, roles)
             self._stream.filled(reduced.module, reduced.state)
@@ -176,14 +174,17 @@ class Compressor:
             middles = passed.middles
             del solutions, passed  # in float64, and moments; their tensors are in the reduced layer now
         with self._watch.stage("refit"):
-            refits = self._refit(plan.index, reduced, roles, middles)
+            refits: list[RefitRecord] = []
+            if self._compressed is not None:
+                refit = LayerRefit(self._stream, plan.index, reduced, self._batches, self._held)
+                refits = refit.run(roles, middles, self._compressed)
         self._write(plan.index, reduced, records, refits)
 
     def _pass_original(self, visit: Visit, plan: LayerPlan) -> Passed:
         """Take the original stream past a layer and return what its solvers and its refit need of it."""
         pairs = zip(self._batches, self._held, strict=True)
         measured = [replace(batch) for batch, held in pairs if held or not self._any_held]
-        middles = Kept(plan.index, self._family.mlp_norm, self._stream.states.keep)
+        middles = Kept(plan.index, self._family.half("mlp").norm, self._stream.states.keep)
         found = visit.read(plan, self._gradients.pop(plan.index, None), *([middles] if self._refits else []))
         return Passed(found, middles.inputs, measured)
 
@@ -197,102 +198,6 @@ class Compressor:
         measure = LayerMeasure(self._stream, layer, solutions, opens=self._opens)
         self._stream.advance(layer.module, layer.index, batches, measure, stay=True)
         return measure.result()
-
-    def _refit_roles(self, plan: LayerPlan) -> list[str]:
-        """Output projections that close a half of the layer in which something was reduced."""
-        targets = {assignment.target for assignment in plan.assignments}
-        attention, mlp = {"qk", "ov", *ATTENTION_ROLES}, {"mlp", *self._family.component("mlp")}
-        return [role for role, half in (("o", attention), (self._family.mlp_output, mlp)) if targets & half]
-
-    def _refit(
-        self, index: int, reduced: ReducedLayer, roles: Sequence[str], middles: Sequence[Tensor]
-    ) -> list[RefitRecord]:
-        """Refit the output projections to the original's stream and take the compressed one past the layer.
-
-        The attention half must bring it to where the original is between the two halves, ``middles``; the MLP half to
-        where the original is behind the layer.
-        """
-        if (compressed := self._compressed) is None:
-            return []
-        module, refits = reduced.module, list[RefitRecord]()
-        outputs = {role: path for role in roles if (path := _output_path(reduced, role)) is not None}
-        # What the attention's output projection reads does not change with it, so that attention runs once.
-        read: list[Tensor] | None = None
-
-        def states(
-            *more: Iterable[Tensor],
-        ) -> Iterator[tuple[Batch, Tensor, Tensor | None, tuple[Tensor, ...]]]:
-            """Batches, their compressed stream, what the attention puts out where it has run, and more of theirs."""
-            known = [] if read is None else [read]
-            for batch, (hidden, *others) in zip(
-                self._batches, self._stream.passing(compressed, *known, *more), strict=True
-            ):
-                attended = self._apply(module.get_submodule(outputs["o"]), others.pop(0)) if known else None
-                yield batch, hidden, attended, tuple(others)
-
-        if path := outputs.get("o"):
-            sums, inputs = self._refit_sum(reduced, path), list[Tensor]()
-            for i, (batch, hidden, _, (middle,)) in enumerate(states(middles)):
-                with observe(module, {"x": path}, stop_at="x") as seen:
-                    self._stream.run(module, index, batch, hidden)
-                x = self._stream.cast(seen["x"].input)
-                self._add(i, reduced, path, sums, x, middle, hidden)
-                inputs.append(self._stream.states.keep(x))
-            refits.append(self._replace(reduced, path, sums).record(index, "o"))
-            read = inputs
-        if path := outputs.get(role := self._family.mlp_output):
-            sums = self._refit_sum(reduced, path)
-            goals = (batch.hidden for batch in self._batches)
-            for i, (batch, hidden, attended, (goal,)) in enumerate(states(goals)):
-                with observe(module, {"middle": self._family.mlp_norm, "x": path}, stop_at="x") as seen:
-                    self._stream.run(module, index, batch, hidden, attended=attended)
-                x, middle = self._stream.cast(seen["x"].input), seen["middle"].input
-                self._add(i, reduced, path, sums, x, goal, middle)
-            refits.append(self._replace(reduced, path, sums).record(index, role))
-        for i, (batch, hidden, attended, _) in enumerate(states()):
-            compressed[i] = self._stream.states.keep(
-                self._stream.run(module, index, batch, hidden, attended=attended)
-            )
-        return refits
-
-    @torch.no_grad()
-    def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
-        with self._stream.precision():
-            return linear(x)
-
-    def _add(
-        self,
-        i: int,
-        reduced: ReducedLayer,
-        path: str,
-        sums: RefitSum,
-        x: Tensor,
-        goal: Tensor,
-        stream: Tensor,
-    ) -> None:
-        """Sum a batch for the refit of the linear at ``path``: what it reads, and where it should take the compressed
-        stream and does.
-        """
-        reached = stream + self._apply(reduced.module.get_submodule(path), x)
-        sums.add(x, goal, reached, self._held[i])
-
-    def _refit_sum(self, reduced: ReducedLayer, path: str) -> RefitSum:
-        out, width = reduced.state[f"{path}.weight"].shape
-        return RefitSum(width, out, self._stream.device)
-
-    def _replace(self, reduced: ReducedLayer, path: str, sums: RefitSum) -> Refit:
-        """Refit a linear of a reduced layer, in its tensors and in its module alike."""
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        sums.reduce(self._ranks)
-        start = Affine(reduced.state[weight], reduced.state.get(bias))
-        (refit,) = self._ranks.spread([start], sums.solve)  # by one, so that all have the same to the bit
-        fitted, dtype = refit.solution, self._stream.reader.dtype
-        new = {weight: fitted.weight.to(dtype)} | (
-            {} if fitted.bias is None else {bias: fitted.bias.to(dtype)}
-        )
-        reduced.state.update(new)
-        self._stream.filled(reduced.module, reduced.state)
-        return refit
 
     def _scale(self, head: nn.Module | None) -> LogitScale | None:
         """The logits' scale, chosen on the blocks that choose ridges, with ``head`` where the original's is reduced.
@@ -359,16 +264,6 @@ def _scaled(rest: Mapping[str, Tensor], norm: str, scale: float) -> dict[str, Te
     """The tensors of a norm, times ``scale``: the logits that a head without a bias makes of it are then, too."""
     names = [name for name in (f"{norm}.weight", f"{norm}.bias") if name in rest]
     return {name: (scale * rest[name].double()).to(rest[name].dtype) for name in names}
-
-
-def _output_path(reduced: ReducedLayer, role: str) -> str | None:
-    """Path of the linear that a role's module ends in; None where its kind ends in none."""
-    path = reduced.paths[role]
-    module = reduced.module.get_submodule(path)
-    if not isinstance(module, StructuredLinear):
-        return path
-    last = module.output_linear
-    return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
 
 
 def _records(

@@ -8,17 +8,23 @@ costs little more than its Cholesky factor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lrc.compression.assemble import ReducedLayer
+from lrc.families import Family
+from lrc.families.family import Half
 from lrc.maths.linalg import damped_cholesky, data_error
 from lrc.methods.contract import Affine
+from lrc.modules import StructuredLinear
 from lrc.moments.moment import add_gram, product, whole
+from lrc.moments.observe import observe
 from lrc.run.processes import Ranks
+from lrc.walk.stream import Batch, ModelStream
 
 RIDGE = 0.1  # where there is only one block
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # of equals the first is taken: the one nearest to the start
@@ -100,6 +106,106 @@ class Refit:
     def record(self, layer: int, role: str) -> RefitRecord:
         """What is kept of it."""
         return RefitRecord(layer, role, self.ridge, self.raised, self.error, self.held_out)
+
+
+def closing_roles(family: Family, targets: Collection[str]) -> list[str]:
+    """Return the projections that close a half of the layer in which one of ``targets`` is reduced."""
+    return [half.output for half in family.halves if half.targets & set(targets)]
+
+
+class LayerRefit:
+    """Refits the projections that close the halves of one reduced layer to the original's residual stream."""
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        index: int,
+        reduced: ReducedLayer,
+        batches: Sequence[Batch],
+        held: Sequence[bool],
+    ) -> None:
+        self._stream, self._index, self._reduced = stream, index, reduced
+        self._batches, self._held = batches, held
+        # What the attention's output projection reads, by batch: it does not change with the projection, so that the
+        # attention runs once.
+        self._attended: tuple[nn.Module, list[Tensor]] | None = None
+
+    def run(
+        self, roles: Sequence[str], middles: Sequence[Tensor], compressed: list[Tensor]
+    ) -> list[RefitRecord]:
+        """Refit each of ``roles`` and take the ``compressed`` stream past the layer, in place.
+
+        The attention's half must bring that stream to ``middles``, where the original is between the halves. The MLP's
+        half must bring it to where the original is behind the layer.
+        """
+        paths, records = {role: self._linear(role) for role in roles}, list[RefitRecord]()
+        for half in self._stream.reader.family.halves:
+            if path := paths.get(half.output):
+                last = half.name == "mlp"
+                goals = (batch.hidden for batch in self._batches) if last else middles
+                records.append(self._refit(half, path, goals, compressed))
+        for i, (batch, hidden, attended, _) in enumerate(self._states(compressed)):
+            out = self._stream.run(self._reduced.module, self._index, batch, hidden, attended=attended)
+            compressed[i] = self._stream.states.keep(out)
+        return records
+
+    def _refit(
+        self, half: Half, path: str, goals: Iterable[Tensor], compressed: Sequence[Tensor]
+    ) -> RefitRecord:
+        """Refit the linear at ``path``, which closes ``half``, to the stream that it should reach."""
+        module, read = self._reduced.module, list[Tensor]()
+        linear = module.get_submodule(path)
+        out, width = self._reduced.state[f"{path}.weight"].shape
+        sums = RefitSum(width, out, self._stream.device)
+        for i, (batch, hidden, attended, (goal,)) in enumerate(self._states(compressed, goals)):
+            with observe(module, {"stream": half.norm, "x": path}, stop_at="x") as seen:
+                self._stream.run(module, self._index, batch, hidden, attended=attended)
+            x, before = self._stream.cast(seen["x"].input), seen["stream"].input
+            sums.add(x, goal, before + self._apply(linear, x), self._held[i])
+            if half.name == "attention":
+                read.append(self._stream.states.keep(x))
+        refit = self._replace(path, sums)
+        if read:
+            self._attended = linear, read
+        return refit.record(self._index, half.output)
+
+    def _states(
+        self, compressed: Sequence[Tensor], *more: Iterable[Tensor]
+    ) -> Iterator[tuple[Batch, Tensor, Tensor | None, tuple[Tensor, ...]]]:
+        """Batches, their compressed stream, what the attention puts out where that is known, and ``more`` of theirs."""
+        linear, read = self._attended or (None, None)
+        lists = [compressed, *([read] if read else []), *more]
+        for batch, (hidden, *others) in zip(self._batches, self._stream.passing(*lists), strict=True):
+            attended = self._apply(linear, others.pop(0)) if linear is not None else None
+            yield batch, hidden, attended, tuple(others)
+
+    @torch.no_grad()
+    def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
+        with self._stream.precision():
+            return linear(x)
+
+    def _replace(self, path: str, sums: RefitSum) -> Refit:
+        """Replace the linear at ``path`` by its refit, in the layer's tensors and in its module alike."""
+        reduced, ranks, dtype = self._reduced, self._stream.ranks, self._stream.reader.dtype
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        sums.reduce(ranks)
+        start = Affine(reduced.state[weight], reduced.state.get(bias))
+        (refit,) = ranks.spread([start], sums.solve)  # by one, so that all have the same to the bit
+        fitted = refit.solution
+        reduced.state[weight] = fitted.weight.to(dtype)
+        if fitted.bias is not None:
+            reduced.state[bias] = fitted.bias.to(dtype)
+        self._stream.filled(reduced.module, reduced.state)
+        return refit
+
+    def _linear(self, role: str) -> str | None:
+        """Path of the linear that a role's module ends in; None where its kind ends in none."""
+        path = self._reduced.paths[role]
+        module = self._reduced.module.get_submodule(path)
+        if not isinstance(module, StructuredLinear):
+            return path
+        last = module.output_linear
+        return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
 
 
 def directions(out: int, device: torch.device) -> Tensor | None:

@@ -18,7 +18,6 @@ from lrc.errors import UserError
 from lrc.maths.linalg import data_error
 from lrc.methods.contract import Affine, EmbeddingProblem, Factors, ProjectionProblem, Solution
 from lrc.methods.shared.tables import table_error
-from lrc.modules import kinds
 from lrc.modules.embedding import embedding_entry
 from lrc.modules.low_rank import LowRankLinear
 from lrc.modules.table import Table, build
@@ -221,10 +220,11 @@ def _factors(solution: Solution) -> Factors:
 
 def _measured(problem: OuterProblem, part: Factors, dtype: torch.dtype) -> Measured:
     """The error of factors as they are stored."""
-    factors = {name: tensor.to(dtype).double() for name, tensor in part.tensors.items()}
+    part = part.to(dtype).to(torch.float64)
     if isinstance(problem, EmbeddingProblem):
+        factors = part.tensors
         error = table_error(problem, problem.table.double() - factors["B"] @ factors["A"])
         return Measured(error.error, error.reference)
     weight, second = problem.matrix.weight, problem.input.second
-    delta = weight.double() - kinds()[part.kind].dense(factors)
+    delta = weight.double() - part.dense
     return Measured(data_error(delta, second), data_error(weight, second))

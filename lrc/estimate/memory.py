@@ -14,7 +14,7 @@ import torch
 
 from lrc.compression.logit_scale import CHUNK_BYTES
 from lrc.compression.refit import held_out_blocks
-from lrc.estimate.workspace import ATTENTION_TARGETS, refit_widths, refit_work, solve_work
+from lrc.estimate.workspace import refit_widths, refit_work, solve_work
 from lrc.families import Architecture
 from lrc.moments.attention import QUERIES
 from lrc.moments.attention_samples import SAMPLES
@@ -102,10 +102,8 @@ class _Run:
         if not layer.assignments:
             return streams
         between = self.stream(self.samples) if self.refits else 0
-        read = 0
-        if self.refits and layer.targets & ATTENTION_TARGETS:
-            tokens = self.samples * self.job.plan.seq_len
-            read = refit_widths(self.architecture, layer)[0] * tokens * self.dtype.itemsize
+        width = refit_widths(self.architecture, layer).get("attention", 0) if self.refits else 0
+        read = width * self.samples * self.job.plan.seq_len * self.dtype.itemsize
         return streams + between + self.stream(self.held_out) + read
 
     def gradient(self, layer: LayerPlan) -> int:
@@ -234,7 +232,7 @@ def _layer(run: _Run, layer: LayerPlan) -> int:
         moments + gradient + reduced + activations + scores,
     ]
     if run.refits:  # a batch with sums that are being added to, then the fit
-        for n in refit_widths(architecture, layer):
+        for n in refit_widths(architecture, layer).values():
             sums = 12 * n * (n + architecture.hidden) + activations
             work.append(reduced + max(refit_work(architecture, n), sums))
     return run.weights + max(work)

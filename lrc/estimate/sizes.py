@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from lrc.checkpoint.headers import StoredTensor
 from lrc.checkpoint.sizes import Size, size_of
 from lrc.families import Architecture
 from lrc.families.family import ATTENTION_ROLES
+from lrc.methods.sizes import SizeValue
 from lrc.modules.table import Table, attention_entry
 from lrc.plan.job import Job
 from lrc.plan.precedence import spans
 from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.walk.needs import solver_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class TargetSize:
     target: str
     method: str
     layers: str
-    size: int
+    size: SizeValue
     options: dict[str, Any]
     kept: int
     whole: int
@@ -65,10 +67,27 @@ def output_size(job: Job) -> Size:
         for name, shape, dtype in _new_tensors(reader.architecture, layer, replaced, reader.dtype):
             tensors[prefix + name] = StoredTensor(shape, dtype, reader.folder)
         if replaced >= set(ATTENTION_ROLES):
-            sizes = {a.target: a.size for a in layer.assignments}
-            qk, v = (sizes.get(name, reader.architecture.head_dim) for name in ("qk", "ov"))
+            widths = {a.target: inner_width(reader.architecture, a) for a in layer.assignments}
+            qk, v = (widths.get(name, reader.architecture.head_dim) for name in ("qk", "ov"))
             table[prefix + family.attention] = attention_entry(qk, v, False)
-    return size_of(tensors.values(), reader.architecture, reader.dtype, table)
+    size = size_of(tensors.values(), reader.architecture, reader.dtype, table)
+    return replace(size, bytes=size.bytes + _packed(job))
+
+
+def inner_width(architecture: Architecture, assignment: Assignment) -> int:
+    """Return the inner dimension that an assignment leaves."""
+    target = (architecture.targets | architecture.outer)[assignment.target]
+    return solver_of(assignment).size.inner(target, assignment.size)
+
+
+def _packed(job: Job) -> int:
+    """Bytes that kept weights take beyond those of as many weights in the checkpoint's precision."""
+    architecture, dtype, beyond = job.reader.architecture, job.reader.dtype, 0
+    targets = architecture.targets | architecture.outer
+    for a in (*job.plan.outer, *(a for layer in job.plan.layers for a in layer.assignments)):
+        taken = solver_of(a).size.bytes(targets[a.target], a.size, a.options, dtype)
+        beyond += taken - a.kept * dtype.itemsize
+    return beyond
 
 
 def _replaced(architecture: Architecture, layer: LayerPlan) -> set[str]:
@@ -89,7 +108,9 @@ def _new_tensors(
         covered |= dict.fromkeys(architecture.targets[a.target].matrices, a)
         found.append((f"{a.target}.weights", (a.kept,), dtype))
         if a.target == "qk" and architecture.family.rotary != "none":
-            found.append(("rotary_columns", (architecture.kv_heads, a.size), torch.int64))
+            found.append(
+                ("rotary_columns", (architecture.kv_heads, inner_width(architecture, a)), torch.int64)
+            )
     for role in sorted(replaced):
         if role not in covered:
             found.append((f"{role}.weight", (architecture.matrices[role].parameters,), dtype))
@@ -106,7 +127,7 @@ def _bias(architecture: Architecture, role: str, assignment: Assignment | None) 
     if not matrix.bias:
         return 0
     if target == "qk" and assignment:
-        return matrix.rows // architecture.head_dim * assignment.size
+        return matrix.rows // architecture.head_dim * inner_width(architecture, assignment)
     if target == "mlp" and assignment and role != architecture.family.mlp_output:
-        return assignment.size
+        return inner_width(architecture, assignment)
     return matrix.rows

@@ -3,77 +3,131 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lrc.errors import UserError
+from lrc.families.refusals import check_supported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Component = Literal["qk", "ov", "mlp"]
+Rotary = Literal[
+    "none", "half", "interleaved"
+]  # "half": dimension i turns with i + D/2; "interleaved": with i + 1
 ATTENTION_ROLES = ("q", "k", "v", "o")
+_COMPONENTS: Mapping[str, tuple[Component, ...]] = {"attention": ("qk", "ov"), "mlp": ("mlp",)}
 
 
 @dataclass(frozen=True)
 class Stored:
     """Where one projection is stored in a decoder layer.
 
-    ``module`` is the path inside the layer; ``fused`` lists the roles that share that module's output rows, in
-    order; ``input_major`` marks weights kept as (in, out), as GPT-2's Conv1D does.
+    ``module`` is the path inside the layer. ``fused`` lists the roles that share that module's output rows, in order:
+    ``stacked`` one behind the other, or ``by_head``, all roles of a head before the next head. ``input_major`` marks
+    weights kept as (in, out), as GPT-2's Conv1D does.
     """
 
     module: str
     fused: tuple[str, ...] = ()
+    order: Literal["stacked", "by_head"] = "stacked"
     input_major: bool = False
 
 
 @dataclass(frozen=True)
+class Half:
+    """One half of a decoder layer: what it adds to the residual stream, and how.
+
+    ``norm`` reads the stream that the half adds to, ``module`` the normed one; paths are inside the layer. ``reads``:
+    the site whose activations each projection reads, by role. ``output``: the role that closes the half. ``post_norm``:
+    the norm of what the module returns, where there is one before it is added.
+    """
+
+    name: Literal["attention", "mlp"]
+    module: str
+    norm: str
+    reads: Mapping[str, str]
+    output: str
+    post_norm: str | None = None
+
+    @property
+    def targets(self) -> set[str]:
+        """What a plan can shrink in it: components and projections."""
+        return {*_COMPONENTS[self.name], *self.reads}
+
+
+@dataclass(frozen=True)
 class Family:
-    """The facts of one ``model_type``; paths of modules are those of its causal language model in transformers."""
+    """The facts of one ``model_type``; paths of modules are those of its causal language model in transformers.
+
+    What is a fact of one model and not of the family is read from its config: ``rotary_share``, ``soft_caps``,
+    ``window`` and ``experts`` are keys of it. ``lrc.families.refusals`` says which facts lrc cannot handle.
+    """
 
     model_type: str
     prefix: str  # of the base model; older checkpoints leave it out of their tensor names
     layers: str
-    attention: str
-    mlp: str
-    mlp_norm: str  # its input is the residual stream between the two halves of the layer
+    halves: tuple[Half, Half]
     projections: Mapping[str, Stored]
     final_norm: str
     embedding: str  # of tokens; the head's weight too where they are tied
-    rotary: Literal["none", "half"]  # "half": dimension i turns with i + head_dim/2
+    rotary: Rotary
+    tiny: Mapping[str, Any]  # config of a small model for the contract tests
     head: str = "lm_head"
     split: Mapping[str, str] = field(default_factory=lambda: {r: f"{r}_proj" for r in ATTENTION_ROLES})
     dropout: str = "attention_dropout"  # attribute of the attention module: the rate on the attention weights
     output_dropout: str | None = None  # module of the attention, behind its output projection
     activation: str = "act_fn"  # attribute of a gated MLP
     norm_epsilon: str | None = None  # attribute of a root-mean-square norm; None for others
+    norm_offset: int = 0  # norms multiply by this plus their weight: 1 where 1 + w is meant
+    qk_norm: Literal["head", "width"] | None = (
+        None  # norm of queries and keys: of each head, or of all together
+    )
+    parallel: bool = False  # both halves add to the stream in front of the layer
+    rotary_share: str | None = None  # the share of a head's dimensions that turn; None: all
+    soft_caps: tuple[str, ...] = ()  # bounds on scores or logits
+    window: str | None = None  # tokens that attention looks back on
+    experts: str | None = None  # number of experts of an MLP
     stale: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and no module reads
     unsupported: Mapping[str, object] = field(
         default_factory=dict
     )  # config key -> the value lrc cannot handle
 
+    def half(self, name: Literal["attention", "mlp"]) -> Half:
+        """Return one half of a layer."""
+        return next(half for half in self.halves if half.name == name)
+
+    @property
+    def attention(self) -> str:
+        """Path of the attention module inside the layer."""
+        return self.half("attention").module
+
+    @property
+    def mlp(self) -> str:
+        """Path of the MLP inside the layer."""
+        return self.half("mlp").module
+
     @property
     def mlp_inputs(self) -> tuple[str, ...]:
         """Roles whose product or activation is the MLP's hidden state."""
-        return ("gate", "up") if "gate" in self.projections else ("fc_in",)
+        return tuple(role for role in self.half("mlp").reads if role != self.mlp_output)
 
     @property
     def mlp_output(self) -> str:
         """Role of the projection that closes the MLP."""
-        return "down" if "gate" in self.projections else "fc_out"
+        return self.half("mlp").output
 
     def component(self, name: Component) -> tuple[str, ...]:
-        """Roles of a component."""
+        """Roles of a component, the one that closes it last."""
         groups = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": (*self.mlp_inputs, self.mlp_output)}
         return groups[name]
 
     def site(self, role: str) -> str:
         """The place whose activations a projection reads."""
-        sites = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in", self.mlp_output: "down_in"}
-        return sites.get(role, "mlp_in")
+        return next(half.reads[role] for half in self.halves if role in half.reads)
 
     @property
     def outer(self) -> dict[str, str]:
@@ -82,9 +136,12 @@ class Family:
 
     @property
     def sites(self) -> dict[str, str]:
-        """Module whose input is observed at each site."""
-        roles = {"attn_in": "q", "o_in": "o", "mlp_in": self.mlp_inputs[0], "down_in": self.mlp_output}
-        return {site: self.projections[role].module for site, role in roles.items()}
+        """Module whose input is observed at each site: that of the first projection which reads it."""
+        found: dict[str, str] = {}
+        for half in self.halves:
+            for role, site in half.reads.items():
+                found.setdefault(site, self.projections[role].module)
+        return found
 
     def split_module(self, role: str) -> str:
         """Path, inside the layer, of a projection once its attention is stored split."""
@@ -99,6 +156,9 @@ class Matrix:
     columns: int
     bias: bool
 
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns} {'with' if self.bias else 'without'} a bias"
+
     @property
     def parameters(self) -> int:
         """Weights, without the bias."""
@@ -112,7 +172,7 @@ class Heads:
     heads: int
     kv_heads: int
     head_dim: int
-    rotary: Literal["none", "half"] = "none"
+    rotary: Rotary = "none"
 
     @property
     def group(self) -> int:
@@ -214,19 +274,15 @@ def _single(role: str, matrix: Matrix) -> Target:
 def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """Read a model's architecture from its config and the shapes of its tensors, by name.
 
-    Raises UserError where a tensor of a projection is missing, or the layers differ in shape.
+    Raises UserError for what lrc cannot do for a family, a tensor that is missing, and layers that differ in shape.
     """
-    for key, value in family.unsupported.items():
-        if getattr(config, key, None) == value:
-            raise UserError(f"config.json: {key}={value!r} is not supported for {family.model_type}")
+    check_supported(family, config)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     per_layer = [_layer_matrices(family, shapes, i, rows) for i in range(config.num_hidden_layers)]
-    for i, matrices in enumerate(per_layer):
-        if matrices != per_layer[0]:
-            raise UserError(f"layer {i} has other shapes than layer 0; lrc needs layers that are alike")
+    _check_alike(family, per_layer)
     tables = {role: shapes.get(f"{path}.weight", ()) for role, path in family.outer.items()}
     return Architecture(
         family=family,
@@ -241,6 +297,17 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
         tables={role: Matrix(*shape, bias=False) for role, shape in tables.items() if shape},
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
     )
+
+
+def _check_alike(family: Family, per_layer: Sequence[Mapping[str, Matrix]]) -> None:
+    for index, matrices in enumerate(per_layer):
+        for role, matrix in matrices.items():
+            if matrix != (first := per_layer[0][role]):
+                module = family.projections[role].module
+                raise UserError(
+                    f"{family.layers}.{index}.{module}.weight is {matrix}, in layer 0 it is {first}; lrc cannot "
+                    "compress layers that differ in shape yet"
+                )
 
 
 def _layer_matrices(

@@ -1,6 +1,6 @@
 """GPT-2: learned positions, biases everywhere, q, k and v fused in one input-major matrix."""
 
-from lrc.families.family import Family, Stored
+from lrc.families.family import Family, Half, Stored
 
 FUSED = ("q", "k", "v")
 
@@ -8,9 +8,22 @@ FAMILY = Family(
     model_type="gpt2",
     prefix="transformer",
     layers="transformer.h",
-    attention="attn",
-    mlp="mlp",
-    mlp_norm="ln_2",
+    halves=(
+        Half(
+            "attention",
+            module="attn",
+            norm="ln_1",
+            reads={"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in"},
+            output="o",
+        ),
+        Half(
+            "mlp",
+            module="mlp",
+            norm="ln_2",
+            reads={"fc_in": "mlp_in", "fc_out": "down_in"},
+            output="fc_out",
+        ),
+    ),
     projections={
         "q": Stored("attn.c_attn", fused=FUSED, input_major=True),
         "k": Stored("attn.c_attn", fused=FUSED, input_major=True),
@@ -22,6 +35,7 @@ FAMILY = Family(
     final_norm="transformer.ln_f",
     embedding="transformer.wte",
     rotary="none",
+    tiny={"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     stale=(".attn.bias", ".attn.masked_bias"),
     dropout="attn_dropout.p",
     output_dropout="resid_dropout",

@@ -1,14 +1,27 @@
 """Llama (arXiv:2302.13971) and what follows its layout: rotary positions, grouped queries, SwiGLU, RMSNorm."""
 
-from lrc.families.family import Family, Stored
+from lrc.families.family import Family, Half, Stored
 
 FAMILY = Family(
     model_type="llama",
     prefix="model",
     layers="model.layers",
-    attention="self_attn",
-    mlp="mlp",
-    mlp_norm="post_attention_layernorm",
+    halves=(
+        Half(
+            "attention",
+            module="self_attn",
+            norm="input_layernorm",
+            reads={"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in"},
+            output="o",
+        ),
+        Half(
+            "mlp",
+            module="mlp",
+            norm="post_attention_layernorm",
+            reads={"gate": "mlp_in", "up": "mlp_in", "down": "down_in"},
+            output="down",
+        ),
+    ),
     projections={
         "q": Stored("self_attn.q_proj"),
         "k": Stored("self_attn.k_proj"),
@@ -21,6 +34,14 @@ FAMILY = Family(
     final_norm="model.norm",
     embedding="model.embed_tokens",
     rotary="half",
+    tiny={
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
     norm_epsilon="variance_epsilon",
     stale=("rotary_emb.inv_freq",),
 )

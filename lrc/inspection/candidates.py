@@ -74,7 +74,7 @@ def _assignment(
     size = solver.size.nearest(target, keep, options)
     if solver.size.refusal(target, size, options):
         return None
-    kept = solver.size.parameters(target, size, options)
+    kept = solver.size.weights(target, size, options)
     if kept >= target.parameters:
         return None
     return Assignment(target.name, method, size, options, kept, target.parameters)

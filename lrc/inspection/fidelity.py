@@ -24,7 +24,6 @@ from lrc.methods.contract import (
 from lrc.methods.shared.pairs import input_moment
 from lrc.methods.shared.scores import by_head
 from lrc.methods.shared.tables import table_error
-from lrc.modules import kinds
 from lrc.modules.low_rank import LowRankLinear
 from lrc.moments.moment import Moment
 
@@ -78,9 +77,9 @@ def _of_projection(problem: ProjectionProblem, part: Affine | Factors) -> Fideli
     if isinstance(part, Affine):
         new, new_bias, kept = part.weight.double(), part.bias, None
     else:
-        factors = {name: tensor.double() for name, tensor in part.tensors.items()}
-        new, new_bias = kinds()[part.kind].dense(factors), part.bias
-        kept = factors["A"] if part.kind == LowRankLinear.kind else None
+        factors = part.to(torch.float64)
+        new, new_bias = factors.dense, part.bias
+        kept = factors.tensors["A"] if part.kind == LowRankLinear.kind else None
     error = _affine_error(weight - new, _shift(bias, new_bias, weight), problem.input)
     found = Fidelity(
         _root(float((weight - new).square().sum()), float(weight.square().sum())),

@@ -151,6 +151,16 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
     return root.solve(right), DAMPING + root.damping
 
 
+def regress_work(n: int, kept: int) -> int:
+    """Return the float64 elements of ``regress`` from ``kept`` of n inputs: C, its damped copy and what it solves."""
+    return 2 * n**2 + max(n**2, n * kept + 4 * kept**2)
+
+
+def column_part(n: int) -> int:
+    """Return the elements of the columns of an (n, n) moment that are in float64 at once."""
+    return min(n**2, COLUMN_BYTES // 8)
+
+
 def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = None) -> tuple[Tensor, float]:
     """Choose ``keep`` columns of W (m, n) by backward elimination under E‖W x − W' x_S‖², refitting W' as it goes.
 

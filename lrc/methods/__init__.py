@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import cache
 
 from lrc.discovery import submodules
-from lrc.methods.contract import Solver
+from lrc.methods.contract import Method, Solver
 
 __all__ = ["Method", "methods"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method by its file's name: what it says of itself in one line, and its solvers by target."""
-
-    name: str
-    summary: str
-    solvers: dict[str, Solver]
 
 
 @cache

@@ -8,17 +8,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lrc.families import Heads
+from lrc.families import Heads, Matrix
 from lrc.maths.alternating import Maps, joint_rows, shared_rows
 from lrc.maths.linalg import (
     best_projector,
+    column_part,
     data_error,
     eliminate_columns,
     gram_root,
     regress,
     regress_kept,
+    regress_work,
 )
-from lrc.methods.contract import Affine, MLPProblem, OVProblem, Prediction, QKProblem, Solution, solves
+from lrc.methods.contract import (
+    Affine,
+    MLPProblem,
+    OVProblem,
+    Prediction,
+    QKProblem,
+    Shapes,
+    Solution,
+    solves,
+)
 from lrc.methods.shared.pairs import errors
 from lrc.methods.shared.scores import ScoreMetric, best_map, fitted_map, kept_pairs
 from lrc.methods.sizes import ComponentRank
@@ -43,6 +54,36 @@ def _refuses_ov(_: Heads, options: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _qk_memory(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
+    q = shapes.target.matrices["q"]
+    return 8 * (2 * q.columns**2 + 3 * q.parameters + 3 * shapes.sampled)
+
+
+def _ov_memory(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
+    """The moment, what the joint fit makes of it, and G."""
+    v, o = shapes.target.matrices["v"], shapes.target.matrices["o"]
+    n, kept = o.columns, shapes.heads.heads * rank
+    alternating = 2 * o.rows * (n + kept) + 3 * n * kept if options.get("subspace") == "joint" else 0
+    work = regress_work(n, kept) + (2 if v.bias or o.bias else 1) * n**2 + 2 * n * kept + 3 * o.parameters
+    return 8 * (work + alternating + _metric_work(o, options))
+
+
+def _mlp_memory(shapes: Shapes, width: int, options: Mapping[str, Any]) -> int:
+    """The moment, its damped copy and what is factored of it, the weight's products, and G."""
+    *_, output = shapes.target.matrices.values()
+    n = output.columns
+    elimination = 3 * n**2 if options.get("select") == "obs" else 0
+    # Rows and columns of C that stay, their factor and what is gathered of them; C itself only a part at a time.
+    work = max(elimination, 5 * width**2 // 2, 3 * column_part(n) // 2)
+    work = max(3 * n**2, n**2 + work) if output.bias else work
+    return 8 * (work + 4 * output.parameters + 2 * output.rows * width + _metric_work(output, options))
+
+
+def _metric_work(output: Matrix, options: Mapping[str, Any]) -> int:
+    """Elements of G, its root and the weight that it multiplies."""
+    return 4 * output.rows**2 + output.parameters if options.get("metric") == "loss" else 0
+
+
 @solves(
     "qk",
     size=ComponentRank(),
@@ -54,6 +95,7 @@ def _refuses_ov(_: Heads, options: Mapping[str, Any]) -> str | None:
     paper=f"{PAPER}; attention and loss metrics: lrc",
     refuses=_refuses_qk,
     rotary="two_sided_svd",
+    memory=_qk_memory,
 )
 def solve_qk(problem: QKProblem, rank: int, *, metric: ScoreMetric = "attention") -> Solution:
     """Keep the ``rank`` dimensions of every head that carry the attention scores.
@@ -81,6 +123,7 @@ def solve_qk(problem: QKProblem, rank: int, *, metric: ScoreMetric = "attention"
     option_needs={("metric", "loss"): "gradients"},
     paper=f"{PAPER}; loss metric, als and joint subspaces: lrc",
     refuses=_refuses_ov,
+    memory=_ov_memory,
 )
 def solve_ov(
     problem: OVProblem,
@@ -171,6 +214,7 @@ def _value_rows(
     size=ComponentRank(),
     option_needs={("metric", "loss"): "gradients"},
     paper=f"{PAPER}; obs: optimal brain surgeon, Hassibi and Stork 1993, for neurons",
+    memory=_mlp_memory,
 )
 def solve_mlp(
     problem: MLPProblem,

@@ -14,8 +14,9 @@ from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
-from lrc.families import Heads
+from lrc.families import Heads, Target
 from lrc.methods.sizes import SizeRule
+from lrc.modules.kind import Factors
 from lrc.moments.moment import Moment
 
 Metric = Literal["weight", "data", "loss"]
@@ -102,15 +103,6 @@ Problem = ProjectionProblem | EmbeddingProblem | QKProblem | OVProblem | MLPProb
 
 
 @dataclass(frozen=True)
-class Factors:
-    """One projection stored as the factors of a kind."""
-
-    kind: str
-    tensors: Mapping[str, Tensor]
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Prediction:
     """A squared error and the squared size of what it is an error of, both means over tokens, in the metric named.
 
@@ -146,9 +138,32 @@ class Solution:
     numerics: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What is known of a problem before its tensors are there: the target and the head geometry.
+
+    ``sampled``: elements of the covariances that go with the sampled queries of one key head.
+    """
+
+    target: Target
+    heads: Heads
+    sampled: int = 0
+
+
 # (problem, size, *, options) -> Solution; the keyword-only parameters are the options a plan may set.
 SolveFunction = Callable[..., Solution]
 Refusal = Callable[[Heads, Mapping[str, Any]], str | None]
+# (shapes, size, options) -> bytes of the float64 working set of a solve, beside the problem and the solution.
+Memory = Callable[[Shapes, Any, Mapping[str, Any]], int]
+
+
+def moment_copies(shapes: Shapes, size: Any, options: Mapping[str, Any]) -> int:
+    """Return the bytes of a few float64 copies of the largest moment and of the weights, and a root of each."""
+    inputs, outputs = (
+        max(getattr(matrix, side) for matrix in shapes.target.matrices.values())
+        for side in ("columns", "rows")
+    )
+    return 8 * (4 * inputs**2 + 4 * shapes.target.parameters + 5 * min(inputs, outputs) ** 2)
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,7 @@ class Solver:
     ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
     full size it gives the map back. ``refuses``: says why it cannot do a family with these options. ``rotary``: the
     method that takes a component's projections one by one where positions are rotary and no entry names the component.
+    ``memory``: what a solve takes.
     """
 
     solve: SolveFunction
@@ -179,6 +195,7 @@ class Solver:
     paper: str
     refuses: Refusal
     rotary: str | None
+    memory: Memory
 
     @property
     def options(self) -> dict[str, Option]:
@@ -193,6 +210,19 @@ class Solver:
         return {*self.needs, *brought}
 
 
+@dataclass(frozen=True)
+class Method:
+    """A method by its file's name: what it says of itself in one line, and its solvers by target."""
+
+    name: str
+    summary: str
+    solvers: Mapping[str, Solver]
+
+    def solver(self, target: str) -> Solver | None:
+        """What solves a target; an embedding is looked up, so no solver of projections will do for it."""
+        return self.solvers.get(target) or (None if target == "embed" else self.solvers.get("projection"))
+
+
 def solves(
     target: Literal["projection", "embed", "qk", "ov", "mlp"],
     *,
@@ -204,11 +234,14 @@ def solves(
     paper: str,
     refuses: Refusal = lambda heads, options: None,
     rotary: str | None = None,
+    memory: Memory = moment_copies,
 ) -> Callable[[SolveFunction], SolveFunction]:
     """Mark a function as a method's solver of one target; the folder scan finds it."""
 
     def mark(function: SolveFunction) -> SolveFunction:
-        solver = Solver(function, target, size, needs, option_needs, metric, exact, paper, refuses, rotary)
+        solver = Solver(
+            function, target, size, needs, option_needs, metric, exact, paper, refuses, rotary, memory
+        )
         function.solver = solver  # type: ignore[attr-defined]
         return function
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -12,17 +12,15 @@ from lrc.families import Target
 from lrc.maths.linalg import DAMPING, best_pair, damped, damped_cholesky
 from lrc.methods.contract import Factors, ProjectionProblem, Solution, solves
 from lrc.methods.shared.pairs import corrected_bias, input_moment, predicted
-from lrc.methods.sizes import Options
+from lrc.methods.sizes import Options, Rank, SizeValue, ranks
 
 BLOCKS = 4
 Blocks = Annotated[int, Ge(1)]
 Rounds = Annotated[int, Ge(0)]
 
 
-class MonarchRank:
+class MonarchRank(Rank):
     """Rank of every block of a ``blocks`` × ``blocks`` grid."""
-
-    word = "rank"
 
     def full(self, target: Target, options: Options) -> int:
         (matrix,) = target.matrices.values()
@@ -31,10 +29,13 @@ class MonarchRank:
     def nearest(self, target: Target, keep: float, options: Options) -> int:
         return max(int(keep * target.parameters / self._unit(target, options)), 1)
 
-    def parameters(self, target: Target, size: int, options: Options) -> int:
+    def weights(self, target: Target, size: Any, options: Options) -> int:
         return size * self._unit(target, options)
 
-    def refusal(self, target: Target, size: int, options: Options) -> str | None:
+    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
+        return ranks(self.full(target, options), self._unit(target, options), target.parameters, multiple)
+
+    def refusal(self, target: Target, size: Any, options: Options) -> str | None:
         (matrix,) = target.matrices.values()
         blocks = options.get("blocks", BLOCKS)
         if blocks < 1 or matrix.rows % blocks or matrix.columns % blocks:
@@ -44,7 +45,7 @@ class MonarchRank:
             return f"rank {size} keeps nothing; the smallest is 1"
         if size > self.full(target, options):
             return f"rank {size} is above the full rank of a block; it has {self.full(target, options)}"
-        if self.parameters(target, size, options) > target.parameters:
+        if self.weights(target, size, options) > target.parameters:
             largest = target.parameters // self._unit(target, options)
             return f"blocks of rank {size} are larger than the matrix itself; the largest that are not have {largest}"
         return None

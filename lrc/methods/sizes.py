@@ -1,69 +1,101 @@
-"""The arithmetic between a kept fraction, a size and a parameter count."""
+"""Sizes: what a method keeps of a target, in the method's own type, with the weights and bytes that it takes."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
+import torch
+
+from lrc.errors import as_text_number
 from lrc.families import Target
 
 Options = Mapping[str, Any]
+Scalar = int | str
+# What JSON can hold and a dictionary can be keyed by; lists of a plan are read as tuples.
+SizeValue = Scalar | tuple[Scalar | tuple[Scalar, ...], ...]
 
 _ALIGNED, _WIDE = 8, 1024
 
 
-def even_step(full: int, step: int = 1) -> int:
-    """The step between sizes that are chosen for the user, of a target of size ``full`` with legal steps of ``step``.
+class SizeRule(ABC):
+    """How one method measures what it keeps of a target; ``word`` is the key of the size in a plan, beside ``keep``."""
 
-    Matrix units take rows of 16 bytes, eight half-precision numbers, and run other widths at half the speed or less.
-    Eight is under a hundredth of a wide target's size, and a coarse choice of a narrow one's.
-    """
-    return math.lcm(step, _ALIGNED) if full >= _WIDE else step
+    word: ClassVar[str]
 
+    @abstractmethod
+    def read(self, value: object) -> SizeValue:
+        """Return the size that a value of a plan's YAML stands for; ValueError says what is wrong with the value."""
 
-class SizeRule(Protocol):
-    """How one method measures size; ``word`` is the key a plan uses for it, next to ``keep``."""
+    @abstractmethod
+    def full(self, target: Target, options: Options) -> SizeValue:
+        """Return the size at which the method gives the target back."""
 
-    word: str
+    @abstractmethod
+    def nearest(self, target: Target, keep: float, options: Options) -> SizeValue:
+        """Return a legal size that keeps about ``keep`` of the target's weights, of several the fastest to run.
 
-    def full(self, target: Target, options: Options) -> int:
-        """The size at which the method gives the target back."""
-        ...
-
-    def nearest(self, target: Target, keep: float, options: Options) -> int:
-        """A legal size whose parameter count is about ``keep`` times the target's.
-
-        Of a component it is the nearest, which may keep more; of factors the largest that keeps no more; of wide
-        targets a multiple of eight (``even_step``). It is the smallest legal one where that is above.
+        It is the smallest legal size where that keeps more.
         """
-        ...
 
-    def parameters(self, target: Target, size: int, options: Options) -> int:
-        """Weights kept at a size."""
-        ...
+    @abstractmethod
+    def refusal(self, target: Target, size: SizeValue, options: Options) -> str | None:
+        """Return why a size is not legal for a target, with the nearest that is; None if it is legal."""
 
-    def refusal(self, target: Target, size: int, options: Options) -> str | None:
-        """Why a size is not legal for a target, naming the nearest that is; None if it is."""
-        ...
+    @abstractmethod
+    def weights(self, target: Target, size: SizeValue, options: Options) -> int:
+        """Return the number of weights kept at a size."""
+
+    @abstractmethod
+    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
+        """Return the legal sizes that save weights, ascending in weights: those that run fast.
+
+        ``multiple``: those that are multiples of it instead, where sizes are numbers; all legal ones at 1.
+        """
+
+    def bytes(self, target: Target, size: SizeValue, options: Options, dtype: torch.dtype) -> int:
+        """Return the bytes that the kept weights take in a checkpoint of ``dtype``, without biases."""
+        return self.weights(target, size, options) * dtype.itemsize
+
+    def inner(self, target: Target, size: SizeValue) -> int:
+        """Return the inner dimension left at a size: of a component, for qk and ov per head, or between two factors."""
+        return target.full
 
 
-class ComponentRank:
-    """Kept inner dimension of a component: per head for qk and ov, neurons for mlp."""
+class Rank(SizeRule):
+    """A size that is a whole number, the inner dimension that is kept."""
 
     word = "rank"
+
+    def read(self, value: object) -> int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise ValueError(as_text_number(value) or f"{value!r} is not a whole number")
+
+    def inner(self, target: Target, size: Any) -> int:
+        return size
+
+
+class ComponentRank(Rank):
+    """Kept inner dimension of a component: per head for qk and ov, neurons for mlp."""
 
     def full(self, target: Target, options: Options) -> int:
         return target.full
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        step = even_step(target.full, target.step)
+        """Return the nearest legal size, which may keep more than ``keep``."""
+        step = math.lcm(target.step, fast_step(target.full))
         return min(max(round(keep * target.full / step), 1) * step, target.full)
 
-    def parameters(self, target: Target, size: int, options: Options) -> int:
+    def weights(self, target: Target, size: Any, options: Options) -> int:
         return size * target.unit
 
-    def refusal(self, target: Target, size: int, options: Options) -> str | None:
+    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
+        return ranks(target.full, target.unit, target.parameters, multiple, target.step)
+
+    def refusal(self, target: Target, size: Any, options: Options) -> str | None:
         if size < 1:
             return f"rank {size} keeps nothing; the smallest is {target.step}"
         if size > target.full:
@@ -75,22 +107,24 @@ class ComponentRank:
         return None
 
 
-class PairRank:
+class PairRank(Rank):
     """Rank of a pair of thin matrices in place of one matrix."""
-
-    word = "rank"
 
     def full(self, target: Target, options: Options) -> int:
         return target.full
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        rank, step = int(keep * target.parameters / target.unit), even_step(target.full)
+        """Return the largest fast rank that keeps no more than ``keep``."""
+        rank, step = int(keep * target.parameters / target.unit), fast_step(target.full)
         return max(rank - rank % step if rank > step else rank, 1)
 
-    def parameters(self, target: Target, size: int, options: Options) -> int:
+    def weights(self, target: Target, size: Any, options: Options) -> int:
         return size * target.unit
 
-    def refusal(self, target: Target, size: int, options: Options) -> str | None:
+    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
+        return ranks(target.full, target.unit, target.parameters, multiple)
+
+    def refusal(self, target: Target, size: Any, options: Options) -> str | None:
         largest = target.parameters // target.unit
         if size < 1:
             return f"rank {size} keeps nothing; the smallest is 1"
@@ -99,3 +133,31 @@ class PairRank:
         if size * target.unit > target.parameters:
             return f"a pair of rank {size} is larger than the matrix; the largest that is not is {largest}"
         return None
+
+
+def fast_step(full: int) -> int:
+    """Return the step between ranks that are chosen for the user, of a target whose full rank is ``full``.
+
+    Matrix units take rows of 16 bytes, eight half-precision numbers, and run other widths at half the speed or less.
+    Eight is under a hundredth of a wide target's size, and a coarse choice of a narrow one's.
+    """
+    return _ALIGNED if full >= _WIDE else 1
+
+
+def ranks(full: int, unit: int, whole: int, multiple: int | None, step: int = 1) -> list[SizeValue]:
+    """Return the multiples of ``step`` below ``full`` whose ``unit`` weights each are fewer than ``whole``.
+
+    Those that are also multiples of ``multiple``, by default of the ``fast_step``.
+    """
+    step = math.lcm(step, multiple or fast_step(full))
+    return list(range(step, min(full - 1, (whole - 1) // unit) + 1, step))
+
+
+def as_size(value: Any) -> Any:
+    """Return a ``SizeValue`` as it was before JSON made lists of its tuples."""
+    return tuple(as_size(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def size_text(size: SizeValue) -> str:
+    """Return a size as people write it: ``32``, ``4 x 8``."""
+    return " x ".join(size_text(each) for each in size) if isinstance(size, tuple) else str(size)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from lrc.maths.linalg import best_pair
 from lrc.methods.contract import EmbeddingProblem, ProjectionProblem, Solution, solves
-from lrc.methods.shared.pairs import pair_solution
+from lrc.methods.shared.pairs import pair_memory, pair_solution
 from lrc.methods.shared.tables import table_solution
 from lrc.methods.sizes import PairRank
 
 
-@solves("projection", size=PairRank(), metric="weight", paper="Eckart and Young 1936; Mirsky 1960")
+@solves(
+    "projection",
+    size=PairRank(),
+    metric="weight",
+    paper="Eckart and Young 1936; Mirsky 1960",
+    # Blind to the data, it still needs the moment to predict what it does.
+    memory=lambda shapes, size, options: pair_memory(shapes, moments=1, gradients=0),
+)
 def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:
     """W_r = U_r Σ_r V_rᵀ with squared weight error Σ_{i>r} σ_i².
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lrc.methods.contract import ProjectionProblem, Solution, solves
-from lrc.methods.shared.pairs import input_moment, pair_solution
+from lrc.methods.shared.pairs import input_moment, pair_memory, pair_solution
 from lrc.methods.sizes import PairRank
 
 
@@ -12,6 +12,7 @@ from lrc.methods.sizes import PairRank
     size=PairRank(),
     needs=("moments", "gradients"),
     metric="loss",
+    memory=lambda shapes, size, options: pair_memory(shapes, moments=4, gradients=3),
     paper="Kronecker-factored curvature, arXiv:1503.05671, as the metric of a truncated SVD",
 )
 def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lrc.errors import UserError
 from lrc.families import Family, families
+from lrc.families.refusals import check_supported
 from lrc.modules.fused.shared_input import SharesInput
 
 PREFIX = "Lrc"
@@ -114,9 +115,7 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
     for a config or an entry that reduced attention cannot run.
     """
     config: Any = module.config
-    for key, value in family.unsupported.items():
-        if getattr(config, key, None) == value:
-            raise UserError(f"config.json: {key}={value!r} is not supported for {family.model_type}")
+    check_supported(family, config)
     if not hasattr(module, "scaling"):
         raise UserError(f"compressed attention of {family.model_type} needs transformers 5.4 or newer")
     qk, rotary, full = entry["qk"], family.rotary != "none", module.head_dim

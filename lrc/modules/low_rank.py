@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from lrc.modules.kind import Entry, StructuredLinear
+from lrc.modules.kind import Entry, Held, StructuredLinear
 
 
 class LowRankLinear(StructuredLinear):
@@ -15,6 +15,7 @@ class LowRankLinear(StructuredLinear):
 
     kind = "low_rank"
     factor_names = ("A", "B")
+    tiny: ClassVar = {"in": 12, "out": 20, "rank": 5}
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
@@ -33,18 +34,18 @@ class LowRankLinear(StructuredLinear):
         return cls(entry["in"], entry["out"], entry["rank"], entry["bias"])
 
     @classmethod
-    def entry(cls, factors: Mapping[str, Tensor], bias: bool) -> Entry:
+    def entry(cls, factors: Held, bias: bool) -> Entry:
         (rank, columns), rows = factors["A"].shape, factors["B"].shape[0]
         return {"kind": cls.kind, "in": columns, "out": rows, "rank": rank, "bias": bias}
 
-    def load_factors(self, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    def load_factors(self, factors: Held, bias: Tensor | None) -> None:
         self.A.weight, self.B.weight = nn.Parameter(factors["A"]), nn.Parameter(factors["B"])
         self.weight = factors["A"].new_empty(0)
         if bias is not None:
             self.B.bias = nn.Parameter(bias)
 
     @staticmethod
-    def dense(factors: Mapping[str, Tensor]) -> Tensor:
+    def dense(factors: Held) -> Tensor:
         return factors["B"] @ factors["A"]
 
     @staticmethod

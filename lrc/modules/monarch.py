@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lrc.modules.kind import Entry, StructuredLinear
+from lrc.modules.kind import Entry, Held, StructuredLinear
 
 
 class MonarchLinear(StructuredLinear):
@@ -21,6 +21,7 @@ class MonarchLinear(StructuredLinear):
 
     kind = "monarch"
     factor_names = ("L", "R")
+    tiny: ClassVar = {"in": 12, "out": 20, "blocks": 4, "rank": 2}
     steps = 3
 
     def __init__(self, in_features: int, out_features: int, blocks: int, rank: int, bias: bool) -> None:
@@ -49,7 +50,7 @@ class MonarchLinear(StructuredLinear):
         return cls(entry["in"], entry["out"], entry["blocks"], entry["rank"], entry["bias"])
 
     @classmethod
-    def entry(cls, factors: Mapping[str, Tensor], bias: bool) -> Entry:
+    def entry(cls, factors: Held, bias: bool) -> Entry:
         blocks, stacked, columns = factors["R"].shape
         return {
             "kind": cls.kind,
@@ -60,14 +61,14 @@ class MonarchLinear(StructuredLinear):
             "bias": bias,
         }
 
-    def load_factors(self, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    def load_factors(self, factors: Held, bias: Tensor | None) -> None:
         self.L, self.R = nn.Parameter(factors["L"]), nn.Parameter(factors["R"])
         self.weight = factors["L"].new_empty(0)
         if bias is not None:
             self.bias = nn.Parameter(bias)
 
     @staticmethod
-    def dense(factors: Mapping[str, Tensor]) -> Tensor:
+    def dense(factors: Held) -> Tensor:
         blocks = factors["R"].shape[0]
         left = factors["L"].unflatten(2, (blocks, -1))  # (j, s, k, rank)
         right = factors["R"].unflatten(1, (blocks, -1))  # (k, j, rank, p)

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from lrc.errors import UserError, nearest
 from lrc.families import Family
-from lrc.modules import kinds
 from lrc.modules.attention import ReducedAttention, reduce_attention
 from lrc.modules.embedding import EMBEDDING, FactorizedEmbedding
-from lrc.modules.kind import Entry
+from lrc.modules.kind import Entry, kind_of, kinds, with_nested
 
 Table = dict[str, Entry]
 
@@ -58,7 +57,7 @@ def build(entry: Mapping[str, Any], like: Tensor) -> nn.Module:
         elif entry["kind"] == EMBEDDING:
             module = FactorizedEmbedding.from_entry(entry)
         else:
-            module = kinds()[entry["kind"]].from_entry(entry)
+            module = kind_of(entry).from_entry(entry)
     return module.to(like.dtype).to_empty(device=like.device)
 
 
@@ -78,13 +77,13 @@ def attention_entry(qk: int, v: int, rotary_columns: bool) -> Entry:
 def _check(table: Mapping[str, Mapping[str, Any]], family: Family) -> None:
     known = {ATTENTION, DENSE, EMBEDDING, *kinds()}
     for path, entry in table.items():
-        kind = entry.get("kind")
-        if kind not in known:
-            raise UserError(
-                f"{path!r} is stored as {kind!r}, which this lrc does not know; {nearest(str(kind), known)}; "
-                "a newer lrc may: pip install --upgrade lrc"
-            )
-        if kind == ATTENTION:
+        for kind in (each.get("kind") for each in with_nested(entry)):
+            if kind not in known:
+                raise UserError(
+                    f"{path!r} is stored as {kind!r}, which this lrc does not know; {nearest(str(kind), known)}; "
+                    "a newer lrc may: pip install --upgrade lrc"
+                )
+        if entry["kind"] == ATTENTION:
             for name in family.split.values():
                 if f"{path}.{name}" not in table:
                     raise UserError(

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lrc.errors import as_text_number, nearest
-from lrc.plan.solver import SolverData
+from lrc.methods.contract import Solver
 
 
-def read_options(own: Mapping[str, Any], solver: SolverData) -> tuple[dict[str, Any], dict[str, str]]:
+def read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any], dict[str, str]]:
     """Every option of a solver with the entry's value or its default, and what is wrong, by key."""
     known, wrong = solver.options, {}
     values = {name: option.default for name, option in known.items()}

@@ -16,12 +16,13 @@ from typing import Any, get_args
 from lrc.errors import nearest
 from lrc.families import Architecture
 from lrc.families.family import Component
+from lrc.methods import Method
+from lrc.methods.contract import Solver
 from lrc.plan.document import Document, Path, dotted
 from lrc.plan.schema import Entry, Keep, Plan, Rule
-from lrc.plan.solver import MethodData, SolverData, find_solver
 
 COMPONENTS: tuple[Component, ...] = get_args(Component)
-Methods = Mapping[str, MethodData]
+Methods = Mapping[str, Method]
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Wish:
     method_path: Path
     keep_path: Path
 
-    def solver(self, methods: Methods) -> SolverData | None:
+    def solver(self, methods: Methods) -> Solver | None:
         """What solves the target, or takes it apart into single projections."""
         method = methods.get(self.method)
-        return None if method is None else find_solver(method, self.target)
+        return None if method is None else method.solver(self.target)
 
     def sized(self, methods: Methods) -> bool:
         """Whether its entry says a size of its own."""

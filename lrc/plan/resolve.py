@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
-from lrc.errors import as_text_number, nearest
+from lrc.errors import nearest
 from lrc.families import Architecture
+from lrc.methods.contract import Solver
+from lrc.methods.sizes import SizeValue, size_text
 from lrc.plan.document import Document, Path, dotted, read_document
 from lrc.plan.options import read_options
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan, read_plan
-from lrc.plan.solver import SolverData, find_solver
 from lrc.plan.unsized import refuse_no_budget, refuse_sizes
 
 MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
@@ -145,7 +146,7 @@ class _Assigner:
             return None
         self._check_needs(wish, solver, options)
         if word in wish.own:
-            size = self._whole_number(wish.own[word], path)
+            size = self._read(solver, wish.own[word], path)
         else:
             size = solver.size.nearest(target, wish.keep, options)
         if size is None:
@@ -154,13 +155,15 @@ class _Assigner:
             place = path if word in wish.own or not wish.own else wish.path
             self.document.mistake(place, refusal if wish.target in place else f"{wish.target}: {refusal}")
             return None
-        kept = solver.size.parameters(target, size, options)
+        kept = solver.size.weights(target, size, options)
         if kept < target.parameters:
             return Assignment(wish.target, wish.method, size, options, kept, target.parameters)
         if word not in wish.own:
             self.warn(path, f"{wish.keep:g} of {wish.target} is nearest to all of it; it stays whole", index)
         elif wish.target not in COMPONENTS:
-            self.warn(path, f"{word} {size} saves nothing for {wish.target}; it stays dense", index)
+            self.warn(
+                path, f"{word} {size_text(size)} saves nothing for {wish.target}; it stays dense", index
+            )
         return None
 
     def warn(self, path: Path, message: str, index: int | None) -> None:
@@ -180,7 +183,7 @@ class _Assigner:
         ]
         return tuple(message for _, message in sorted(told))
 
-    def _solver(self, wish: Wish) -> SolverData | None:
+    def _solver(self, wish: Wish) -> Solver | None:
         """The solver of a wish, None where there is none or none is needed."""
         if wish.method not in self.methods:
             hint = nearest(wish.method, self.methods)
@@ -189,7 +192,7 @@ class _Assigner:
         solver = wish.solver(self.methods)
         if solver is None and (wish.own or wish.keep < 1):
             kind = wish.target if wish.target in COMPONENTS else "projection"
-            able = [name for name, method in self.methods.items() if find_solver(method, wish.target)]
+            able = [name for name, method in self.methods.items() if method.solver(wish.target)]
             has = ", ".join(self.methods[wish.method].solvers)
             named = wish.target if kind == wish.target else f"{wish.target}, a single projection"
             self.document.mistake(
@@ -198,13 +201,13 @@ class _Assigner:
             )
         return solver
 
-    def _check_needs(self, wish: Wish, solver: SolverData, options: dict[str, Any]) -> None:
+    def _check_needs(self, wish: Wish, solver: Solver, options: dict[str, Any]) -> None:
         missing = sorted(set(solver.needs) - set(self.collectors))
         if missing:
             others = [
                 name
                 for name, method in self.methods.items()
-                if (other := find_solver(method, wish.target)) and set(other.needs) <= set(self.collectors)
+                if (other := method.solver(wish.target)) and set(other.needs) <= set(self.collectors)
             ]
             needs = f"{wish.method!r} needs {', '.join(missing)}, which lrc does not collect yet{self.where}"
             self.document.mistake(
@@ -220,8 +223,9 @@ class _Assigner:
                 wish.path or wish.method_path, f"{wish.method!r} cannot do this model: {refusal}"
             )
 
-    def _whole_number(self, value: Any, path: Path) -> int | None:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        self.document.mistake(path, as_text_number(value) or f"{value!r} is not a whole number")
-        return None
+    def _read(self, solver: Solver, value: Any, path: Path) -> SizeValue | None:
+        try:
+            return solver.size.read(value)
+        except ValueError as error:
+            self.document.mistake(path, str(error))
+            return None

@@ -13,11 +13,14 @@ _DECODER, _TABLES = "decoder", {"embed": "embedding", "lm_head": "head"}  # as p
 
 @dataclass(frozen=True)
 class Assignment:
-    """One target to shrink, of a layer or outside, with all options of its solver; ``kept``, ``whole`` in weights."""
+    """One target to shrink, of a layer or outside, with all options of its solver; ``kept``, ``whole`` in weights.
+
+    ``size`` is a ``lrc.methods.sizes.SizeValue`` of the method's own type.
+    """
 
     target: str
     method: str
-    size: int
+    size: Any
     options: dict[str, Any]
     kept: int
     whole: int

@@ -9,7 +9,6 @@ from lrc.plan.document import flow
 from lrc.plan.precedence import Methods, spans
 from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.plan.schema import OUTSIDE, WHOLE, Plan
-from lrc.plan.solver import find_solver
 
 
 def plan_text(values: Mapping[str, Any]) -> str:
@@ -52,7 +51,7 @@ def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) 
 def _entry(assignment: Assignment, plan: Plan, methods: Methods) -> Any:
     if assignment.kept == assignment.whole:
         return WHOLE
-    solver = find_solver(methods[assignment.method], assignment.target)
+    solver = methods[assignment.method].solver(assignment.target)
     assert solver is not None  # or it would not have been assigned
     defaults = {name: option.default for name, option in solver.options.items()}
     own = {name: value for name, value in assignment.options.items() if value != defaults[name]}

@@ -16,6 +16,7 @@ from lrc.compression.refit import RefitRecord
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.methods.contract import Prediction
+from lrc.methods.sizes import SizeValue, as_size
 from lrc.plan.resolved import Share
 
 REPORT = "report.json"
@@ -44,7 +45,7 @@ class TargetRecord:
 
     target: str
     method: str
-    size: int
+    size: SizeValue
     options: dict[str, Any]
     kept: int
     whole: int
@@ -56,11 +57,12 @@ class TargetRecord:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> TargetRecord:
         """The record of ``lrc.compression.finish.target_records``."""
-        both = {
+        typed = {
             "predicted": Prediction(**record["predicted"]),
             "measured": Measured(**record["measured"]),
+            "size": as_size(record["size"]),
         }
-        return cls(**{**record, **both})
+        return cls(**{**record, **typed})
 
 
 @dataclass(frozen=True)

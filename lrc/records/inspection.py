@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lrc.methods.sizes import SizeValue
 from lrc.records.compression import plain
 
 INSPECTION_VERSION = 2
@@ -64,7 +65,7 @@ class Estimate:
     keep: float
     method: str
     options: dict[str, Any]
-    size: int
+    size: SizeValue
     kept: int
     whole: int
     error: float
@@ -108,7 +109,7 @@ class Held:
     """
 
     method: str
-    size: int | None
+    size: SizeValue | None
     kept: int
     whole: int
     reconstruction: float | None

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lrc.methods.sizes import SizeValue, size_text
+
 
 @dataclass(frozen=True)
 class Strip:
-    """Sizes of one target by layer; None where the plan leaves a layer's to itself, which keeps it whole."""
+    """Sizes of one target by layer; None where the plan leaves a layer's to itself, which keeps it whole.
+
+    ``keeps``: the share of its weights that each keeps.
+    """
 
     target: str
-    full: int
-    sizes: list[int | None]
+    full: SizeValue
+    sizes: list[SizeValue | None]
+    keeps: list[float]
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class TableSize:
     """Size of the embedding or the head, ``kept`` of whose ``whole`` weights stay."""
 
     target: str
-    size: int
+    size: SizeValue
     kept: int
     whole: int
 
@@ -29,7 +35,7 @@ class TableSize:
         """The same in words."""
         if self.kept == self.whole:
             return f"{self.target} stays whole"
-        return f"{self.target}: size {self.size}, {self.kept / self.whole:.1%} of its weights"
+        return f"{self.target}: size {size_text(self.size)}, {self.kept / self.whole:.1%} of its weights"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from lrc.report.rows import (
     facts,
     kept_text,
     refits_table,
-    size_text,
+    size_ends,
+    size_span,
     stages_table,
     targets_table,
 )
@@ -99,7 +100,7 @@ def _kept(report: Report) -> Iterator[Picture]:
         at = {record.layer: record for record in records}
         here = [at.get(place) for place in ([None] if None in at else range(report.layers))]
         fractions = [1.0 if record is None else record.kept / record.whole for record in here]
-        sizes = size_text([record.size for record in records])
+        sizes = size_span(*size_ends(records))
         rows.append(Row(target, fractions, [record and record.method for record in here], sizes))
     if rows:
         caption = (

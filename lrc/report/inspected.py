@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lrc.methods import methods
 from lrc.plan.precedence import spans
 from lrc.records.inspection import Choice, Conditioning, Estimate, Held, Inspected, Inspection
-from lrc.report.rows import size_text
+from lrc.report.rows import size_span
 from lrc.report.table import Table, table
 from lrc.report.tables import seconds_line, warning_lines
 
@@ -76,7 +76,7 @@ def spectra_table(groups: Groups) -> Table:
                 str(each[0].plain.full),
                 *(f"{fmean([s.effective_rank for s in kind]):.1f}" for kind in (plain, whitened)),
                 *(f"{fmean([s.stable_rank for s in kind]):.2f}" for kind in (plain, whitened)),
-                size_text([s.rank_99 for s in whitened]),
+                _span([s.rank_99 for s in whitened]),
             ]
         )
     headings = (
@@ -106,7 +106,7 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
         [
             name,
             str(each[0].width),
-            size_text([one.numerical_rank for one in each]),
+            _span([one.numerical_rank for one in each]),
             *(_range([getattr(one, key) for one in each]) for key in ("condition", "damped", "damping")),
             f"{each[0].tokens:,}",
         ]
@@ -185,7 +185,8 @@ def held_table(groups: Groups, against: str) -> Table:
         for held in (one.held for one in each if one.held is not None):
             found.setdefault(held.method, []).append(held)
         for method, held in found.items():
-            sizes = [h.size for h in held if h.size is not None]
+            sized = sorted((h for h in held if h.size is not None), key=lambda each: each.kept)
+            sizes = [h.size for h in sized if h.size is not None]
             predicted = " nats KL" if held[0].recorded_unit == "nats KL" else ""
             measured = " nats KL" if any(h.kl is not None for h in held) else ""
             rows.append(
@@ -197,7 +198,7 @@ def held_table(groups: Groups, against: str) -> Table:
                     _folded([h.reconstruction for h in held]),
                     _folded([h.overlap for h in held], plain=True),
                     f"{sum(h.kept for h in held) / sum(h.whole for h in held):.1%}",
-                    size_text(sizes) if sizes else "",
+                    size_span(sizes[0], sizes[-1]) if sizes else "",
                     _folded([h.recorded_predicted for h in held], predicted),
                     _folded([h.recorded_measured for h in held], measured),
                 ]
@@ -241,6 +242,10 @@ def _folded(values: Iterable[float | None], unit: str = "", *, plain: bool = Fal
         if unit
         else f"{(fmean(there) if plain else fmean(v * v for v in there) ** 0.5):.4f}"
     )
+
+
+def _span(values: Sequence[int]) -> str:
+    return size_span(min(values), max(values))
 
 
 def _range(values: Sequence[float]) -> str:

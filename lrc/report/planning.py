@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from lrc.plan.resolved import weights_of
-from lrc.records.planning import Planning, Strip, cost_text
+from lrc.records.planning import Planning, cost_text
 from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+from lrc.methods.sizes import size_text
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLOURS = ("red", "dark_orange", "yellow", "green")
@@ -32,8 +33,10 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
             column.justify = "right"
         for strip in plan.strips:
             sizes = [strip.full if size is None else size for size in strip.sizes]
-            mean = sum(sizes) / len(sizes)
-            table.add_row(strip.target, _bars(strip, sizes), str(min(sizes)), f"{mean:.1f}", str(strip.full))
+            _, least = min(zip(strip.keeps, sizes, strict=True), key=lambda each: each[0])
+            numbers = [size for size in sizes if isinstance(size, int)]
+            mean = f"{sum(numbers) / len(numbers):.1f}" if len(numbers) == len(sizes) else ""
+            table.add_row(strip.target, _bars(strip.keeps), size_text(least), mean, size_text(strip.full))
         if plan.strips:
             yield table
         yield from (outside.text for outside in plan.tables)
@@ -46,10 +49,10 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
     yield from warning_lines(planning.warnings)
 
 
-def _bars(strip: Strip, sizes: list[int]) -> Text:
+def _bars(keeps: Sequence[float]) -> Text:
     bars = Text()
-    for size in sizes:
+    for keep in keeps:
         # The last of the marks is for what is whole.
-        bar, colour = (marks[int(size / strip.full * (len(marks) - 1))] for marks in (_BARS, _COLOURS))
+        bar, colour = (marks[int(keep * (len(marks) - 1))] for marks in (_BARS, _COLOURS))
         bars.append(bar, colour)
     return bars

@@ -10,6 +10,7 @@ from typing import Any
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.compression.measure import Measured
 from lrc.methods.contract import Prediction
+from lrc.methods.sizes import SizeValue, size_text
 from lrc.records.compression import PerplexityChange, Report, TargetRecord
 from lrc.report.table import Table, table
 
@@ -77,11 +78,11 @@ _OUTCOME = ("predicted error:n", "measured error:n", "kept:n", "size:n:m")
 
 
 def _outcome(records: Sequence[TargetRecord]) -> list[str]:
-    kept = sum(r.kept for r in records) / sum(r.whole for r in records)
+    kept, ends = sum(r.kept for r in records) / sum(r.whole for r in records), size_ends(records)
     return [
         *_errors(records),
         f"{kept:.1%}",
-        size_text([r.size for r in records]) + size_unit(records[0].target),
+        size_span(*ends) + size_unit(records[0].target, ends[1]),
     ]
 
 
@@ -98,15 +99,22 @@ def _errors(records: Sequence[TargetRecord]) -> tuple[str, str]:
     return predicted, f"{_relative(measured):.4f}" if all(m.error is not None for m in measured) else ""
 
 
-def size_text(sizes: Sequence[int]) -> str:
-    """Return the size, or the least and the largest."""
-    least, most = min(sizes), max(sizes)
-    return f"{least}" if least == most else f"{least}-{most}"
+def size_span(smallest: SizeValue, largest: SizeValue) -> str:
+    """Return a size, or the smallest and the largest."""
+    ends = [size_text(smallest), *([size_text(largest)] if largest != smallest else [])]
+    return "-".join(ends)
 
 
-def size_unit(target: str) -> str:
-    """Return what follows the size of a target: nothing where the size is a rank."""
-    return {"mlp": " neurons", "qk": " per head", "ov": " per head"}.get(target, "")
+def size_ends(records: Iterable[TargetRecord]) -> tuple[SizeValue, SizeValue]:
+    """Return the sizes that keep the fewest and the most weights."""
+    ordered = sorted(records, key=lambda record: record.kept)
+    return ordered[0].size, ordered[-1].size
+
+
+def size_unit(target: str, size: SizeValue) -> str:
+    """Return what follows the size of a target: nothing where it is a rank, or more than one number."""
+    units = {"mlp": " neurons", "qk": " per head", "ov": " per head"}
+    return "" if isinstance(size, tuple) else units.get(target, "")
 
 
 def refits_table(report: Report) -> Table:

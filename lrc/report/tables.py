@@ -11,6 +11,7 @@ from lrc.evaluation.bootstrap import RESAMPLES, Estimate
 from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import TaskScore
+from lrc.methods.sizes import size_text
 from lrc.records.benchmark import Bench
 from lrc.records.check import Check
 from lrc.records.comparison import Comparison, Evaluated
@@ -76,7 +77,7 @@ def resolution(check: Check) -> Iterator[RenderableType]:
             row.layers,
             row.target,
             row.method,
-            f"{row.size}{size_unit(row.target)}",
+            size_text(row.size) + size_unit(row.target, row.size),
             f"{row.kept:,}",
             f"{row.whole:,}",
             f"{row.kept / row.whole:.1%}",

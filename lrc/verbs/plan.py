@@ -229,5 +229,15 @@ def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
 
 def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
     """A target's sizes out of the largest that its methods have."""
-    full = max(solver_of(a).size.full(target, a.options) for a in layers if a)
-    return Strip(target.name, full, [a and (a.size if a.kept < a.whole else full) for a in layers])
+    fulls = []
+    for a in filter(None, layers):
+        rule = solver_of(a).size
+        full = rule.full(target, a.options)
+        fulls.append((rule.weights(target, full, a.options), full))
+    _, largest = max(fulls, key=lambda each: each[0])
+    sizes = [a and (a.size if a.kept < a.whole else largest) for a in layers]
+    return Strip(target.name, largest, sizes, [a.kept / a.whole if a else 1.0 for a in layers])
+
+
+def _listed(fractions: Sequence[float]) -> str:
+    return ",".join(f"{fraction:g}" for fraction in fractions)

@@ -12,7 +12,6 @@ from lrc.moments.gradient import GRADIENTS, Wanted, output_role
 from lrc.moments.moment import Moments, site_of
 from lrc.moments.statistic import Layer, Statistic
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.plan.solver import find_solver
 
 
 def collectors_needed(plan: LayerPlan) -> set[str]:
@@ -52,7 +51,7 @@ def reads_gradients(architecture: Architecture, plan: ResolvedPlan) -> bool:
 
 
 def solver_of(assignment: Assignment) -> Solver:
-    """Return the function of its method that solves an assignment."""
-    solver = find_solver(methods()[assignment.method], assignment.target)
-    assert isinstance(solver, Solver)  # or it would not have been assigned
+    """The function of its method that solves an assignment."""
+    solver = methods()[assignment.method].solver(assignment.target)
+    assert solver is not None  # or it would not have been assigned
     return solver

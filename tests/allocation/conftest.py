@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lrc.allocation.contract import Setting
+from lrc.allocation.sizing import Limits
+from lrc.allocation.spend import Curve, Offer
 from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.methods import methods
@@ -19,6 +21,7 @@ from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.text.mixture import Calibration, Source
 from lrc.walk.backward import gradient_moments
+from lrc.walk.needs import solver_of
 from lrc.walk.stream import ModelStream
 
 
@@ -38,6 +41,23 @@ def setting(blocks: Tensor) -> Callable[..., Setting]:
         plans = [resolved(reader, f"keep: {keep}\n{plan}") for keep in keeps]
         texts = Texts(Calibration((Source("drawn", blocks, {}),), None, blocks))
         return Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2, losses)
+
+    return make
+
+
+@pytest.fixture
+def offered() -> Callable[..., list[Offer]]:
+    """Gives what may be bought of a setting's curves: every legal size, or those within limits."""
+
+    def make(setting: Setting, curves: Sequence[Curve], limits: Limits | None = None) -> list[Offer]:
+        architecture, found = setting.reader.architecture, []
+        targets = architecture.targets | architecture.outer
+        for curve in curves:
+            one = next(a for a in setting.plans[0].unsized(curve.layer) if a.target == curve.target)
+            rule = solver_of(one).size
+            limited = limits or Limits(round_to=1)
+            found.append(limited.on(curve, rule, targets[curve.target], one.options, torch.float32))
+        return found
 
     return make
 

@@ -15,6 +15,7 @@ from lrc.allocation import importance
 from lrc.allocation.sizing import Limits
 from lrc.allocation.spend import allocate
 from lrc.errors import UserError
+from lrc.families import families
 from lrc.moments.gradient import GradientMoment
 
 LLAMA = {
@@ -92,29 +93,36 @@ def cut(scores: Directions, units: dict[Key, int], largest: dict[Key, int], budg
     return ranks
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 @pytest.mark.parametrize("keep", [0.3, 0.5])
 def test_allocate_cuts_the_globally_sorted_directions_at_the_budget(
-    tiny_checkpoint: Any, setting: Any, linear_inputs: Any, gradients: Any, keep: float, family: str
+    tiny_checkpoint: Any,
+    setting: Any,
+    offered: Any,
+    linear_inputs: Any,
+    gradients: Any,
+    keep: float,
+    family: str,
 ) -> None:
     folder = tiny_checkpoint(family)
-    found = importance.costs(setting(folder, "method: svd", losses=True), lambda done: None)
+    plan = setting(folder, "method: svd", losses=True)
+    found = importance.costs(plan, lambda done: None)
     assert found.unit == "predicted nats"
     assert found.loss is None
     expected = directions(folder, family, linear_inputs(folder), gradients(folder))
     for curve in found.curves:
         scores = expected[curve.layer, curve.target]
         assert curve.sizes == tuple(range(1, len(curve.sizes) + 1))
-        assert curve.sizes[-1] * curve.unit < curve.whole <= (curve.sizes[-1] + 1) * curve.unit
-        tails = [float(scores[size:].sum()) for size in curve.sizes]
+        assert curve.weights[-1] < curve.whole <= curve.weights[-1] + curve.weights[0]
+        tails = [float(scores[size:].sum()) for size in range(1, len(curve.sizes) + 1)]
         assert curve.costs == pytest.approx(tails, rel=1e-4)
     # Below a whole matrix, which is one large step at the end.
-    curves = [Limits(cap=0.95).on(curve) for curve in found.curves]
-    budget = int(keep * sum(curve.whole for curve in curves))
-    units = {(curve.layer, curve.target): curve.unit for curve in curves}
-    largest = {(curve.layer, curve.target): curve.legal[-1] for curve in curves}
-    bought = allocate(curves, budget)
-    ranks = dict(zip(units, bought.sizes, strict=True))
+    offers = offered(plan, found.curves, Limits(cap=0.95))
+    budget = int(keep * sum(curve.whole for curve in found.curves))
+    units = {(offer.curve.layer, offer.curve.target): offer.choices[0].weights for offer in offers}
+    largest = {(offer.curve.layer, offer.curve.target): offer.choices[-1].width for offer in offers}
+    bought = allocate(offers, budget)
+    ranks = dict(zip(units, (choice.width for choice in bought.choices), strict=True))
     sorted_cut = cut(expected, units, largest, budget)
     assert sum(abs(ranks[key] - sorted_cut[key]) for key in ranks) <= 2  # up to the last direction
     assert budget - bought.weights < max(units.values())

@@ -13,6 +13,7 @@ from torch import Tensor
 from lrc.allocation import importance, predicted
 from lrc.allocation.spend import allocate
 from lrc.errors import UserError
+from lrc.families import families
 from lrc.methods import Method, methods
 from lrc.methods.contract import Prediction, Problem, Solution, solves
 from lrc.methods.sizes import ComponentRank
@@ -112,27 +113,29 @@ def test_fisher_is_the_loss_that_methods_predict_whatever_they_minimise(
         assert cost == pytest.approx(nats(x @ tail.T, g), rel=1e-3)
     # The MLP is cut by score and fitted again by least squares.
     x, w, g = known(0, "down", "mlp.down_proj")
+    size: Any
     for size, cost in zip(curves[0, "mlp"].sizes, curves[0, "mlp"].costs, strict=True):
         kept = (x.square().mean(dim=0).sqrt() * w.norm(dim=0)).topk(size).indices
         left = x @ w.T - x[:, kept] @ torch.linalg.lstsq(x[:, kept], x @ w.T).solution
         assert cost == pytest.approx(nats(left, g), rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", sorted(families()))
 @pytest.mark.parametrize("method", ["svd", "whitened_svd", "two_sided_svd", "monarch"])
 def test_factors_near_the_weights_of_their_matrix_cost_about_what_the_method_predicts_there(
-    tiny_checkpoint: Any, setting: Any, family: str, method: str
+    tiny_checkpoint: Any, setting: Any, offered: Any, family: str, method: str
 ) -> None:
     folder, text = tiny_checkpoint(family), f"method: {method}"
-    found = predicted.fisher_costs(setting(folder, text, (0.3, 0.6, 0.8), losses=True), lambda done: None)
+    plan = setting(folder, text, (0.3, 0.6, 0.8), losses=True)
+    found = predicted.fisher_costs(plan, lambda done: None)
     own = predicted.fisher_costs(setting(folder, text, (0.95,), losses=True), lambda done: None)
     compared = 0
-    for curve, exact in zip(found.curves, own.curves, strict=True):
-        (size,), (cost,) = exact.sizes, exact.costs
-        if size > curve.sizes[-1]:
-            alone = replace(curve, floor=size, cap=size)
-            assert alone.legal == [size]
-            assert cost / 2 < allocate([alone], alone.smallest).cost < 2 * cost
+    for offer, exact in zip(offered(plan, found.curves), own.curves, strict=True):
+        (size,), (weights,), (cost,) = exact.sizes, exact.weights, exact.costs
+        if weights > offer.curve.weights[-1]:
+            (choice,) = [each for each in offer.choices if each.size == size]
+            alone = replace(offer, choices=(choice,))
+            assert cost / 2 < allocate([alone], weights).cost < 2 * cost
             compared += 1
     assert compared >= 4
 

@@ -4,12 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from lrc.allocation import ALLOCATORS, uniform
 from lrc.allocation.contract import blank_curves
 from lrc.allocation.sizing import Limits
-from lrc.allocation.spend import Curve, allocate
+from lrc.allocation.spend import Curve, Offer, allocate
 from lrc.errors import UserError
+from lrc.families import Matrix, Target, families
+from lrc.methods.sizes import ComponentRank, PairRank, SizeValue
 from lrc.plan.schema import ALLOCATIONS
 
 
@@ -17,35 +20,47 @@ def test_a_plan_may_name_every_allocation_there_is() -> None:
     assert set(ALLOCATIONS) == set(ALLOCATORS)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 @pytest.mark.parametrize("keep", [0.15, 0.5, 0.83])
 def test_uniform_keeps_the_same_fraction_of_everything(
-    tiny_checkpoint: Any, setting: Any, family: str, keep: float
+    tiny_checkpoint: Any, setting: Any, offered: Any, family: str, keep: float
 ) -> None:
     plan = setting(tiny_checkpoint(family, head_dim=16) if family == "llama" else tiny_checkpoint(family), "")
     found = uniform.costs(plan, lambda done: None)
     budget = int(keep * sum(curve.whole for curve in found.curves))
-    bought = allocate(found.curves, budget)
+    offers = offered(plan, found.curves)
+    bought = allocate(offers, budget)
     # the fine ones take up what the coarsest leaves
-    coarsest = max(curve.step * curve.unit / curve.whole for curve in found.curves)
-    for curve, size in zip(found.curves, bought.sizes, strict=True):
-        assert abs(curve.kept(size) / curve.whole - keep) <= coarsest
-    assert budget - bought.weights < max(curve.unit * curve.step for curve in found.curves)
+    steps = [offer.choices[1].weights - offer.choices[0].weights for offer in offers]
+    coarsest = max(step / offer.curve.whole for step, offer in zip(steps, offers, strict=True))
+    for offer, choice in zip(offers, bought.choices, strict=True):
+        assert abs(choice.weights / offer.curve.whole - keep) <= coarsest
+    assert budget - bought.weights < max(steps)
+
+
+def pair(limits: Limits) -> Offer:
+    """A matrix of 64 weights, as many as a pair of rank 4 has, whose full rank is 8."""
+    target = Target("q", {"q": Matrix(8, 8, False)}, 8, 1, 16)
+    curve = Curve(0, "q", (1, 2), (16, 32), (49.0, 36.0), 8, 128, 64)
+    return limits.on(curve, PairRank(), target, {}, torch.float32)
 
 
 def test_limits_are_fractions_of_weights_and_leave_legal_sizes() -> None:
-    component = Curve(1, "mlp", (3, 5), (2.0, 1.0), 10, 7, 70)
-    assert Limits().on(component).legal == [3, 4, 5, 6, 7, 8, 9, 10]
-    assert Limits(floor=0.45).on(component).legal == [5, 6, 7, 8, 9, 10]
-    assert Limits(floor=0.5, cap=0.8).on(component).legal == [5, 6, 7, 8]
-    assert Limits(round_to=4).on(component).legal == [4, 8, 10]
-    assert Limits(round_to=4, cap=0.8).on(component).legal == [4, 8]
-    pair = Curve(0, "q", (1, 2, 3, 4), (4.0, 3.0, 2.0, 1.0), 8, 16, 64)  # all 64 weights at rank 4 of 8
-    assert Limits().on(pair).legal == [1, 2, 3, 8]
-    assert Limits(floor=0.5).on(pair).legal == [2, 3, 8]
-    assert Limits(cap=0.5).on(pair).legal == [1, 2]
+    def component(limits: Limits) -> list[SizeValue]:
+        target = Target("mlp", {"down": Matrix(7, 10, False)}, 10, 1, 7)
+        curve = Curve(1, "mlp", (3, 5), (21, 35), (2.0, 1.0), 10, 70, 70)
+        return [c.size for c in limits.on(curve, ComponentRank(), target, {}, torch.float32).choices]
+
+    assert component(Limits()) == [3, 4, 5, 6, 7, 8, 9, 10]
+    assert component(Limits(floor=0.45)) == [5, 6, 7, 8, 9, 10]
+    assert component(Limits(floor=0.5, cap=0.8)) == [5, 6, 7, 8]
+    assert component(Limits(round_to=4)) == [4, 8, 10]
+    assert component(Limits(round_to=4, cap=0.8)) == [4, 8]
+    assert [c.size for c in pair(Limits()).choices] == [1, 2, 3, 8]
+    assert [c.size for c in pair(Limits(floor=0.5)).choices] == [2, 3, 8]
+    assert [c.size for c in pair(Limits(cap=0.5)).choices] == [1, 2]
     with pytest.raises(UserError, match=r"--cap 0\.2 leaves q of layer 0 no size; its smallest keeps 0\.25"):
-        Limits(cap=0.2).on(pair)
+        pair(Limits(cap=0.2))
 
 
 def test_a_curve_ends_at_the_size_at_which_its_own_method_is_exact(
@@ -61,10 +76,10 @@ def test_a_curve_ends_at_the_size_at_which_its_own_method_is_exact(
 
 
 def test_factors_are_exact_at_full_size_and_the_matrix_itself_at_its_own_weights() -> None:
-    # 64 weights, as many as of rank 4; rank 8 is exact, and roots of costs are straight from 2 to there.
-    pair = Curve(0, "q", (1, 2), (49.0, 36.0), 8, 16, 64)
-    cost = {size: allocate([replace(pair, floor=size, cap=size)], 64).cost for size in (1, 2, 3)}
+    # Roots of costs are straight from rank 2 to rank 8, which is exact.
+    offer = pair(Limits())
+    cost = {c.size: allocate([replace(offer, choices=(c,))], 64).cost for c in offer.choices[:-1]}
     assert cost == pytest.approx({1: 49.0, 2: 36.0, 3: 25.0})
-    assert allocate([pair], 64).sizes == (8,)
-    assert (allocate([pair], 64).weights, allocate([pair], 64).cost) == (64, 0.0)
-    assert allocate([pair], 63).sizes == (3,)
+    found = allocate([offer], 64)
+    assert (found.choices[0].size, found.weights, found.cost) == (8, 64, 0.0)
+    assert allocate([offer], 63).choices[0].size == 3

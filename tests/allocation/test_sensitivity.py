@@ -12,10 +12,12 @@ from torch import Tensor
 import lrc
 from lrc.allocation.contract import Setting, blank_curves
 from lrc.allocation.sensitivity import Sensitivity, passes
+from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
+from lrc.families import families
 from lrc.methods import methods
 from lrc.moments import collectors
 from lrc.plan.resolve import parse_plan, resolve
@@ -54,7 +56,7 @@ def held_out() -> Tensor:
     return torch.randint(1, 256, (3, 32), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 @pytest.mark.parametrize(
     ("method", "layer", "target", "size"),
     [
@@ -87,7 +89,7 @@ def test_a_point_is_the_loss_of_the_saved_model(
     assert curve.costs[0] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
     source = tiny_checkpoint(family)
     plan = resolved(CheckpointReader(source), "keep: 0.5\ncomponents: {qk: {metric: attention}}")
@@ -118,7 +120,7 @@ def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out)
     blank, done = blank_curves(reader.architecture, plans), []
     assert [(c.layer, c.target) for c in blank] == [(0, "qk"), (0, "ov"), (1, "qk"), (1, "ov"), (1, "mlp")]
     assert blank[0].sizes == (2, 4)  # at 0.99 it stays whole
-    assert blank[4] == replace(blank[4], full=48, unit=96, whole=48 * 96, step=1, sizes=(14, 29))
+    assert blank[4] == Curve(1, "mlp", (14, 29), (14 * 96, 29 * 96), (0.0, 0.0), 48, 48 * 96, 48 * 96)
     measured = sensitivity(source, held_out, *plans).curves(done.append)
     assert [replace(c, costs=(0.0,) * len(c.costs)) for c in measured] == blank
     assert sum(done) == passes(reader.architecture, blank) == 2 * 4 + 6

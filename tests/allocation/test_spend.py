@@ -3,31 +3,31 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc.allocation.spend import Curve, allocate, not_rising
+from lrc.allocation.spend import Allocation, Choice, Curve, Offer, allocate, not_rising
+from lrc.methods.sizes import SizeValue
 
 
-def options(curve: Curve) -> list[tuple[int, int, float]]:
-    """Every legal size with its weights and its nats, written down from what the contract says of them."""
-    sizes = [
-        n
-        for n in range(max(curve.sizes[0], curve.floor), curve.full)
-        if n % curve.step == 0 and n * curve.unit < curve.whole and (curve.cap is None or n <= curve.cap)
-    ]
-    points = [*(n * curve.unit for n in curve.sizes), curve.full * curve.unit]
+def options(offer: Offer) -> list[tuple[SizeValue, int, float]]:
+    """Every choice with its weights and its nats, written down from what the contract says of them."""
+    curve = offer.curve
+    points = [*curve.weights, curve.exact]
     roots = [value**0.5 for value in (*falling(curve.costs), 0.0)]
     found = []
-    for size in sizes:
-        x = size * curve.unit
+    for choice in offer.choices:
+        x = curve.exact if choice.size == curve.full else choice.weights
         right = next(i for i in range(1, len(points)) if points[i] >= x)
         share = (x - points[right - 1]) / (points[right] - points[right - 1])
-        found.append((size, x, ((1 - share) * roots[right - 1] + share * roots[right]) ** 2))
-    return found if curve.cap is not None else [*found, (curve.full, curve.whole, 0.0)]
+        found.append(
+            (choice.size, choice.weights, ((1 - share) * roots[right - 1] + share * roots[right]) ** 2)
+        )
+    return found
 
 
 def falling(values: tuple[float, ...]) -> list[float]:
@@ -37,33 +37,57 @@ def falling(values: tuple[float, ...]) -> list[float]:
     return [max(min(max(means[a, b] for b in ends if b >= i) for a in ends if a <= i), 0.0) for i in ends]
 
 
-def cheapest(curves: list[Curve], budget: int) -> float:
+def cheapest(curves: list[Offer], budget: int) -> float:
     """Least nats of all combinations within a budget."""
     combinations = itertools.product(*(options(curve) for curve in curves))
     return min(sum(n for *_, n in c) for c in combinations if sum(w for _, w, _ in c) <= budget)
 
 
-def quadratic(layer: int, scale: float, full: int = 6, unit: int = 4, step: int = 1) -> Curve:
+def offer(
+    sizes: Sequence[int],
+    nats: Sequence[float],
+    full: int,
+    unit: int,
+    whole: int,
+    choices: Sequence[int],
+    name: tuple[int, str] = (0, "mlp"),
+) -> Offer:
+    """A curve of ranks of ``unit`` weights each, and ranks that may be bought, ``full`` being the target as it is."""
+    weights = tuple(n * unit for n in sizes)
+    curve = Curve(*name, tuple(sizes), weights, tuple(nats), full, full * unit, whole)
+    as_it_is = Choice(full, whole, 2 * whole, full)
+    ranks = (Choice(n, n * unit, 2 * n * unit, n) for n in choices if n != full)
+    return Offer(curve, (*ranks, *([as_it_is] if full in choices else [])), as_it_is)
+
+
+def quadratic(layer: int, scale: float, full: int = 6, unit: int = 4, step: int = 1) -> Offer:
     """Costs that grow with the square of what is lost."""
-    sizes = tuple(range(step, full, step))
-    nats = tuple(scale * (full - n) ** 2 for n in sizes)
-    return Curve(layer, "mlp", sizes, nats, full, unit, full * unit, step)
+    sizes = range(step, full, step)
+    nats = [scale * (full - n) ** 2 for n in sizes]
+    return offer(sizes, nats, full, unit, full * unit, [*sizes, full], (layer, "mlp"))
 
 
 @st.composite
-def any_curve(draw: st.DrawFn) -> Curve:
+def any_offer(draw: st.DrawFn) -> Offer:
     full, unit = draw(st.integers(3, 9)), draw(st.integers(1, 7))
-    sizes = tuple(sorted(draw(st.sets(st.integers(1, full - 1), min_size=1, max_size=4))))
-    nats = tuple(draw(st.floats(-0.5, 3)) for _ in sizes)
+    sizes = sorted(draw(st.sets(st.integers(1, full - 1), min_size=1, max_size=4)))
+    nats = [draw(st.floats(-0.5, 3)) for _ in sizes]
     step = draw(st.sampled_from([1, 1, 2]))
     # A pair may reach the weights of its matrix before full rank, but it was measured below them.
     whole = draw(st.integers(sizes[-1] * unit + 1, full * unit))
-    curve = Curve(0, "mlp", sizes, nats, full, unit, whole, step, draw(st.integers(0, full - 1)))
-    capped = replace(curve, cap=draw(st.integers(curve.floor, full - 1)))
-    return draw(st.sampled_from([curve, capped])) if options(capped) else curve
+    floor = draw(st.integers(0, full - 1))
+    legal = [n for n in range(max(sizes[0], floor), full) if n % step == 0 and n * unit < whole]
+    cap = draw(st.integers(floor, full - 1))
+    capped = [n for n in legal if n <= cap]
+    choices = draw(st.sampled_from([[*legal, full], capped])) if capped else [*legal, full]
+    return offer(sizes, nats, full, unit, whole, choices)
 
 
-curve_lists = st.lists(any_curve(), min_size=1, max_size=3)
+curve_lists = st.lists(any_offer(), min_size=1, max_size=3)
+
+
+def sizes(found: Allocation) -> tuple[SizeValue, ...]:
+    return tuple(choice.size for choice in found.choices)
 
 
 @given(st.lists(st.floats(-1, 3), min_size=1, max_size=7))
@@ -103,12 +127,12 @@ def test_is_within_one_jump_of_the_best(curves, share):
 @given(curve_lists, st.floats(0, 1))
 def test_keeps_the_budget_and_leaves_nothing_that_fits(curves, share):
     least, whole = (sum(options(c)[end][1] for c in curves) for end in (0, -1))
-    assert least == sum(curve.smallest for curve in curves)
+    assert least == sum(curve.smallest() for curve in curves)
     budget = least + int(share * (whole - least))
     found = allocate(curves, budget)
     chosen = []
-    for curve, size in zip(curves, found.sizes, strict=True):
-        (at,) = [i for i, o in enumerate(options(curve)) if o[0] == size]  # a legal size
+    for curve, choice in zip(curves, found.choices, strict=True):
+        (at,) = [i for i, o in enumerate(options(curve)) if o[0] == choice.size]
         chosen.append((curve, at))
     assert found.weights == sum(options(c)[at][1] for c, at in chosen) <= budget
     assert found.cost == pytest.approx(sum(options(c)[at][2] for c, at in chosen), abs=1e-9)
@@ -120,26 +144,46 @@ def test_keeps_the_budget_and_leaves_nothing_that_fits(curves, share):
 
 def test_the_whole_budget_keeps_everything_and_the_least_the_smallest_sizes():
     curves = [quadratic(0, 1.0), quadratic(1, 0.3)]
-    assert allocate(curves, 48).sizes == (6, 6)
+    assert sizes(allocate(curves, 48)) == (6, 6)
     assert allocate(curves, 10**9).cost == 0
-    assert allocate(curves, 8).sizes == (1, 1)
+    assert sizes(allocate(curves, 8)) == (1, 1)
     with pytest.raises(AssertionError, match="below the smallest"):
         allocate(curves, 7)
 
 
 def test_the_fine_grained_take_up_what_coarse_steps_leave():
-    coarse = [replace(quadratic(i, 1.0, full=32, unit=100), step=8) for i in range(3)]
+    eights = [quadratic(i, 1.0, full=32, unit=100) for i in range(3)]
+    coarse = [replace(o, choices=tuple(c for c in o.choices if c.width % 8 == 0)) for o in eights]
     fine = quadratic(3, 1e-6, full=2000, unit=1)
     found = allocate([*coarse, fine], 7654)
     assert found.weights == 7654
-    assert all(size % 8 == 0 for size in found.sizes[:3])
+    assert all(choice.width % 8 == 0 for choice in found.choices[:3])
 
 
 def test_a_jump_over_a_hollow_stretch_is_seen():
     """Nothing is saved until all of the second is kept; looking one step ahead would never go there."""
-    flat = Curve(0, "mlp", (1, 2, 3), (5.0, 5.0, 5.0), 4, 10, 40)
+    flat = offer((1, 2, 3), (5.0, 5.0, 5.0), 4, 10, 40, (1, 2, 3, 4))
     steady = quadratic(1, 0.01, full=4, unit=10)
-    assert allocate([steady, flat], 50).sizes == (1, 4)
+    assert sizes(allocate([steady, flat], 50)) == (1, 4)
+
+
+def test_a_budget_of_bytes_is_spent_on_bytes():
+    """Sizes that keep many weights in few bytes are bought where bytes are short, others where weights are."""
+    plain, packed = quadratic(0, 1.0, full=4), quadratic(1, 1.0, full=4)
+    packed = replace(packed, choices=tuple(replace(c, bytes=c.weights // 4) for c in packed.choices))
+    by_weights, by_bytes = allocate([plain, packed], 20), allocate([plain, packed], 20, "bytes")
+    assert by_weights.choices[0].weights + by_weights.choices[1].weights == by_weights.taken == 20
+    assert by_bytes.taken == sum(choice.bytes for choice in by_bytes.choices) <= 20
+    assert by_bytes.choices[1].size == 4
+    assert by_bytes.weights > by_bytes.taken
+
+
+def test_of_choices_that_take_the_same_the_one_of_most_weights_is_bought():
+    curve = Curve(0, "mlp", ((1, 4), (2, 3)), (4, 6), (2.0, 1.0), (4, 4), 16, 16)
+    whole = Choice((4, 4), 16, 32, 4)
+    choices = (Choice((2, 3), 6, 8, 4), Choice((1, 4), 4, 8, 4), whole)
+    found = allocate([Offer(curve, choices, whole)], 8, "bytes")
+    assert (found.choices[0].size, found.cost) == ((2, 3), pytest.approx(1.0))
 
 
 def test_a_large_model_is_allocated_in_seconds():
@@ -148,10 +192,11 @@ def test_a_large_model_is_allocated_in_seconds():
     for layer, (target, full, unit) in itertools.product(
         range(32), [("qk", 128, 8192), ("ov", 128, 8192), ("mlp", 11008, 12288)]
     ):
-        sizes = tuple(int(full * f) for f in (0.3, 0.45, 0.6, 0.75, 0.9))
-        nats = tuple(draw.uniform(0.1, 1) * (1 - n / full) ** 2 for n in sizes)
-        curves.append(Curve(layer, target, sizes, nats, full, unit, full * unit))
-    whole = sum(curve.whole for curve in curves)
+        measured = [int(full * f) for f in (0.3, 0.45, 0.6, 0.75, 0.9)]
+        nats = [draw.uniform(0.1, 1) * (1 - n / full) ** 2 for n in measured]
+        choices = range(measured[0], full + 1)
+        curves.append(offer(measured, nats, full, unit, full * unit, choices, (layer, target)))
+    whole = sum(curve.whole.weights for curve in curves)
     for keep in (0.9, 0.7, 0.5):
         start = time.perf_counter()
         found = allocate(curves, int(keep * whole))

@@ -55,7 +55,7 @@ class ByHand:
     def place(self, model: Any) -> Any:
         return model.get_input_embeddings() if self.target == "embed" else model.get_output_embeddings()
 
-    def reduced(self, method: str, rank: int) -> Tensor:
+    def reduced(self, method: str, rank: Any) -> Tensor:
         """The table at a rank."""
         e = self.table
         if method == "svd":
@@ -110,7 +110,7 @@ def test_sensitivity_is_the_loss_with_the_table_replaced(
     by_hand = ByHand(folder, target, blocks)
     (curve,) = found.curves
     assert (curve.layer, curve.target, len(curve.sizes)) == (None, target, 2)
-    assert (curve.full, curve.unit, curve.whole) == (32, 256 + 32, 256 * 32)
+    assert (curve.full, curve.exact, curve.whole) == (32, 32 * (256 + 32), 256 * 32)
     assert found.loss == pytest.approx(by_hand.loss(held_out), abs=1e-6)
     for size, cost in zip(curve.sizes, curve.costs, strict=True):
         expected = by_hand.loss(held_out, by_hand.reduced(method, size)) - by_hand.loss(held_out)
@@ -153,14 +153,16 @@ def test_measures_the_layers_as_without_the_tables(
 
 @pytest.mark.parametrize("keep", [0.3, 0.6])
 def test_uniform_keeps_the_same_fraction_of_tables_too(
-    tiny_checkpoint: Any, setting: Any, keep: float
+    tiny_checkpoint: Any, setting: Any, offered: Any, keep: float
 ) -> None:
     plan = setting(tiny_checkpoint("gpt2"), open_("embed", "svd", ""))
     curves = uniform.costs(plan, lambda done: None).curves
     assert sum(curve.whole for curve in curves) == plan.plans[0].budget.whole
-    bought = allocate(curves, int(keep * plan.plans[0].budget.whole))
-    fractions = [curve.kept(size) / curve.whole for curve, size in zip(curves, bought.sizes, strict=True)]
-    coarsest = max(curve.step * curve.unit / curve.whole for curve in curves)
+    offers = offered(plan, curves)
+    bought = allocate(offers, int(keep * plan.plans[0].budget.whole))
+    pairs = list(zip(offers, bought.choices, strict=True))
+    fractions = [choice.weights / offer.curve.whole for offer, choice in pairs]
+    coarsest = max((o.choices[1].weights - o.choices[0].weights) / o.curve.whole for o in offers)
     assert all(abs(fraction - keep) < coarsest for fraction in fractions)
 
 

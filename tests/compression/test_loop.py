@@ -22,6 +22,7 @@ from lrc.compression.finish import logit_scale, refit_records, target_records, w
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
 from lrc.compression.refit import RIDGE, RIDGES, RefitRecord, held_out_blocks
+from lrc.families import families
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
 from lrc.moments import collectors
@@ -36,7 +37,7 @@ from lrc.walk.backward import gradient_moments
 from lrc.walk.stream import ModelStream
 
 CPU = torch.device("cpu")
-FAMILIES = ["llama", "gpt2"]
+FAMILIES = sorted(families())
 METHODS = ["a3", "whitened_svd", "two_sided_svd", "svd", "monarch"]
 
 
@@ -342,7 +343,7 @@ def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, fam
     assert start is not None
     assert found is not None
 
-    places = {"in": layer, "middle": f"{layer}.{shape.mlp_norm}", "end": shape.final_norm}
+    places = {"in": layer, "middle": f"{layer}.{shape.half('mlp').norm}", "end": shape.final_norm}
     old, new = inputs_at(source, places), inputs_at(fitted.out, {**places, "x": path})
     goal = old["middle"] - new["in"] if attention else old["end"] - new["middle"]
     x, goal = new["x"].double(), goal.double()
@@ -375,8 +376,11 @@ def test_stream_errors_are_those_of_every_layer(biased, out, family):
     assert [(r.layer, r.role) for r in run.refits] == [
         (layer, role) for layer in (0, 2) for role in ("o", shape.mlp_output)
     ]
-    places = {"0 o": f"{shape.layers}.0.{shape.mlp_norm}", f"0 {shape.mlp_output}": f"{shape.layers}.1"}
-    places |= {"2 o": f"{shape.layers}.2.{shape.mlp_norm}", f"2 {shape.mlp_output}": shape.final_norm}
+    places = {
+        "0 o": f"{shape.layers}.0.{shape.half('mlp').norm}",
+        f"0 {shape.mlp_output}": f"{shape.layers}.1",
+    }
+    places |= {"2 o": f"{shape.layers}.2.{shape.half('mlp').norm}", f"2 {shape.mlp_output}": shape.final_norm}
     old, new = inputs_at(source, places), inputs_at(run.out, places)
     for record in run.refits:
         place = f"{record.layer} {record.role}"

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import lrc.walk.needs
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.solve import solve_layer
-from lrc.methods import Method
+from lrc.methods import Method, methods
 from lrc.methods.contract import Prediction, Problem, Solution, solves
 from lrc.methods.sizes import ComponentRank, PairRank
 from lrc.moments.gradient import GradientMoment, Wanted
@@ -35,7 +34,7 @@ def posed(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
         return solves(target, size=ComponentRank(), option_needs=needs, paper="none")(solve).solver
 
     solvers = {target: solver(target) for target in ("projection", "qk", "ov", "mlp")}
-    monkeypatch.setattr(lrc.walk.needs, "methods", lambda: {"fake": Method("fake", "None.", solvers)})
+    monkeypatch.setitem(methods(), "fake", Method("fake", "None.", solvers))
     return found
 
 

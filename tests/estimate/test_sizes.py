@@ -18,6 +18,7 @@ from lrc.checkpoint.staging import staging
 from lrc.compression.loop import Compressor
 from lrc.estimate.memory import estimate_memory
 from lrc.estimate.sizes import target_sizes
+from lrc.families import families
 from lrc.plan.job import Job, prepare
 from lrc.run.offload import States
 from lrc.run.settings import Run
@@ -66,7 +67,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", sorted(families()))
 @pytest.mark.parametrize("body", PLANS.values(), ids=PLANS)
 def test_sizes_are_those_of_the_written_checkpoint(
     tiny_checkpoint: TinyCheckpoint,
@@ -209,7 +210,7 @@ def test_memory_is_at_most_what_is_estimated(
 
 
 @pytest.mark.parametrize("body", ["keep: 0.8", "keep: 0.5\nmethod: svd\nrefit: none"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_states_on_disk_take_what_is_estimated_and_no_memory(
     tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path], tmp_path: Path, family: str, body: str
 ) -> None:
@@ -234,7 +235,7 @@ def test_states_on_disk_take_what_is_estimated_and_no_memory(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_gradients_take_at_most_what_is_estimated_of_host_and_device(
     tiny_checkpoint: TinyCheckpoint,
     write_plan: Callable[..., Path],

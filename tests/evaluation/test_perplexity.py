@@ -17,13 +17,14 @@ from lrc.evaluation import perplexity as module
 from lrc.evaluation.nll import token_nll
 from lrc.evaluation.passage import Passage, choose_seq_lens
 from lrc.evaluation.perplexity import count_scored_bytes, measure, window_losses
+from lrc.families import families
 from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import read_text
 
 IDS = torch.randint(256, (333,), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=sorted(families()))
 def folder(request, tiny_checkpoint):
     return tiny_checkpoint(request.param)
 

@@ -15,6 +15,7 @@ import lrc.evaluation.folder
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
 from lrc.evaluation.streamed import StreamedModel
+from lrc.families import families
 from lrc.hub.loader import load
 from lrc.run.settings import Run
 from lrc.verbs.compress import compress
@@ -61,7 +62,7 @@ def scores(folder: Path, dtype: torch.dtype, scratch: Path) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_scores_are_those_of_the_whole_model(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
@@ -70,7 +71,7 @@ def test_scores_are_those_of_the_whole_model(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", sorted(families()))
 @pytest.mark.parametrize("body", PLANS.values(), ids=PLANS)
 def test_scores_of_a_compressed_model_are_too(
     compressed: Callable[..., Path], tmp_path: Path, family: str, body: str, tied: bool

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lrc  # noqa: F401
+from lrc.families import families
 from lrc.modules.low_rank import LowRankLinear
 from lrc.modules.monarch import MonarchLinear
 
@@ -71,7 +72,7 @@ def test_reduced_projections_are_adapted_and_trained(
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_the_pattern_adapts_exactly_the_low_rank_factors(compressed: Make, family: str) -> None:
     model = load(compressed(family, "factors"))
     inner = {path for path in below(model, LowRankLinear) if path.endswith((".A", ".B"))}
@@ -79,7 +80,7 @@ def test_the_pattern_adapts_exactly_the_low_rank_factors(compressed: Make, famil
     assert set(adapt(model, FACTORS).targeted_module_names) == inner
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_all_linear_adapts_low_rank_factors_and_no_monarch(compressed: Make, family: str) -> None:
     model = load(compressed(family, "factors"))
     inner = {path for path in below(model, LowRankLinear) if path.endswith((".A", ".B"))}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lrc.families import families
 from lrc.inspection.fidelity import overlap, product_difference
 from lrc.records.inspection import Held
 
@@ -75,7 +76,7 @@ def test_the_method_of_the_metric_keeps_the_best_inputs(
         assert one.recorded_predicted == pytest.approx(one.data_error, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_components_by_what_stays_defined(
     family: str,
     tiny_checkpoint: Any,

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from lrc.families import Heads
 from lrc.methods import methods
-from lrc.methods.contract import Affine, Factors, ProjectionProblem, Solution, Solver
+from lrc.methods.contract import Affine, Factors, ProjectionProblem, Shapes, Solution, Solver
 from lrc.moments import collectors
 from lrc.moments.moment import Moment
 
@@ -34,10 +35,10 @@ class Posed:
         self.options = options
         rule, self.problem = self.solver.size, self.case.problem
         self.full = rule.full(self.case.target, options)
-        legal = [n for n in range(1, self.full) if rule.refusal(self.case.target, n, options) is None]
+        legal = rule.choices(self.case.target, options, 1)
         self.sizes = [*legal[:: max(len(legal) // 4, 1)], self.full]
 
-    def solve(self, size: int, problem: Any = None) -> Solution:
+    def solve(self, size: Any, problem: Any = None) -> Solution:
         return self.solver.solve(problem or self.problem, size, **self.options)
 
     def cost(self, solution: Solution) -> float:
@@ -202,7 +203,30 @@ def test_shapes_are_those_of_the_size(posed):
             part.weight.numel() if isinstance(part, Affine) else sum(t.numel() for t in part.tensors.values())
             for part in parts.values()
         )
-        assert stored == posed.solver.size.parameters(posed.case.target, size, posed.options)
+        assert stored == posed.solver.size.weights(posed.case.target, size, posed.options)
+
+
+def test_sizes_that_it_can_have_are_legal_and_survive_a_plan(posed):
+    rule, target, options = posed.solver.size, posed.case.target, posed.options
+    for multiple in (None, 1):
+        sizes = rule.choices(target, options, multiple)
+        kept = [rule.weights(target, size, options) for size in sizes]
+        assert kept == sorted(kept)
+        assert kept[-1] < target.parameters
+    nearest = [rule.nearest(target, keep, options) for keep in (0.01, 0.3, 0.8)]
+    for size in (*posed.sizes[:-1], *nearest):
+        assert rule.refusal(target, size, options) is None
+        assert rule.read(yaml.safe_load(yaml.safe_dump(size))) == size
+        assert hash(size) == hash(rule.read(size))
+
+
+def test_states_memory_for_the_problem_in_float64_at_least(posed):
+    """The weights, and the moment that they are solved with."""
+    matrices = posed.case.target.matrices.values()
+    shapes = Shapes(posed.case.target, posed.case.heads or NO_HEADS)
+    needed = 8 * max(matrix.parameters + matrix.columns**2 for matrix in matrices)
+    for size in posed.sizes:
+        assert posed.solver.memory(shapes, size, posed.options) >= needed
 
 
 def test_names_a_paper_and_known_collectors(posed, method):

@@ -86,7 +86,7 @@ def test_one_block_is_a_whitened_svd(make_case):
 def test_sizes_count_the_factors_and_refuse_what_does_not_fit():
     rule, target = MonarchRank(), Target("o", {"o": Matrix(16, 24, False)}, 16, 1, 40)
     assert rule.full(target, {"blocks": 2}) == 8
-    assert rule.parameters(target, 2, {}) == 2 * 4 * 40
+    assert rule.weights(target, 2, {}) == 2 * 4 * 40
     assert rule.nearest(target, 0.5, {"blocks": 2}) == 2
     assert rule.refusal(target, 2, {"blocks": 4}) is None
     for size, blocks, words in [

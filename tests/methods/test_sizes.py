@@ -30,7 +30,7 @@ def test_component_sizes(target: Target, one: float, two: float) -> None:
     low, high = (rule.nearest(target, keep, {}) for keep in sorted((one, two)))
     for size in (low, high):
         assert rule.refusal(target, size, {}) is None
-        assert 0 < rule.parameters(target, size, {}) <= target.parameters
+        assert 0 < rule.weights(target, size, {}) <= target.parameters
     assert low <= high
     legal = range(target.step, target.full + 1, target.step)
     asked = min(one, two) * target.full
@@ -43,10 +43,10 @@ def test_pair_sizes(target: Target, one: float, two: float) -> None:
     low, high = (rule.nearest(target, keep, {}) for keep in sorted((one, two)))
     for size in (low, high):
         assert rule.refusal(target, size, {}) is None
-        assert 0 < rule.parameters(target, size, {}) <= target.parameters
+        assert 0 < rule.weights(target, size, {}) <= target.parameters
     assert low <= high
     budget = max(min(one, two) * target.parameters, target.unit)
-    assert rule.parameters(target, low, {}) <= budget < rule.parameters(target, low + 1, {}) + 1e-6
+    assert rule.weights(target, low, {}) <= budget < rule.weights(target, low + 1, {}) + 1e-6
 
 
 @given(matrices(), st.integers(-5, 400))

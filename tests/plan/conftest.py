@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from annotated_types import Ge
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc.families import Architecture, Heads, describe, family_of
-from lrc.methods.contract import Solution, Solver, solves
+from lrc.methods.contract import Method, Solution, solves
 from lrc.methods.sizes import ComponentRank, PairRank
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
@@ -57,13 +56,8 @@ def architecture(name: str) -> Architecture:
     return describe(family_of(family), config, {n: tuple(p.shape) for n, p in model.named_parameters()})
 
 
-@dataclass(frozen=True)
-class FakeMethod:
-    solvers: dict[str, Solver]
-
-
-def _fake(*functions: Any) -> FakeMethod:
-    return FakeMethod({f.solver.target: f.solver for f in functions})
+def _fake(*functions: Any) -> Method:
+    return Method("fake", "A method of the tests.", {f.solver.target: f.solver for f in functions})
 
 
 def _no_wide_heads(heads: Heads, options: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ import lrc.estimate.room
 from lrc.errors import OutOfResources, UserError
 from lrc.estimate.memory import estimate_memory
 from lrc.estimate.room import choose_place, known_place
+from lrc.families import families
 from lrc.plan.job import Job, prepare
 from lrc.run.offload import ON_DEVICE, States
 from lrc.run.settings import Run
@@ -64,7 +65,7 @@ def test_a_full_disk_is_told_before_a_page_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_the_place_changes_no_bit(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, family: str, plan: Path
 ) -> None:

@@ -14,6 +14,7 @@ import lrc
 import lrc.verbs.ablate
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.families import families
 from lrc.plan.schema import Calibration
 
 pytestmark = pytest.mark.usefixtures("without_pages")
@@ -55,7 +56,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrc.inspection.ablation.CALIBRATION", calibration)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_is_the_perplexity_of_the_saved_model(family, tiny_checkpoint, ablate, texts, tmp_path):
     source = tiny_checkpoint(family)
     found = ablate(source, keeps=[0.25, 0.5])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
-from lrc.families import canonical
+from lrc.families import canonical, families
 from lrc.moments.gradient import GradientMoment, Wanted
 from lrc.moments.observe import observe
 from lrc.text.blocks import gradient_blocks, seed_for
@@ -104,7 +104,7 @@ def test_moments_are_those_of_a_backward_pass_through_the_whole_model(tiny_check
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_inputs_computed_again_are_those_that_were_kept(tiny_checkpoint, family):
     folder = tiny_checkpoint(family, **LAYERS)
     kept = tensors(sweep(folder, every=1))
@@ -131,7 +131,7 @@ def test_the_batch_size_and_what_else_is_wanted_change_only_rounding(tiny_checkp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_half_precision_stays_close(tiny_checkpoint, family, dtype):
     """A label may fall otherwise where its draw is close."""
     folder = tiny_checkpoint(family)
@@ -158,7 +158,7 @@ def test_float16_loses_no_small_gradients(tiny_checkpoint):
         assert (rough[name] - right).norm() < 0.2 * right.norm(), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_half_the_trace_is_the_divergence_that_a_change_causes(tiny_checkpoint, family):
     """At the last projection no token's change reaches another's logits; inputs and gradients are not independent."""
     folder, ids = tiny_checkpoint(family), blocks(40, 48)

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.families import families
 from lrc.walk.stream import Batch, ModelStream
 
 CPU = torch.device("cpu")
-FAMILIES = ["llama", "gpt2"]
+FAMILIES = sorted(families())
 
 
 def blocks(count: int = 5, tokens: int = 24) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lrc.maths.linalg import best_pair, data_error, data_errors
-from lrc.methods.contract import Factors, Prediction, ProjectionProblem, Solution
+from lrc.methods.contract import Factors, Prediction, ProjectionProblem, Shapes, Solution
 
 
 def input_moment(problem: ProjectionProblem) -> Tensor:
@@ -45,3 +45,10 @@ def pair_solution(
         predicted=predicted(problem, delta, input_moment(problem)),
         numerics={"damping": damping},
     )
+
+
+def pair_memory(shapes: Shapes, moments: int, gradients: int) -> int:
+    """Return the bytes of a float64 solve for a pair, with so many copies of C and of G."""
+    (matrix,) = shapes.target.matrices.values()
+    copies = moments * matrix.columns**2 + gradients * matrix.rows**2
+    return 8 * (copies + 4 * matrix.parameters + 5 * min(matrix.rows, matrix.columns) ** 2)

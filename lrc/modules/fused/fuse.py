@@ -95,9 +95,8 @@ def _fuse_norms(modules: Sequence[tuple[str, nn.Module]], family: Family) -> Non
     """Fuse every norm of the class that layers have before their MLP."""
     if family.norm_epsilon is None:
         return
-    norms = {type(module) for path, module in modules if path.endswith(f".{family.mlp_norm}")} - {
-        FusedRMSNorm
-    }
+    norm = f".{family.half('mlp').norm}"
+    norms = {type(module) for path, module in modules if path.endswith(norm)} - {FusedRMSNorm}
     for _, module in modules:
         # An adapter may have wrapped or replaced a norm.
         if type(module) in norms and family.norm_epsilon in vars(module):

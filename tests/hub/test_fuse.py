@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lrc
+from lrc.families import families
 from lrc.modules import attention
 from lrc.modules.fused.norm import FusedRMSNorm, fuse_norm, unfuse_norm
 from lrc.modules.fused.shared_input import SharesInput
@@ -211,7 +212,7 @@ def test_norms_that_an_adapter_trains_stay_as_they_are(compressed: Make, saved: 
 
 
 @pytest.mark.parametrize("change", ["attention", "all"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sorted(families()))
 def test_heads_are_padded_to_what_kernels_take(
     compressed: Make, monkeypatch: pytest.MonkeyPatch, family: str, change: str
 ) -> None:
