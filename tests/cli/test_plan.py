@@ -139,14 +139,15 @@ def test_a_file_of_curves_is_for_one_key(
 DAMAGES = [
     (lambda found: [found], "no mapping with a format"),
     (lambda found: {}, "no mapping with a format"),
-    (lambda found: found | {"format": 1}, "has format 1, this version of lrc reads 4; remove it"),
+    (lambda found: found | {"format": 1}, "has format 1, this version of lrc reads 5; remove it"),
     (lambda found: found | {"key": 3}, "holds no curves of lrc plan (key: "),
     (lambda found: found | {"curves": 3}, "holds no curves of lrc plan (curves: "),
     (
         lambda found: {k: v for k, v in found.items() if k != "unit"},
         "holds no curves of lrc plan (unit: ",
     ),
-    (lambda found: edited(found, sizes=["3", "5"]), "holds no curves of lrc plan (curves[0].sizes[0]: "),
+    (lambda found: edited(found, sizes=[3.5, 5]), "holds no curves of lrc plan (curves[0].sizes[0]"),
+    (lambda found: edited(found, sizes=["3", "5"]), "is damaged: its targets, sizes or costs"),
     (lambda found: edited(found, costs=None), "holds no curves of lrc plan (curves[0].costs: "),
     (lambda found: edited(found, costs=[0.1]), "is damaged: its targets, sizes or costs"),
     (lambda found: edited(found, costs=[0.1, math.nan]), "is damaged: its targets, sizes or costs"),
