@@ -349,7 +349,8 @@ def test_the_report_counts_the_whole_model(tied, tiny_checkpoint, tmp_path):
     )
     assert report.keep == 1
     assert report.before.parameters - report.after.parameters == 256 * 32 - 12 * (256 + 32)
-    assert "| embed | whitened_svd | 0 | 12 |" in (tmp_path / "o" / "report.md").read_text()
+    rows = [line.split(" | ") for line in (tmp_path / "o" / "report.md").read_text().splitlines()]
+    assert any({"| embed", "12", "whitened_svd"} <= set(row) for row in rows)
 
 
 def test_a_base_plan_for_a_budget_keeps_its_embedding(tiny_checkpoint, tmp_path):
