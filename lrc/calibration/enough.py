@@ -22,29 +22,19 @@ def too_few(
     ``losses``: gradients of every target are read, as by an allocation by predicted losses. ``targets``: those with
     moments (default: those that the plan assigns).
     """
-    asked = plan.plan.calibration.gradient_samples
-    found = []
     if targets is None:
         targets = {a.target for layer in plan.layers for a in layer.assignments}
         targets |= {assignment.target for assignment in plan.outer}
-    tokens, width = samples * plan.seq_len, _width(architecture, targets)
-    if tokens < width:
+    inside = [architecture.targets[target] for target in targets if target in architecture.targets]
+    widths = [architecture.matrices[role].columns for target in inside for role in target.matrices]
+    width = max([0, *widths, architecture.hidden if len(inside) < len(targets) else 0])
+    found = []
+    if (tokens := samples * plan.seq_len) < width:
         found.append(f"calibration has {tokens} tokens for moments of {width} dimensions; use more samples")
-    tokens, width = min(asked, samples) * plan.seq_len, _gradient_width(architecture, plan, losses)
-    if tokens < width:
+    asked = plan.plan.calibration.gradient_samples
+    wanted = [gradients_needed(architecture, layer, losses=losses) for layer in plan.layers]
+    width = max((architecture.matrices[role].rows for want in wanted for role in want.roles), default=0)
+    if (tokens := min(asked, samples) * plan.seq_len) < width:
         more = "gradient_samples" if asked < samples else "samples"
         found.append(f"gradients are of {tokens} tokens for moments of {width} dimensions; use more {more}")
     return found
-
-
-def _width(architecture: Architecture, targets: Collection[str]) -> int:
-    """Return the inputs of the widest projection of the targets."""
-    inside = [architecture.targets[target] for target in targets if target in architecture.targets]
-    widths = [architecture.matrices[role].columns for target in inside for role in target.matrices]
-    return max([0, *widths, architecture.hidden if len(inside) < len(targets) else 0])
-
-
-def _gradient_width(architecture: Architecture, plan: ResolvedPlan, losses: bool) -> int:
-    """Return the outputs of the widest projection whose gradients are read."""
-    wanted = [gradients_needed(architecture, layer, losses=losses) for layer in plan.layers]
-    return max((architecture.matrices[role].rows for want in wanted for role in want.roles), default=0)

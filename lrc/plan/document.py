@@ -175,7 +175,10 @@ class _Reader:
         elif isinstance(node, yaml.SequenceNode):
             value = [self.item(child, child, (*path, i)) for i, child in enumerate(node.value)]
         else:
-            value = self.scalar(node)
+            try:
+                value = self.loader.construct_object(node)
+            except ValueError as error:  # such as the date 2026-13-45
+                raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
         self.open.pop()
         return value
 
@@ -199,9 +202,3 @@ class _Reader:
         self.loader.flatten_mapping(node)  # resolves `<<: *anchor`
         values = {key.value: self.item(key, child, (*path, key.value)) for key, child in node.value}
         return {key: value for key, value in values.items() if value is not None}
-
-    def scalar(self, node: yaml.Node) -> Any:
-        try:
-            return self.loader.construct_object(node)
-        except ValueError as error:  # such as the date 2026-13-45
-            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error

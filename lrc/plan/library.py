@@ -11,7 +11,6 @@ from lrc.errors import UserError, nearest
 from lrc.plan.document import Document, flow, read_document
 from lrc.plan.resolve import Draft
 from lrc.plan.schema import Plan, read_plan
-from lrc.plan.write import plan_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -66,7 +65,7 @@ def read_draft(plan: PlanLike, keep: float | None = None, changes: Mapping[str, 
         keeps = read.keep if isinstance(read.keep, tuple) else (read.keep,)
         name = stem = "-".join([read.method, *(f"{keep:g}" for keep in keeps)])
     if not text:
-        text = plan_text(document.values)
+        text = "".join(f"{key}: {flow(value)}\n" for key, value in document.values.items())
     elif entries:
         text = f"{text.rstrip()}\n# changed by {' '.join(option for *_, option in entries)}\n"
     return Draft(read, document, text, name, stem)

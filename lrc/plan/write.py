@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from lrc.plan.document import flow
@@ -10,11 +10,6 @@ from lrc.plan.precedence import Methods, spans
 from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.plan.schema import OUTSIDE, WHOLE, Plan
 from lrc.plan.solver import find_solver
-
-
-def plan_text(values: Mapping[str, Any]) -> str:
-    """Return the YAML of plain values, one line for each key."""
-    return "".join(f"{key}: {flow(value)}\n" for key, value in values.items())
 
 
 def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) -> str:
