@@ -54,18 +54,20 @@ def choose(
         unit = there[0].unit
         there = [each for each in there if each.unit == unit]
         errors = [each.error for each in there]
-    ordered = sorted(zip(errors, there, strict=True), key=lambda pair: pair[0])
-    found = [Choice(keep, each.method, error, unit, each.kept / each.whole) for error, each in ordered]
-    limit = found[0].error + TIE * abs(found[0].error)
 
-    def cost_to_run(i: int) -> tuple[int, int, str]:
-        estimate = ordered[i][1]
-        solvers = methods[estimate.method].solvers
+    def cost_to_run(choice: Choice) -> tuple[int, int, str]:
+        solvers = methods[choice.method].solvers
         solver = solvers.get(target) or solvers["projection"]
-        return estimate.steps, _BLIND.index(solver.metric), estimate.method
+        return steps[choice.method], _BLIND.index(solver.metric), choice.method
 
-    best = min((i for i, choice in enumerate(found) if choice.error <= limit), key=cost_to_run)
-    return _with_next(found[best], next((choice for i, choice in enumerate(found) if i != best), None))
+    steps = {each.method: each.steps for each in there}
+    found = [
+        Choice(keep, each.method, error, unit, each.kept / each.whole)
+        for error, each in sorted(zip(errors, there, strict=True), key=lambda pair: pair[0])
+    ]
+    limit = found[0].error + TIE * abs(found[0].error)
+    best = min((choice for choice in found if choice.error <= limit), key=cost_to_run)
+    return _with_next(best, next((choice for choice in found if choice is not best), None))
 
 
 def choose_component(

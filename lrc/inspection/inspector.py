@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from lrc.moments.gradient import GradientMoment
 from lrc.moments.moment import Moment, Moments, site_of
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.records.inspection import Conditioning, Held, Inspected
+from lrc.run.settings import Progress
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
 from lrc.walk.backward import read_gradients
@@ -43,14 +44,7 @@ class Inspector:
         self.targets: list[Inspected] = []
         self.moments: list[Conditioning] = []
 
-    def run(
-        self,
-        blocks: Tensor,
-        batch_size: int,
-        *,
-        gradients: bool,
-        stage: Callable[[str, int], Callable[[int], object]],
-    ) -> None:
+    def run(self, blocks: Tensor, batch_size: int, *, gradients: bool, stage: Progress) -> None:
         """Inspect everything asked for, on token blocks (n, tokens); ``stage`` starts the progress."""
         asked, stream = self._asked, self._stream
         advance = stage("inspect", len(asked.layers) + bool(asked.outside))

@@ -97,17 +97,17 @@ class Levels:
         for component in COMPONENTS:
             whole_component = replace(base, target=component)
             if whole_component.solver(self.methods) or base.method not in self.methods:
-                self._overlay(wishes, self._expand(self._unnamed(whole_component)))
+                self._overlay(wishes, self._unnamed(whole_component))
         replaced: list[tuple[Wish, Wish]] = []
         if base.method_path == start.method_path:
             for path, entry in self.shared.items():
                 wish = self._wish(base, path, entry, index)
                 if base.keep_path != start.keep_path:
                     wish = self._resized(wish, base)
-                replaced += self._overlay(wishes, self._expand(wish))
+                replaced += self._overlay(wishes, wish)
         for placed in rules:
             for path, entry in placed.entries.items():
-                replaced += self._overlay(wishes, self._expand(self._wish(base, path, entry, index)))
+                replaced += self._overlay(wishes, self._wish(base, path, entry, index))
         covered = {role for target in wishes for role in self._roles(target)}
         left_whole = {}
         for old, new in replaced:
@@ -236,16 +236,15 @@ class Levels:
     def _expand(self, wish: Wish) -> list[Wish]:
         """Return a wish, or one for each projection of a component that its method solves by projections."""
         method = self.methods.get(wish.method)
-        if wish.target not in COMPONENTS or not method or wish.target in method.solvers:
-            return [wish]
-        if "projection" not in method.solvers:
+        solvers = method.solvers if method else {}
+        if wish.target not in COMPONENTS or wish.target in solvers or "projection" not in solvers:
             return [wish]
         return [replace(wish, target=role) for role in self.architecture.family.component(wish.target)]
 
-    def _overlay(self, wishes: dict[str, Wish], new: list[Wish]) -> list[tuple[Wish, Wish]]:
-        """Put wishes over others; return each replaced wish with the one in its place."""
+    def _overlay(self, wishes: dict[str, Wish], new: Wish) -> list[tuple[Wish, Wish]]:
+        """Put a wish over others; return each replaced wish with the one in its place."""
         replaced = []
-        for wish in new:
+        for wish in self._expand(new):
             roles = self._roles(wish.target)
             replaced += [(wishes.pop(target), wish) for target in list(wishes) if self._roles(target) & roles]
             wishes[wish.target] = wish

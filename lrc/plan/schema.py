@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -24,7 +25,10 @@ from lrc.text.spec import Data, Misplaced, check_data
 
 WHOLE = "keep-all"
 OUTSIDE = ("embed", "lm_head")  # projections outside the decoder layers
-ALLOCATIONS = ("uniform", "energy", "fisher", "importance", "sensitivity")
+Allocation = Literal["uniform", "energy", "fisher", "importance", "sensitivity"]
+ALLOCATIONS = get_args(Allocation)
+Count = Annotated[int, Field(ge=1)]
+_COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
 
 def _fraction(value: object) -> float:
@@ -46,32 +50,12 @@ def _keep(value: object) -> float | tuple[float, float]:
     return _fraction(value[0]), _fraction(value[1])
 
 
-def _at_least(least: int) -> Callable[[object], int]:
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(as_text_number(value) or f"{value!r} is not a whole number")
-        if value < least:
-            raise ValueError(f"{value} is too small; the smallest is {least}")
-        return value
-
-    return check
-
-
-def _word(*known: str) -> Callable[[object], str]:
-    def check(value: object) -> str:
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"{value!r} is not known; {nearest(str(value), known)}")
-        return value
-
-    return check
-
-
 def _samples(value: object) -> int | str:
-    return "all" if value == "all" else _at_least(1)(value)
+    return "all" if value == "all" else _COUNT.validate_python(value, strict=True)
 
 
-def _no_steps(value: object) -> int:
-    if (steps := _at_least(0)(value)) > 0:
+def _no_steps(steps: int) -> int:
+    if steps > 0:
         raise ValueError(f"healing is not built yet ({steps} steps); use 0")
     return steps
 
@@ -205,16 +189,16 @@ class Calibration(Strict):
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None
     samples: Annotated[int | Literal["all"], PlainValidator(_samples)] = 128
-    seq_len: Annotated[int, PlainValidator(_at_least(2))] | None = None
-    gradient_samples: Annotated[int, PlainValidator(_at_least(1))] = 32
-    first_token: Annotated[int, PlainValidator(_at_least(1))] | None = None
-    seed: Annotated[int, PlainValidator(_at_least(0))] = 0
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    gradient_samples: Count = 32
+    first_token: Count | None = None
+    seed: int = Field(default=0, ge=0)
 
 
 class Heal(Strict):
     """Training after the compression."""
 
-    steps: Annotated[int, PlainValidator(_no_steps)] = 0
+    steps: Annotated[int, Field(ge=0), AfterValidator(_no_steps)] = 0
 
 
 class Plan(Strict):
@@ -227,12 +211,12 @@ class Plan(Strict):
     format: Annotated[int, PlainValidator(_format)] = 1
     keep: Keep = 1.0
     method: Text = "a3"
-    allocate: Annotated[str, PlainValidator(_word(*ALLOCATIONS))] = "uniform"
+    allocate: Allocation = "uniform"
     components: Components = Components()
     projections: Projections = Projections()
     layers: tuple[Rule | None, ...] = Field(default=(), strict=False)
-    refit: Annotated[str, PlainValidator(_word("residual", "none"))] = "residual"
-    scale: Annotated[str, PlainValidator(_word("fitted", "none"))] | None = None
+    refit: Literal["residual", "none"] = "residual"
+    scale: Literal["fitted", "none"] | None = None
     calibration: Calibration = Calibration()
     heal: Heal = Heal()
 
@@ -308,7 +292,15 @@ def _message(problem: Any) -> str:
     if kind == "missing":
         return "is missing; a rule says which layers it is for"
     if kind == "value_error":
-        return str(problem["ctx"]["error"])
+        error = problem["ctx"]["error"]
+        return _message(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+    if kind == "literal_error":
+        known = re.findall(r"'(.+?)'", problem["ctx"]["expected"])
+        return f"{value!r} is not known; {nearest(str(value), known)}"
+    if kind == "int_type":
+        return as_text_number(value) or f"{value!r} is not a whole number"
+    if kind == "greater_than_equal":
+        return f"{value} is too small; the smallest is {problem['ctx']['ge']}"
     if kind.startswith("string"):
         return f"{value!r} is not a name"
     return f"{value!r} is not a {'list of rules' if path == ('layers',) else 'mapping of keys to values'}"

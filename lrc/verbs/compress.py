@@ -49,7 +49,6 @@ from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream
 
 _ALLOCATION = "allocation"
-_NO_MEASUREMENT = "For uniform sizes, which take no measurement: --set allocate=uniform"
 
 
 def compress(
@@ -138,20 +137,16 @@ def _choose_allocation(
     samples = ASSUMED_SAMPLES if asked == "all" else asked
     place, batch, device = setup.offload(job, samples), setup.batch_size(job), setup.device
     fits = fits_measuring(unsized(job)[-1], device, setup.dtype, batch, samples, place)
-    # Rank 0 decides, as free memory differs between processes.
-    if setup.processes.share(fits):
-        how = (
-            "the whole model fits on the device, so sizes are chosen by the held-out loss, measured with each target "
-            "shrunk alone (allocate: sensitivity)"
-        )
-    else:
-        job = setup.job(read_draft(BEST.model_copy(update={"allocate": "fisher"}), keep, changes))
-        how = (
-            "the whole model does not fit on the device, so sizes are chosen by losses predicted from gradients "
-            "(allocate: fisher)"
-        )
+    fits = setup.processes.share(fits)  # rank 0 decides, as free memory differs between processes
+    name, losses = "sensitivity", "measured on held-out text with each target shrunk alone"
+    if not fits:
+        name, losses = "fisher", "predicted from gradients"
+        job = setup.job(read_draft(BEST.model_copy(update={"allocate": name}), keep, changes))
     given = f"no plan is given: method {job.plan.plan.method}, keep {job.plan.plan.keep:g}"
-    return job, f"{given}; {how}. {_NO_MEASUREMENT}"
+    return job, (
+        f"{given}; the whole model {'fits' if fits else 'does not fit'} on the device, so sizes are chosen by losses "
+        f"{losses} (allocate: {name}). For uniform sizes, which take no measurement: --set allocate=uniform"
+    )
 
 
 def _check_held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from accelerate import init_empty_weights
@@ -16,6 +16,7 @@ from lrc.checkpoint.staging import INDEX, MANIFEST
 from lrc.errors import UserError
 from lrc.hub.quantizer import LrcConfig, replace_modules
 from lrc.records.integrity import Damage, Integrity
+from lrc.run.settings import Progress
 
 _THREADS = 8
 _CONFIG = "config.json"
@@ -24,7 +25,6 @@ _DIFFERS = "differs from what was written"
 
 Hashes = Mapping[str, str]
 Headers = dict[str, dict[str, StoredTensor]]
-Progress = Callable[[str, int], Callable[[int], object]]
 
 
 def verify(folder: Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Integrity:
