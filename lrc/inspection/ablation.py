@@ -32,7 +32,7 @@ from lrc.run.offload import States
 from lrc.text.blocks import batched
 from lrc.walk.stream import ModelStream
 
-# Published methods that read no gradients: A3 for components, SVD whitened by the input (SVD-LLM) for one matrix.
+# A3 for components; for one matrix SVD whitened by its input (SVD-LLM), which reads no gradients.
 COMPONENT_METHOD = "a3"
 PROJECTION_METHOD = "whitened_svd"
 CALIBRATION = Calibration()
