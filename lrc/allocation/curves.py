@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lrc.allocation.spend import Curve
-from lrc.calibration.key import digest
+from lrc.calibration.draw import digest
 from lrc.checkpoint.durable import write_text
 from lrc.errors import UserError
 from lrc.plan.document import dotted

@@ -14,8 +14,7 @@ from lrc.allocation.budget import Budget, Spent, shortfalls, spend
 from lrc.allocation.contract import Advance, Setting
 from lrc.allocation.curves import Curves, plan_sha256
 from lrc.allocation.spend import Choice, Curve, Offer
-from lrc.calibration.draw import Texts
-from lrc.calibration.key import blocks_key, gradients_key
+from lrc.calibration.draw import Texts, blocks_key, gradients_key
 from lrc.errors import OutOfResources, UserError, nearest
 from lrc.estimate.memory import HELD_OUT_SAMPLES, measuring_memory
 from lrc.estimate.room import free_bytes

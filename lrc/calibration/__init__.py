@@ -1,1 +1,1 @@
-"""The texts that a run draws, text that the model writes, and whether there is enough of it."""
+"""Draw calibration texts, generate synthetic text, and check that there are enough tokens."""

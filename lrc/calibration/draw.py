@@ -1,27 +1,27 @@
-"""The texts of an allocation: what moments are taken of and, where it measures, what is held out of them."""
+"""The calibration and held-out texts that a run draws, and their part in the key of a cached measurement."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lrc.hub.names import default_text
 from lrc.plan.job import Job
-from lrc.text.blocks import tokenize
+from lrc.plan.schema import Calibration as Settings
+from lrc.text.blocks import gradient_blocks, ids_sha256
 from lrc.text.datasets import DATASETS
-from lrc.text.held_out import held_out_blocks
-from lrc.text.mixture import Calibration, Source, about, read_mixture
+from lrc.text.mixture import Calibration
 from lrc.text.source import Text, read_text
-from lrc.text.spec import DataLike
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What moments are taken of and, where asked for, the text and its token blocks (n, tokens) to measure on."""
+    """Calibration blocks and, for an allocation that measures losses, a held-out text and its blocks (n, tokens)."""
 
     calibration: Calibration
     held_out: Text | None = None
@@ -29,67 +29,54 @@ class Texts:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of the plan should know of the texts."""
-        warnings = list(self.calibration.notes)
-        if self.held_out is None:
-            return warnings
-        data_set = DATASETS.get(self.held_out.name)
-        if data_set and self.held_out.split == data_set.evaluation:
-            measured = f"{self.held_out.label} is what perplexity is measured on"
-            warnings.append(f"{measured}: sizes were chosen on it, so that figures on it flatter")
+        """Warnings about the texts, for the report."""
+        warnings, text = list(self.calibration.notes), self.held_out
+        data_set = DATASETS.get(text.name) if text else None
+        if text and data_set and text.split == data_set.evaluation:
+            warnings.append(
+                f"{text.label} is what perplexity is measured on: sizes were chosen on it, so its figures are too good"
+            )
         return warnings
 
     @property
     def fitted_to(self) -> str:
-        """The calibration text and its blocks in words."""
-        return _named(self.calibration.label, self.calibration.blocks)
+        """The calibration text and its blocks, in words."""
+        return _described(self.calibration.label, self.calibration.blocks)
 
     @property
     def measured_on(self) -> str | None:
-        """The held-out text and its blocks in words."""
+        """The held-out text and its blocks, in words."""
         if self.held_out is None or self.held_blocks is None:
             return None
-        return _named(self.held_out.label, self.held_blocks)
+        return _described(self.held_out.label, self.held_blocks)
 
 
-def draw_texts(
-    job: Job,
-    tokenizer: PreTrainedTokenizerBase,
-    calib: DataLike | None,
-    held_out: str | None,
-    samples: int | None,
-    folder: Path | None,
-    generate: Callable[[int], Source],
-) -> Texts:
-    """Draw a job's calibration blocks: of ``calib``, else of what its plan names, else of its model's own text; and
-    the first ``samples`` of a held-out text, by default of the same corpus, where ``samples`` is not None.
-
-    ``generate`` makes blocks of synthetic text. Raises UserError as ``lrc.text.mixture`` does, where a text cannot be
-    had or is too short, and where the held-out one overlaps a source.
-    """
-    text = (
-        None if samples is None else _held_out(job, held_out, folder)
-    )  # known to be there before any is generated
-    settings = job.plan.plan.calibration
-    planned = settings.data or default_text(job.model.source)
-    mixture = read_mixture(planned if calib is None else calib)
-    calibration = mixture.draw(tokenizer, settings.samples, job.plan.seq_len, settings.seed, folder, generate)
-    if text is None or samples is None:
-        return Texts(calibration)
-    with about(f"held-out text {text.label}"):
-        ids = tokenize(tokenizer, text.text)
-        return Texts(calibration, text, held_out_blocks(ids, samples, calibration.blocks))
-
-
-def _held_out(job: Job, named: str | None, folder: Path | None) -> Text:
+def held_out_text(job: Job, named: str | None, folder: Path | None) -> Text:
+    """Return the named held-out text, by default one of the same corpus as the default calibration text."""
     default = "builtin:train" if job.model.builtin else "wikitext2:validation"
     spec = default if named is None else named
-    # A bare name means the test split to eval; nothing is chosen on that unasked.
+    # `lrc eval` reads a bare name as the test split; sizes are chosen on that split only if the user names it.
     if spec in DATASETS and "validation" in DATASETS[spec].splits:
         spec = f"{spec}:validation"
     return read_text(spec, "evaluation", folder)
 
 
-def _named(label: str, blocks: Tensor) -> str:
+def _described(label: str, blocks: Tensor) -> str:
     count, length = blocks.shape
     return f"{label} ({count} block{'s' * (count != 1)} of {length} tokens)"
+
+
+def blocks_key(blocks: Tensor) -> str:
+    """Return what identifies blocks (n, tokens): their number, their length and the hash of their ids."""
+    return f"{blocks.shape[0]} x {blocks.shape[1]} {ids_sha256(blocks)}"
+
+
+def gradients_key(blocks: Tensor, settings: Settings) -> str:
+    """Return what identifies the gradients of calibration blocks: the blocks drawn, and the seed of the labels."""
+    chosen = gradient_blocks(blocks, settings.gradient_samples, settings.seed)
+    return f"{blocks_key(chosen)} seed {settings.seed}"
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """Return eight hex digits of a key's hash, for a file name."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]

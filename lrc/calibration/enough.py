@@ -1,4 +1,4 @@
-"""Whether there are tokens enough for what is taken of them: a moment of fewer than it is wide is partly damping."""
+"""Warn when there are fewer tokens than a moment has rows, so that damping decides a part of its inverse."""
 
 from __future__ import annotations
 
@@ -17,34 +17,24 @@ def too_few(
     losses: bool = False,
     targets: Collection[str] | None = None,
 ) -> list[str]:
-    """A warning where moments of ``samples`` calibration blocks have fewer tokens than rows, and one for gradients'.
+    """Return warnings if ``samples`` calibration blocks have too few tokens for moments of activations or gradients.
 
-    ``losses``: gradients are read of every target, as an allocation by predicted losses does. ``targets``: those whose
-    moments are taken, where that is not only of what the plan does something to.
+    ``losses``: gradients of every target are read, as by an allocation by predicted losses. ``targets``: those with
+    moments (default: those that the plan assigns).
     """
-    asked = plan.plan.calibration.gradient_samples
-    found = []
     if targets is None:
         targets = {a.target for layer in plan.layers for a in layer.assignments}
         targets |= {assignment.target for assignment in plan.outer}
-    tokens, width = samples * plan.seq_len, _width(architecture, targets)
-    if tokens < width:
+    inside = [architecture.targets[target] for target in targets if target in architecture.targets]
+    widths = [architecture.matrices[role].columns for target in inside for role in target.matrices]
+    width = max([0, *widths, architecture.hidden if len(inside) < len(targets) else 0])
+    found = []
+    if (tokens := samples * plan.seq_len) < width:
         found.append(f"calibration has {tokens} tokens for moments of {width} dimensions; use more samples")
-    tokens, width = min(asked, samples) * plan.seq_len, _gradient_width(architecture, plan, losses)
-    if tokens < width:
+    asked = plan.plan.calibration.gradient_samples
+    wanted = [gradients_needed(architecture, layer, losses=losses) for layer in plan.layers]
+    width = max((architecture.matrices[role].rows for want in wanted for role in want.roles), default=0)
+    if (tokens := min(asked, samples) * plan.seq_len) < width:
         more = "gradient_samples" if asked < samples else "samples"
         found.append(f"gradients are of {tokens} tokens for moments of {width} dimensions; use more {more}")
     return found
-
-
-def _width(architecture: Architecture, targets: Collection[str]) -> int:
-    """Inputs of the widest projection of the targets."""
-    inside = [architecture.targets[target] for target in targets if target in architecture.targets]
-    widths = [architecture.matrices[role].columns for target in inside for role in target.matrices]
-    return max([0, *widths, architecture.hidden if len(inside) < len(targets) else 0])
-
-
-def _gradient_width(architecture: Architecture, plan: ResolvedPlan, losses: bool) -> int:
-    """Outputs of the widest projection whose gradients are read."""
-    wanted = [gradients_needed(architecture, layer, losses=losses) for layer in plan.layers]
-    return max((architecture.matrices[role].rows for want in wanted for role in want.roles), default=0)

@@ -1,10 +1,9 @@
-"""Calibration text that the model itself writes, for users who have none.
+"""Generate calibration text with the model itself.
 
-A block is what follows one start token (``bos_token_id`` of config.json, else ``eos_token_id``; the start itself is not
-in the block): every token is drawn from the full softmax at temperature 1, nothing cut off or made likelier. A token
-that ends a text stays as any other, and what follows it is a new text. Token t of block b is where a uniform number,
-a function of (seed, b, t) alone, falls in the cumulative probabilities in float64; so blocks are the same whatever the
-batch size, up to the rounding of the logits, and ids are never turned to text and back.
+A block follows one start token (``bos_token_id`` of config.json, else ``eos_token_id``), which is not in the block.
+Tokens are drawn from the full softmax at temperature 1; an end token stays in the block like any other. Token t of
+block b is where a uniform number, a function of (seed, b, t) alone, falls in the float64 cumulative probabilities. So
+blocks do not depend on the batch size, up to the rounding of the logits. Ids are never decoded.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ def synthesize(
     run: Run,
     watch: Stopwatch,
 ) -> Source:
-    """Have a job's model write ``count`` blocks of its seq_len. Each process has the model and writes its part of them.
+    """Generate ``count`` blocks of the job's seq_len; each process loads the model and generates its share.
 
-    The stage ``generate`` counts tokens of a block, batch after batch. Raises UserError where the model
-    does not fit on the device, has no start token, or gives NaN.
+    Raises UserError if the model does not fit on the device, has no start token, or gives NaN.
     """
     batch = min(run.batch_size or generating_batch(job.plan.seq_len), count)
     needed, start = generating_memory(job, dtype, batch), start_token(job)
@@ -70,7 +68,7 @@ def synthesize(
                 f"the GPU is out of memory while the model writes; try --batch-size below {batch}"
             ) from error
         finally:
-            # Models hold references to themselves: only the collector frees the memory.
+            # Models hold references to themselves, so only the collector frees the memory.
             del model
             gc.collect()
     settings = {"start": start, "temperature": 1.0, "ids_sha256": ids_sha256(blocks)}
@@ -87,9 +85,9 @@ def write_blocks(
     advance: Callable[[int], object],
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Blocks (count, seq_len) that a model writes after ``start``, on the CPU; ``advance`` is called with steps done.
+    """Return blocks (count, seq_len) that a model generates after ``start``, on the CPU.
 
-    Raises UserError where logits are NaN or inf.
+    ``advance`` is called with the steps done. Raises UserError if logits are NaN or inf.
     """
     numbers = torch.stack([uniforms(seed, f"{SYNTHETIC}/{block}", seq_len) for block in range(count)])
     written = [_write(model, start, part, advance) for part in batched(ranks.mine(numbers), batch_size)]
@@ -98,7 +96,7 @@ def write_blocks(
 
 @torch.no_grad()
 def _write(model: PreTrainedModel, start: int, numbers: Tensor, advance: Callable[[int], object]) -> Tensor:
-    """Blocks whose tokens uniform ``numbers`` (blocks, seq_len) choose."""
+    """Return the blocks that uniform ``numbers`` (blocks, seq_len) choose."""
     numbers = numbers.to(model.device)
     ids = torch.empty(numbers.shape, dtype=torch.int64, device=model.device)
     last, cache = torch.full_like(ids[:, :1], start), None
@@ -109,9 +107,7 @@ def _write(model: PreTrainedModel, start: int, numbers: Tensor, advance: Callabl
         total = out.logits[:, -1].double().softmax(-1).cumsum(-1)
         sound &= total[:, -1].isfinite().all()
         last = torch.searchsorted(total, numbers[:, t : t + 1] * total[:, -1:], right=True)
-        last = last.clamp_max(
-            total.shape[1] - 1
-        )  # NaN is past every token, which the next call could not look up
+        last = last.clamp_max(total.shape[1] - 1)  # NaN is found past the last token
         ids[:, t : t + 1] = last
         advance(1)
     if not sound:
@@ -122,7 +118,7 @@ def _write(model: PreTrainedModel, start: int, numbers: Tensor, advance: Callabl
 
 
 def start_token(job: Job) -> int:
-    """The token that a text begins behind: config.json's, of the vocabulary; UserError where it names none."""
+    """Return the start token of config.json. Raises UserError if there is none in the vocabulary."""
     vocab = job.reader.architecture.vocab
     for token in start_tokens(job.reader.config):
         if 0 <= token < vocab:

@@ -1,1 +1,1 @@
-"""What a model is made of: spectra, moments, what methods would lose, and what an output of it has lost."""
+"""Inspect a model: spectra, moments, predicted errors, and the errors of an output."""

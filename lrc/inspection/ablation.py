@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,14 @@ from lrc.plan.job import Job, make_job
 from lrc.plan.library import draft_of
 from lrc.plan.precedence import COMPONENTS
 from lrc.plan.resolved import Assignment
-from lrc.plan.schema import Calibration, Components, Entry, Plan, Projections
+from lrc.plan.schema import Calibration, Plan
 from lrc.records.ablation import Ablated, ablated
 from lrc.records.losses import Losses
 from lrc.run.offload import States
 from lrc.text.blocks import batched
 from lrc.walk.stream import ModelStream
 
-# What people know of each: the published components, and for one matrix the SVD whitened by its input (SVD-LLM), which
-# reads no gradients.
+# A3 for components; for one matrix SVD whitened by its input (SVD-LLM), which reads no gradients.
 COMPONENT_METHOD = "a3"
 PROJECTION_METHOD = "whitened_svd"
 CALIBRATION = Calibration()
@@ -41,21 +40,21 @@ _COARSE = 0.1  # of the fraction asked for
 
 
 def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> list[float]:
-    """Nats per token of windows (windows, n) with what each of a setting's plans asks for done in all layers at once.
+    """Return the nats per token of windows ``cut`` (windows, n) under each plan of a setting.
 
-    The plans' own windows go through the model side by side, behind one walk on the calibration text; ``advance`` is
-    called with the layers done. States that have no room in memory go to files in ``scratch``.
+    One walk on the calibration text fits all plans, and each plan has its own hidden states of the windows. ``advance``
+    is called with the layers done. States that do not fit in memory go to files in ``scratch``.
     """
     reader, ranks = setting.reader, setting.ranks
     mine = ranks.mine(cut)
     held = mine.numel() * reader.architecture.hidden * setting.dtype.itemsize * len(setting.plans)
     states = States(place_for(held, setting.device), scratch)
-    # As transformers runs the whole model, not with the float32 stream that moments are taken of.
+    # In the model's dtype, as transformers runs it, not with the float32 residual stream of the moments.
     text = ModelStream(reader, setting.device, setting.dtype, states, ranks=ranks, residual=setting.dtype)
     ids = batched(mine, setting.batch_size)
     batches = text.embed(ids)
     texts = [[replace(batch) for batch in batches] for _ in setting.plans]
-    del batches  # or the states before the first layer would be there to the end
+    del batches  # frees the states before the first layer
 
     def look(posed: Posed) -> None:
         index = posed.layer
@@ -85,9 +84,9 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
 
 
 def choose_targets(architecture: Architecture, method: str | None) -> dict[str, str]:
-    """The method of each component and projection of a layer; of one ``method``, of those that it solves alone.
+    """Return the method of each component and projection of a layer; with ``method``, of the targets it solves.
 
-    Raises UserError for an unknown method, and for one that solves none.
+    Raises UserError for an unknown method, and for a method that solves none of them.
     """
     if method is not None and method not in methods():
         raise UserError(f"--method: unknown method {method!r}; {nearest(method, methods())}")
@@ -104,46 +103,48 @@ def choose_targets(architecture: Architecture, method: str | None) -> dict[str, 
     return found
 
 
-def shrinking_job(
-    model: ResolvedModel, reader: CheckpointReader, target: str, method: str, keep: float
-) -> Job:
-    """A plan that shrinks one target in all layers; UserError where it has no size that keeps so little."""
-    entries = {target: Entry(method=method, keep=keep)}
-    if target in COMPONENTS:
-        plan = Plan(refit="none", calibration=CALIBRATION, components=Components(**entries))
-    else:
-        plan = Plan(refit="none", calibration=CALIBRATION, projections=Projections(**entries))
-    return make_job(model, reader, draft_of(plan, f"ablation of {target} at keep {keep:g}"))
+@dataclass(frozen=True)
+class Trial:
+    """One target to shrink alone, in all layers at once: its method, the fraction ``keep`` of its weights, its plan."""
 
+    target: str
+    method: str
+    keep: float
+    job: Job
 
-def asked_of(job: Job) -> dict[str, Any]:
-    """Target, method, fraction and options of a job: what one cost is of."""
-    (target, entry), *_ = (
-        *job.plan.plan.components.entries().items(),
-        *job.plan.plan.projections.entries().items(),
-    )
-    first = next(iter(job.plan.layers[0].assignments), None)
-    options = first.options if first else {}
-    return {"target": target, "method": entry.method, "keep": entry.keep, "options": options}
+    @classmethod
+    def of(
+        cls, model: ResolvedModel, reader: CheckpointReader, target: str, method: str, keep: float
+    ) -> Trial:
+        """Plan a trial. Raises UserError if no size of the method keeps so little."""
+        section = "components" if target in COMPONENTS else "projections"
+        entries: dict[str, Any] = {section: {target: {"method": method, "keep": keep}}}
+        plan = Plan(refit="none", calibration=CALIBRATION, **entries)
+        job = make_job(model, reader, draft_of(plan, f"ablation of {target} at keep {keep:g}"))
+        return cls(target, method, keep, job)
 
+    @property
+    def assignment(self) -> Assignment | None:
+        """What is done in each layer; None where the size nearest to ``keep`` is the whole target."""
+        return next(iter(self.job.plan.layers[0].assignments), None)
 
-def shrinks(job: Job) -> bool:
-    """Whether anything is shrunk: nearest to a fraction near 1 may be the whole, in all layers, which are alike."""
-    return bool(job.plan.layers[0].assignments)
+    @property
+    def key(self) -> dict[str, Any]:
+        """What identifies the trial among cached losses."""
+        options = self.assignment.options if self.assignment else {}
+        return {"target": self.target, "method": self.method, "keep": self.keep, "options": options}
 
-
-def result_of(job: Job, known: Losses) -> Ablated:
-    """Return the record of one job from the losses known so far, which must hold its own."""
-    assert known.dense is not None
-    asked, dense = asked_of(job), known.dense.nats / known.dense.tokens
-    nats = known.of(asked) if shrinks(job) else dense
-    assert nats is not None
-    kept = next((a.kept / a.whole for a in job.plan.layers[0].assignments), 1.0)
-    return ablated(asked["target"], asked["method"], asked["keep"], kept, nats, dense)
+    def result(self, known: Losses) -> Ablated:
+        """Return the record of the trial from the losses known, which must include its own."""
+        assert known.dense is not None
+        dense, one = known.dense.nats / known.dense.tokens, self.assignment
+        nats, kept = (known.of(self.key), one.kept / one.whole) if one else (dense, 1.0)
+        assert nats is not None
+        return ablated(self.target, self.method, self.keep, kept, nats, dense)
 
 
 def coarse_notes(results: Sequence[Ablated]) -> list[str]:
-    """What to say of sizes that are too coarse for what was asked."""
+    """Return a note for each target whose nearest size is far from the fraction asked for."""
     return [
         f"{r.target} keeps {r.kept:.4g} of its weights where {r.keep:g} is asked for; its sizes are coarse"
         for r in results

@@ -1,8 +1,8 @@
-"""What an inspection is asked for, checked against the model before any weight is read."""
+"""Check what an inspection is asked for against the model, before any weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lrc.errors import UserError, nearest
@@ -17,8 +17,10 @@ from lrc.plan.schema import Calibration, Plan, matched_layers
 
 @dataclass(frozen=True)
 class Asked:
-    """What to look at: layers, targets of them and outside of them, and what each method could do to a target."""
+    """Hold the layers, the targets ``inside`` and ``outside`` of them, and by target the candidates to estimate."""
 
+    methods: Mapping[str, Method]
+    keeps: Sequence[float]
     layers: list[int]
     inside: list[Target]
     outside: list[Target]
@@ -26,7 +28,7 @@ class Asked:
 
     @property
     def plans(self) -> tuple[LayerPlan, ...]:
-        """Everything that methods could do to the targets of the layers."""
+        """All candidates of the targets, for each layer."""
         chosen = tuple(one.assignment for target in self.inside for one in self.candidates[target.name])
         return tuple(LayerPlan(index, chosen) for index in self.layers)
 
@@ -41,7 +43,7 @@ def find_asked(
     tables: bool,
     gradients: bool,
 ) -> Asked:
-    """What there is to look at; UserError for a layer or target that the model does not have."""
+    """Find the layers, targets and candidates of an inspection. Raises UserError for an unknown layer or target."""
     chosen = set(range(architecture.layers))
     if layers is not None:
         try:
@@ -55,44 +57,35 @@ def find_asked(
                 "--targets lm_head: the head of this model is its embedding; name embed, which is both"
             )
         if name not in there:
-            raise UserError(
-                f"--targets {name}: {architecture.family.model_type} has no target {name!r}; "
-                f"{nearest(name, there)}"
-            )
+            model = architecture.family.model_type
+            raise UserError(f"--targets {name}: {model} has no target {name!r}; {nearest(name, there)}")
     inside = [t for name, t in architecture.targets.items() if names is None or name in names]
     outside = [t for name, t in architecture.outer.items() if (tables if names is None else name in names)]
     collected = collectors() if gradients else collectors() - {GRADIENTS}
-    return Asked(
-        sorted(chosen) if inside else [],
-        inside,
-        outside,
-        candidates(architecture, inside, known, keeps, collected)
-        | candidates(architecture, outside, known, keeps, TABLE_COLLECTORS),
-    )
+    found = candidates(architecture, inside, known, keeps, collected)
+    found |= candidates(architecture, outside, known, keeps, TABLE_COLLECTORS)
+    return Asked(known, keeps, sorted(chosen) if inside else [], inside, outside, found)
 
 
-def checked_keeps(keeps: Iterable[float]) -> tuple[float, ...]:
-    """Fractions to estimate at, largest first; UserError where they are not distinct or not between 0 and 1."""
-    found = tuple(keeps)
-    if not found or any(not 0 < keep < 1 for keep in found) or len(set(found)) < len(found):
-        listed = ",".join(f"{keep:g}" for keep in found)
-        raise UserError(f"--keeps {listed}: fractions to estimate are distinct, above 0 and below 1")
-    return tuple(sorted(found, reverse=True))
+def check_keeps(keeps: Sequence[float]) -> tuple[float, ...]:
+    """Return kept fractions, largest first. Raises UserError unless they are distinct and between 0 and 1."""
+    if not keeps or any(not 0 < keep < 1 for keep in keeps) or len(set(keeps)) < len(keeps):
+        listed = ",".join(f"{keep:g}" for keep in keeps)
+        raise UserError(f"--keeps {listed}: fractions are distinct, above 0 and below 1")
+    return tuple(sorted(keeps, reverse=True))
 
 
 def known_methods(names: Sequence[str] | None) -> dict[str, Method]:
-    """Methods by name, all where none are named; UserError for one that is not there."""
+    """Return methods by name, or all without ``names``. Raises UserError for an unknown method."""
     known = methods()
-    if names is None:
-        return known
-    for name in names:
+    for name in names or ():
         if name not in known:
             raise UserError(f"--methods {name}: there is no such method; {nearest(name, known)}")
-    return {name: method for name, method in known.items() if name in names}
+    return {name: method for name, method in known.items() if names is None or name in names}
 
 
 def base_plan(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> Plan:
-    """Return a plan that reads all sites, and gradients of all projections where they are asked for."""
+    """Return a plan whose solvers read moments at all sites, and ``gradients`` of all projections if asked for."""
     if seq_len is not None and not 2 <= seq_len <= architecture.positions:
         raise UserError(
             f"--seq-len {seq_len}: the model reads 2 to {architecture.positions} tokens at once; the nearest is "

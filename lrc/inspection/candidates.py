@@ -1,4 +1,4 @@
-"""What could be done to a target: every method that applies to it, at every kept fraction that is asked for."""
+"""List the methods and sizes that apply to a target, and estimate what each would lose."""
 
 from __future__ import annotations
 
@@ -6,20 +6,42 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from lrc.compression.solve import solve
 from lrc.families import Architecture, Target
 from lrc.methods import Method
-from lrc.methods.contract import Solver
+from lrc.methods.contract import Affine, Factors, Prediction, Problem, Solver
+from lrc.modules import kinds
+from lrc.modules.embedding import EMBEDDING
 from lrc.plan.resolved import Assignment
+from lrc.records.inspection import Estimate, Unit
 
 TABLE_COLLECTORS = frozenset({"moments"})  # what is collected outside the layers
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An assignment, and the fraction that it is the method's nearest size to."""
+    """An assignment at the method's size nearest to the fraction ``keep``."""
 
     keep: float
     assignment: Assignment
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """Solve a problem and return the predicted error."""
+        one = self.assignment
+        solution = solve(problem, one)
+        error, unit = figure(solution.predicted)
+        return Estimate(
+            keep=self.keep,
+            method=one.method,
+            options=dict(one.options),
+            size=one.size,
+            kept=one.kept,
+            whole=one.whole,
+            error=error,
+            unit=unit,
+            loss=solution.predicted.loss,
+            steps=sum(map(_steps, solution.parts.values())),
+        )
 
 
 def candidates(
@@ -29,15 +51,12 @@ def candidates(
     keeps: Sequence[float],
     collectors: Collection[str],
 ) -> dict[str, list[Candidate]]:
-    """By target what the methods can do with what is collected, but for sizes that save nothing or are not legal.
-
-    Options have their defaults, but where those need what is not collected the first of their values that does not.
-    """
+    """Return by target every legal size that saves weights, of every method that can solve it with ``collectors``."""
     return {
         target.name: [
             Candidate(keep, found)
             for name, method in methods.items()
-            if (solver := own_solver(method, target.name))
+            if (solver := _solver(method, target.name))
             and (options := able_options(solver, collectors)) is not None
             and solver.refuses(architecture.geometry, options) is None
             for keep in keeps
@@ -47,25 +66,34 @@ def candidates(
     }
 
 
-def own_solver(method: Method, target: str) -> Solver | None:
-    """What of a method solves this very target, of a projection its solver of any."""
-    alone = target not in ("qk", "ov", "mlp", "embed")
-    return method.solvers.get(target) or (method.solvers.get("projection") if alone else None)
-
-
 def able_options(solver: Solver, collectors: Collection[str]) -> dict[str, Any] | None:
-    """Options with which a solver needs no more than ``collectors``; None where there are none."""
+    """Return options with which a solver needs no more than ``collectors``, defaults first; None if there are none."""
     if not set(solver.needs) <= set(collectors):
         return None
     options: dict[str, Any] = {}
     for name, option in solver.options.items():
         values = (option.default, *get_args(option.annotation))
         able = (value for value in values if solver.option_needs.get((name, value)) in (None, *collectors))
-        found = next(able, None)
-        if found is None:
+        if (found := next(able, None)) is None:
             return None
         options[name] = found
     return options
+
+
+def figure(prediction: Prediction) -> tuple[float, Unit]:
+    """Return a prediction as one number, and its unit."""
+    if prediction.metric == "kl":
+        return prediction.error, "nats KL"
+    if prediction.metric == "loss":
+        return prediction.error, "nats of loss"
+    unit: Unit = "relative error of scores" if prediction.metric == "scores" else "relative error"
+    return prediction.relative, unit
+
+
+def _solver(method: Method, target: str) -> Solver | None:
+    """Return the solver of a component or the embedding itself, or of any projection."""
+    projection = target not in ("qk", "ov", "mlp", "embed")
+    return method.solvers.get(target) or (method.solvers.get("projection") if projection else None)
 
 
 def _assignment(
@@ -78,3 +106,10 @@ def _assignment(
     if kept >= target.parameters:
         return None
     return Assignment(target.name, method, size, options, kept, target.parameters)
+
+
+def _steps(part: Affine | Factors) -> int:
+    """Return the matrix products and permutations that a token goes through; an embedding is a look-up and one."""
+    if isinstance(part, Affine):
+        return 1
+    return 2 if part.kind == EMBEDDING else kinds()[part.kind].steps

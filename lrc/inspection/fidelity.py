@@ -1,4 +1,4 @@
-"""How near what an output stores is to the original: weights, outputs by the moments, and the inputs that it keeps."""
+"""Compare what an output stores with the original: weights, outputs by the moments, and the inputs it keeps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.inspection.spectrum import neuron_scores
 from lrc.maths.linalg import damped_cholesky, data_error
 from lrc.methods.a3 import attention_output, diagonal_blocks
 from lrc.methods.contract import (
@@ -27,13 +28,12 @@ from lrc.methods.shared.tables import table_error
 from lrc.modules.low_rank import LowRankLinear
 from lrc.moments.moment import Moment
 
-# Values that are a map of the original's but for rounding to bfloat16 leave less than this of themselves.
-_ROUNDING = 0.02
+_ROUNDING = 0.02  # relative residual of a map of the original's values, rounded to bfloat16
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """See ``lrc.records.inspection.Held``; None for what is not defined."""
+    """Fields of ``lrc.records.inspection.Held``, None where they are not defined."""
 
     reconstruction: float | None = None
     data_error: float | None = None
@@ -42,7 +42,7 @@ class Fidelity:
 
 
 def fidelity(problem: Problem, solution: Solution) -> Fidelity:
-    """Hold a solution, as it is stored, against the problem that it was found for."""
+    """Compare a stored solution with the problem that it solves."""
     if isinstance(problem, ProjectionProblem):
         return _of_projection(problem, solution.parts[problem.role])
     if isinstance(problem, EmbeddingProblem):
@@ -55,17 +55,17 @@ def fidelity(problem: Problem, solution: Solution) -> Fidelity:
 
 
 def overlap(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Mean squared cosine of the principal angles, and the largest angle in degrees, between the ranges of two
-    orthonormal bases (..., n, r) (Björck and Golub 1973); of several pairs the mean and the largest.
+    """Return the mean squared cosine of the principal angles between two orthonormal bases (..., n, r), and the largest
+    angle in degrees (Björck and Golub 1973).
     """
     cosines = torch.linalg.svdvals(one.mT @ other).clamp(max=1.0)
     return float(cosines.square().mean()), math.degrees(math.acos(float(cosines.min())))
 
 
 def product_difference(left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor) -> Tensor:
-    """‖A B − A' B'‖² (...,) for A (..., m, r), B (..., r, n), A' (..., m, s), B' (..., s, n), never forming (m, n).
+    """Return ‖A B − A' B'‖² (...,) for A (..., m, r), B (..., r, n), A' (..., m, s), B' (..., s, n), without (m, n).
 
-    With [A, −A'] = Q R and [B; B']ᵀ = P S it is ‖R Sᵀ‖², which cancels within the entries, not between sums of squares.
+    It is ‖R Sᵀ‖² for [A, −A'] = Q R and [B; B']ᵀ = P S, which cancels within entries, not between sums of squares.
     """
     r = torch.linalg.qr(torch.cat([left, -new_left], dim=-1), mode="r").R
     s = torch.linalg.qr(torch.cat([right, new_right], dim=-2).mT, mode="r").R
@@ -81,29 +81,24 @@ def _of_projection(problem: ProjectionProblem, part: Affine | Factors) -> Fideli
         new, new_bias = factors.dense, part.bias
         kept = factors.tensors["A"] if part.kind == LowRankLinear.kind else None
     error = _affine_error(weight - new, _shift(bias, new_bias, weight), problem.input)
-    found = Fidelity(
-        _root(float((weight - new).square().sum()), float(weight.square().sum())),
-        _root(error, data_error(weight, problem.input.second)),
-    )
+    reconstruction = _root((weight - new).square().sum(), weight.square().sum())
+    data = _root(error, data_error(weight, problem.input.second))
     if kept is None:
-        return found
+        return Fidelity(reconstruction, data)
     low = damped_cholesky(input_moment(problem)).factor
     best = _top_inputs(weight @ low, len(kept))
-    return Fidelity(
-        found.reconstruction, found.data_error, *overlap(torch.linalg.qr((kept @ low).mT).Q, best)
-    )
+    return Fidelity(reconstruction, data, *overlap(torch.linalg.qr((kept @ low).mT).Q, best))
 
 
 def _of_table(problem: EmbeddingProblem, part: Affine | Factors) -> Fidelity:
     assert isinstance(part, Factors), "an embedding is stored as factors"
     table = problem.table.double()
     b, a = part.tensors["B"].double(), part.tensors["A"].double()
-    error = table_error(problem, table - b @ a)
-    shares = problem.frequency.double().sqrt().unsqueeze(-1)
-    best = _top_inputs(shares * table, len(a))
+    lost = table - b @ a
+    best = _top_inputs(problem.frequency.double().sqrt().unsqueeze(-1) * table, len(a))
     return Fidelity(
-        _root(float((table - b @ a).square().sum()), float(table.square().sum())),
-        error.relative,
+        _root(lost.square().sum(), table.square().sum()),
+        table_error(problem, lost).relative,
         *overlap(torch.linalg.qr(a.mT).Q, best),
     )
 
@@ -114,16 +109,14 @@ def _of_scores(problem: QKProblem, new_q: Affine, new_k: Affine) -> Fidelity:
     q_new, k_new = _extended(new_q, heads.heads), _extended(new_k, heads.kv_heads)
 
     def lost(left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor) -> float | None:
-        """Of all heads together, each with the key that it shares."""
+        """Of all heads together, each query head with the key head that it reads."""
         right, new_right = (each.repeat_interleave(heads.group, dim=0) for each in (right, new_right))
-        none, nothing = left.mT[..., :0], right[..., :0, :]
-        error = product_difference(left.mT, right, new_left.mT, new_right).sum()
-        return _root(float(error), float(product_difference(left.mT, right, none, nothing).sum()))
+        return _relative_difference(left.mT, right, new_left.mT, new_right)
 
     weights = lost(q[..., :-1], k[..., :-1], q_new[..., :-1], k_new[..., :-1])
     low = damped_cholesky(_extended_moment(problem.input)).factor
     q, k, q_new, k_new = (each @ low for each in (q, k, q_new, k_new))
-    # The best keys of the width, for all queries that share them: right singular vectors of their stacked forms.
+    # The best keys of this width for all queries that share them: right singular vectors of the stacked products.
     basis, right = torch.linalg.qr(k.mT)
     left = torch.linalg.qr(q.mT, mode="r").R.unflatten(0, (-1, heads.group))
     inner = _top_inputs((left @ right.mT.unsqueeze(1)).flatten(1, 2), k_new.shape[-2])
@@ -140,9 +133,7 @@ def _of_values(problem: OVProblem, new_v: Affine, new_o: Affine) -> Fidelity:
         each.weight.double().unflatten(0, (heads.kv_heads, -1)) for each in (problem.v, new_v)
     )
     shared = [each.repeat_interleave(heads.group, dim=0) for each in (values, new_values)]
-    error = product_difference(readers, shared[0], new_readers, shared[1]).sum()
-    whole = product_difference(readers, shared[0], readers[..., :0], shared[0][..., :0, :]).sum()
-    reconstruction = _root(float(error), float(whole))
+    reconstruction = _relative_difference(readers, shared[0], new_readers, shared[1])
     maps = torch.linalg.lstsq(values.mT, new_values.mT).solution.mT  # (kv_heads, rank, D)
     if float((new_values - maps @ values).norm()) > _ROUNDING * float(new_values.norm()):
         return Fidelity(reconstruction)
@@ -162,29 +153,20 @@ def _of_values(problem: OVProblem, new_v: Affine, new_o: Affine) -> Fidelity:
 
 
 def _of_neurons(problem: MLPProblem, solution: Solution) -> Fidelity:
-    kept = kept_neurons(problem, solution)
+    kept = _kept_neurons(problem, solution)
     if kept is None:
         return Fidelity()
-    weight, bias, output = (
-        problem.output.weight.double(),
-        problem.output.bias,
-        _affine(solution, problem.output_role),
-    )
+    weight, output = problem.output.weight.double(), _affine(solution, problem.output_role)
     delta = weight.clone()
     delta[:, kept] -= output.weight.double()
-    error = _affine_error(delta, _shift(bias, output.bias, weight), problem.hidden)
-    c = problem.hidden.second if bias is None else problem.hidden.double().centred
-    scores = c.diagonal().double().clamp_min(0).sqrt() * weight.norm(dim=0)
-    best = scores.topk(len(kept)).indices
-    return Fidelity(
-        None,
-        _root(error, data_error(weight, problem.hidden.second)),
-        float(torch.isin(kept, best).double().mean()),
-    )
+    error = _affine_error(delta, _shift(problem.output.bias, output.bias, weight), problem.hidden)
+    best = neuron_scores(problem).topk(len(kept)).indices
+    shared = float(torch.isin(kept, best).double().mean())
+    return Fidelity(None, _root(error, data_error(weight, problem.hidden.second)), shared)
 
 
-def kept_neurons(problem: MLPProblem, solution: Solution) -> Tensor | None:
-    """Indices (rank,) of the neurons whose rows the output has as they were; None where it has others."""
+def _kept_neurons(problem: MLPProblem, solution: Solution) -> Tensor | None:
+    """Return the indices (rank,) of the neurons that the output kept unchanged; None if it has others."""
     roles = list(problem.inputs)
     old = torch.cat([problem.inputs[role].weight for role in roles], dim=1)
     new = torch.cat([_affine(solution, role).weight for role in roles], dim=1).to(old)
@@ -202,7 +184,7 @@ def _affine(solution: Solution, role: str) -> Affine:
 
 
 def _affine_error(delta: Tensor, shift: Tensor, moment: Moment) -> float:
-    """E‖ΔW x + s‖² for a shift s (out,): about the mean where there is one, so that nothing large cancels."""
+    """Return E‖ΔW x + s‖² for a shift s (out,), about the mean so that nothing large cancels."""
     if not bool(shift.any()):
         return data_error(delta, moment.second)
     moment = moment.double()
@@ -210,30 +192,26 @@ def _affine_error(delta: Tensor, shift: Tensor, moment: Moment) -> float:
 
 
 def _shift(old: Tensor | None, new: Tensor | None, weight: Tensor) -> Tensor:
-    """b − b' (out,), of which either may be none."""
-    shift = weight.new_zeros(len(weight))
-    if old is not None:
-        shift = shift + old.double()
-    return shift if new is None else shift - new.double()
+    """Return b − b' (out,); a missing bias is zero."""
+    nothing = weight.new_zeros(len(weight))
+    return (nothing if old is None else old.double()) - (nothing if new is None else new.double())
 
 
 def _extended(matrix: Affine, heads: int) -> Tensor:
-    """[W, b] (heads, D, n + 1), of which the last column goes with an input of one."""
+    """Return [W, b] (heads, D, n + 1), for inputs with a last entry of one."""
     weight, bias = by_head(matrix, heads)
     return torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
 
 
 def _extended_moment(moment: Moment) -> Tensor:
-    """E[[x; 1] [x; 1]ᵀ] (n + 1, n + 1)."""
+    """Return E[[x; 1] [x; 1]ᵀ] (n + 1, n + 1)."""
     moment = moment.double()
-    mean = moment.mean.unsqueeze(-1)
-    return torch.cat(
-        [torch.cat([moment.second, mean], dim=1), torch.cat([mean.mT, mean.new_ones(1, 1)], dim=1)]
-    )
+    mean = torch.cat([moment.mean, moment.mean.new_ones(1)])
+    return torch.cat([torch.cat([moment.second, mean[None, :-1]]), mean[:, None]], dim=1)
 
 
 def _top_inputs(whitened: Tensor, rank: int) -> Tensor:
-    """Orthonormal basis (..., n, r) of what a map (..., m, n) reads most of: its top right singular vectors."""
+    """Return the top right singular vectors (..., n, r) of a map (..., m, n)."""
     rows, columns = whitened.shape[-2:]
     if rows < columns:
         top = torch.linalg.eigh(whitened @ whitened.mT).eigenvectors[..., -rank:]
@@ -241,5 +219,11 @@ def _top_inputs(whitened: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(whitened.mT @ whitened).eigenvectors[..., -rank:]
 
 
-def _root(error: float, reference: float) -> float | None:
-    return math.sqrt(max(error, 0.0) / reference) if reference > 0 else None
+def _relative_difference(left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor) -> float | None:
+    """Return ‖A B − A' B'‖ / ‖A B‖ over all leading dimensions together."""
+    whole = product_difference(left, right, left[..., :0], right[..., :0, :]).sum()
+    return _root(product_difference(left, right, new_left, new_right).sum(), whole)
+
+
+def _root(error: Tensor | float, reference: Tensor | float) -> float | None:
+    return math.sqrt(max(float(error), 0.0) / float(reference)) if reference > 0 else None

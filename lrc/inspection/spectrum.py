@@ -1,4 +1,4 @@
-"""Spectra of targets, plain and whitened, and how well the moments behind them can be inverted."""
+"""Spectra of targets, plain and whitened, and the conditioning of their moments."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _MOST = 0.99
 
 
 def spectra(problem: Problem) -> tuple[Spectrum, Spectrum]:
-    """The spectrum of a target by itself, and of the same in the metric of its moment; see ``Inspected``."""
+    """Return the spectra of a target, plain and whitened by its moment; see ``Inspected``."""
     if isinstance(problem, ProjectionProblem):
         weight = problem.matrix.weight
-        found = singular_values(weight), singular_values(weight, input_moment(problem))
+        plain, whitened = singular_values(weight), singular_values(weight, input_moment(problem))
     elif isinstance(problem, EmbeddingProblem):
         shares = problem.frequency.double().sqrt().unsqueeze(-1)
-        found = singular_values(problem.table), singular_values(shares * problem.table.double())
+        plain, whitened = singular_values(problem.table), singular_values(shares * problem.table.double())
     elif isinstance(problem, QKProblem):
-        found = _of_scores(problem)
+        plain, whitened = _of_scores(problem)
     elif isinstance(problem, OVProblem):
-        found = _of_values(problem)
+        plain, whitened = _of_values(problem)
     else:
-        found = _of_neurons(problem)
-    plain, whitened = (spectrum(values) for values in found)
-    return plain, whitened
+        norms = problem.output.weight.double().norm(dim=0)
+        plain, whitened = (each.sort(descending=True).values for each in (norms, neuron_scores(problem)))
+    return spectrum(plain), spectrum(whitened)
 
 
 def spectrum(values: Tensor) -> Spectrum:
-    """The record of singular values (..., n), largest first, leading dimensions being heads."""
+    """Return the record of singular values (..., n), largest first; leading dimensions are heads."""
     full = values.shape[-1]
     squares = values.square()
     ranks = torch.logspace(0, torch.tensor(float(full)).log10().item(), POINTS, dtype=torch.float64)
@@ -61,22 +61,20 @@ def spectrum(values: Tensor) -> Spectrum:
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    """exp of the entropy of σ / Σσ (...,) for singular values (..., n); 0 where all are (Roy and Vetterli 2007)."""
+    """Return exp of the entropy of σ / Σσ (...,) of values σ (..., n) (Roy and Vetterli 2007); 0 if all are 0."""
     total = values.sum(dim=-1, keepdim=True)
-    shares = values / torch.where(total > 0, total, torch.ones_like(total))
-    rank = torch.special.entr(shares).sum(dim=-1).exp()
-    return torch.where(total.squeeze(-1) > 0, rank, torch.zeros_like(rank))
+    rank = torch.special.entr(values / total.where(total > 0, 1)).sum(dim=-1).exp()
+    return rank.where(total.squeeze(-1) > 0, 0)
 
 
 def stable_rank(values: Tensor) -> Tensor:
-    """Σσ² / σ₁² (...,) of singular values (..., n), largest first; 0 where all are."""
+    """Return Σσ² / σ₁² (...,) of singular values σ (..., n), largest first; 0 if all are 0."""
     largest = values[..., 0].square()
-    rank = values.square().sum(dim=-1) / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.where(largest > 0, rank, torch.zeros_like(rank))
+    return values.square().sum(dim=-1) / largest.where(largest > 0, 1)
 
 
 def conditioning(layer: int, site: str, moment: Moment, *, centred: bool) -> Conditioning:
-    """How well the moment of a site, or its covariance where ``centred``, can be inverted, with damping and without."""
+    """Return the conditioning of a site's moment, or of its covariance if ``centred``, with and without damping."""
     c = moment.centred if centred else moment.second
     values = torch.linalg.eigvalsh(c.double())
     root = damped_cholesky(c)
@@ -90,7 +88,7 @@ def conditioning(layer: int, site: str, moment: Moment, *, centred: bool) -> Con
         tokens=moment.tokens,
         centred=centred,
         condition=most / least if least > 0 else float("inf"),
-        # A float32 sum may have an eigenvalue below zero; what is added outweighs it, or there would be no factor.
+        # A float32 sum can have a negative eigenvalue; the damping is larger, or there would be no factor.
         damped=(most + added) / (least + added) if most > 0 else 1.0,
         damping=root.damping,
         numerical_rank=int((values > tolerance).sum()),
@@ -100,12 +98,11 @@ def conditioning(layer: int, site: str, moment: Moment, *, centred: bool) -> Con
 def _of_scores(problem: QKProblem) -> tuple[Tensor, Tensor]:
     heads, moment = problem.heads, problem.input
     (q, q_bias), (k, k_bias) = by_head(problem.q, heads.heads), by_head(problem.k, heads.kv_heads)
-
-    def of(left: Tensor, right: Tensor) -> Tensor:
-        return product_singular_values(left, right.repeat_interleave(heads.group, dim=0))
-
-    moments = output_moment(q, q_bias, moment), output_moment(k, k_bias, moment)
-    return of(q @ q.mT, k @ k.mT), of(*moments)
+    grams = (q @ q.mT, k @ k.mT), (output_moment(q, q_bias, moment), output_moment(k, k_bias, moment))
+    plain, whitened = (
+        product_singular_values(left, right.repeat_interleave(heads.group, dim=0)) for left, right in grams
+    )
+    return plain, whitened
 
 
 def _of_values(problem: OVProblem) -> tuple[Tensor, Tensor]:
@@ -118,9 +115,7 @@ def _of_values(problem: OVProblem) -> tuple[Tensor, Tensor]:
     return product_singular_values(grams, by_query), product_singular_values(grams, own)
 
 
-def _of_neurons(problem: MLPProblem) -> tuple[Tensor, Tensor]:
-    bias, moment = problem.output.bias, problem.hidden
-    c = moment.second if bias is None else moment.double().centred
-    norms = problem.output.weight.double().norm(dim=0)
-    scores = c.diagonal().double().clamp_min(0).sqrt() * norms
-    return norms.sort(descending=True).values, scores.sort(descending=True).values
+def neuron_scores(problem: MLPProblem) -> Tensor:
+    """Return (C_ii)^½ ‖w_i‖ of every neuron i, C centred where the output has a bias."""
+    c = problem.hidden.second if problem.output.bias is None else problem.hidden.double().centred
+    return c.diagonal().double().clamp_min(0).sqrt() * problem.output.weight.double().norm(dim=0)

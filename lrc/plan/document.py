@@ -1,4 +1,4 @@
-"""A plan as plain values that remember where they were written, and the list of mistakes found in it."""
+"""A plan as plain values with the line of each, and the mistakes found in it."""
 
 from __future__ import annotations
 
@@ -15,72 +15,70 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Document:
-    """Values, and for every path of keys and positions the line of the text on which it starts.
+    """Values, and by path of keys and positions the ``places`` where they are set.
 
-    The line is 0 for what no text has: values made in Python, and those that an option of the command line set, which
-    ``options`` then names by path.
+    A place is a line of the text, the option of the command line that set the value, or 0 for values made in Python.
     """
 
     source: str
     values: dict[str, Any]
-    lines: Mapping[Path, int]
-    options: Mapping[Path, str] = field(default_factory=dict)
+    places: Mapping[Path, int | str]
     mistakes: set[tuple[int, str, str]] = field(default_factory=set)
 
     @classmethod
     def made(cls, source: str, values: dict[str, Any]) -> Document:
-        """Return a document of values that no text has."""
-        return cls(source, values, dict.fromkeys(_paths(values, ()), 0))
+        """Return a document of values made in Python."""
+        return cls(source, values, dict.fromkeys(dict(_nested(values, ())), 0))
 
     def line(self, path: Path) -> int:
-        """Return the line of a path, or of the nearest thing around it that is written."""
-        while path not in self.lines:
-            path = path[:-1]
-        return self.lines[path]
+        """Return the line of a path, or of the nearest written value around it; 0 if no text has it."""
+        place = self._place(path)
+        return place if isinstance(place, int) else 0
 
     def place(self, path: Path) -> str:
-        """Return where a path is written, as messages begin: source and line, or the option that set it."""
-        while path not in self.lines:
-            path = path[:-1]
-        if path in self.options:
-            return self.options[path]
-        return f"{self.source}:{self.lines[path]}" if self.lines[path] else self.source
+        """Return the start of a message about a path: source and line, or the option that set it."""
+        place = self._place(path)
+        if isinstance(place, str):
+            return place
+        return f"{self.source}:{place}" if place else self.source
 
     def on_line(self, path: Path) -> str:
-        """Return where a path is written, as the middle of a message has it; empty where no text has it."""
+        """Return the line of a path as the middle of a message, or an empty string if no text has it."""
         return f" on line {line}" if (line := self.line(path)) else ""
 
     def mistake(self, path: Path, message: str) -> None:
-        """Note a mistake at a path, once however often it is found."""
+        """Note a mistake at a path; repeated mistakes count once."""
         text = f"{dotted(path)}: {message}" if path else message
         self.mistakes.add((self.line(path), self.place(path), text))
 
     def stop(self) -> None:
-        """Raise UserError with every mistake noted, in the order of the lines, if there are any."""
+        """Raise UserError with all mistakes in the order of their lines, if there are any."""
         if self.mistakes:
             raise UserError("\n".join(f"{place}: {text}" for _, place, text in sorted(self.mistakes)))
 
     def changed(self, key: str, value: Any, option: str) -> Document:
         """Return the document with ``value`` at a dotted ``key``, such as ``calibration.samples`` or ``layers.0.keep``.
 
-        ``option`` is what messages name as the place of the value.
+        Messages name ``option`` as the place of the value.
         """
-        path, kept = _path_of(key, self.values)
-        new = [*(path[:end] for end in range(kept + 1, len(path))), *_paths(value, path)]
-        lines, options = (
-            {p: at for p, at in known.items() if p[: len(path)] != path}
-            for known in (self.lines, self.options)
-        )
+        path = _path_of(key, self.values)
+        values = _put(self.values, path, value)
+        old, new = dict(_nested(self.values, ())), dict(_nested(values, ()))
+        kept = {
+            at for at in self.places if at[: len(path)] != path and type(old.get(at)) is type(new.get(at))
+        }
         return replace(
-            self,
-            values=_put(self.values, path, value),
-            lines=lines | dict.fromkeys(new, 0),
-            options=options | dict.fromkeys(new, option),
+            self, values=values, places={at: self.places[at] if at in kept else option for at in new}
         )
+
+    def _place(self, path: Path) -> int | str:
+        while path not in self.places:
+            path = path[:-1]
+        return self.places[path]
 
 
 def dotted(path: Path) -> str:
-    """A path as people write it: ``layers[0].mlp.rank``."""
+    """Return a path as written in messages: ``layers[0].mlp.rank``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
@@ -95,17 +93,17 @@ def flow(value: Any) -> str:
 def read_document(text: str, source: str) -> Document:
     """Read one YAML mapping; duplicate keys and keys without a value become mistakes of the document.
 
-    Raises UserError with the line where the text is not YAML, or not a mapping.
+    Raises UserError with the line if the text is not YAML, or not a mapping.
     """
     values, reader = _read(text, source)
     if not isinstance(values, dict):
         raise UserError(f"{source}:1: a plan is a mapping of keys to values that begins with 'format: 1'")
     mistakes = {(line, f"{source}:{line}", message) for line, message in reader.mistakes}
-    return Document(source, values, reader.lines, mistakes=mistakes)
+    return Document(source, values, reader.lines, mistakes)
 
 
 def read_value(text: str, source: str) -> Any:
-    """Read one YAML value. Raises UserError where the text is not YAML, and where it is empty."""
+    """Read one YAML value. Raises UserError if the text is empty or not YAML."""
     value, reader = _read(text, source)
     for _, message in sorted(reader.mistakes):
         raise UserError(f"{source}: {message}")
@@ -117,8 +115,7 @@ def read_value(text: str, source: str) -> Any:
 def _read(text: str, source: str) -> tuple[Any, _Reader]:
     try:
         loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        reader = _Reader(loader)
+        root, reader = loader.get_single_node(), _Reader(loader)
         return None if root is None else reader.value(root, ()), reader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -130,33 +127,27 @@ def _read(text: str, source: str) -> tuple[Any, _Reader]:
         raise UserError(f"{source}: not a plan: nested too deeply") from error
 
 
-def _paths(value: Any, path: Path) -> Iterator[Path]:
-    """Yield the path of a value and of everything in it."""
-    yield path
+def _nested(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """Yield a value with its path, and everything in it."""
+    yield path, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in items:
-        yield from _paths(each, (*path, key))
+        yield from _nested(each, (*path, key))
 
 
-def _path_of(key: str, values: Any) -> tuple[Path, int]:
-    """Return the path that a dotted key names, and how many of its steps lead through what is there already.
-
-    A number is a position where there is a list.
-    """
-    path, kept = (), 0
+def _path_of(key: str, values: Any) -> Path:
+    """Return the path that a dotted key names; a number is a position where there is a list."""
+    path: Path = ()
     for word in key.split("."):
         if isinstance(values, list) and word.isdecimal() and int(word) < len(values):
             path, values = (*path, int(word)), values[int(word)]
         else:
-            if isinstance(values, list):  # a word in it makes it a mapping
-                kept = min(kept, len(path) - 1)
             path, values = (*path, word), values.get(word) if isinstance(values, dict) else None
-        kept += kept == len(path) - 1 and isinstance(values, dict | list)
-    return path, kept
+    return path
 
 
 def _put(values: Any, path: Path, value: Any) -> Any:
-    """Return a copy of nested values with one more; what is in the way of a mapping is replaced."""
+    """Return a copy of nested values with one more; a value in the way of a mapping is replaced."""
     if not path:
         return value
     key, rest = path[0], path[1:]
@@ -167,7 +158,7 @@ def _put(values: Any, path: Path, value: Any) -> Any:
 
 
 class _Reader:
-    """Turns the nodes of a YAML text into values, with the lines and the mistakes on the way."""
+    """Turn the nodes of a YAML text into values, and collect their lines and mistakes."""
 
     def __init__(self, loader: yaml.SafeLoader) -> None:
         self.loader = loader
@@ -184,17 +175,18 @@ class _Reader:
         elif isinstance(node, yaml.SequenceNode):
             value = [self.item(child, child, (*path, i)) for i, child in enumerate(node.value)]
         else:
-            value = self.scalar(node)
+            try:
+                value = self.loader.construct_object(node)
+            except ValueError as error:  # such as the date 2026-13-45
+                raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
         self.open.pop()
         return value
 
     def item(self, marked: yaml.Node, node: yaml.Node, path: Path) -> Any:
-        self.lines[path] = marked.start_mark.line + 1
+        line = self.lines[path] = marked.start_mark.line + 1
         value = self.value(node, path)
         if value is None:
-            self.mistakes.add(
-                (self.lines[path], f"{dotted(path)}: has no value; give it one or leave it out")
-            )
+            self.mistakes.add((line, f"{dotted(path)}: has no value; give it one or leave it out"))
         return value
 
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
@@ -204,17 +196,9 @@ class _Reader:
                 raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             line = key.start_mark.line + 1
             if key.value in written:
-                first = written[key.value]
-                self.mistakes.add(
-                    (line, f"{dotted((*path, key.value))}: written twice, first on line {first}")
-                )
+                name, first = dotted((*path, key.value)), written[key.value]
+                self.mistakes.add((line, f"{name}: written twice, first on line {first}"))
             written.setdefault(key.value, line)
         self.loader.flatten_mapping(node)  # resolves `<<: *anchor`
         values = {key.value: self.item(key, child, (*path, key.value)) for key, child in node.value}
         return {key: value for key, value in values.items() if value is not None}
-
-    def scalar(self, node: yaml.Node) -> Any:
-        try:
-            return self.loader.construct_object(node)
-        except ValueError as error:  # such as the date 2026-13-45
-            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error

@@ -1,4 +1,4 @@
-"""A model and a plan worked out for it, known before any weight is read."""
+"""A model and a plan resolved for it, before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrc.run.settings import Run
 
 @dataclass(frozen=True)
 class Job:
-    """A model and a plan worked out for it, from headers alone."""
+    """A model and a plan resolved for it, from headers alone."""
 
     model: ResolvedModel
     reader: CheckpointReader
@@ -27,12 +27,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """``MODEL-PLAN``, the output folder's name unless the user gives one."""
+        """``MODEL-PLAN``, the default name of the output folder."""
         return f"{self.model.name}-{self.draft.stem}"
 
 
 def open_checkpoint(model: str | Path, run: Run) -> tuple[ResolvedModel, CheckpointReader]:
-    """Find a model and read its headers. Raises UserError for a model that cannot be had."""
+    """Find a model and read its headers. Raises UserError for a missing model."""
     found = resolve_model(str(model), revision=run.revision, allow_pickle=run.allow_pickle)
     return found, CheckpointReader(
         found.path, allow_pickle=run.allow_pickle, trust_remote_code=run.trust_remote_code
@@ -40,15 +40,12 @@ def open_checkpoint(model: str | Path, run: Run) -> tuple[ResolvedModel, Checkpo
 
 
 def make_job(model: ResolvedModel, reader: CheckpointReader, draft: Draft) -> Job:
-    """Work a plan out for a model. Raises UserError with every mistake of the plan at once."""
+    """Resolve a plan for a model. Raises UserError with every mistake of the plan at once."""
     return Job(model, reader, draft, resolve(draft, reader.architecture, methods(), collectors()))
 
 
 def prepare(model: str | Path, plan: PlanLike, run: Run = Run()) -> Job:
-    """Find a model and a plan, and work the plan out for the model.
-
-    Raises UserError for a model or plan that cannot be had, and with every mistake of the plan at once.
-    """
+    """Find a model and a plan, and resolve the plan. Raises UserError for a missing model or plan, and for mistakes."""
     draft = read_draft(plan)
     return make_job(*open_checkpoint(model, run), draft)
 
@@ -56,10 +53,10 @@ def prepare(model: str | Path, plan: PlanLike, run: Run = Run()) -> Job:
 def templates(
     model: ResolvedModel, reader: CheckpointReader, draft: Draft, keeps: Sequence[float]
 ) -> list[Job]:
-    """Work a plan out at every kept fraction, for an allocation to find its sizes; its own ``keep`` gives way.
+    """Resolve a plan at each of ``keeps`` in place of its own, for an allocation to find its sizes.
 
-    Raises UserError with every mistake of the plan, and where it has sizes in the layers besides what it leaves whole;
-    those that it has outside stay as they are.
+    Sizes outside the layers stay. Raises UserError with every mistake of the plan, among them every size in the layers
+    other than ``keep-all``.
     """
     found = []
     for keep in keeps:
@@ -67,10 +64,8 @@ def templates(
             draft.keeping(keep), reader.architecture, methods(), collectors(), finder="the allocation"
         )
         if fixed := [a.target for a in resolved.outer if a.target not in resolved.shared]:
-            names = " and ".join(fixed)
-            unmeasured = (
-                f"{draft.document.source}: what {names} costs is not measured, so predictions leave it out"
-            )
+            source, names = draft.document.source, " and ".join(fixed)
+            unmeasured = f"{source}: the cost of {names} is not measured, so predictions leave it out"
             resolved = replace(resolved, warnings=(*resolved.warnings, unmeasured))
         found.append(Job(model, reader, draft, resolved))
     return found

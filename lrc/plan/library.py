@@ -1,4 +1,4 @@
-"""Finds plans in every form that a user may give: files, shipped plans, YAML in a string, and plans made in Python."""
+"""Find plans in every form that a user may give: files, shipped plans, YAML in a string, and ``lrc.Plan``."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from lrc.errors import UserError, nearest
 from lrc.plan.document import Document, flow, read_document
 from lrc.plan.resolve import Draft
 from lrc.plan.schema import Plan, read_plan
-from lrc.plan.write import plan_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 PlanLike = str | Path | Plan
 
-BEST = Plan(method="a3", allocate="sensitivity")  # what a run without a plan goes by
+BEST = Plan(method="a3", allocate="sensitivity")  # for a run without a plan
 
 
 def shipped_plans() -> dict[str, Path]:
-    """The plans in ``configs/``, by name: inside the installed package, or beside it in a checkout."""
+    """Return the plans in ``configs/`` by name, from the installed package or from a checkout."""
     folders = [PACKAGE / "configs", PACKAGE.parent / "configs"]
     folder = next((f for f in folders if f.is_dir()), folders[0])
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_plan(name_or_path: str) -> tuple[str, str]:
-    """Text of a plan and what to call it in messages, by path or by name of a shipped plan, .yaml or not.
+    """Return the text of a plan and its path, by path or by name of a shipped plan, with or without ``.yaml``.
 
-    Raises UserError where there is no such plan, or it is not text.
+    Raises UserError for an unknown plan, or a file that is not text.
     """
     path, shipped = Path(name_or_path).expanduser(), shipped_plans()
     if not path.is_file():
@@ -50,8 +49,8 @@ def find_plan(name_or_path: str) -> tuple[str, str]:
 def read_draft(plan: PlanLike, keep: float | None = None, changes: Mapping[str, Any] | None = None) -> Draft:
     """Read a plan: a path, the name of a shipped plan, YAML that begins with ``{``, or ``lrc.Plan``.
 
-    ``keep`` and ``changes``, which are values by dotted keys, replace entries of the plan. Raises UserError for a plan
-    that cannot be had; mistakes in it are those of the draft's document.
+    ``keep`` and ``changes`` (values by dotted key) replace entries of the plan. Raises UserError for a missing plan;
+    mistakes in a plan are noted in the draft's document.
     """
     entries = [(key, value, f"--set {key}={flow(value)}") for key, value in (changes or {}).items()]
     if keep is not None:
@@ -60,45 +59,45 @@ def read_draft(plan: PlanLike, keep: float | None = None, changes: Mapping[str, 
     for entry in entries:
         document = document.changed(*entry)
     read = read_plan(document)
-    if not name:  # no file gives it one
+    if name:
+        stem = "-".join([Path(name).name.removesuffix(".yaml"), *map(_ending, entries)])
+    else:
         keeps = read.keep if isinstance(read.keep, tuple) else (read.keep,)
         name = stem = "-".join([read.method, *(f"{keep:g}" for keep in keeps)])
-    else:
-        stem = "-".join([Path(name).name.removesuffix(".yaml"), *map(_ending, entries)])
     if not text:
-        text = plan_text(document.values)
+        text = "".join(f"{key}: {flow(value)}\n" for key, value in document.values.items())
     elif entries:
         text = f"{text.rstrip()}\n# changed by {' '.join(option for *_, option in entries)}\n"
     return Draft(read, document, text, name, stem)
 
 
 def find_draft(plan: PlanLike | None, keep: float | None, changes: Mapping[str, Any] | None) -> Draft:
-    """Read a plan as ``read_draft`` does; without one ``BEST`` at a keep. Raises UserError where neither is given."""
+    """Read a plan, or ``BEST`` at a keep. Raises UserError if neither a plan nor a keep is given."""
     if plan is None and keep is None and "keep" not in (changes or {}):
         raise UserError("say how much to keep, such as --keep 0.8, or name a plan, such as --plan a3-2x")
     return read_draft(BEST if plan is None else plan, keep, changes)
 
 
 def draft_of(plan: Plan, source: str) -> Draft:
-    """Return a plan that the program made for itself; ``source`` names it in messages."""
+    """Return a plan that lrc made itself; ``source`` names it in messages."""
     return Draft(plan, Document.made(source, plan.values), "", source, source)
 
 
 def _document(plan: PlanLike) -> tuple[Document, str, str]:
-    """Return a plan's document, its text, and the name that its file gives it; each is empty where there is none."""
+    """Return a plan's document, its text and the name of its file; empty strings where it has none."""
     if isinstance(plan, Plan):
         return Document.made("lrc.Plan", plan.values), "", ""
     if str(plan).lstrip().startswith("{"):
         document = read_document(str(plan), "--plan")
-        document.values.setdefault("format", 1)  # which a file has for later versions to know it by
+        document.values.setdefault("format", 1)
         return document, str(plan), ""
     text, source = find_plan(str(plan))
-    # A shipped plan goes by its name: where it is installed is nobody's business but this machine's.
+    # A shipped plan is reported by its name, not by the path where it is installed.
     return read_document(text, source), text, str(plan) if Path(plan).is_file() else Path(source).stem
 
 
 def _ending(entry: tuple[str, Any, str]) -> str:
-    """Return how a changed entry shows in the name of an output, so that each has its own."""
+    """Return the part of an output's name that tells a changed entry apart."""
     key, value, _ = entry
     word = f"{value}" if key == "keep" else f"{key}-{flow(value)}"
     return re.sub(r"[^\w.-]+", "-", word).strip("-")

@@ -1,4 +1,4 @@
-"""Checks an entry's options against the keyword-only parameters of the solver they are for."""
+"""Check the options of an entry against the keyword-only parameters of its solver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrc.methods.contract import Solver
 
 
 def read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every option of a solver with the entry's value or its default, and what is wrong, by key."""
+    """Return every option of a solver with the entry's value or the default, and the mistakes by key."""
     known, wrong = solver.options, {}
     values = {name: option.default for name, option in known.items()}
     for key, value in own.items():

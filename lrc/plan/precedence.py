@@ -1,15 +1,14 @@
-"""What a plan asks for each target of each layer: which of its entries counts where.
+"""Decide which entry of a plan applies to each target of each layer.
 
-Layers go over components and projections, and those over the top level. At every level an entry replaces
-whatever lower levels say of the weights it covers. A rule's own ``keep`` sets the size of everything in its
-layers that no rule has an entry for; a rule's own ``method`` starts its layers afresh, without the entries of
-components and projections.
+Rules of layers override components and projections, which override the top level. An entry replaces what lower levels
+ask for the weights it covers. A rule's own ``keep`` sizes everything in its layers that no rule has an entry for. A
+rule's own ``method`` drops the entries of components and projections in its layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any, get_args
 
@@ -19,7 +18,7 @@ from lrc.families.family import Component
 from lrc.methods import Method
 from lrc.methods.contract import Solver
 from lrc.plan.document import Document, Path, dotted
-from lrc.plan.schema import Entry, Keep, Plan, Rule
+from lrc.plan.schema import Entry, Keep, Plan, Rule, matched_layers
 
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 Methods = Mapping[str, Method]
@@ -27,9 +26,9 @@ Methods = Mapping[str, Method]
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for one target of one layer, and the paths of the document that ask for it.
+    """What a plan asks for one target of one layer, and the paths of the document that ask for it.
 
-    ``keep`` holds unless ``own``, size and options as the method names them, has the size.
+    ``own``: size and options by the method's names; a size there overrides ``keep``.
     """
 
     target: str
@@ -41,20 +40,19 @@ class Wish:
     keep_path: Path
 
     def solver(self, methods: Methods) -> Solver | None:
-        """What solves the target, or takes it apart into single projections."""
+        """Return the solver of the target, or of its projections one by one."""
         method = methods.get(self.method)
         return None if method is None else method.solver(self.target)
 
     def sized(self, methods: Methods) -> bool:
-        """Whether its entry says a size of its own."""
+        """Return whether the entry sets the size itself."""
         solver = self.solver(methods)
-        own = solver is not None and solver.size.word in self.own
-        return own or self.keep_path == (*self.path, "keep")
+        return self.keep_path == (*self.path, "keep") or bool(solver and solver.size.word in self.own)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A rule with the layers it matches and its sound entries by path."""
+    """A rule with the layers it matches and its valid entries by path."""
 
     path: Path
     rule: Rule
@@ -64,14 +62,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class LayerWishes:
-    """All that is asked for one layer, and by path what stays whole as an entry took a component's place."""
+    """What a plan asks for one layer, and by path a warning where an entry leaves a part of a component whole."""
 
     wishes: list[Wish]
-    left_whole: dict[Path, str] = field(default_factory=dict)
+    left_whole: dict[Path, str]
 
 
 class Levels:
-    """A plan's entries on top of one another; entries that cannot stand become mistakes of the document."""
+    """The levels of a plan for one model; contradicting entries become mistakes of the document."""
 
     def __init__(self, plan: Plan, document: Document, architecture: Architecture, methods: Methods) -> None:
         self.plan, self.document, self.architecture, self.methods = plan, document, architecture, methods
@@ -79,48 +77,41 @@ class Levels:
         self.shared = self._sound(("components",), plan.components.entries())
         self.shared |= self._sound(("projections",), plan.projections.entries())
         self._refuse_overlaps(combinations(self.shared, 2), "")
-        self.rules = [
-            placed for i, rule in enumerate(plan.layers) if rule and (placed := self._place(i, rule))
-        ]
+        placed = [self._place(i, rule) for i, rule in enumerate(plan.layers) if rule]
+        self.rules = [rule for rule in placed if rule]
         self._refuse_clashes()
 
     def written(self) -> list[Path]:
-        """Paths of all below the top level of the document, which must take effect in some layer."""
+        """Return the paths of all entries below the top level, each of which must take effect in some layer."""
         paths = [(*placed.path, key) for placed in self.rules for key in ("keep", "method")]
         for path, entry in chain(self.shared.items(), *(placed.entries.items() for placed in self.rules)):
             paths += [path, *((*path, key) for key in ("keep", *entry.own))]
-        return [path for path in paths if path in self.document.lines]
+        return [path for path in paths if path in self.document.places]
 
     def layer(self, index: int) -> LayerWishes:
-        """What the plan asks for one layer."""
-        base = Wish("", self.plan.method, self.depth(self.plan.keep, index), {}, (), ("method",), ("keep",))
-        start = base
+        """Return what the plan asks for one layer."""
+        start = base = self._top(index)
         rules = [placed for placed in self.rules if index in placed.layers]
         for placed in rules:
-            if placed.rule.keep is not None:
-                base = replace(
-                    base, keep=self.depth(placed.rule.keep, index), keep_path=(*placed.path, "keep")
-                )
-            if placed.rule.method is not None:
-                base = replace(base, method=placed.rule.method, method_path=(*placed.path, "method"))
+            base = self._override(base, placed.path, placed.rule, index)
         wishes: dict[str, Wish] = {}
         for component in COMPONENTS:
             whole_component = replace(base, target=component)
             if whole_component.solver(self.methods) or base.method not in self.methods:
-                self._overlay(wishes, self._expand(self._unnamed(whole_component)))
-        lost: list[tuple[Wish, Wish]] = []
+                self._overlay(wishes, self._unnamed(whole_component))
+        replaced: list[tuple[Wish, Wish]] = []
         if base.method_path == start.method_path:
             for path, entry in self.shared.items():
                 wish = self._wish(base, path, entry, index)
                 if base.keep_path != start.keep_path:
                     wish = self._resized(wish, base)
-                lost += self._overlay(wishes, self._expand(wish))
+                replaced += self._overlay(wishes, wish)
         for placed in rules:
             for path, entry in placed.entries.items():
-                lost += self._overlay(wishes, self._expand(self._wish(base, path, entry, index)))
+                replaced += self._overlay(wishes, self._wish(base, path, entry, index))
         covered = {role for target in wishes for role in self._roles(target)}
         left_whole = {}
-        for old, new in lost:
+        for old, new in replaced:
             roles = sorted(self._roles(old.target) - covered)
             if roles and (old.keep < 1 or old.own):
                 stays = f"{' and '.join(roles)} stay{'' if roles[1:] else 's'} whole"
@@ -128,30 +119,30 @@ class Levels:
         return LayerWishes(list(wishes.values()), left_whole)
 
     def outer(self, *, unsized: bool) -> list[Wish]:
-        """What the plan asks for outside the layers; ``unsized`` entries may be, else they are mistakes.
+        """Return what the plan asks for outside the layers.
 
-        Such an entry has the plan's own keep until its size is found.
+        An entry without a size is a mistake, unless an allocation finds sizes (``unsized``); until then it has the
+        plan's keep.
         """
         wishes = []
         for path, entry in self.outside.items():
             if isinstance(entry.keep, tuple):
                 self.document.mistake((*path, "keep"), "is outside the layers; write one fraction, not two")
                 continue
-            base = Wish("", self.plan.method, self.depth(self.plan.keep, 0), {}, (), ("method",), path)
-            wish = self._wish(base, path, entry, 0)
+            wish = self._wish(replace(self._top(0), keep_path=path), path, entry, 0)
             solver = wish.solver(self.methods)
             if solver and not unsized and not wish.sized(self.methods):
-                message = (
-                    f"has no size; write {solver.size.word} or keep, as the plan's own keep is of the layers, "
-                    "or an allocation that finds it, such as 'allocate: sensitivity'"
+                self.document.mistake(
+                    path,
+                    f"has no size; write {solver.size.word} or keep, as the plan's own keep is of the layers, or an "
+                    "allocation that finds it, such as 'allocate: sensitivity'",
                 )
-                self.document.mistake(path, message)
-                continue
-            wishes.append(wish)
+            else:
+                wishes.append(wish)
         return wishes
 
     def depth(self, keep: Keep, index: int) -> float:
-        """The kept fraction at a layer: a pair runs linearly from the first layer to the last."""
+        """Return the kept fraction at a layer; a pair runs linearly from the first layer to the last."""
         if not isinstance(keep, tuple):
             return keep
         share = index / max(self.architecture.layers - 1, 1)
@@ -161,7 +152,7 @@ class Levels:
         return set(self.architecture.targets[target].matrices)
 
     def _sound(self, section: Path, entries: Mapping[str, Entry]) -> dict[Path, Entry]:
-        """Entries by path, without those for what the model does not have."""
+        """Return entries by path; an entry for a target that the model does not have is a mistake."""
         found = {}
         for target, entry in entries.items():
             path = (*section, target)
@@ -174,10 +165,8 @@ class Levels:
                     path, "the head of this model is its embedding; write embed, which stands for both"
                 )
             else:
-                model, known = (
-                    self.architecture.family.model_type,
-                    nearest(target, self.architecture.matrices),
-                )
+                known = nearest(target, self.architecture.matrices)
+                model = self.architecture.family.model_type
                 self.document.mistake(path, f"{model} has no projection {target!r}; {known}")
         return found
 
@@ -189,13 +178,13 @@ class Levels:
                 path, "says nothing of its layers; add keep, method or an entry such as mlp"
             )
         try:
-            return Placed(path, rule, rule.layers(self.architecture.layers), entries)
+            return Placed(path, rule, matched_layers(rule.match, self.architecture.layers), entries)
         except ValueError as error:
             self.document.mistake((*path, "match"), str(error))
             return None
 
     def _refuse_overlaps(self, pairs: Iterable[tuple[Path, Path]], where: str) -> None:
-        """Note pairs of entries of one level that ask for the same weights."""
+        """Note a mistake for each pair of entries of one level that covers the same weights."""
         for pair in pairs:
             first, second = sorted(pair, key=self.document.line)
             if self._roles(str(first[-1])) & self._roles(str(second[-1])):
@@ -203,7 +192,7 @@ class Levels:
                 self.document.mistake(second, f"{other} is for the same weights{where}; keep one of the two")
 
     def _refuse_clashes(self) -> None:
-        """Note rules that say two things of one layer."""
+        """Note a mistake where rules contradict each other in a layer."""
         for placed in self.rules:
             self._refuse_overlaps(combinations(placed.entries, 2), "")
         for one, two in combinations(self.rules, 2):
@@ -218,49 +207,53 @@ class Levels:
 
     def _wish(self, base: Wish, path: Path, entry: Entry, index: int) -> Wish:
         wish = replace(base, target=str(path[-1]), own=entry.own, path=path)
-        if entry.method is not None:
-            wish = replace(wish, method=entry.method, method_path=(*path, "method"))
-        if entry.keep is not None:
-            wish = replace(wish, keep=self.depth(entry.keep, index), keep_path=(*path, "keep"))
+        return self._override(wish, path, entry, index)
+
+    def _top(self, index: int) -> Wish:
+        """Return what the top level asks for every target of a layer."""
+        return Wish("", self.plan.method, self.depth(self.plan.keep, index), {}, (), ("method",), ("keep",))
+
+    def _override(self, wish: Wish, path: Path, level: Entry | Rule, index: int) -> Wish:
+        """Return a wish with the keep and the method of an entry or a rule, where it has them."""
+        if level.method is not None:
+            wish = replace(wish, method=level.method, method_path=(*path, "method"))
+        if level.keep is not None:
+            wish = replace(wish, keep=self.depth(level.keep, index), keep_path=(*path, "keep"))
         return wish
 
     def _resized(self, wish: Wish, base: Wish) -> Wish:
-        """The same with the size of the whole layer in place of its own."""
+        """Return a wish with the keep of the whole layer in place of its own size."""
         solver = wish.solver(self.methods)
         own = {key: value for key, value in wish.own.items() if not solver or key != solver.size.word}
         return replace(wish, keep=base.keep, keep_path=base.keep_path, own=own)
 
     def _unnamed(self, wish: Wish) -> Wish:
-        """A wish for a component that no entry names, with the method that has it then."""
+        """Return a wish for a component that no entry names, by the method for rotary positions if there is one."""
         solver = wish.solver(self.methods)
         if solver is None or solver.rotary is None or self.architecture.family.rotary == "none":
             return wish
         return replace(wish, method=solver.rotary)
 
     def _expand(self, wish: Wish) -> list[Wish]:
-        """A wish, or one for each projection of a component that its method takes apart."""
+        """Return a wish, or one for each projection of a component that its method solves by projections."""
         method = self.methods.get(wish.method)
-        if (
-            method
-            and wish.target in COMPONENTS
-            and wish.target not in method.solvers
-            and "projection" in method.solvers
-        ):
-            return [replace(wish, target=role) for role in self.architecture.family.component(wish.target)]
-        return [wish]
+        solvers = method.solvers if method else {}
+        if wish.target not in COMPONENTS or wish.target in solvers or "projection" not in solvers:
+            return [wish]
+        return [replace(wish, target=role) for role in self.architecture.family.component(wish.target)]
 
-    def _overlay(self, wishes: dict[str, Wish], new: list[Wish]) -> list[tuple[Wish, Wish]]:
-        """Put wishes over others; returns each that had to go with the one in its place."""
-        lost = []
-        for wish in new:
+    def _overlay(self, wishes: dict[str, Wish], new: Wish) -> list[tuple[Wish, Wish]]:
+        """Put a wish over others; return each replaced wish with the one in its place."""
+        replaced = []
+        for wish in self._expand(new):
             roles = self._roles(wish.target)
-            lost += [(wishes.pop(target), wish) for target in list(wishes) if self._roles(target) & roles]
+            replaced += [(wishes.pop(target), wish) for target in list(wishes) if self._roles(target) & roles]
             wishes[wish.target] = wish
-        return lost
+        return replaced
 
 
 def spans(layers: Iterable[int]) -> str:
-    """Layer numbers as people write them: ``0-3, 7``."""
+    """Return layer numbers as text, such as ``0-3, 7``."""
     found: list[list[int]] = []
     for layer in sorted(layers):
         if found and layer == found[-1][1] + 1:

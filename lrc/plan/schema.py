@@ -1,17 +1,18 @@
-"""What a plan may say: the strict model of its YAML."""
+"""The schema of a plan: entries, types and defaults."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -24,14 +25,17 @@ from lrc.text.spec import Data, Misplaced, check_data
 
 WHOLE = "keep-all"
 OUTSIDE = ("embed", "lm_head")  # projections outside the decoder layers
-ALLOCATIONS = ("uniform", "energy", "fisher", "importance", "sensitivity")
+Allocation = Literal["uniform", "energy", "fisher", "importance", "sensitivity"]
+ALLOCATIONS = get_args(Allocation)
+Count = Annotated[int, Field(ge=1)]
+_COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
 
 def _fraction(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = as_text_number(value) or f"{value!r} is not a number"
         raise ValueError(f"{shown}; keep is a fraction above 0 and at most 1")
-    if not value > 0:  # so that NaN fails too
+    if not value > 0:  # NaN too
         raise ValueError(f"{value} is outside (0, 1]; keep must be above 0, such as 0.1")
     if value > 1:
         raise ValueError(f"{value} is outside (0, 1]; the nearest is 1")
@@ -46,32 +50,12 @@ def _keep(value: object) -> float | tuple[float, float]:
     return _fraction(value[0]), _fraction(value[1])
 
 
-def _at_least(least: int) -> Callable[[object], int]:
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(as_text_number(value) or f"{value!r} is not a whole number")
-        if value < least:
-            raise ValueError(f"{value} is too small; the smallest is {least}")
-        return value
-
-    return check
-
-
-def _word(*known: str) -> Callable[[object], str]:
-    def check(value: object) -> str:
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"{value!r} is not known; {nearest(str(value), known)}")
-        return value
-
-    return check
-
-
 def _samples(value: object) -> int | str:
-    return "all" if value == "all" else _at_least(1)(value)
+    return "all" if value == "all" else _COUNT.validate_python(value, strict=True)
 
 
-def _no_steps(value: object) -> int:
-    if (steps := _at_least(0)(value)) > 0:
+def _no_steps(steps: int) -> int:
+    if steps > 0:
         raise ValueError(f"healing is not built yet ({steps} steps); use 0")
     return steps
 
@@ -99,15 +83,15 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """A part of a plan: nothing unknown, nothing converted, nothing changed later."""
+    """A section of a plan: no unknown keys, no conversions, no later changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Entry(Strict):
-    """What is asked for one target: ``keep`` or a size, the method, and the options of its solver.
+    """An entry for one target: ``keep`` or a size, the method, and the options of its solver.
 
-    The key of the size and the options are the method's own, so they stay unchecked here.
+    The key of the size and the options depend on the method and are checked in ``lrc.plan.resolve``.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
@@ -126,7 +110,7 @@ class Entry(Strict):
 
     @property
     def own(self) -> dict[str, Any]:
-        """Size and options, as the method's solver names them."""
+        """Size and options, by the names of the method's solver."""
         return self.model_extra or {}
 
 
@@ -134,9 +118,9 @@ class Entries(Strict):
     """Entries by target."""
 
     def entries(self) -> dict[str, Entry]:
-        """Those that the plan writes."""
-        fields = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return {name: value for name, value in fields if isinstance(value, Entry)}
+        """Return the entries that the plan has."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in fields.items() if isinstance(value, Entry)}
 
 
 class Components(Entries):
@@ -175,15 +159,11 @@ class Rule(Roles, Components):
     keep: Keep | None = None
     method: Text | None = None
 
-    def layers(self, count: int) -> set[int]:
-        """The layers that the rule names in a model of ``count``; ValueError where one is not there."""
-        return matched_layers(self.match, count)
-
 
 def matched_layers(match: str, count: int) -> set[int]:
-    """The layers that ``0-1``, ``3``, ``0,2,5-7`` or ``-1`` name in a model of ``count``.
+    """Return the layers that ``0-1``, ``3``, ``0,2,5-7`` or ``-1`` name in a model of ``count`` layers.
 
-    ValueError for what names none, and where one is not there.
+    Raises ValueError if the text names no layers or a layer that does not exist.
     """
     found = set()
     for part in _match(match).split(","):
@@ -200,68 +180,69 @@ def matched_layers(match: str, count: int) -> set[int]:
 
 
 class Calibration(Strict):
-    """The texts that moments are taken of; ``seq_len`` None means the model's limit, at most 2048.
+    """The calibration texts; ``seq_len`` None means the model's limit, at most 2048.
 
-    Methods that need gradients have them from ``gradient_samples`` of the blocks, drawn by the seed, or from all blocks
-    where there are fewer. The first token of a block counts as ``first_token`` tokens in the moments of the activations
-    that projections of the layers read; None means one for every 256 tokens of the block, and one at least.
+    Gradients are taken on ``gradient_samples`` of the blocks, drawn with the seed. In the moments of the layers'
+    activations the first token of a block has the weight of ``first_token`` tokens, as many models use it as an
+    attention sink. None means one for every 256 tokens of the block, at least one.
     """
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None
     samples: Annotated[int | Literal["all"], PlainValidator(_samples)] = 128
-    seq_len: Annotated[int, PlainValidator(_at_least(2))] | None = None
-    gradient_samples: Annotated[int, PlainValidator(_at_least(1))] = 32
-    first_token: Annotated[int, PlainValidator(_at_least(1))] | None = None
-    seed: Annotated[int, PlainValidator(_at_least(0))] = 0
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    gradient_samples: Count = 32
+    first_token: Count | None = None
+    seed: int = Field(default=0, ge=0)
 
 
 class Heal(Strict):
     """Training after the compression."""
 
-    steps: Annotated[int, PlainValidator(_no_steps)] = 0
+    steps: Annotated[int, Field(ge=0), AfterValidator(_no_steps)] = 0
 
 
 class Plan(Strict):
     """A plan, made in Python as in YAML. Raises UserError with every mistake at once.
 
-    A pair in ``keep`` runs linearly from the model's first layer to its last. ``scale`` None means fitted with a
-    residual refit, which carries along the stream that it is chosen on.
+    A pair in ``keep`` runs linearly from the first layer to the last. ``scale`` None means fitted with a residual
+    refit, else none.
     """
 
     format: Annotated[int, PlainValidator(_format)] = 1
     keep: Keep = 1.0
     method: Text = "a3"
-    allocate: Annotated[str, PlainValidator(_word(*ALLOCATIONS))] = "uniform"
+    allocate: Allocation = "uniform"
     components: Components = Components()
     projections: Projections = Projections()
     layers: tuple[Rule | None, ...] = Field(default=(), strict=False)
-    refit: Annotated[str, PlainValidator(_word("residual", "none"))] = "residual"
-    scale: Annotated[str, PlainValidator(_word("fitted", "none"))] | None = None
+    refit: Literal["residual", "none"] = "residual"
+    scale: Literal["fitted", "none"] | None = None
     calibration: Calibration = Calibration()
     heal: Heal = Heal()
 
     @model_validator(mode="wrap")
     @classmethod
-    def _told(cls, values: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Tell the mistakes of a plan made in Python; those of a document are noted there."""
+    def _raise_user_error(
+        cls, values: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> Any:
+        """Raise the mistakes of a plan made in Python; ``read_plan`` notes those of a document."""
         try:
             return handler(values)
         except ValidationError as error:
-            if info.context is not None or not isinstance(values, dict):
-                raise
-            document = Document.made("lrc.Plan", values)
-            _note(document, error)
-            document.stop()
+            if info.context is None and isinstance(values, dict):
+                document = Document.made("lrc.Plan", values)
+                _note(document, error)
+                document.stop()
             raise
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the plan says, as plain values; defaults that it does not name are left out."""
+        """The entries of the plan as plain values, without defaults."""
         return {"format": 1, **self.model_dump(mode="json", exclude_unset=True, exclude_none=True)}
 
     @property
     def scales(self) -> bool:
-        """Whether the logits' scale is fitted."""
+        """Whether the logit scale is fitted."""
         return self.refit == "residual" and self.scale != "none"
 
 
@@ -275,7 +256,7 @@ SECTIONS: dict[Path, type[Strict]] = {
 
 
 def read_plan(document: Document) -> Plan:
-    """The plan in a document; what is wrong in it is noted as a mistake and left out."""
+    """Return the plan in a document; mistakes are noted there and left out of the plan."""
     if "format" not in document.values:
         document.mistake(("format",), "is missing; write 'format: 1'")
     return _read(document, document.values)
@@ -288,25 +269,20 @@ def _read(document: Document, values: dict[str, Any]) -> Plan:
         _note(document, error)
         for problem in error.errors(include_url=False):
             path = problem["loc"]
-            values = _without(
-                values, path[:2] if path[0] == "layers" and path[2:] in ((), ("match",)) else path
-            )
+            whole_rule = path[0] == "layers" and path[2:] in ((), ("match",))
+            values = _without(values, path[:2] if whole_rule else path)
     return _read(document, values)
 
 
 def _note(document: Document, error: ValidationError) -> None:
     """Note every problem of a validation as a mistake of the document."""
     for problem in error.errors(include_url=False):
-        for place, message in _messages(problem).items():
-            document.mistake((*problem["loc"], *place), message)
-
-
-def _messages(problem: Any) -> dict[Path, str]:
-    """What is wrong, by the place inside the value that was refused."""
-    error = problem.get("ctx", {}).get("error")
-    if isinstance(error, Misplaced):
-        return {(place,): message for place, message in error.places.items()}
-    return {(): _message(problem)}
+        path, cause = problem["loc"], problem.get("ctx", {}).get("error")
+        if isinstance(cause, Misplaced):
+            for place, message in cause.places.items():
+                document.mistake((*path, place), message)
+        else:
+            document.mistake(path, _message(problem))
 
 
 def _message(problem: Any) -> str:
@@ -316,14 +292,22 @@ def _message(problem: Any) -> str:
     if kind == "missing":
         return "is missing; a rule says which layers it is for"
     if kind == "value_error":
-        return str(problem["ctx"]["error"])
+        error = problem["ctx"]["error"]
+        return _message(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+    if kind == "literal_error":
+        known = re.findall(r"'(.+?)'", problem["ctx"]["expected"])
+        return f"{value!r} is not known; {nearest(str(value), known)}"
+    if kind == "int_type":
+        return as_text_number(value) or f"{value!r} is not a whole number"
+    if kind == "greater_than_equal":
+        return f"{value} is too small; the smallest is {problem['ctx']['ge']}"
     if kind.startswith("string"):
         return f"{value!r} is not a name"
     return f"{value!r} is not a {'list of rules' if path == ('layers',) else 'mapping of keys to values'}"
 
 
 def _without(values: Any, path: Path) -> Any:
-    """A copy of nested values without the one at a path; a list keeps its length, so that lines still fit."""
+    """Return a copy of nested values without the value at a path; lists keep their length, so positions stay valid."""
     key, rest = path[0], path[1:]
     if isinstance(values, list):
         return [v if i != key else _without(v, rest) if rest else None for i, v in enumerate(values)]

@@ -1,8 +1,8 @@
-"""A plan worked out for a model, written down: sizes by layer in the YAML that ``lrc compress`` reads."""
+"""Write a resolved plan as YAML with sizes by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from lrc.plan.document import flow
@@ -11,16 +11,11 @@ from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.plan.schema import OUTSIDE, WHOLE, Plan
 
 
-def plan_text(values: Mapping[str, Any]) -> str:
-    """Return the text of a plan made in Python, of its plain values: a line for each key."""
-    return "".join(f"{key}: {flow(value)}\n" for key, value in values.items())
-
-
 def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) -> str:
-    """The text of a plan below a comment of ``header`` lines; layers whose targets have the same sizes share a rule.
+    """Return the text of a plan below a comment of ``header`` lines; layers with the same sizes share a rule.
 
-    The embedding and the head have the sizes that were found for them; else what the plan says of them is written as it
-    is. An assignment at the full size of its target stands for one that stays whole.
+    The embedding and the head have the sizes that an allocation found, else the plan's own entries. An assignment at
+    full size is written as a target that stays whole.
     """
     plan = resolved.plan
     rules: dict[str, tuple[dict[str, Any], list[int]]] = {}
@@ -38,7 +33,8 @@ def write_plan(resolved: ResolvedPlan, methods: Methods, header: Iterable[str]) 
             for name, entry in outside.items()
         }
         lines.append(f"projections: {flow(entries)}")
-    lines += ["layers:"] if rules else []
+    if rules:
+        lines.append("layers:")
     for entries, members in rules.values():
         match = members[0] if len(members) == 1 else spans(members)
         lines.append(f"  - {flow({'match': match, **entries})}")
@@ -55,5 +51,5 @@ def _entry(assignment: Assignment, plan: Plan, methods: Methods) -> Any:
     assert solver is not None  # or it would not have been assigned
     defaults = {name: option.default for name, option in solver.options.items()}
     own = {name: value for name, value in assignment.options.items() if value != defaults[name]}
-    named: Mapping[str, str] = {} if assignment.method == plan.method else {"method": assignment.method}
+    named = {} if assignment.method == plan.method else {"method": assignment.method}
     return {solver.size.word: assignment.size, **named, **own}

@@ -1,1 +1,1 @@
-"""One function a verb: what ``import lrc`` offers."""
+"""One function for each verb: what ``import lrc`` offers."""

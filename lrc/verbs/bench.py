@@ -1,4 +1,4 @@
-"""The benchmark of a model, alone or against another, and what its figures are held against."""
+"""Benchmark a model, alone or against another: what ``lrc bench`` calls."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ def bench(
     fuse: bool = True,
     run: Run = Run(),
 ) -> Bench:
-    """Measure how fast a model reads and writes, and another beside it in turn where both fit on the device.
+    """Measure the speed and memory of a model, and of another by turns if both fit on the device.
 
-    ``prefill`` and ``decode`` are pairs of a batch and a length, ``modes`` keys of ``lrc.benchmark.cases.MODES``; a
-    sample of decode writes ``new_tokens``. Where ``fuse``, products of a compressed model are merged (``lrc.fuse``); an
-    original runs as transformers runs it. Raises UserError for models that cannot be had or run, or do not fit on the
-    device.
+    ``prefill`` and ``decode``: pairs of batch and length. ``modes``: keys of ``lrc.benchmark.cases.MODES``. A decode
+    sample generates ``new_tokens``. ``fuse`` merges products of a compressed model (``lrc.fuse``); an original runs as
+    in transformers. Raises UserError for a model that is missing, cannot run, or does not fit on the device.
     """
     place = find_device(run.device)
     names = [str(name) for name in (model, against) if name is not None]
-    folders = [resolve_model(str(model), revision=run.revision, remedy=CONVERT).path]
-    folders += [resolve_model(str(against), remedy=CONVERT).path] if against is not None else []
+    folders = [
+        resolve_model(name, revision=revision, remedy=CONVERT).path
+        for name, revision in zip(names, (run.revision, None), strict=False)
+    ]
     for name, number in (("--new-tokens", new_tokens), ("--repeats", repeats)):
         if number < 1:
             raise UserError(f"{name} {number}: the smallest is 1")
@@ -80,9 +81,9 @@ def bench(
     described = [Model(name, *facts) for name, facts in zip(names, models, strict=True)]
     return Bench(
         of=described[0],
-        against=described[1] if against is not None else None,
+        against=described[1] if described[1:] else None,
         rows=[
-            Row(case, found[0], found[1] if len(found) > 1 else None)
+            Row(case, found[0], found[1] if found[1:] else None)
             for case, found in zip(cases, by_case, strict=True)
         ],
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",

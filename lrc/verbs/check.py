@@ -1,4 +1,4 @@
-"""What a plan comes to for a model, from headers alone: behind ``lrc check``."""
+"""Work out what a plan gives for a model, from headers alone: what ``lrc check`` calls."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lrc.checkpoint.sizes import size_of
 from lrc.estimate.memory import (
     ASSUMED_SAMPLES,
     HELD_OUT_SAMPLES,
+    Memory,
     estimate_memory,
     generating_memory,
     measuring_memory,
@@ -20,36 +21,32 @@ from lrc.estimate.memory import (
 from lrc.estimate.sizes import output_size, target_sizes
 from lrc.plan.job import Job
 from lrc.records.check import Check
+from lrc.run.offload import Place
 from lrc.run.settings import default_batch, find_dtype, generating_batch
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.mixture import read_mixture
 
 
 def check(job: Job) -> Check:
-    """Work out what a job will give, on a GPU and with the settings that ``lrc compress`` takes by default.
+    """Return sizes, memory and warnings of a job as ``lrc compress`` runs it on a GPU with the default settings.
 
-    Raises UserError where the plan asks for what its allocation cannot do, and where its calibration names texts that
-    are not known or asks of them what they cannot give; the texts are not read.
+    Raises UserError for a plan that its allocation cannot do, and for unknown or unfit calibration texts, which are not
+    read.
     """
     reader, calibration, name = job.reader, job.plan.plan.calibration, job.plan.plan.allocate
     jobs = unsized(job)
     gpu = torch.device("cuda")
     dtype = find_dtype(None, gpu, reader.dtype)
     batch, allocator = default_batch(gpu.type, job.plan.seq_len), ALLOCATORS[name]
-    memory, least = (
-        estimate_memory(job, dtype, batch, place, losses=allocator.losses) for place in ("device", "host")
-    )
-    if allocator.holds == "model":
-        memory, least = (
-            replace(
-                one,
-                peak=max(
-                    one.peak,
-                    measuring_memory(jobs[-1], dtype, batch, one.samples, HELD_OUT_SAMPLES, one.place),
-                ),
-            )
-            for one in (memory, least)
-        )
+
+    def memory_with(place: Place) -> Memory:
+        found = estimate_memory(job, dtype, batch, place, losses=allocator.losses)
+        if allocator.holds != "model":
+            return found
+        held = measuring_memory(jobs[-1], dtype, batch, found.samples, HELD_OUT_SAMPLES, place)
+        return replace(found, peak=max(found.peak, held))
+
+    memory = memory_with("device")
     warnings = list(job.plan.warnings)
     if calibration.samples == "all":
         warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")
@@ -57,8 +54,8 @@ def check(job: Job) -> Check:
         warnings += too_few(reader.architecture, job.plan, calibration.samples, losses=allocator.losses)
     if jobs:
         warnings.append(
-            f"allocate {name}: lrc compress finds the sizes when it has measured what they cost; until then all is "
-            "worked out at equal fractions"
+            f"allocate {name}: lrc compress measures what sizes cost and then chooses them; all figures here are at "
+            "equal fractions"
         )
     if calibration.data is not None:
         mixture = read_mixture(calibration.data)
@@ -77,6 +74,6 @@ def check(job: Job) -> Check:
         after=output_size(job),
         targets=target_sizes(job),
         memory=memory,
-        least_memory=least,
+        least_memory=memory_with("host"),
         warnings=warnings,
     )

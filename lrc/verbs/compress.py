@@ -1,4 +1,4 @@
-"""A model and a plan to a compressed checkpoint and its report: what ``lrc compress`` calls."""
+"""Compress a checkpoint by a plan: what ``lrc compress`` calls."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream
 
 _ALLOCATION = "allocation"
-_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
 
 
 def compress(
@@ -67,14 +66,14 @@ def compress(
     beside: Sequence[str | Path] = (),
     run: Run = Run(),
 ) -> Report:
-    """Compress a checkpoint by a plan into the folder ``out`` (default ./MODEL-PLAN) and report what it cost.
+    """Compress a checkpoint by a plan into the folder ``out`` (default: ./MODEL-PLAN) and report its size and losses.
 
-    ``plan``: ``lrc.Plan``, a file, the name of a shipped plan, or YAML that begins with ``{``. Without one, ``keep``
-    says how much to keep; the method is a3, and sizes are those that cost least. ``keep`` and ``changes`` (values by
-    dotted key, such as ``{"calibration.samples": 32}``) replace entries of the plan. ``calib`` names calibration texts
-    (default: the plan's, else the model's), ``ppl`` those for the perplexity before and after (none if it is empty).
-    An unfinished run of the same settings is resumed unless ``fresh``. Raises UserError for what the user can mend;
-    nothing is then named ``out``.
+    ``plan``: ``lrc.Plan``, a file, the name of a shipped plan, or YAML that begins with ``{``. Without a plan, ``keep``
+    is the fraction of the weights to keep; method a3 is used, at the sizes that cost least. ``keep`` and ``changes``
+    (values by dotted key, such as ``{"calibration.samples": 32}``) replace entries of the plan. ``calib``: calibration
+    texts (default: the plan's, else the model's). ``ppl``: texts for the perplexity before and after, or an empty list.
+    An unfinished run with the same settings is resumed unless ``fresh``. Raises UserError for every mistake that the
+    user can fix; ``out`` does not exist then.
     """
     draft = find_draft(plan, keep, changes)
     setup = set_up(model, run)
@@ -85,13 +84,14 @@ def compress(
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
     others = read_beside([Path(each) for each in beside], job.model.source, job.reader.fingerprint)
-    held_out = _held_out(setup, ppl, max_windows)
+    held_out = _check_held_out(setup, ppl, max_windows)
     work = _prepare(setup, job, calib, notes)
     setup.processes.agree(work.settings)
     setup.warn(work.warnings)
     source = job.model.path
     read = [*job.reader.files, *copied_files(source)]
     opened = staging(target, work.settings, source=source, files=read, fresh=fresh, force=force)
+    # Rank 0 alone has the staging folder; the other ranks solve and measure with it and get its report.
     with opened if setup.processes.first else nullcontext() as own:
         stage = SharedStaging(own, setup.processes)
         work = _find_sizes(work, stage)
@@ -114,7 +114,10 @@ def compress(
 
 @dataclass(frozen=True)
 class _Work:
-    """A compression that is ready to begin: ``settings`` are everything that decides the bytes of the output."""
+    """A compression that is ready to start; ``settings`` are everything that decides the bytes of the output.
+
+    ``sizing``: the allocation that finds the sizes, None where the plan has them.
+    """
 
     setup: Setup
     job: Job
@@ -129,34 +132,27 @@ class _Work:
 def _choose_allocation(
     setup: Setup, job: Job, keep: float | None, changes: Mapping[str, Any] | None
 ) -> tuple[Job, str]:
-    """Find sizes by measured sensitivity where the whole model fits on the device, else by gradients; and say so."""
-    largest, processes = unsized(job)[-1], setup.processes
+    """Choose measured sensitivity where the whole model fits on the device, else gradients, and return a note."""
     asked = job.plan.plan.calibration.samples
     samples = ASSUMED_SAMPLES if asked == "all" else asked
-    place, batch = setup.offload(job, len(processes.mine(range(samples)))), setup.batch_size(job)
-    # One process decides: each sees a free memory of its own.
-    fits = processes.share(fits_measuring(largest, setup.device, setup.dtype, batch, samples, place))
-    if fits:
-        how = (
-            "the whole model fits on the device, so sizes are found by measuring what shrinking each target alone does "
-            "to the loss on held-out text (allocate: sensitivity)"
-        )
-    else:
-        plan = BEST.model_copy(update={"allocate": "fisher"})
-        job = setup.job(read_draft(plan, keep, changes))
-        how = (
-            "the whole model does not fit on the device, so sizes are found by predicted losses, from gradients "
-            "(allocate: fisher)"
-        )
+    place, batch, device = setup.offload(job, samples), setup.batch_size(job), setup.device
+    fits = fits_measuring(unsized(job)[-1], device, setup.dtype, batch, samples, place)
+    fits = setup.processes.share(fits)  # rank 0 decides, as free memory differs between processes
+    name, losses = "sensitivity", "measured on held-out text with each target shrunk alone"
+    if not fits:
+        name, losses = "fisher", "predicted from gradients"
+        job = setup.job(read_draft(BEST.model_copy(update={"allocate": name}), keep, changes))
     given = f"no plan is given: method {job.plan.plan.method}, keep {job.plan.plan.keep:g}"
-    return job, f"{given}; {how}. For uniform sizes, which take no measurement: --set allocate=uniform"
-
-
-def _held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> list[str]:
-    """Return the perplexity texts, each of which is there and long enough: that should be known before the work."""
-    specs = (
-        [default_text(setup.model.source)] if ppl is None else [ppl] if isinstance(ppl, str) else list(ppl)
+    return job, (
+        f"{given}; the whole model {'fits' if fits else 'does not fit'} on the device, so sizes are chosen by losses "
+        f"{losses} (allocate: {name}). For uniform sizes, which take no measurement: --set allocate=uniform"
     )
+
+
+def _check_held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> list[str]:
+    """Return the perplexity texts; a missing or short text is an error now rather than after the compression."""
+    asked = default_text(setup.model.source) if ppl is None else ppl
+    specs = [asked] if isinstance(asked, str) else list(asked)
     window = min(DEFAULT_SEQ_LEN, setup.reader.architecture.positions)
     for spec in specs:
         text = read_text(spec, "evaluation", setup.run.data_folder)
@@ -165,28 +161,30 @@ def _held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | 
 
 
 def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -> _Work:
-    """Draw the texts and settle everything that decides the output; a plan that cannot be done is refused before."""
-    name, jobs, processes = job.plan.plan.allocate, unsized(job), setup.processes
-    texts = setup.texts(job, calib, samples=default_samples(name))
-    calibration, batch = texts.calibration, setup.batch_size(job)
-    offload = setup.offload(job, len(processes.mine(calibration.blocks)))
+    """Draw the texts and fix everything that decides the output. Raises UserError for a plan that cannot be done."""
+    name, jobs = job.plan.plan.allocate, unsized(job)
+    texts, batch = setup.texts(job, calib, samples=default_samples(name)), setup.batch_size(job)
+    calibration, samples = texts.calibration, len(texts.calibration.blocks)
     settings = _settings(setup, job, calibration, batch)
     sizing = None
     if jobs:
-        sizing = Sizing(name, jobs, sorted(KEEPS), texts, setup.device, setup.dtype, batch, ranks=processes)
+        device, ranks = setup.device, setup.processes
+        sizing = Sizing(name, jobs, sorted(KEEPS), texts, device, setup.dtype, batch, ranks=ranks)
         settings["allocation"] = sizing.key
-    few = too_few(job.reader.architecture, job.plan, len(calibration.blocks), losses=ALLOCATORS[name].losses)
+    few = too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[name].losses)
     warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
-    return _Work(setup, job, calibration, sizing, batch, offload, settings, warnings)
+    return _Work(setup, job, calibration, sizing, batch, setup.offload(job, samples), settings, warnings)
 
 
 def _settings(setup: Setup, job: Job, calibration: Calibration, batch: int) -> dict[str, Any]:
-    """Return everything that decides the output's bytes: a run is only resumed if all of it is the same."""
+    """Return everything that decides the output's bytes; a run is resumed only if all of it is the same."""
     run: dict[str, Any] = {"device": setup.device.type, "dtype": setup.dtype_name, "batch_size": batch}
-    if not setup.processes.alone:  # sums over blocks are rounded by how these are split
+    if not setup.processes.alone:  # how blocks are split decides how sums over them are rounded
         run["processes"] = setup.processes.size
     asked = job.plan.plan.calibration
-    gradients = {"gradient_samples": min(asked.gradient_samples, len(calibration.blocks))}
+    moments = {**calibration.as_dict(asked.seed), "first_token": job.plan.first_token}
+    if reads_gradients(job.reader.architecture, job.plan):
+        moments["gradient_samples"] = min(asked.gradient_samples, len(calibration.blocks))
     return {
         "model": {
             "source": job.model.source,
@@ -194,13 +192,9 @@ def _settings(setup: Setup, job: Job, calibration: Calibration, batch: int) -> d
             "fingerprint": job.reader.fingerprint,
         },
         "plan": _plan_settings(job),
-        "calibration": {
-            **calibration.as_dict(asked.seed),
-            "first_token": job.plan.first_token,
-            **(gradients if reads_gradients(job.reader.architecture, job.plan) else {}),
-        },
+        "calibration": moments,
         "run": run,
-        "versions": versions(*_PACKAGES),
+        "versions": versions("torch", "transformers", "safetensors", "tokenizers"),
     }
 
 
@@ -209,23 +203,22 @@ def _plan_settings(job: Job) -> dict[str, Any]:
 
 
 def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
-    """Return the work with the sizes that the plan's allocation finds, if it asks for one.
+    """Return the work with the sizes that the plan's allocation finds, if the plan names one.
 
-    What sizes cost is staged first: a resumed run gets the sizes it had, whatever rounding does.
+    The measured costs are staged first, so that a resumed run gets the same sizes.
     """
     if not work.sizing:
         return work
-    setup = work.setup
-    with setup.watch.stage("measure sizes"):
+    with work.setup.watch.stage("measure sizes"):
         sizing = replace(work.sizing, states=States(work.offload, stage.scratch))
         if not stage.has(_ALLOCATION):
-            stage.write(_ALLOCATION, {}, sizing.curves(setup.run.progress).as_dict())
+            stage.write(_ALLOCATION, {}, sizing.curves(work.setup.run.progress).as_dict())
             gc.collect()
         curves = as_curves(stage.record(_ALLOCATION))
         job, cost = sized_by(work.job, sizing.jobs[0], curves.curves)
     found = {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
     settings = {**work.settings, "allocation": found, "plan": _plan_settings(job)}
-    warnings = [*dict.fromkeys([*job.plan.warnings, *work.warnings])]  # with what the sizes came to
+    warnings = [*dict.fromkeys([*job.plan.warnings, *work.warnings])]  # now with those about the sizes found
     return replace(work, job=job, settings=settings, warnings=warnings)
 
 
@@ -251,11 +244,11 @@ def _evaluate(
     loading = Loading(setup.device, setup.dtype, stage.scratch, setup.run)
     advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
     with setup.watch.stage("evaluate"), memory_advice(advice):
-        pair = [
+        before, after = (
             evaluate_folder(path, held_out, loading, max_windows=max_windows)
             for path in (work.job.model.path, stage.folder)
-        ]
-    return [PerplexityChange(*both) for both in zip(*pair, strict=True)]
+        )
+    return [PerplexityChange(*pair) for pair in zip(before, after, strict=True)]
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""Measures a model, holds it against another, and puts tasks to models: what ``lrc eval`` calls."""
+"""Evaluate a model, alone or against another, by perplexity and by tasks: what ``lrc eval`` calls."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ def evaluate(
 ) -> list[Perplexity]:
     """Measure the perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
 
-    The text is wikitext2 unless ``ppl`` names others, for built-in models their own. The protocol is that of
-    ``lrc.evaluation.perplexity``. ``seq_len``: tokens of a window; of several lengths each has a figure, on the same
-    part of the text. ``streamed``: the model runs a layer at a time, which gives the same figure and needs the memory
-    of a layer (default: where it would not fit whole). ``tokens``: a file for the loss of each token, as
-    ``lrc.evaluation.records`` writes it. Raises UserError for a model or text that cannot be had.
+    ``ppl``: texts (default: wikitext2, or a built-in model's own), by the protocol of ``lrc.evaluation.perplexity``.
+    ``seq_len``: tokens of a window, or several lengths to measure on the same part of the text. ``streamed``: load one
+    layer at a time (default: if the model does not fit whole). ``tokens``: a file for the loss of each token
+    (``lrc.evaluation.records``). Raises UserError for a missing model or text.
     """
     named = None if ppl is None else named_texts(ppl)
     path = newest_output(Path.cwd()) if model is None else _folder(model, run)
@@ -60,13 +59,12 @@ def evaluate_against(
     tokens: str | Path | None = None,
     run: Run = Run(),
 ) -> Comparison:
-    """Measure a model beside the one it is held ``against``, usually its original, on the same windows of each text.
+    """Compare a model with ``against``, usually its original, on the same windows of each text.
 
-    Besides both perplexities it has what ``lrc.evaluation.pair.TokenByToken`` says, where the two read the text as the
-    same tokens; else bits per byte alone compare. ``run.revision`` is of ``model``; a length in ``seq_len`` is one that
-    both can be measured with. Both models are loaded at once: whole where both fit, else both a layer at a time. The
-    rest is as for ``lrc.evaluate``. Raises UserError for a model or text that cannot be had, and where ``tokens`` are
-    to be kept of models whose tokens differ.
+    If both tokenize a text alike, the result compares token by token (``lrc.evaluation.pair.TokenByToken``), else by
+    bits per byte. Both models are loaded at once, whole if both fit, else one layer at a time. ``run.revision`` is of
+    ``model``; other arguments are those of ``lrc.evaluate``. Raises UserError for a missing model or text, and for
+    ``tokens`` of models whose tokens differ.
     """
     named = None if ppl is None else named_texts(ppl)
     folders = _folder(model, run), _folder(against, replace(run, revision=None))
@@ -93,17 +91,15 @@ def prepare_tasks(
 ) -> Callable[[], list[list[TaskScore]]]:
     """Check everything that can be checked without loading a model, then return the function that runs the tasks.
 
-    The function scores each model on tasks of lm-evaluation-harness; ``tasks_dir`` has files of more tasks.
-    ``run.revision`` is of the first model. Raises UserError where the harness is not installed, for a task or data that
-    cannot be had, a model that does not fit whole, and of several processes.
+    The tasks are those of lm-evaluation-harness and those in ``tasks_dir``. ``run.revision`` is of the first model.
+    Raises UserError if the harness, a task or its data is missing, a model does not fit, or several processes run.
     """
     if not run.processes.alone:
         raise UserError("--tasks runs in one process; start the command without a launcher")
     folders = [_folder(model, replace(run, revision=None) if i else run) for i, model in enumerate(models)]
     loading = find_loading(run, streamed)
-    found = Tasks(
-        [tasks] if isinstance(tasks, str) else tasks, None if tasks_dir is None else Path(tasks_dir)
-    )
+    names = [tasks] if isinstance(tasks, str) else tasks
+    found = Tasks(names, None if tasks_dir is None else Path(tasks_dir))
     for folder in folders:
         found.check(folder, loading)
 
@@ -119,12 +115,12 @@ def _folder(model: str | Path, run: Run) -> Path:
 
 
 def newest_output(folder: Path) -> Path:
-    """The lrc output below ``folder`` (three levels at most) that was finished last; UserError where there is none."""
+    """Return the newest lrc output at most three levels below ``folder``. Raises UserError if there is none."""
     manifests = [
         path
         for depth in ("", "*/", "*/*/", "*/*/*/")
         for path in folder.glob(f"{depth}{MANIFEST}")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # unfinished or retired
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # unfinished or replaced
     ]
     if not manifests:
         raise UserError(f"there is no lrc output below {folder}; name a model, or run lrc compress first")

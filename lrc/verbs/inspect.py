@@ -1,18 +1,15 @@
-"""What a model is made of and what methods would lose: behind ``lrc inspect``."""
+"""Inspect a model: what ``lrc inspect`` calls."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from lrc.calibration.enough import too_few
-from lrc.errors import OutOfResources
-from lrc.inspection.asked import base_plan, checked_keeps, find_asked, known_methods
+from lrc.estimate.room import memory_advice
+from lrc.inspection.asked import base_plan, check_keeps, find_asked, known_methods
 from lrc.inspection.inspector import Inspector
 from lrc.inspection.output import Output
 from lrc.plan.job import templates
@@ -44,15 +41,15 @@ def inspect_model(
     seq_len: int | None = None,
     run: Run = Run(),
 ) -> Inspection:
-    """Find spectra, moments, what methods would lose at each of ``keeps`` and what ``auto`` would take, by target.
+    """Return each target's spectra, moments, the errors that methods predict at ``keeps``, and the choice of ``auto``.
 
-    ``method_names`` (default: all), ``layers`` (``0-3,-1``; default: all) and ``targets`` (default: all of a layer) say
-    what is looked at; ``tables`` adds the embedding and the head. ``gradients`` adds what errors cost the loss, by a
-    sweep back through the model. Moments are of ``samples`` blocks of ``seq_len`` tokens of ``calib``. ``against``: the
-    folder of an lrc output of the model, each of whose targets is held against the original, and run beside it on the
-    same tokens. The rest is as for ``lrc.compress``. Raises UserError for what the user can mend.
+    ``method_names`` (default: all), ``layers`` (such as ``0-3,-1``; default: all) and ``targets`` (default: all of a
+    layer) select what is inspected; ``tables`` adds the embedding and the head. ``gradients`` adds predicted losses, by
+    one backward sweep through the model. Moments are of ``samples`` blocks of ``seq_len`` tokens of ``calib``.
+    ``against``: the folder of an lrc output of the model, to compare with the original on the same tokens. Raises
+    UserError for every mistake that the user can fix.
     """
-    keeps = checked_keeps(KEEPS if keeps is None else keeps)
+    keeps = check_keeps(KEEPS if keeps is None else keeps)
     known = known_methods(method_names)
     setup = set_up(model, run)
     reader, architecture = setup.reader, setup.reader.architecture
@@ -73,9 +70,10 @@ def inspect_model(
     setup.warn(warnings)
     states = States(setup.offload(job, len(blocks)), Path(tempfile.gettempdir()))
     stream = ModelStream(reader, setup.device, setup.dtype, states)
-    with _memory_advice(batch):
-        inspector = Inspector(stream, asked, keeps, known, output, job.plan, setup.watch)
-        inspector.run(blocks, batch, gradients=gradients, progress=run.progress)
+    advice = f"--batch-size below {batch}, fewer --samples, --targets one at a time, or --device cpu"
+    with memory_advice(advice):
+        inspector = Inspector(stream, asked, output, job.plan, setup.watch)
+        inspector.run(blocks, batch, gradients=gradients, stage=run.stage)
     return Inspection(
         model=setup.model.source,
         fingerprint=reader.fingerprint,
@@ -93,14 +91,3 @@ def inspect_model(
         warnings=warnings,
         versions=versions("torch", "transformers"),
     )
-
-
-@contextmanager
-def _memory_advice(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfResources(
-            f"the GPU is out of memory; try --batch-size below {batch_size}, fewer --samples, --targets one at a "
-            "time, or --device cpu"
-        ) from error

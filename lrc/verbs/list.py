@@ -1,4 +1,4 @@
-"""What a user can choose from: methods, allocations, families, kinds, plans, data and models, each with one line."""
+"""List what a user can choose from, one line each: what ``lrc list`` calls."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
@@ -24,37 +25,29 @@ _PAPER = re.compile(r"\s*\(?(arXiv:\d{4}\.\d{4,5})\)?")
 
 
 def catalogue(group: str | None = None) -> dict[str, list[Item]]:
-    """Every group, or the one named; UserError for an unknown one."""
-    if group is not None and group not in _GROUPS:
-        raise UserError(f"there is no list of {group!r}; {nearest(group, _GROUPS)}")
-    return {name: list(items()) for name, items in _GROUPS.items() if group in (None, name)}
+    """Return the items of every group, or of one. Raises UserError for an unknown group."""
+    groups: dict[str, Callable[[], Iterator[Item]]] = {
+        "methods": _methods,
+        "allocations": lambda: (Item(name, allocator.summary) for name, allocator in ALLOCATORS.items()),
+        "families": lambda: (
+            _documented(module.FAMILY.model_type, module)
+            for _, module in submodules(lrc.families)
+            if hasattr(module, "FAMILY")
+        ),
+        "kinds": lambda: (_documented(name, sys.modules[kind.__module__]) for name, kind in kinds().items()),
+        "plans": lambda: (Item(name, _plan_summary(path)) for name, path in shipped_plans().items()),
+        "data": _data,
+        "models": _models,
+    }
+    if group is not None and group not in groups:
+        raise UserError(f"there is no list of {group!r}; {nearest(group, groups)}")
+    return {name: list(items()) for name, items in groups.items() if group in (None, name)}
 
 
 def _methods() -> Iterator[Item]:
     for name, method in methods().items():
         papers = dict.fromkeys(solver.paper for solver in method.solvers.values())
         yield Item(name, f"{method.summary} For: {', '.join(method.solvers)}.", "; ".join(papers))
-
-
-def _allocations() -> Iterator[Item]:
-    for name, allocator in ALLOCATORS.items():
-        yield Item(name, allocator.summary)
-
-
-def _families() -> Iterator[Item]:
-    for _, module in submodules(lrc.families):
-        if hasattr(module, "FAMILY"):
-            yield _documented(module.FAMILY.model_type, module)
-
-
-def _kinds() -> Iterator[Item]:
-    for name, kind in kinds().items():
-        yield _documented(name, sys.modules[kind.__module__])
-
-
-def _plans() -> Iterator[Item]:
-    for name, path in shipped_plans().items():
-        yield Item(name, _plan_summary(path))
 
 
 def _data() -> Iterator[Item]:
@@ -72,28 +65,14 @@ def _models() -> Iterator[Item]:
 
 
 def _documented(name: str, module: ModuleType) -> Item:
-    """An item by the first line of its file; the paper named there is its source."""
+    """Return an item from the first line of its file; a paper named there is its source."""
     line = (module.__doc__ or "").strip().splitlines()[0]
-    papers = _PAPER.findall(line)
-    return Item(name, _PAPER.sub("", line), ", ".join(papers))
+    return Item(name, _PAPER.sub("", line), ", ".join(_PAPER.findall(line)))
 
 
 def _plan_summary(path: Path) -> str:
-    """The comment at the head of a plan, below the command that runs it."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return " ".join(line for line in lines[1:] if line)
-
-
-_GROUPS: dict[str, Callable[[], Iterator[Item]]] = {
-    "methods": _methods,
-    "allocations": _allocations,
-    "families": _families,
-    "kinds": _kinds,
-    "plans": _plans,
-    "data": _data,
-    "models": _models,
-}
+    """Return the comment at the head of a plan, without its first line, the command."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    words = [line.removeprefix("#").strip() for line in comment]
+    return " ".join(filter(None, words[1:]))

@@ -1,4 +1,4 @@
-"""Makes plans for a budget: finds once what every size costs, then spends each budget where it saves most."""
+"""Write plans for a budget: measure what every size costs, then choose the cheapest sizes: what ``lrc plan`` calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
 from lrc.families import Target
 from lrc.methods import methods
-from lrc.plan.job import Job, templates
+from lrc.plan.job import templates
 from lrc.plan.library import PlanLike, draft_of, read_draft
 from lrc.plan.resolve import Draft
 from lrc.plan.resolved import Assignment
@@ -33,9 +33,8 @@ from lrc.walk.needs import solver_of
 
 _MADE = "Made by lrc plan"
 _DEFAULT = Plan()
-_FOR_CACHE = Plan(
-    components=Components(qk=Entry.model_validate({"metric": "attention"}))
-)  # narrower heads alone do
+# Only narrower heads shrink a cache; a3 makes them narrower with the metric ``attention``.
+_FOR_CACHE = Plan(components=Components(qk=Entry.model_validate({"metric": "attention"})))
 
 
 def make_plan(
@@ -53,11 +52,11 @@ def make_plan(
 ) -> Planning:
     """Write plans with the sizes of least cost that ``keep``, ``size`` or ``kv_cache`` allows.
 
-    ``keep``: of the weights of the decoder and of what ``base`` names outside the layers without a size; of several,
-    each gets a plan, NAME-KEEP.yaml. ``size``: bytes of all tensors. ``kv_cache``: of the cache; alone it leaves all
-    but qk and ov whole, beside a keep it fixes what these take of that. ``base``: a plan without sizes in the layers,
-    for methods, options and calibration (default: a3). ``measuring``: how costs are found. ``limits``: which sizes may
-    be bought. Raises UserError for what the user can mend; no plan is written then.
+    ``keep``: fraction of the weights of the decoder, and of tables that ``base`` names without a size; each of several
+    fractions gets a plan, NAME-KEEP.yaml. ``size``: bytes of all tensors. ``kv_cache``: fraction of the cache; alone it
+    shrinks only qk and ov, beside a keep it fixes their part. ``base``: a plan without sizes in the layers, for
+    methods, options and calibration (default: a3). ``measuring``: how costs are found. ``limits``: which sizes are
+    allowed. Raises UserError for every mistake that the user can fix; no plan is written then.
     """
     out = Path(out)
     budgets = read_budgets(keep, size, kv_cache)
@@ -66,29 +65,36 @@ def make_plan(
     name, keeps = measuring.allocation(draft.plan), measuring.fractions
     limits.check(name, keeps)
     paths = [out.with_name(f"{out.stem}-{b.keep:g}{out.suffix}") if budgets[1:] else out for b in budgets]
-    _check_files(paths, None if measuring.curves is None else Path(measuring.curves))
+    _check_files(paths, measuring.curves)
     setup = set_up(model, run)
     jobs = templates(setup.model, setup.reader, draft, keeps)
     blank = blank_curves(name, jobs)
-    for budget in budgets:  # one that cannot be met should be known now, not after the measurement
+    for budget in budgets:  # before the measurement, as some budgets cannot be met
         buy(budget, jobs[0], blank, limits)
     texts = setup.texts(jobs[0], calib, measuring.held_out, measuring.samples or default_samples(name))
-    sizing = _sizing(setup, name, jobs, keeps, texts, out.parent)
+    samples, batch = len(texts.calibration.blocks), setup.batch_size(jobs[0])
+    states = States(setup.offload(jobs[-1], samples), out.parent)
+    sizing = Sizing(name, jobs, keeps, texts, setup.device, setup.dtype, batch, states, setup.processes)
     setup.processes.agree(sizing.key)
-    overruled, of_texts = _gives_way(draft, budgets), [*texts.warnings, *_too_few(sizing)]
-    setup.warn([*overruled, *jobs[0].plan.warnings, *of_texts])
-    store = _store(setup, sizing, measuring, out)
+    overridden = _overridden_keep(draft, budgets)
+    few = too_few(setup.reader.architecture, jobs[0].plan, samples, losses=ALLOCATORS[name].losses)
+    of_texts = [*texts.warnings, *few]
+    setup.warn([*overridden, *jobs[0].plan.warnings, *of_texts])
+    store = None
+    if ALLOCATORS[name].holds != "nothing":
+        store = Path(measuring.curves or out.with_name(file_name(setup.model.name, sizing.key)))
     known, measured = _curves(setup, sizing, blank, store, fresh=measuring.fresh)
     with setup.watch.stage("allocate"):
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
-    for path, budget, each in zip(paths, budgets, spent, strict=True) if setup.processes.first else ():
+    plans = list(zip(paths, budgets, spent, strict=True))
+    for path, budget, each in plans if setup.processes.first else ():
         with written(path):
             write_text(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(
         model=setup.model.source,
         allocation=name,
         unit=known.unit,
-        plans=[_planned(*each, known.unit) for each in zip(paths, budgets, spent, strict=True)],
+        plans=[_planned(*each, known.unit) for each in plans],
         curves=None if store is None else str(store),
         measured=measured,
         loss=known.loss,
@@ -97,38 +103,39 @@ def make_plan(
         dtype=setup.dtype_name,
         seconds=setup.watch.seconds,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=[*overruled, *dict.fromkeys(w for each in spent for w in each.job.plan.warnings), *of_texts],
+        warnings=[
+            *overridden,
+            *dict.fromkeys(w for each in spent for w in each.job.plan.warnings),
+            *of_texts,
+        ],
     )
 
 
-def _sizing(
-    setup: Setup, name: str, jobs: Sequence[Job], keeps: Sequence[float], texts: Texts, scratch: Path
-) -> Sizing:
-    place = setup.offload(jobs[-1], len(setup.processes.mine(texts.calibration.blocks)))
-    states, batch = States(place, scratch), setup.batch_size(jobs[0])
-    return Sizing(name, jobs, keeps, texts, setup.device, setup.dtype, batch, states, setup.processes)
+def _check_files(plans: Sequence[Path], curves: str | Path | None) -> None:
+    """Raise UserError for a file that cannot be written, or that another program wrote."""
+    for plan in plans:
+        check_file("-o", plan)
+    if curves is not None:
+        check_file("--curves", Path(curves))
+    for plan in plans:
+        if plan.exists() and _MADE not in plan.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{plan} exists and was not made by lrc plan; name another file with -o")
 
 
-def _too_few(sizing: Sizing) -> list[str]:
-    job, samples = sizing.jobs[0], len(sizing.texts.calibration.blocks)
-    return too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[sizing.name].losses)
-
-
-def _store(setup: Setup, sizing: Sizing, measuring: Measuring, out: Path) -> Path | None:
-    """Return the file of what sizes cost; None for an allocation that measures nothing."""
-    if ALLOCATORS[sizing.name].holds == "nothing":
-        return None
-    if measuring.curves is not None:
-        return Path(measuring.curves)
-    return out.with_name(file_name(setup.model.name, sizing.key))
+def _overridden_keep(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
+    """Return a warning if the base plan has a keep and another is asked for."""
+    plan, asked = draft.plan, " and ".join(map(str, budgets))
+    if "keep" not in plan.model_fields_set or [budget.keep for budget in budgets] == [plan.keep]:
+        return []
+    return [f"{draft.document.place(('keep',))}: keep: is replaced by what is asked for, {asked}"]
 
 
 def _curves(
     setup: Setup, sizing: Sizing, blank: Sequence[Curve], store: Path | None, *, fresh: bool
 ) -> tuple[Curves, bool]:
-    """Return what sizes cost, and whether that was measured now: an earlier run's is used again unless ``fresh``."""
+    """Return what sizes cost, cached in ``store``, and whether this run measured it."""
     first = setup.processes.first
-    known = setup.processes.share(_known(store, sizing, blank) if store and first else None)
+    known = setup.processes.share(_cached(store, sizing, blank) if store and first else None)
     if known is not None and not fresh:
         return known, False
     with setup.watch.stage("measure"):
@@ -139,27 +146,8 @@ def _curves(
     return found, True
 
 
-def _gives_way(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
-    """What to say of a keep that the base plan writes, where another is asked for."""
-    plan, asked = draft.plan, " and ".join(str(budget) for budget in budgets)
-    if "keep" not in plan.model_fields_set or [budget.keep for budget in budgets] == [plan.keep]:
-        return []
-    place = draft.document.place(("keep",))
-    return [f"{place}: keep: the base plan's own gives way to what is asked for, {asked}"]
-
-
-def _check_files(plans: Sequence[Path], curves: Path | None) -> None:
-    for plan in plans:
-        check_file("-o", plan)
-    if curves is not None:
-        check_file("--curves", curves)
-    for plan in plans:
-        if plan.exists() and _MADE not in plan.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"{plan} is there and was not made by lrc plan; name another file with -o")
-
-
-def _known(store: Path, sizing: Sizing, blank: Sequence[Curve]) -> Curves | None:
-    """The curves of an earlier run; UserError where the file holds anything else, which nothing may overwrite."""
+def _cached(store: Path, sizing: Sizing, blank: Sequence[Curve]) -> Curves | None:
+    """Return the curves of an earlier run. Raises UserError for any other file, which must not be overwritten."""
     if not store.exists():
         return None
     known = load_curves(store)
@@ -184,24 +172,22 @@ def _text(
     texts: Texts,
     warnings: Sequence[str],
 ) -> str:
-    """The plan as YAML, with what it is and rests on at its head."""
-    job, basis, share = spent.job, [f"Allocation: {name}."], spent.job.plan.budget
-    if known.loss is not None:
-        basis.append(f"Measured on {texts.measured_on}, each target alone.")
-    if ALLOCATORS[name].holds != "nothing":
-        basis.append(f"Moments of {texts.fitted_to}.")
+    """Return the plan as YAML below a comment that says how it was made."""
+    job, plan, share = spent.job, spent.plan.plan, spent.job.plan.budget
+    cost = cost_text(spent.cost, known.unit)
     header = [
         f"lrc compress {job.model.source} --plan {path}",
         "",
         f"{_MADE} for {budget} of {job.model.source}: keeps {share.keep:.4f} of {share.weights}.",
-        *([f"Predicted: {cost}."] if (cost := cost_text(spent.cost, known.unit)) else []),
-        *basis,
+        *([f"Predicted: {cost}."] if cost else []),
+        f"Allocation: {name}.",
+        *([f"Measured on {texts.measured_on}, each target alone."] if known.loss is not None else []),
+        *([f"Moments of {texts.fitted_to}."] if ALLOCATORS[name].holds != "nothing" else []),
         *(f"Warning: {warning}" for warning in (*job.plan.warnings, *warnings)),
     ]
-    plan = spent.plan.plan
-    settings = plan.calibration.model_copy(update={"data": texts.calibration.data})
-    told = replace(spent.plan, plan=plan.model_copy(update={"calibration": settings}))
-    return write_plan(told, methods(), header)
+    calibration = plan.calibration.model_copy(update={"data": texts.calibration.data})
+    resolved = replace(spent.plan, plan=plan.model_copy(update={"calibration": calibration}))
+    return write_plan(resolved, methods(), header)
 
 
 def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
@@ -228,7 +214,7 @@ def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
 
 
 def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
-    """A target's sizes out of the largest that its methods have."""
+    """Return a target's sizes by layer, and the largest size that its methods have."""
     fulls = []
     for a in filter(None, layers):
         rule = solver_of(a).size

@@ -1,4 +1,4 @@
-"""Opens what the verbs that run a model layer by layer work on: its headers, a device, a plan, texts."""
+"""Open a model on a device, for the verbs that run it layer by layer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lrc.calibration.draw import Texts, draw_texts
+from lrc.calibration.draw import Texts, held_out_text
 from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.estimate.room import choose_place, known_place
-from lrc.hub.names import ResolvedModel
+from lrc.hub.names import ResolvedModel, default_text
 from lrc.hub.tokenizer import load_tokenizer
 from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.resolve import Draft
@@ -22,12 +22,15 @@ from lrc.run.offload import Place
 from lrc.run.processes import Ranks
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
 from lrc.run.stopwatch import Stopwatch
+from lrc.text.blocks import tokenize
+from lrc.text.held_out import held_out_blocks
+from lrc.text.mixture import about, read_mixture
 from lrc.text.spec import DataLike
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, the device on which its layers run one at a time, and in which precision; no weight is read yet."""
+    """A model by its headers, and the device and precision in which its layers run; no weight is read yet."""
 
     model: ResolvedModel
     reader: CheckpointReader
@@ -43,21 +46,21 @@ class Setup:
 
     @property
     def dtype_name(self) -> str:
-        """The precision as people write it."""
+        """The precision, such as ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def device_name(self) -> str:
-        """The name of the GPU, or cpu."""
+        """The name of the GPU, or ``cpu``."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. Raises UserError where it has none."""
+        """The model's tokenizer. Raises UserError if the model has none."""
         return load_tokenizer(self.model.path, trust_remote_code=self.run.trust_remote_code)
 
     def job(self, draft: Draft) -> Job:
-        """Work a plan out for the model. Raises UserError with every mistake of the plan at once."""
+        """Resolve a plan for the model. Raises UserError with every mistake of the plan at once."""
         return make_job(self.model, self.reader, draft)
 
     def batch_size(self, job: Job) -> int:
@@ -65,31 +68,44 @@ class Setup:
         return self.run.batch_size or default_batch(self.device.type, job.plan.seq_len)
 
     def offload(self, job: Job, samples: int) -> Place:
-        """Return where hidden states of so many calibration blocks, this process's part of all, wait."""
-        asked = known_place(self.run.offload)
-        return choose_place(asked, job, self.device, self.dtype, self.batch_size(job), samples)
+        """Return where this process keeps the hidden states of its share of ``samples`` calibration blocks."""
+        asked, own = known_place(self.run.offload), len(self.processes.mine(range(samples)))
+        return choose_place(asked, job, self.device, self.dtype, self.batch_size(job), own)
 
     def texts(
         self, job: Job, calib: DataLike | None, held_out: str | None = None, samples: int | None = None
     ) -> Texts:
-        """Draw a job's calibration text and ``samples`` blocks of a held-out one, as ``draw_texts`` does.
+        """Draw a job's calibration blocks: of ``calib``, else of the plan's text, else of the model's default text.
 
-        Synthetic text is written here by the whole model.
+        If ``samples`` is given, also draw the first ``samples`` blocks of a held-out text. Raises UserError for a
+        missing or short text, and for held-out text that overlaps a calibration source.
         """
+        folder, settings = self.run.data_folder, job.plan.plan.calibration
+        # First, so that a missing held-out text is an error before the model generates synthetic text.
+        text = None if samples is None else held_out_text(job, held_out, folder)
+        default = settings.data or default_text(self.model.source)
+        mixture = read_mixture(default if calib is None else calib)
         generate = partial(
             synthesize, job=job, device=self.device, dtype=self.dtype, run=self.run, watch=self.watch
         )
-        return draw_texts(job, self.tokenizer, calib, held_out, samples, self.run.data_folder, generate)
+        calibration = mixture.draw(
+            self.tokenizer, settings.samples, job.plan.seq_len, settings.seed, folder, generate
+        )
+        if text is None or samples is None:
+            return Texts(calibration)
+        with about(f"held-out text {text.label}"):
+            ids = tokenize(self.tokenizer, text.text)
+            return Texts(calibration, text, held_out_blocks(ids, samples, calibration.blocks))
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """Tell the user of each warning."""
+        """Show the user each warning."""
         if self.run.warn:
             for warning in warnings:
                 self.run.warn(warning)
 
 
 def set_up(model: str | Path, run: Run) -> Setup:
-    """Open a model on the run's device. Raises UserError for a model, a device or a place that cannot be had."""
+    """Open a model on the run's device. Raises UserError for a missing model or device, or an unknown offload."""
     found, reader = open_checkpoint(model, run)
     device = find_device(run.device, run.processes)
     known_place(run.offload)

@@ -1,21 +1,22 @@
-"""Whether an output folder is as it was written, by the hashes in its manifest: behind ``lrc verify``."""
+"""Check an output folder against the hashes in its manifest: what ``lrc verify`` calls."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc.checkpoint.hashes import hashing, tensor_sha256
-from lrc.checkpoint.headers import Shape, StoredTensor, parse_header
+from lrc.checkpoint.headers import StoredTensor, parse_header
 from lrc.checkpoint.staging import INDEX, MANIFEST
 from lrc.errors import UserError
 from lrc.hub.quantizer import LrcConfig, replace_modules
 from lrc.records.integrity import Damage, Integrity
+from lrc.run.settings import Progress
 
 _THREADS = 8
 _CONFIG = "config.json"
@@ -24,15 +25,13 @@ _DIFFERS = "differs from what was written"
 
 Hashes = Mapping[str, str]
 Headers = dict[str, dict[str, StoredTensor]]
-Progress = Callable[[str, int], Callable[[int], object]]
 
 
 def verify(folder: Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Integrity:
-    """Hold an output's files against its manifest, and its weights against its index and the table in config.json.
+    """Check an output's files against its manifest, and its weights against its index and the table in config.json.
 
-    Every file is read once, and the tensors of a damaged one a second time, each by itself. ``trust_remote_code`` is
-    for models that come with code of their own. Raises UserError where ``folder`` is no lrc output, and where the
-    manifest itself is damaged or has no hashes.
+    Files are read once, and a damaged file again, tensor by tensor. ``trust_remote_code``: run code that comes with the
+    checkpoint. Raises UserError if ``folder`` is no lrc output, or its manifest is damaged or has no hashes.
     """
     files, tensors = _read_manifest(folder)
     there = {name: folder / name for name in files if (folder / name).is_file()}
@@ -66,26 +65,23 @@ def verify(folder: Path, *, trust_remote_code: bool = False, progress: Progress 
 
 
 def _read_manifest(folder: Path) -> tuple[Hashes, Mapping[str, Hashes]]:
-    """SHA-256 by file, and hashes by tensor of those that hold weights."""
+    """Return SHA-256 by file, and by file and tensor for files with weights."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(
-            f"{folder} is no lrc output (it has no {MANIFEST}), so there is nothing to verify it by"
-        )
+        raise UserError(f"{folder} is no lrc output (it has no {MANIFEST}), so it has no hashes to verify")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged, so that the rest cannot be verified: {error}") from None
     try:
-        return dict(manifest["sha256"]["files"]), {
-            k: dict(v) for k, v in manifest["sha256"]["tensors"].items()
-        }
+        hashes = manifest["sha256"]
+        return dict(hashes["files"]), {name: dict(each) for name, each in hashes["tensors"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} has no hashes to verify the folder by, or is damaged") from None
 
 
 def _changed(there: Mapping[str, Path], files: Hashes, progress: Progress | None) -> set[str]:
-    """Names of files that are not what was written."""
+    """Return the names of files whose hash differs from the manifest."""
     advance = progress("verify", len(there)) if progress else lambda done: None
     changed = set[str]()
     with hashing(there.values(), min(_THREADS, os.cpu_count() or 1)) as hashes:
@@ -97,29 +93,23 @@ def _changed(there: Mapping[str, Path], files: Hashes, progress: Progress | None
 
 
 def _by_tensor(file: Path, stored: Mapping[str, StoredTensor], hashes: Hashes) -> Iterator[Damage]:
-    """What is wrong with the tensors of a file that is not what was written, or else with the rest of it."""
-    size, sound = file.stat().st_size, True
+    """Yield the damage of a changed file: its tensors, or if these are sound, the rest."""
+    size, problems = file.stat().st_size, dict[str, str]()
     for name, sha256 in hashes.items():
         if name not in stored:
-            problem = "is missing"
+            problems[name] = "is missing"
         elif stored[name].bytes and stored[name].end > size:
-            problem = f"is cut off: it ends at byte {stored[name].end}, the file has {size}"
+            problems[name] = f"is cut off: it ends at byte {stored[name].end}, the file has {size}"
         elif tensor_sha256(stored[name]) != sha256:
-            problem = _DIFFERS
-        else:
-            continue
-        sound = False
-        yield Damage(file.name, problem, name)
-    for name in stored:
-        if name not in hashes:
-            sound = False
-            yield Damage(file.name, "is not of this checkpoint", name)
-    if sound:
+            problems[name] = _DIFFERS
+    problems |= {name: "is not of this checkpoint" for name in stored if name not in hashes}
+    yield from (Damage(file.name, problem, name) for name, problem in problems.items())
+    if not problems:
         yield Damage(file.name, f"{_DIFFERS}, in its header or behind its tensors, whose values are sound")
 
 
 def _of_index(index: Path, headers: Headers) -> Iterator[Damage]:
-    """Tensors that are not in the file that the index says; of files that cannot be read nothing is said."""
+    """Yield the tensors that are not in the file that the index names; unreadable files are left out."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         named = {str(name): str(file) for name, file in weight_map.items()}
@@ -139,9 +129,13 @@ def _of_index(index: Path, headers: Headers) -> Iterator[Damage]:
 def _of_config(
     folder: Path, headers: Headers, lost: set[str], *, trust_remote_code: bool
 ) -> Iterator[Damage]:
-    """Tensors that have not the shapes of the modules in config.json; but for those ``lost`` with their files."""
+    """Yield the tensors without the shape that config.json asks for, except those ``lost`` with their files."""
     try:
-        expected = _expected(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        table = LrcConfig(**config.quantization_config).modules
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            expected = replace_modules(model, table)
     except Exception as error:  # a damaged config can break any line of transformers' models
         reason = " ".join(str(error).split()) or type(error).__name__
         yield Damage(_CONFIG, f"cannot be used: {reason}")
@@ -154,12 +148,3 @@ def _of_config(
         elif held[name].shape != shape:
             found = f"has shape {list(held[name].shape)} in {held[name].file.name}"
             yield Damage(_CONFIG, f"{found}, config.json says {list(shape)}", name)
-
-
-def _expected(folder: Path, *, trust_remote_code: bool) -> dict[str, Shape]:
-    """Shapes of the tensors that the model of a folder's config.json is loaded from, by full name."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    table = LrcConfig(**config.quantization_config).modules
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return replace_modules(model, table)

@@ -69,7 +69,7 @@ def test_beside_an_output(succeeds, fails, tiny_checkpoint, quick, tmp_path):
         (["--targets", "q,fc_in"], "--targets fc_in: llama has no target 'fc_in'"),
         (["--targets", "lm_head"], "the head of this model is its embedding; name embed"),
         (["--methods", "svdd"], "--methods svdd: there is no such method; did you mean 'svd'?"),
-        (["--keeps", "0.5,1"], "--keeps 0.5,1: fractions to estimate are distinct, above 0 and below 1"),
+        (["--keeps", "0.5,1"], "--keeps 0.5,1: fractions are distinct, above 0 and below 1"),
         (["--keeps", "half"], "--keeps half: 'half' is not a number"),
         (["--seq-len", "4096"], "--seq-len 4096: the model reads 2 to 64 tokens at once; the nearest is 64"),
         (["--samples", "400"], "fewer than the 400 samples asked for"),

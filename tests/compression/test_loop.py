@@ -110,7 +110,7 @@ def compress(
     return Run(source, out, records, refits, scale)
 
 
-def whole_plan(source: Path, method: str, refit: str, targets: Sequence[str]) -> ResolvedPlan:
+def whole_plan(source: Path, method: str, refit: Any, targets: Sequence[str]) -> ResolvedPlan:
     """Everything at full size, which no plan asks for."""
     architecture = CheckpointReader(source).architecture
     assignments = []
