@@ -1,4 +1,4 @@
-"""A report as one self-contained page: what was done, what it cost, by layer, how long it took and how it was made."""
+"""``report.html``: a report as one self-contained page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lrc.checkpoint.sizes import byte_text
-from lrc.records.compression import Report, TargetRecord
+from lrc.records.compression import Report
 from lrc.report.outputs import Output, Source, as_source, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost
@@ -22,10 +22,11 @@ from lrc.report.rows import (
     stages_table,
     targets_table,
 )
+from lrc.report.table import grouped
 
 
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
-    """Return the whole report, with outputs of the same original ``beside`` it in the picture of the cost."""
+    """Return the report, with outputs of the same original ``beside`` it in the picture of the cost."""
     label = Path(report.out).name if beside else plan_name(report)
     source = as_source([Output(label, report.out, report), *beside])
     sections = [
@@ -36,7 +37,7 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
             list(_cost_notes(report, source)),
         ),
         Section(
-            "What was kept, and the error of it",
+            "What was kept, and the errors",
             list(_kept(report)),
             notes=[error_note(report.targets)],
             tables=[targets_table(report.targets)],
@@ -68,7 +69,7 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
 
 
 def _costs(source: Source) -> Iterator[Picture]:
-    """A picture of each text that this output, the first of the source's, was measured on."""
+    """Yield a picture of each text that this output, the first of the source, was measured on."""
     for i, text in enumerate(text for text in source.texts if 0 in text.changes):
         dense = text.dense
         caption = f"{dense.windows} windows of {dense.seq_len} tokens, {dense.dtype}, the same for all."
@@ -90,10 +91,8 @@ def _cost_notes(report: Report, source: Source) -> Iterator[str]:
 
 
 def _kept(report: Report) -> Iterator[Picture]:
-    """A row a target over all layers; those that the plan leaves a layer's alone are whole there."""
-    by_target: dict[str, list[TargetRecord]] = {}
-    for record in report.targets:
-        by_target.setdefault(record.target, []).append(record)
+    """Yield a picture with a row for each target; a layer in which the plan keeps the target is whole."""
+    by_target = grouped(report.targets, lambda record: record.target)
     rows = []
     for target, records in by_target.items():
         at = {record.layer: record for record in records}

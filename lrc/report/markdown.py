@@ -1,4 +1,4 @@
-"""A report as Markdown: the page for a pull request, and the model card of the output folder."""
+"""``report.md`` and the model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lrc.report.rows import (
 
 
 def report_page(report: Report) -> str:
-    """Return the whole report."""
+    """Return the report."""
     lines = [f"# {report.model}, {report.plan}", "", report.sentence, "", *_warnings(report), *_body(report)]
     if report.refits:
         summary = f"{len(report.refits)} output projections fitted again"
@@ -29,7 +29,7 @@ def report_page(report: Report) -> str:
 
 
 def model_card(report: Report) -> str:
-    """Return the output folder's README.md: how to load it, what it cost, the plan."""
+    """Return the output's README.md: how to load the model, what it cost, the plan."""
     lines = [
         "---",
         "library_name: transformers",
@@ -73,7 +73,7 @@ def _body(report: Report) -> list[str]:
 
 
 def _folded(summary: str, lines: Iterable[str]) -> list[str]:
-    """Lines that a pull request shows when asked to; the blank ones around them make them Markdown."""
+    """Return lines that the reader unfolds; blank lines around them make them Markdown."""
     return ["<details>", f"<summary>{summary}</summary>", "", *lines, "</details>", ""]
 
 

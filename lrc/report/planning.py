@@ -1,15 +1,16 @@
-"""Plans that were made for a budget: the record, and a picture of what is kept by layer and component."""
+"""Plans for a budget as tables, with a bar for each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
 
 from lrc.plan.resolved import weights_of
 from lrc.records.planning import Planning, Strip, cost_text
+from lrc.report.table import Cell, table
 from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
@@ -20,22 +21,15 @@ _COLOURS = ("red", "dark_orange", "yellow", "green")
 
 
 def pictures(planning: Planning) -> Iterator[RenderableType]:
-    """Every plan with a row a target, a bar a layer; then what they rest on."""
+    """Yield every plan, a row for each target, and then what the costs were measured on."""
     for plan in planning.plans:
         cost = cost_text(plan.cost, planning.unit)
         yield (
             f"{plan.path}: keeps {plan.keep:.2%} of {weights_of(plan.of)}, {plan.bytes:,} bytes"
             + (f"; predicted {cost}" if cost else "")
         )
-        table = Table("target", "rank by layer, first to last", "least", "mean", "of")
-        for column in table.columns[2:]:
-            column.justify = "right"
-        for strip in plan.strips:
-            sizes = [strip.full if size is None else size for size in strip.sizes]
-            mean = sum(sizes) / len(sizes)
-            table.add_row(strip.target, _bars(strip, sizes), str(min(sizes)), f"{mean:.1f}", str(strip.full))
         if plan.strips:
-            yield table
+            yield table(_row(strip) for strip in plan.strips).on_screen()
         yield from (outside.text for outside in plan.tables)
     if planning.loss is not None:
         yield f"loss on {planning.held_out}: {planning.loss:.4f} nats per token"
@@ -46,10 +40,17 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
     yield from warning_lines(planning.warnings)
 
 
-def _bars(strip: Strip, sizes: list[int]) -> Text:
+def _row(strip: Strip) -> dict[str, Cell]:
+    sizes = [strip.full if size is None else size for size in strip.sizes]
     bars = Text()
     for size in sizes:
-        # The last of the marks is for what is whole.
+        # The last mark is for a whole target.
         bar, colour = (marks[int(size / strip.full * (len(marks) - 1))] for marks in (_BARS, _COLOURS))
         bars.append(bar, colour)
-    return bars
+    return {
+        "target": strip.target,
+        "rank by layer, first to last": bars,
+        "least:n": str(min(sizes)),
+        "mean:n": f"{fmean(sizes):.1f}",
+        "of:n": str(strip.full),
+    }

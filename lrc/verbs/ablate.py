@@ -28,8 +28,7 @@ from lrc.inspection.ablation import (
 )
 from lrc.plan.job import Job
 from lrc.plan.precedence import COMPONENTS
-from lrc.records.ablation import Ablation
-from lrc.records.losses import Loss, Losses, load_losses
+from lrc.records.ablation import Ablation, Loss, Losses, load_losses
 from lrc.report.ablation import picture
 from lrc.run.offload import States
 from lrc.run.processes import Ranks

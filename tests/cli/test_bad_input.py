@@ -502,7 +502,7 @@ def test_unknown_list(fails: Fails) -> None:
         (("plan", "m", "--kv-cache", "abc"), "--kv-cache 'abc': should be a valid number"),
         (("compress", "m", "--plan", "p", "--batch-size", "0"), "--batch-size '0': should be greater than"),
         (("compress", "m", "--plan"), "option '--plan' requires an argument"),
-        (("compress", "m"), "missing option '--plan'; see lrc compress --help"),
+        (("compress",), "missing argument 'model'; see lrc compress --help"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
