@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lrc.checkpoint.sizes import byte_text
@@ -16,7 +17,6 @@ from lrc.report.rows import (
     error_note,
     every_table,
     facts,
-    kept_text,
     refits_table,
     size_text,
     stages_table,
@@ -29,31 +29,39 @@ def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
     """Return the report, with outputs of the same original ``beside`` it in the picture of the cost."""
     label = Path(report.out).name if beside else plan_name(report)
     source = as_source([Output(label, report.out, report), *beside])
-    sections = [
-        Section(
-            "What it cost",
-            list(_costs(source)),
-            [cost_table(report.before, report.after, report.perplexity)],
-            list(_cost_notes(report, source)),
-        ),
-        Section(
-            "What was kept, and the errors",
-            list(_kept(report)),
-            notes=[error_note(report.targets)],
-            tables=[targets_table(report.targets)],
-            folded={"Every layer": every_table(report.targets)},
-        ),
+    costs, targets, *rest = report_sections(report)
+    costs = replace(costs, pictures=list(_costs(source)), notes=[*costs.notes, *source.notes])
+    targets = replace(
+        targets, pictures=list(_kept(report)), folded={"Every layer": every_table(report.targets)}
+    )
+    title = f"{Path(report.model).name}, {plan_name(report)}"
+    return render(title, report.sentence, [costs, targets, *rest], _figures(report), report.warnings)
+
+
+def report_sections(report: Report) -> list[Section]:
+    """Return the sections of a report's page in words and tables: first its cost, then its targets, last its plan."""
+    record, share = report.calibration, report.with_tables
+    drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
+    blocks = f"{record.samples} block{'s' * (record.samples != 1)}"
+    rest = f", {share.keep:.1%} of {share.weights}" if share else ""
+    notes = [
+        f"Kept {report.keep:.1%} of the decoder's weights{rest}.",
+        f"Calibrated on {blocks} of {record.seq_len} tokens: {drawn}.",
+        *([f"Scale: {report.scale.text}."] if report.scale else []),
+        *([] if report.perplexity else ["Perplexity was not measured; lrc eval does it."]),
+        *(note for change in report.perplexity for note in change.after.notes),
     ]
-    if report.refits:
-        summary = f"{len(report.refits)} output projections fitted again"
-        sections.append(Section("Residual stream", folded={summary: refits_table(report)}))
-    sections += [
+    costs = cost_table(report.before, report.after, report.perplexity)
+    targets = [targets_table(report.targets)]
+    refitted = {f"{len(report.refits)} output projections fitted again": refits_table(report)}
+    return [
+        Section("What it cost", beside=[costs], notes=notes),
+        Section("What was kept, and the errors", notes=[error_note(report.targets)], tables=targets),
+        *([Section("Residual stream", folded=refitted)] if report.refits else []),
         Section("Time and memory", tables=[stages_table(report)]),
         Section("How it was made", facts=list(facts(report))),
         Section("Plan", text=report.plan_text.rstrip()),
     ]
-    title = f"{Path(report.model).name}, {plan_name(report)}"
-    return render(title, report.sentence, sections, _figures(report), report.warnings)
 
 
 def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -76,18 +84,6 @@ def _costs(source: Source) -> Iterator[Picture]:
         if len(source.outputs) == 1:
             caption += " lrc compare puts other outputs beside it."
         yield Picture(cost(f"cost-{i}", text.text, points(source, text), source.methods), caption)
-
-
-def _cost_notes(report: Report, source: Source) -> Iterator[str]:
-    yield kept_text(report)
-    if report.scale is not None:
-        yield f"Scale: {report.scale.text}."
-    if not report.perplexity:
-        yield "Perplexity was not measured; lrc eval does it."
-        return
-    yield from source.notes
-    for change in report.perplexity:
-        yield from change.after.notes
 
 
 def _kept(report: Report) -> Iterator[Picture]:

@@ -15,13 +15,6 @@ from lrc.records.compression import PerplexityChange, Report, TargetRecord
 from lrc.report.table import Table, grouped, table
 
 
-def kept_text(report: Report) -> str:
-    """Return in a sentence what is kept of the weights."""
-    tables = report.with_tables
-    rest = f", {tables.keep:.1%} of {tables.weights}" if tables else ""
-    return f"Kept {report.keep:.1%} of the decoder's weights{rest}."
-
-
 def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange] = ()) -> Table:
     """Return parameters, bytes, cache and perplexity before and after."""
 
