@@ -15,17 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike
 
-from lrc.report.plots.theme import (
-    INK,
-    MUTED,
-    PAPER,
-    PHONE,
-    compact,
-    drawing,
-    mark,
-    shortened,
-    svg,
-)
+from lrc.report.plots.theme import INK, MUTED, PAPER, PHONE, compact, drawing, mark, shortened, svg
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
@@ -58,10 +48,22 @@ def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) ->
         axes.set_title(f"perplexity on {shortened(text, 28)}")
         edge = front(shown)
         axes.plot([p.bytes for p in edge], [p.perplexity for p in edge], color=MUTED, linewidth=1, zorder=1.5)
-        for i, kind in enumerate(kinds):
+        series = [(kind, kind, *mark(i), 7) for i, kind in enumerate(kinds)]
+        for kind, label, colour, marker, size in (*series, (None, "dense", INK, "*", 11)):
             if of_kind := [point for point in shown if point.kind == kind]:
-                _marks(axes, of_kind, *mark(i), kind)
-        _marks(axes, [point for point in shown if point.kind is None], INK, "*", "dense")
+                axes.plot(
+                    [point.bytes for point in of_kind],
+                    [point.perplexity for point in of_kind],
+                    linestyle="none",
+                    marker=marker,
+                    markersize=size,
+                    markeredgecolor=PAPER,
+                    markeredgewidth=1,
+                    color=colour,
+                    label=label,
+                    clip_on=False,
+                    zorder=3,
+                )
         _scales(axes, shown)
         if len(kinds) > 1:
             axes.legend(
@@ -72,25 +74,8 @@ def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) ->
                 columnspacing=1.2,
             )
         _label(figure, axes, shown, edge)
-        return svg(
-            figure, name, f"Perplexity on {text} against the bytes of the weights, {len(shown)} models"
-        )
-
-
-def _marks(axes: Axes, points: Sequence[Point], colour: str, marker: str, label: str) -> None:
-    axes.plot(
-        [point.bytes for point in points],
-        [point.perplexity for point in points],
-        linestyle="none",
-        marker=marker,
-        markersize=11 if marker == "*" else 7,
-        markeredgecolor=PAPER,
-        markeredgewidth=1,
-        color=colour,
-        label=label,
-        clip_on=False,
-        zorder=3,
-    )
+        label = f"Perplexity on {text} against the bytes of the weights, {len(shown)} models"
+        return svg(figure, name, label)
 
 
 def _scales(axes: Axes, points: Sequence[Point]) -> None:
