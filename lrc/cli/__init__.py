@@ -1,4 +1,4 @@
-"""The command line: one file a verb, each of which parses, calls the library and prints."""
+"""The command line: one file a verb, which parses, calls the library and prints."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lrc.cli.verify import verify_output
 from lrc.errors import Paused, UserError, nearest
 from lrc.run.versions import __version__
 
-_SPLIT = ("compress", "eval", "plan")  # over processes, where there are several; the first does the others
-# What does not parse; typer gives it no name of its own, and which click it is of depends on typer's version.
+_SPLIT = ("compress", "eval", "plan")  # over several processes; the first alone runs the others
+# Raised for words that do not parse. Typer has no name for it, and its module depends on typer's version.
 _Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 
 class _Verbs(TyperGroup):
-    """Tells a user's mistake in one message; what is no mistake of the user's keeps its traceback."""
+    """Report a user's mistake in one message; any other error keeps its traceback."""
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         if not args:  # asks for help
             return super().make_context(info_name, args, *rest, **extra)
-        with _mistakes_told():
+        with _mistakes():
             return super().make_context(info_name, args, *rest, **extra)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -47,7 +47,7 @@ class _Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _mistakes_told():
+            with _mistakes():
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             resumes = ctx.invoked_subcommand == "compress" or isinstance(error, Paused)
@@ -58,34 +58,30 @@ class _Verbs(TyperGroup):
 
 
 @contextmanager
-def _mistakes_told() -> Iterator[None]:
+def _mistakes() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
+    except (UserError, _Unparsed) as error:
         if speaks(error):
-            complain(str(error))
-        raise typer.Exit(MISTAKE) from None
-    except _Unparsed as error:
-        if speaks():
-            complain(_in_our_words(error))
+            complain(str(error) if isinstance(error, UserError) else _in_our_words(error))
         raise typer.Exit(MISTAKE) from None
 
 
 def _in_our_words(error: Any) -> str:
-    """What does not parse: the option, its value, and the nearest choice or where the choices are."""
+    """Return a message on words that do not parse: the option, its value, and the nearest choice or the help."""
     if hasattr(error, "possibilities"):  # an option that is not there
         options = (option for option in error.ctx.command.params if option.param_type_name == "option")
         known = [name for option in options for name in (*option.opts, *option.secondary_opts)]
         return (
             f"{error.ctx.command_path} has no option {error.option_name}; {nearest(error.option_name, known)}"
         )
-    told, option = error.format_message().rstrip("."), getattr(error, "param", None)
+    message, option = error.format_message().rstrip("."), getattr(error, "param", None)
     if option is not None and error.message:
         reasons = getattr(error.__cause__, "errors", list)()  # of pydantic, by which newer typers parse
         value = f" {reasons[0]['input']!r}" if reasons else ""
-        told = f"{option.opts[0]}{value}: {error.message.removeprefix('Input ').rstrip('.')}"
+        message = f"{option.opts[0]}{value}: {error.message.removeprefix('Input ').rstrip('.')}"
     where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-    return f"{told[0].lower()}{told[1:]}{where}"
+    return f"{message[0].lower()}{message[1:]}{where}"
 
 
 app = typer.Typer(
@@ -124,5 +120,5 @@ def _lrc(
 
 
 def main() -> None:
-    """Run the command line; leaves with 0, 2 for a user's mistake, 130 if interrupted, 1 for a failure of ours."""
+    """Run the command line. The exit code is 0, 2 for a user's mistake, 130 if interrupted, 1 for a failure of lrc."""
     app(prog_name="lrc")

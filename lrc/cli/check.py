@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from lrc.cli.options import AsJson, Model, PlanOptions, Source, running
-from lrc.cli.screen import quiet, show, show_json
+from lrc.cli.screen import result
 from lrc.errors import UserError
 
 
-def check_model(
-    model: Model,
-    plan: PlanOptions,
-    source: Source,
-    as_json: AsJson = False,
-) -> None:
+def check_model(model: Model, plan: PlanOptions, source: Source, as_json: AsJson = False) -> None:
     """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
-    quiet()
     if plan == PlanOptions():
         raise UserError(
             f"say which plan, such as --plan a3-2x or --keep 0.8; to verify an output: lrc verify {model}"
@@ -24,10 +18,7 @@ def check_model(
     from lrc.report.tables import resolution
     from lrc.verbs.check import check
 
-    draft = find_draft(plan.plan, plan.keep, plan.changes)
+    draft = find_draft(**vars(plan))
     with running(source, split=False) as run:
         found = check(make_job(*open_checkpoint(model, run), draft))
-    if as_json:
-        show_json(found)
-    else:
-        show(*resolution(found))
+    result(found, resolution(found), as_json)

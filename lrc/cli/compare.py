@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli.options import AsJson
-from lrc.cli.screen import show, show_json, wrote
+from lrc.cli.screen import result
 
 
 def compare_outputs(
@@ -16,16 +16,12 @@ def compare_outputs(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o",
-            "--out",
-            metavar="FILE",
-            help="Write an HTML page with the table and the picture.",
-            show_default="none",
+            "-o", "--out", metavar="FILE", help="Write an HTML page with the table and the picture."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put outputs beside each other: size, cache, perplexity, seconds. Nothing is measured anew."""
+    """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""
     from lrc.checkpoint.durable import check_file, write_text, written
     from lrc.report.compared import compared_page
     from lrc.report.outputs import read_outputs
@@ -37,9 +33,4 @@ def compare_outputs(
     if out is not None:
         with written(out):
             write_text(out, compared_page(sources))
-    if as_json:
-        show_json({"sources": [source.as_dict() for source in sources]})
-        return
-    show(*outputs(sources))
-    if out is not None:
-        wrote(out)
+    result({"sources": [source.as_dict() for source in sources]}, outputs(sources), as_json, out)

@@ -2,66 +2,49 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, ClassVar
 
 from lrc.cli.options import (
     AsJson,
     Calibration,
+    Inputs,
     Layers,
-    MaxWindows,
     Model,
-    Place,
     PlanOptions,
-    Source,
     Texts,
-    names,
+    option,
     running,
 )
-from lrc.cli.screen import quiet, show
+from lrc.cli.screen import result
 from lrc.errors import UserError
+
+if TYPE_CHECKING:
+    from lrc.records.compression import Report
 
 
 @dataclass(frozen=True)
 class Output:
-    """The folder of the output, and what it may take the place of."""
+    """The folder of the output, and what it may replace."""
 
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", metavar="DIR", help="Output folder.", show_default="./MODEL-PLAN"),
-    ] = None
-    resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Go on with an unfinished run, or start it over.")
-    ] = True
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an output folder that is not an lrc output.")
-    ] = False
-    beside: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="DIR", help="An earlier output of MODEL to show in report.html; may be repeated."
-        ),
-    ] = None
+    panel: ClassVar = "The output"
+    out: Path | None = option("Output folder.", flag="-o --out", shown="./MODEL-PLAN", first=True)
+    resume: bool = option("Resume an unfinished run, or start it over.", True, flag="--resume/--fresh")
+    force: bool = option("Replace an output folder that is not an lrc output.", False)
+    beside: list[Path] | None = option(
+        "An earlier output of MODEL to show in report.html; may be repeated.", metavar="DIR"
+    )
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The perplexity before and after."""
+class Measured(Texts):
+    """Perplexity before and after."""
 
-    ppl: Texts = None
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False
-    max_windows: MaxWindows = None
-
-    @property
-    def texts(self) -> list[str] | None:
-        """The texts to measure on, none of them or the default. Raises UserError where the options contradict."""
-        if self.no_eval and self.ppl is not None:
-            raise UserError("--ppl and --no-eval contradict each other; give one of the two")
-        return [] if self.no_eval else names("--ppl", self.ppl)
+    no_eval: bool = option("Do not measure perplexity.", False)
 
 
 def compress_model(
@@ -70,34 +53,41 @@ def compress_model(
     output: Output,
     measured: Measured,
     layers: Layers,
-    place: Place,
-    source: Source,
-    calib: Calibration = None,
+    calibration: Calibration,
+    inputs: Inputs,
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL to a fraction of its weights, or by a plan, into a new checkpoint; and report what it cost."""
-    quiet()
     from lrc.report.tables import summary
     from lrc.verbs.compress import compress
 
-    with running(layers, place, source, as_json=as_json) as run:
+    if measured.no_eval and measured.ppl is not None:
+        raise UserError("--ppl and --no-eval contradict each other; give one of the two")
+    with running(layers, inputs, as_json=as_json) as run:
         report = compress(
             model,
-            plan.plan,
-            keep=plan.keep,
-            changes=plan.changes,
+            **vars(plan),
             out=output.out,
-            calib=calib,
-            ppl=measured.texts,
+            calib=calibration.calib,
+            ppl=[] if measured.no_eval else measured.ppl,
             max_windows=measured.max_windows,
             fresh=not output.resume,
             force=output.force,
             beside=output.beside or (),
             run=run,
         )
-    if not run.processes.first:
-        return
-    if as_json:
-        sys.stdout.write(report.to_json())
-    else:
-        show(*summary(report))
+    result(report, chain(summary(report), next_steps(report)), as_json)
+
+
+def next_steps(report: Report) -> Iterator[str]:
+    """Yield the commands that come next: evaluate the output, load it in Python, measure its speed."""
+    from lrc.hub.names import default_text
+
+    out, model = shlex.quote(report.out), shlex.quote(report.model)
+    texts = [change.before.data for change in report.perplexity] or [default_text(report.model)]
+    yield "next:"
+    yield f"  lrc eval {out} --against {model} --ppl {shlex.quote(','.join(texts))}"
+    yield f"  lrc bench {out} --against {model}"
+    yield "or in Python:"
+    yield "  import lrc, transformers"
+    yield f"  model = transformers.AutoModelForCausalLM.from_pretrained({report.out!r})"

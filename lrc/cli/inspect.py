@@ -4,111 +4,71 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
-from lrc.cli.options import AsJson, Layers, Model, Place, Source, fractions, names, running
-from lrc.cli.screen import quiet, show, show_json, wrote
+from lrc.cli.options import AsJson, Inputs, Layers, Model, names, option, running
+from lrc.cli.screen import result
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What is looked at, and what is found of it."""
+    """What is inspected."""
 
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N[-M],...",
-            help="These layers alone, each by itself; -1 is the last.",
-            show_default="all, by target",
-        ),
-    ] = None
-    targets: Annotated[
-        str | None,
-        typer.Option(metavar="NAME[,NAME...]", help="qk, ov, mlp, q, k, v, o ...; embed, lm_head."),
-    ] = None
-    tables: Annotated[bool, typer.Option("--tables", help="The embedding and the head too.")] = False
-    methods: Annotated[
-        str | None,
-        typer.Option(metavar="NAME[,NAME...]", help="Methods to estimate.", show_default="all that apply"),
-    ] = None
-    keeps: Annotated[
-        str | None,
-        typer.Option(
-            metavar="F[,F...]",
-            help="Fractions of each target at which to estimate what methods lose.",
-            show_default="0.9,0.8,0.6,0.4",
-        ),
-    ] = None
-    gradients: Annotated[
-        bool, typer.Option("--gradients", help="What errors cost the loss too, by a sweep back.")
-    ] = False
+    panel: ClassVar = "What is inspected"
+    against: Path | None = option(
+        "The folder of an lrc output of MODEL, to compare with it.", metavar="OUT", first=True
+    )
+    layers: str | None = option(
+        "These layers alone, each by itself; -1 is the last.", metavar="N[-M],...", shown="all, by target"
+    )
+    targets: list[str] | None = option("qk, ov, mlp, q, k, v, o ...; embed, lm_head.", read=names)
+    tables: bool = option("The embedding and the head too.", False)
+    method_names: list[str] | None = option("Methods to estimate.", flag="--methods", shown="all that apply")
+    keeps: list[float] | None = option(
+        "Fractions of each target at which to estimate what methods lose.",
+        shown="0.9,0.8,0.6,0.4",
+        first=True,
+    )
+    gradients: bool = option("What errors cost the loss too, by a sweep back.", False)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The text that moments are taken of."""
+    """The calibration text."""
 
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA[=W],...",
-            help="Texts to take moments of, with weights or without: as for lrc eval --ppl, or synthetic, which the "
-            "model itself writes.",
-            show_default="wikitext2, for a built-in its own text",
-        ),
-    ] = None
-    samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 32
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a block.", show_default="2048, or the model's limit")
-    ] = None
+    panel: ClassVar = Inputs.panel
+    calib: str | None = option(
+        "Calibration texts, with weights or without: as for lrc eval --ppl, or synthetic, which the model itself "
+        "writes.",
+        metavar="DATA[=W],...",
+        shown="wikitext2, for a built-in its own text",
+    )
+    samples: int = option("Blocks of calibration text.", 32, least=1)
+    seq_len: int | None = option("Tokens of a block.", least=2, shown="2048, or the model's limit")
 
 
 def inspect(
     model: Model,
-    *,
-    against: Annotated[
-        Path | None,
-        typer.Option(metavar="OUT", help="The folder of an lrc output of MODEL, to hold against it."),
-    ] = None,
     scope: Scope,
-    text: Blocks,
     layers: Layers,
-    place: Place,
-    source: Source,
+    text: Blocks,
+    inputs: Inputs,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="DIR", help="Write inspect.json and inspect.html there."),
+        typer.Option("-o", "--out", help="Write inspect.json and inspect.html there."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""
-    quiet()
     from lrc.report.inspected import inspection_tables
     from lrc.report.inspection_page import check_folder, write_inspection
     from lrc.verbs.inspect import inspect_model
 
     if out is not None:
         check_folder(out)
-    with running(layers, place, source, as_json=as_json, split=False) as run:
-        found = inspect_model(
-            model,
-            against=against,
-            keeps=None if scope.keeps is None else fractions("--keeps", scope.keeps),
-            method_names=names("--methods", scope.methods),
-            layers=scope.layers,
-            targets=names("--targets", scope.targets),
-            tables=scope.tables,
-            gradients=scope.gradients,
-            calib=text.calib,
-            samples=text.samples,
-            seq_len=text.seq_len,
-            run=run,
-        )
+    with running(layers, inputs, as_json=as_json, split=False) as run:
+        found = inspect_model(model, **vars(scope), **vars(text), run=run)
     written = [] if out is None else write_inspection(found, out)
-    if as_json:
-        show_json(found)
-    else:
-        show(*inspection_tables(found, by_layer=scope.layers is not None))
-        wrote(*written)
+    result(found, inspection_tables(found, by_layer=scope.layers is not None), as_json, *written)

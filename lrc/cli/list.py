@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli.options import AsJson
-from lrc.cli.screen import quiet, show, show_json
+from lrc.cli.screen import result
 
 
 def list_known(
@@ -21,14 +21,9 @@ def list_known(
     as_json: AsJson = False,
 ) -> None:
     """List methods, allocations, families, kinds, plans, data sets or models, each with one line and its source."""
-    quiet()
     from lrc.report.tables import catalogue_table, overview
     from lrc.verbs.list import catalogue
 
     found = catalogue(group)
-    if as_json:
-        show_json({name: [vars(item) for item in items] for name, items in found.items()})
-    elif group is None:
-        show(*overview(found))
-    else:
-        show(catalogue_table(group, found[group]))
+    parts = overview(found) if group is None else [catalogue_table(group, found[group])]
+    result({name: [vars(item) for item in items] for name, items in found.items()}, parts, as_json)

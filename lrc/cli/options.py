@@ -1,18 +1,19 @@
-"""Arguments and options that verbs share, in groups: a verb takes a dataclass, its users an option for each field."""
+"""Options in groups: a verb takes a dataclass, its users an option for each field, in a titled panel of the help."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
 from lrc.cli.processes import processes
-from lrc.cli.screen import progress, warn
+from lrc.cli.screen import progress, quiet, warn
 from lrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,150 +23,203 @@ Model = Annotated[
     str,
     typer.Argument(help="A folder, a hub id, a short name (llama-7b) or a built-in (tiny-gpt2, tiny-llama)."),
 ]
-Texts = Annotated[
-    str | None,
-    typer.Option(
-        "--ppl",
-        metavar="NAME[,NAME]",
-        help="Perplexity texts: wikitext2, c4, ptb, pile, builtin or a file.",
-        show_default="wikitext2; builtin for the built-in models",
-    ),
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DATA[=W],...",
-        help="Calibration texts instead of the plan's, with weights or without: as for --ppl, or synthetic, which the "
-        "model itself writes.",
-        show_default="the plan's, else as for --ppl",
-    ),
-]
-MaxWindows = Annotated[
-    int | None, typer.Option(min=1, help="Windows of each perplexity text.", show_default="all")
-]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
-@dataclass(frozen=True)
-class Source:
-    """How MODEL is opened; fields of ``lrc.Run``."""
+def option(
+    help: str,
+    default: Any = None,
+    *,
+    flag: str = "",
+    metavar: str | None = None,
+    shown: str | None = None,
+    least: int | None = None,
+    read: Callable[[str, Any], Any] | None = None,
+    first: bool = False,
+) -> Any:
+    """Make a dataclass field that is an option.
 
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit, on the hub, of MODEL alone.")
-    ] = None
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin), as weights alone.")
-    ] = False
-    trust_remote_code: RemoteCode = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the model runs; fields of ``lrc.Run``."""
-
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the first GPU if there is one")
-    ] = None
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16.", show_default="the checkpoint's on a GPU, float32 on a CPU"
-        ),
-    ] = None
+    ``flag``: names on the command line (default: the field's). ``shown``: the default in words. ``least``: the smallest
+    number. ``read`` turns the long name and the text into the field's value. ``first``: the option is in the first
+    panel of the help, not in that of its group.
+    """
+    how = {"help": help, "show_default": shown or True, "min": least}
+    return field(
+        default=default,
+        metadata={"flag": flag, "metavar": metavar, "read": read, "first": first, "typer": how},
+    )
 
 
-@dataclass(frozen=True)
-class Data:
-    """Where texts lie; a field of ``lrc.Run``."""
-
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with the data sets, instead of the hub.",
-            show_default="the variable LRC_DATA_DIR",
-        ),
-    ] = None
+def names(option: str, listed: str) -> list[str]:
+    """Return the words of a list with commas. Raises UserError for an empty list."""
+    if found := [name.strip() for name in listed.split(",") if name.strip()]:
+        return found
+    raise UserError(f"{option} {listed!r} is empty; name something, or leave it out")
 
 
-@dataclass(frozen=True)
-class Layers(Data):
-    """How layers run one at a time on a calibration text; fields of ``lrc.Run``."""
+def lengths(option: str, listed: str) -> list[int]:
+    """Return the whole numbers of a list with commas. Raises UserError for any other word."""
+    return [
+        _number(int, option, listed, word, "a whole number", "512,1024") for word in names(option, listed)
+    ]
 
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Calibration blocks at once.", show_default="by their length")
-    ] = None
-    offload: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PLACE",
-            help="Where hidden states wait between two layers: device, host or disk.",
-            show_default="the first that has room",
-        ),
-    ] = None
+
+def fractions(option: str, listed: str) -> list[float]:
+    """Return the numbers of a list with commas. Raises UserError for any other word."""
+    return [
+        _number(float, option, listed, word, "a number", "0.8 or 0.8,0.6") for word in names(option, listed)
+    ]
+
+
+def _number(kind: Callable[[str], Any], option: str, listed: str, word: str, what: str, example: str) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        raise UserError(f"{option} {listed}: {word!r} is not {what}; write such as {example}") from None
+
+
+def _changes(option: str, entries: Sequence[str]) -> dict[str, Any]:
+    """Return values by dotted key. Raises UserError for an entry that is not KEY=VALUE with a value in YAML."""
+    from lrc.plan.document import read_value
+
+    found = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        if not (equals and key.strip()):
+            raise UserError(f"{option} {entry}: write KEY=VALUE, such as keep=0.8 or calibration.samples=32")
+        found[key.strip()] = read_value(value, f"{option} {entry}")
+    return found
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """A plan, or how much to keep without one, and entries to replace in it."""
 
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            help="A YAML file, the name of a shipped plan, or YAML that begins with {.",
-            show_default="a3, with the sizes that cost least",
-        ),
-    ] = None
-    keep: Annotated[
-        float | None,
-        typer.Option(metavar="F", help="Fraction of the weights to keep.", show_default="the plan's"),
-    ] = None
-    entries: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace an entry of the plan, such as allocate=uniform or calibration.samples=32; may be repeated.",
-        ),
-    ] = None
+    panel: ClassVar = None
+    plan: str | None = option(
+        "A YAML file, the name of a shipped plan, or YAML that begins with {.",
+        shown="a3, with the sizes that cost least",
+    )
+    keep: float | None = option("Fraction of the weights to keep.", shown="the plan's")
+    changes: dict[str, Any] | None = option(
+        "Replace an entry of the plan, such as allocate=uniform or calibration.samples=32; may be repeated.",
+        flag="--set",
+        metavar="KEY=VALUE",
+        read=_changes,
+    )
 
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Values by dotted key. Raises UserError for what is not KEY=VALUE, and for a value that is not YAML."""
-        from lrc.plan.document import read_value
 
-        found = {}
-        for entry in self.entries or []:
-            key, equals, value = entry.partition("=")
-            if not (equals and key.strip()):
-                raise UserError(f"--set {entry}: write KEY=VALUE, such as keep=0.8 or calibration.samples=32")
-            found[key.strip()] = read_value(value, f"--set {entry}")
-        return found
+@dataclass(frozen=True)
+class Texts:
+    """Texts to measure perplexity on."""
+
+    panel: ClassVar = "Perplexity"
+    ppl: list[str] | None = option(
+        "Perplexity texts: wikitext2, c4, ptb, pile, builtin or a file.",
+        shown="wikitext2; builtin for the built-in models",
+        first=True,
+    )
+    max_windows: int | None = option("Windows of each perplexity text.", least=1, shown="all")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the model runs; fields of ``lrc.Run``."""
+
+    panel: ClassVar = "Where it runs"
+    device: str | None = option("cpu, cuda or cuda:N.", shown="the first GPU if there is one")
+    dtype: str | None = option(
+        "float32, bfloat16 or float16.", shown="the checkpoint's on a GPU, float32 on a CPU"
+    )
+
+
+@dataclass(frozen=True)
+class Layers(Place):
+    """How layers run one at a time on calibration text; fields of ``lrc.Run``."""
+
+    batch_size: int | None = option("Calibration blocks at once.", least=1, shown="by their length")
+    offload: str | None = option(
+        "Where hidden states wait between two layers: device, host or disk.",
+        metavar="PLACE",
+        shown="the first that has room",
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration texts."""
+
+    panel: ClassVar = "Where the model and the texts come from"
+    calib: str | None = option(
+        "Calibration texts instead of the plan's, with weights or without: as for --ppl, or synthetic, which the "
+        "model itself writes.",
+        metavar="DATA[=W],...",
+        shown="the plan's, else as for --ppl",
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """How MODEL is opened; fields of ``lrc.Run``."""
+
+    panel: ClassVar = "Where the model comes from"
+    revision: str | None = option("Branch, tag or commit, on the hub, of MODEL alone.")
+    allow_pickle: bool = option("Read pickled weights (.bin), as weights alone.", False)
+    trust_remote_code: bool = option("Run Python code that comes with the checkpoint.", False)
+
+
+@dataclass(frozen=True)
+class Inputs(Source):
+    """How MODEL and texts are opened; fields of ``lrc.Run``."""
+
+    panel: ClassVar = Calibration.panel
+    data_dir: Path | None = option(
+        "Folder with the data sets, instead of the hub.", shown="the variable LRC_DATA_DIR"
+    )
+
+
+# How the text of an option becomes a list, and how a value of a type is shown in the help.
+_READ: dict[Any, Callable[[str, Any], Any]] = {list[str]: names, list[int]: lengths, list[float]: fractions}
+_METAVAR = {list[str]: "NAME[,NAME]", list[int]: "N[,N...]", list[float]: "F[,F...]", float: "F", Path: "DIR"}
 
 
 def flat(verb: Callable[..., None]) -> Callable[..., None]:
     """Return a verb that takes an option for each field of the dataclasses among its parameters."""
-    parameters, groups = [], dict[str, Any]()
+    parameters, groups, readers = [], dict[str, Any](), dict[str, Callable[[Any], Any]]()
     kinds = get_type_hints(verb, include_extras=True)
     for name, parameter in inspect.signature(verb).parameters.items():
+        parameter = parameter.replace(annotation=kinds[name], kind=inspect.Parameter.KEYWORD_ONLY)
         if not is_dataclass(kinds[name]):
-            parameters.append(parameter.replace(annotation=kinds[name]))
+            parameters.append(parameter)
             continue
-        groups[name], types = kinds[name], get_type_hints(kinds[name], include_extras=True)
-        for field in fields(kinds[name]):
-            parameters.append(
-                parameter.replace(name=field.name, default=field.default, annotation=types[field.name])
+        group, types = kinds[name], get_type_hints(kinds[name])
+        groups[name] = group
+        for each in fields(group):
+            how, kind, bare = (
+                each.metadata,
+                types[each.name],
+                (*get_args(types[each.name]), types[each.name])[0],
             )
+            if read := how["read"] or _READ.get(bare):
+                readers[each.name] = partial(read, flags(each)[-1])
+                kind = list[str] | None if bare == dict[str, Any] else str | None
+            made = typer.Option(
+                *flags(each),
+                metavar=how["metavar"] or _METAVAR.get(bare),
+                rich_help_panel=None if how["first"] else group.panel,
+                **how["typer"],
+            )
+            annotation = Annotated[kind, made]
+            parameters.append(parameter.replace(name=each.name, default=each.default, annotation=annotation))
 
     def run(**given: Any) -> None:
-        made = {
-            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        verb(**given, **made)
+        quiet()
+        for name, read in readers.items():
+            if given[name] is not None:
+                given[name] = read(given[name])
+        for name, group in groups.items():
+            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+        verb(**given)
 
     run.__doc__, run.__name__ = verb.__doc__, verb.__name__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -173,48 +227,21 @@ def flat(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def flags(option: Field[Any]) -> Sequence[str]:
+    """Return the names of an option on the command line, the long one last."""
+    return option.metadata["flag"].split() or [f"--{option.name.replace('_', '-')}"]
+
+
 @contextmanager
 def running(*groups: Any, as_json: bool = False, split: bool = True, **given: Any) -> Iterator[Run]:
     """Give a verb its Run: fields of ``groups`` and ``given``, progress and warnings on the screen, and all processes.
 
-    A verb that is not ``split`` runs in one process alone.
+    A verb that is not ``split`` runs in one process.
     """
+    from lrc.run.processes import ALONE
     from lrc.run.settings import Run
 
     for group in groups:
         given |= vars(group)
-    with processes(split) as ranks, progress(ranks.first) as track:
-        told = None if as_json or not ranks.first else warn
-        yield Run(**given, progress=track, warn=told, processes=ranks)
-
-
-def names(option: str, listed: str | None) -> list[str] | None:
-    """The items of an option's list with commas; None where none is given, UserError where it is empty."""
-    if listed is None:
-        return None
-    if found := [name.strip() for name in listed.split(",") if name.strip()]:
-        return found
-    raise UserError(f"{option} {listed!r} is empty; name something, or leave it out")
-
-
-def lengths(option: str, listed: str) -> list[int]:
-    """The whole numbers of an option's list with commas; UserError where one is none, or there is none."""
-    found = []
-    for word in names(option, listed) or []:
-        if not word.isdecimal():
-            raise UserError(f"{option} {listed}: {word!r} is no whole number; write such as 512,1024")
-        found.append(int(word))
-    return found
-
-
-def fractions(option: str, listed: str) -> list[float]:
-    """The numbers of an option's list with commas; UserError where one is none, or there is none."""
-    found = []
-    for word in names(option, listed) or []:
-        try:
-            found.append(float(word))
-        except ValueError:
-            raise UserError(
-                f"{option} {listed}: {word!r} is not a number; write such as 0.8 or 0.8,0.6"
-            ) from None
-    return found
+    with processes() if split else nullcontext(ALONE) as ranks, progress(ranks.first) as track:
+        yield Run(**given, progress=track, warn=None if as_json else warn, processes=ranks)

@@ -1,4 +1,4 @@
-"""The processes that a verb runs in, where a launcher started several: one of them speaks, and all end alike."""
+"""The processes that a launcher started for a verb: one of them prints, and all end alike."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MISTAKE, INTERRUPTED = 2, 130
 
 
 def speaks(error: Exception | None = None) -> bool:
-    """Whether this process tells of what all of them raise: the first does, unless that may be the lost one."""
+    """Return whether this process prints: the first does, and any that finds another lost."""
     return place().rank == 0 or isinstance(error, Lost)
 
 
 @contextmanager
-def processes(split: bool = True) -> Iterator[Ranks]:
-    """All processes of the run, until the context closes; where it is not ``split``, this one alone.
+def processes() -> Iterator[Ranks]:
+    """Give all processes of the run, until the context closes.
 
-    A UserError in one of them is raised in all, and ``Lost`` in the first to miss another; the rest then leave without
-    a word. A launcher that misses one stops the others by SIGTERM.
+    A UserError in one of them is raised in all, and ``Lost`` in the first to miss another; the others then leave
+    silently. A launcher that misses one stops the others by SIGTERM.
     """
     from lrc.run.processes import AGAIN, ALONE, launched
 
@@ -38,16 +38,13 @@ def processes(split: bool = True) -> Iterator[Ranks]:
         )
 
     ranks = ALONE
-    if not split:
-        yield ranks
-        return
     try:
         with launched() as ranks:
             if not ranks.alone:
                 signal.signal(signal.SIGTERM, stop)
             yield ranks
     except BaseException as error:
-        if not ranks.alone:  # it ends by itself now, and should get its message out and its exit code
+        if not ranks.alone:  # this process ends now, and should print its message and set its exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(error, Lost) and not ranks.first_to_miss():
             raise typer.Exit(MISTAKE) from None

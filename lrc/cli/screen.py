@@ -1,94 +1,89 @@
-"""What people see: messages and progress on stderr, results on stdout."""
+"""Messages and progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from lrc.cli.processes import speaks
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_FILE_WIDTH = 120  # of tables that go to a file or a pipe, which have no width of their own
+_FILE_WIDTH = 120  # of tables in a file or a pipe
 
 Track = Callable[[str, int], Callable[[int], object]]
 
 
 def complain(message: str) -> None:
-    """One message on stderr; lines are left whole, so that paths can be copied."""
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    """Print an error on stderr. Lines stay whole, so that paths can be copied."""
+    line = Text.assemble(("error: ", "bold red"), message)
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
 
 
 def note(message: str) -> None:
-    """Something to know that is no result, on stderr."""
-    Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
-
-
-def wrote(*paths: object) -> None:
-    """Files that a verb wrote, told on stderr."""
-    for path in paths:
-        note(f"wrote {path}")
+    """Print a message on stderr, in the first of several processes."""
+    if speaks():
+        Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """Something that may surprise in the result, told on stderr while there is time to stop."""
+    """Print a warning on stderr."""
     note(f"warning: {message}")
 
 
-def show(*parts: RenderableType) -> None:
-    """Print tables and lines of a result on stdout."""
-    console = Console(highlight=False)
+def result(found: Any, parts: Iterable[RenderableType], as_json: bool, *files: object) -> None:
+    """Print a result as one JSON document, or as tables and lines followed by the files that were written."""
+    from lrc.records.compression import json_text
+
+    if not speaks():
+        return
+    if as_json:
+        document = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
+        print(json_text(document), end="")
+        return
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str | Text), markup=False)
-
-
-def show_json(document: Any) -> None:
-    """Print a result as the one JSON document of a run."""
-    from lrc.records.compression import plain
-
-    value = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    for file in files:
+        if file is not None:
+            note(f"wrote {file}")
 
 
 @contextmanager
 def progress(shown: bool = True) -> Iterator[Track]:
-    """A bar on stderr for each stage, with rate and time left; nothing where not ``shown``, or on no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Show a bar on stderr for each stage, with rate and time left, if ``shown`` and stderr is a terminal."""
+    from rich import progress as bar
+
+    class Rate(bar.ProgressColumn):
+        def render(self, task: bar.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            if not speed:
+                return Text()
+            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bars:
+    left = bar.TimeRemainingColumn(elapsed_when_finished=True)
+    label = bar.TextColumn("{task.description}", markup=False)
+    columns = (label, bar.BarColumn(), bar.MofNCompleteColumn(), Rate(), left)
+    with bar.Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bars:
 
         def track(label: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(label, total=total, rate="")
-
-            def advance(done: int) -> None:
-                bars.advance(task, done)
-                found = next(each for each in bars.tasks if each.id == task)
-                if speed := found.finished_speed or found.speed:
-                    bars.update(task, rate=f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
-
-            return advance
+            return partial(bars.advance, bars.add_task(label, total=total))
 
         yield track
 
 
 def quiet() -> None:
-    """Keep the libraries' own bars and warnings off the screen; what matters of them comes as an error."""
+    """Keep the libraries' own bars and warnings off the screen; lrc reports what matters as an error."""
     import warnings
 
     from datasets.utils import logging as datasets_logging
@@ -99,13 +94,9 @@ def quiet() -> None:
     warnings.filterwarnings(
         "ignore", module=r"(torch|transformers|huggingface_hub|datasets|accelerate)(\..*)?$"
     )
-    for each in (
-        logging,
-        hub_logging,
-        datasets_logging,
-    ):  # of the hub, a line for each time that it tries again
+    for each in (logging, hub_logging, datasets_logging):  # the hub logs a line for each retry
         each.set_verbosity_error()
     logging.disable_progress_bar()
     datasets_logging.disable_progress_bar()
-    if not Console(stderr=True).is_terminal:  # on a terminal, gigabytes from the hub should be seen to come
+    if not Console(stderr=True).is_terminal:  # on a terminal, downloads from the hub show their progress
         disable_progress_bars()

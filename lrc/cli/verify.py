@@ -7,26 +7,25 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.options import AsJson, RemoteCode
-from lrc.cli.screen import progress, quiet, show, show_json
+from lrc.cli.options import AsJson
+from lrc.cli.screen import progress, result
 from lrc.errors import UserError
 
 
 def verify_output(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of an lrc output.")],
-    trust_remote_code: RemoteCode = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verify the output in DIR by the hashes in its lrc.json, file by file and tensor by tensor."""
-    quiet()
     from lrc.report.tables import integrity
     from lrc.verbs.verify import verify
 
     with progress() as track:
         found = verify(Path(folder).expanduser(), trust_remote_code=trust_remote_code, progress=track)
-    if as_json:
-        show_json(found)
+    if found.sound or as_json:
+        result(found, integrity(found), as_json)
     if not found.sound:
         raise UserError(found.message)
-    if not as_json:
-        show(*integrity(found))

@@ -26,8 +26,7 @@ from lrc.plan.library import draft_of
 from lrc.plan.precedence import COMPONENTS
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Calibration, Plan
-from lrc.records.ablation import Ablated, ablated
-from lrc.records.losses import Losses
+from lrc.records.ablation import Ablated, Losses, ablated
 from lrc.run.offload import States
 from lrc.text.blocks import batched
 from lrc.walk.stream import ModelStream

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from lrc.checkpoint.reader import CheckpointReader
@@ -48,7 +49,7 @@ class Output:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             made_of, fingerprint = manifest["model"]["source"], manifest["model"]["fingerprint"]
-            records = [TargetRecord.from_dict(record) for record in manifest["targets"]]
+            records = TypeAdapter(list[TargetRecord]).validate_python(manifest["targets"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged; see lrc verify {folder}") from None
         if fingerprint != source.fingerprint:

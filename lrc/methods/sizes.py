@@ -153,11 +153,6 @@ def ranks(full: int, unit: int, whole: int, multiple: int | None, step: int = 1)
     return list(range(step, min(full - 1, (whole - 1) // unit) + 1, step))
 
 
-def as_size(value: Any) -> Any:
-    """Return a ``SizeValue`` as it was before JSON made lists of its tuples."""
-    return tuple(as_size(each) for each in value) if isinstance(value, list | tuple) else value
-
-
 def size_text(size: SizeValue) -> str:
     """Return a size as people write it: ``32``, ``4 x 8``."""
     return " x ".join(size_text(each) for each in size) if isinstance(size, tuple) else str(size)

@@ -1,19 +1,28 @@
-"""What shrinking one projection or component alone costs."""
+"""The cost of shrinking one projection or component alone, and the file that caches the losses."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from lrc.checkpoint.durable import write_text, written
+from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
+
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Ablated:
-    """One target shrunk in all layers at once by ``method``, all else whole: to ``kept`` of its weights, asked for
-    ``keep``. ``nats``: the loss per token then, ``perplexity`` its exponential and ``increase`` that over the dense
-    model's, less one.
+    """One target alone shrunk in all layers, to ``kept`` of its weights where ``keep`` was requested.
+
+    ``nats``: the loss per token. ``increase``: perplexity over the dense model's, less one.
     """
 
     target: str
@@ -27,10 +36,9 @@ class Ablated:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The cost of each target alone at each kept fraction, on the text that ``dense`` was measured on.
+    """The cost of each target alone at each kept fraction, on the text of ``dense``.
 
-    ``file``: where what was measured is kept, to be used again; ``measured``: how many of ``results`` this run found.
-    ``picture``: the heat map.
+    ``file``: the cache. ``measured``: how many of ``results`` this run measured. ``picture``: the heat map.
     """
 
     model: str
@@ -47,22 +55,65 @@ class Ablation:
 
     @property
     def targets(self) -> dict[str, str]:
-        """The method of every target, in order."""
+        """The method of each target, in order."""
         return {result.target: result.method for result in self.results}
 
     def at(self, target: str, keep: float) -> Ablated:
-        """The result of one target at one fraction."""
+        """Return the result of one target at one fraction."""
         return next(r for r in self.results if (r.target, r.keep) == (target, keep))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return asdict(self)
 
 
 def ablated(target: str, method: str, keep: float, kept: float, nats: float, dense: float) -> Ablated:
-    """The figures that follow from the loss per token with one target shrunk, and that of the ``dense`` model."""
+    """Return a result from the loss per token with one target shrunk, and the ``dense`` model's loss."""
     return Ablated(target, method, keep, kept, nats, _exp(nats), _exp(nats - dense) - 1)
 
 
 def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Nats per token with one target alone shrunk in all layers."""
+
+    target: str
+    method: str
+    keep: float
+    options: dict[str, Any]
+    nats: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses measured under a ``key``; ``dense``: of the model as it is."""
+
+    key: dict[str, Any]
+    dense: Perplexity | None = None
+    losses: list[Loss] = field(default_factory=list)
+
+    def of(self, asked: Mapping[str, Any]) -> float | None:
+        """Return the loss of a target, method, fraction and options, if it was measured."""
+        return next((each.nats for each in self.losses if asked.items() <= asdict(each).items()), None)
+
+    def save(self, path: Path) -> None:
+        """Write the file. Raises OutOfResources if that fails."""
+        with written(path):
+            write_text(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+
+
+_LOSSES = TypeAdapter(Losses)
+
+
+def load_losses(path: Path, key: Mapping[str, Any]) -> Losses | None:
+    """Return the losses of an earlier run, if any. Raises UserError if the file holds anything else."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.pop("format", None) == _FORMAT and found.get("key") == key:
+            return _LOSSES.validate_json(json.dumps(found))
+    except (OSError, ValueError, ValidationError):
+        pass
+    raise UserError(
+        f"{path} holds no results of lrc eval --ablate for what its name says; remove it, or pass --fresh"
+    )

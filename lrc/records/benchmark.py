@@ -1,4 +1,4 @@
-"""The result of a benchmark: a row a case, and the ratios between two models."""
+"""The result of ``lrc bench``: a row a case, and the ratios between two models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BENCH_VERSION = 1
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the user named it, bytes of its tensors as they ran, and its products that were merged."""
+    """A model as the user named it, the bytes of its tensors, and the number of merged products."""
 
     name: str
     weight_bytes: int
@@ -22,7 +22,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Row:
-    """One case: our figures, theirs if there is another model, and the ratios between them."""
+    """One case: our figures, those of another model if there is one, and the ratios between them."""
 
     case: Case
     ours: Measured
@@ -35,16 +35,16 @@ class Row:
 
     @property
     def expected(self) -> float | None:
-        """What the speedup would be if only bytes read (decode) or operations (prefill) took time."""
+        """The speedup if only bytes read (decode) or operations (prefill) took time."""
         return self.theirs and self.theirs.work / self.ours.work
 
     @property
     def reached(self) -> float | None:
-        """The speedup over what it would be."""
+        """The speedup over the expected one."""
         return self.speedup / self.expected if self.speedup and self.expected else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as JSON values."""
+        """Return the figures as JSON values."""
         sides = {
             name: asdict(side) | {"tokens_per_second": side.tokens_per_second, "spread": side.spread}
             for name, side in (("ours", self.ours), ("theirs", self.theirs))
@@ -57,9 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """All figures of a run. ``interleaved``: samples were taken of both models in turn; else one model was measured
-    after the other, as they do not fit on the device together.
-    """
+    """All figures of a run. ``interleaved``: samples of both models alternate; else one model ran after the other."""
 
     of: Model
     against: Model | None
@@ -73,7 +71,7 @@ class Bench:
 
     @property
     def warnings(self) -> list[str]:
-        """Cases in which a model of no more bytes is slower, and what else a reader of the ratios has to know."""
+        """Cases in which a model of no more bytes is slower, and caveats of the ratios."""
         if self.against is None:
             return []
         found = []
@@ -86,13 +84,13 @@ class Bench:
             ]
         if not self.interleaved:
             found.append(
-                "the models do not fit on the device together, so one was measured after the other: a device that is "
-                "warmer or shared by then counts against the second"
+                "the models do not fit on the device together, so one was measured after the other: a warmer or "
+                "shared device slows the second"
             )
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the record as JSON values."""
         own = {key: value for key, value in vars(self).items() if key not in ("of", "against", "rows")}
         models = {"of": asdict(self.of), "against": self.against and asdict(self.against)}
         return {**own, **models, "rows": [row.as_dict() for row in self.rows], "warnings": self.warnings}

@@ -1,4 +1,4 @@
-"""What a plan gives for a model, from headers alone."""
+"""The result of ``lrc check``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from lrc.plan.resolved import Share
 
 @dataclass(frozen=True)
 class Check:
-    """What a plan comes to for a model. ``memory`` and ``least_memory``, with hidden states on the GPU and off it, are
-    estimates, all else is exact.
+    """Sizes and memory of a plan for a model. ``memory`` and ``least_memory`` are estimates, all else is exact.
 
-    ``keep``: of the decoder's weights; ``with_tables``: of these and of the tables that the plan names, None where it
-    names none.
+    ``keep``: kept fraction of the decoder's weights. ``with_tables``: with the tables that the plan names, if any.
+    ``memory``: with hidden states on the GPU; ``least_memory``: off it.
     """
 
     model: str

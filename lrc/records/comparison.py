@@ -1,4 +1,4 @@
-"""Perplexities of one model, or of two beside each other on the same texts."""
+"""The result of ``lrc eval``: one model, or two on the same texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lrc.evaluation.tasks import TaskScore
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model, as the user named it: perplexity on each text in windows of each length, and scores on tasks."""
+    """A model, as the user named it, with a perplexity for each text and window length, and scores on tasks."""
 
     model: str
     perplexity: list[Perplexity]
@@ -21,7 +21,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was asked for, what it is held against if anything, and then both figures of each text and length."""
+    """One model, or two with the pair of figures for each text and length."""
 
     of: Evaluated
     against: Evaluated | None = None
@@ -29,7 +29,7 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of the texts and of the ratios, each thing once."""
+        """Caveats of the texts and of the ratios, each once."""
         figures = [p for each in (self.of, self.against) if each for p in each.perplexity]
         texts = [note for figure in figures for note in figure.notes]
         return list(dict.fromkeys([*texts, *(note for pair in self.pairs for note in pair.notes)]))
@@ -37,13 +37,13 @@ class Comparison:
     def with_tasks(
         self, of: list[TaskScore] | None = None, against: list[TaskScore] | None = None
     ) -> Comparison:
-        """The same with scores on tasks."""
+        """Return the comparison with scores on tasks."""
         both = (self.of, of), (self.against, against)
         ours, theirs = (each and replace(each, tasks=scores or []) for each, scores in both)
         return replace(self, of=ours, against=theirs)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the record as JSON values."""
         found = asdict(self.of)
         if self.against is not None:
             found |= {

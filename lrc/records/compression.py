@@ -1,4 +1,4 @@
-"""What a compression did and what it cost, as one typed, versioned record that can be read back."""
+"""The result of ``lrc compress``: a versioned record that can be read back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrc.compression.refit import RefitRecord
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.methods.contract import Prediction
-from lrc.methods.sizes import SizeValue, as_size
+from lrc.methods.sizes import SizeValue
 from lrc.plan.resolved import Share
 
 REPORT = "report.json"
@@ -39,8 +39,9 @@ class PerplexityChange:
 
 @dataclass(frozen=True)
 class TargetRecord:
-    """One thing shrunk, of a ``layer`` or (None) outside: how, to which size, ``kept`` of ``whole`` weights, what that
-    was predicted to cost, what the numerics needed, and what it was measured to cost.
+    """One target shrunk to ``kept`` of ``whole`` weights; ``layer`` is None outside the layers.
+
+    ``predicted`` and ``measured`` are errors; ``numerics`` is what the solver reports, such as its damping.
     """
 
     target: str
@@ -54,20 +55,10 @@ class TargetRecord:
     numerics: dict[str, int | float]
     measured: Measured
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> TargetRecord:
-        """The record of ``lrc.compression.finish.target_records``."""
-        typed = {
-            "predicted": Prediction(**record["predicted"]),
-            "measured": Measured(**record["measured"]),
-            "size": as_size(record["size"]),
-        }
-        return cls(**{**record, **typed})
-
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """One text that moments were taken of; ``start`` and ``temperature`` where the model itself wrote it."""
+    """One calibration text; ``start`` and ``temperature`` if the model itself wrote it."""
 
     data: str
     blocks: int
@@ -80,9 +71,9 @@ class CalibrationSource:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The blocks that moments were taken of, drawn by ``seed``; ``gradient_samples`` of them for gradients, if any.
+    """The calibration blocks, drawn by ``seed``; ``gradient_samples`` of them for gradients, if any.
 
-    In moments and in errors the first token of a block counts as ``first_token``.
+    ``first_token``: the weight of a block's first token in moments and errors.
     """
 
     data: str
@@ -94,23 +85,16 @@ class CalibrationRecord:
     first_token: int
     gradient_samples: int | None = None
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> CalibrationRecord:
-        """The record of ``lrc.text.mixture.Calibration.as_dict``."""
-        return cls(**{**record, "sources": [CalibrationSource(**source) for source in record["sources"]]})
-
 
 @dataclass(frozen=True)
 class Report:
     """One compression.
 
-    ``model`` as the user named it, its ``revision`` on the hub, its ``fingerprint`` (of its tensors' headers and a
-    sample of their values) and the ``layers`` of its decoder. ``plan``: its name; ``plan_text``: as the user wrote it.
-    ``keep``: kept over original weights of the decoder's projections; ``with_tables``: the same of these and of the
-    tables that the plan names, None where it names none. ``scale``: what the logits were scaled by. ``allocation``:
-    what the sizes were found by, None where the plan gives them. ``offload``: where hidden states waited between two
-    layers. ``seconds`` and (on a GPU) ``device_bytes``, the peak of its memory, by stage; ``peak_bytes`` of ``host``
-    and ``device``.
+    ``model``: as the user named it. ``fingerprint``: of the tensors' headers and a sample of their values.
+    ``plan``: its name; ``plan_text``: as the user wrote it. ``keep``: kept fraction of the decoder's projections;
+    ``with_tables``: with the tables that the plan names, if any. ``scale``: of the logits. ``allocation``: how sizes
+    were found, None if the plan gives them. ``offload``: where hidden states waited between two layers. ``seconds`` and
+    (on a GPU) ``device_bytes``, its peak memory, by stage; ``peak_bytes`` of ``host`` and ``device``.
     """
 
     model: str
@@ -144,17 +128,17 @@ class Report:
 
     @property
     def methods(self) -> list[str]:
-        """The methods used, in the order in which they first stand."""
+        """The methods used, each once."""
         return list(dict.fromkeys(record.method for record in self.targets))
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of the stages that ran, in their order: one that had nothing to do is over in microseconds."""
+        """Seconds of the stages that ran: a stage with nothing to do takes microseconds."""
         return {stage: seconds for stage, seconds in self.seconds.items() if seconds >= _RAN}
 
     @property
     def sentence(self) -> str:
-        """What was done and what it cost."""
+        """What was done and what it cost, in a sentence or two."""
         done = (
             f"{self.model} was compressed by the plan {self.plan} to {self.keep:.1%} of its decoder's weights: "
             f"{byte_text(self.after.bytes)} instead of {byte_text(self.before.bytes)}"
@@ -165,16 +149,16 @@ class Report:
         return f"{done}, at a perplexity on {before.data} of {after.value:.4g} instead of {before.value:.4g}."
 
     def to_json(self) -> str:
-        """The record as JSON; infinite and NaN values are written as strings, which JSON has no numbers for."""
-        return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the record as JSON."""
+        return json_text(asdict(self))
 
     @classmethod
     def from_json(cls, text: str, source: str = REPORT) -> Report:
-        """The record behind ``to_json``; UserError, which names ``source``, where it is another or damaged."""
+        """Read ``to_json``. Raises UserError that names ``source`` for another version or damage."""
         try:
             record = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{source} is damaged, it is no JSON: {error}") from error
+            raise UserError(f"{source} is damaged, it is not JSON: {error}") from error
         version = record.get("version") if isinstance(record, dict) else None
         if version != REPORT_VERSION:
             found = "no version" if version is None else f"version {version!r}"
@@ -194,7 +178,7 @@ REPORTS: TypeAdapter[Report] = TypeAdapter(Report)
 
 
 def read_report(folder: str | Path) -> Report:
-    """The report of an output folder; UserError where there is none, or it cannot be used."""
+    """Read the report of an output folder. Raises UserError if there is none, or it cannot be used."""
     path = Path(folder) / REPORT
     try:
         text = path.read_text(encoding="utf-8")
@@ -205,12 +189,16 @@ def read_report(folder: str | Path) -> Report:
     return Report.from_json(text, str(path))
 
 
-def plain(value: Any) -> Any:
-    """The same value with floats that JSON cannot hold spelt out."""
+def json_text(value: Any) -> str:
+    """Return a value as JSON, with infinite and NaN numbers as strings."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
         return str(value)
     return value

@@ -1,27 +1,25 @@
-"""What an inspection finds, as typed records; ``inspect.json`` holds an ``Inspection``."""
+"""The result of ``lrc inspect``, as ``inspect.json`` holds it."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lrc.methods.sizes import SizeValue
-from lrc.records.compression import plain
+from lrc.records.compression import json_text
 
 INSPECTION_VERSION = 2
 
-# What the errors that a choice goes by are: predicted rise of the loss in nats per token, (E‖Δy‖² / E‖y‖²)^½ of the
+# Errors by which methods are compared: predicted rise of the loss in nats per token, (E‖Δy‖² / E‖y‖²)^½ of the
 # target's output, the same of attention scores, or nats of divergence of the attention distribution.
 Unit = Literal["nats of loss", "relative error", "relative error of scores", "nats KL"]
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values σ of which there are ``full``, of a component by head: means over heads, sums in ``energy``.
+    """Figures of ``full`` singular values σ; for a component means over heads, and sums in ``energy``.
 
-    ``energy``: share of Σσ² in the r largest, for every r of ``ranks``, which are evenly spaced in their logarithm;
-    ``rank_99`` is the least r whose share is 0.99.
+    ``energy``: share of Σσ² in the r largest, for each r of ``ranks``; ``rank_99``: the least r whose share is 0.99.
     ``effective_rank``: exp(−Σ p ln p) for p = σ / Σσ (Roy and Vetterli, EUSIPCO 2007). ``stable_rank``: Σσ² / σ₁²
     (Rudelson and Vershynin 2007).
     """
@@ -36,11 +34,10 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """How well the moment at a site can be inverted: E[x xᵀ] (width, width), or where ``centred`` the covariance.
+    """How well the moment at a site can be inverted: E[x xᵀ] (width, width), or if ``centred`` the covariance.
 
-    ``condition``: largest over smallest eigenvalue, inf where that is not above zero; ``damped`` with ``damping`` of
-    the mean diagonal added, as methods solve. ``numerical_rank``: eigenvalues above width·ε times the largest, ε being
-    that of float32, in which moments are summed.
+    ``condition``: largest over smallest eigenvalue, inf if the smallest is not positive; ``damped``: with ``damping``
+    of the mean diagonal added. ``numerical_rank``: eigenvalues above width·ε times the largest, ε of float32.
     """
 
     layer: int
@@ -56,10 +53,10 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a method would lose at a size, predicted by itself: ``kept`` of ``whole`` weights where ``keep`` was asked.
+    """A method's predicted error at a size: ``kept`` of ``whole`` weights where ``keep`` was requested.
 
-    ``error`` in ``unit``, of the target's own output; ``loss``: nats per token, where gradients were taken. Run, a
-    token goes through ``steps`` matrix products and permutations in place of one product for each projection.
+    ``error``: of the target's own output, in ``unit``. ``loss``: nats per token, with gradients only. ``steps``: matrix
+    products and permutations of a forward pass, in place of one product for each projection.
     """
 
     keep: float
@@ -76,12 +73,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``auto`` takes at a kept fraction, by the least ``error`` in ``unit``, and the next best.
+    """The method with the least ``error`` at a kept fraction, which ``auto`` takes, and the next best.
 
-    ``method`` of a component that goes by its projections names the method of each; ``error`` is then the sum of theirs
-    in nats, or the largest of theirs where that is no sum. ``kept``: the fraction of the target's weights that the size
-    really keeps, as sizes are whole numbers. ``next_method`` and its error in the same unit are None where nothing else
-    could be compared.
+    For a component compressed by projection, ``method`` names the method of each, and ``error`` is the sum in nats, or
+    the largest of relative errors. ``kept``: the fraction that the size keeps, as sizes are whole numbers. The fields
+    ``next_`` are None if no other method could be compared.
     """
 
     keep: float
@@ -96,16 +92,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Held:
-    """A target of an output held against the original: as it is stored, refits included.
+    """A target of an output compared with the original: as it is stored, refits included.
 
-    ``reconstruction``: ‖W − W'‖ / ‖W‖ in the Frobenius norm; of qk the norms are of W_qᵀ W_k over all heads (with
-    rotary positions at distance zero), of ov of O V; None for an MLP, which is no product. ``data_error``: (E‖y − y'‖²
-    / E‖y‖²)^½ by the moments, y in the second without its bias, of qk that of the scores of queries and keys that are
-    independent; None where the stored tensors are no map of the original's. ``overlap``: mean squared cosine of the
-    principal angles (Björck and Golub 1973) between the inputs that are kept and the best ones of the same rank, both
-    whitened by the moment, and ``angle`` the largest in degrees; of an MLP the share of its neurons that are among
-    those with the largest (C_ii)^½ ‖w_i‖. ``measured`` is by running both on the same tokens; ``kl`` so of qk, in nats.
-    ``recorded_`` are what the output's manifest says of it before its refit.
+    ``reconstruction``: ‖W − W'‖ / ‖W‖ in the Frobenius norm. For qk, W is W_qᵀ W_k over all heads (rotary positions at
+    distance zero), for ov O V; None for an MLP. ``data_error``: (E‖y − y'‖² / E‖y‖²)^½ by the moments, y in the second
+    without its bias. For qk, y are the scores of independent queries and keys; None if the stored tensors are not a map
+    of the original's. ``overlap``: mean squared cosine of the principal angles (Björck and Golub 1973) between the kept
+    inputs and the best ones of that rank, both whitened; ``angle``: the largest, in degrees. For an MLP ``overlap`` is
+    the share of its neurons among those with the largest (C_ii)^½ ‖w_i‖. ``measured``, and ``kl`` of qk in nats: by
+    running both on the same tokens. ``recorded_``: from the output's manifest, before the refit.
     """
 
     method: str
@@ -125,11 +120,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Inspected:
-    """One target of a layer, or with ``layer`` None outside of them; ``held`` where an output was held against it.
+    """One target; ``layer`` is None outside the layers. ``held``: the comparison with an output, if any.
 
-    ``plain`` and ``whitened``: singular values of W and of W C^½; of qk by head of W_qᵀ W_k and C^½ W_qᵀ W_k C^½, of ov
-    of O V and O S^½ with S the moment of what the head puts out; of an MLP, whose neurons are kept or not, of each
-    neuron ‖w_i‖ and (C_ii)^½ ‖w_i‖; of an embedding E and F^½ E, F being the shares of tokens.
+    ``plain`` and ``whitened``: singular values of W and W C^½. For qk, by head: W_qᵀ W_k and C^½ W_qᵀ W_k C^½. For ov:
+    O V and O S^½, S the moment of the head's output. For an MLP: ‖w_i‖ and (C_ii)^½ ‖w_i‖ by neuron. For an embedding:
+    E and F^½ E, F the token frequencies.
     """
 
     layer: int | None
@@ -143,7 +138,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One model looked at on ``calibration``; ``layers``: those that were. ``against``: the output, if any."""
+    """One model, inspected in ``layers`` on ``calibration``. ``against``: the output that it is compared with."""
 
     model: str
     fingerprint: str
@@ -163,5 +158,5 @@ class Inspection:
     version: int = INSPECTION_VERSION
 
     def to_json(self) -> str:
-        """The record as JSON; infinite values are written as strings, which JSON has no numbers for."""
-        return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the record as JSON."""
+        return json_text(asdict(self))

@@ -1,15 +1,15 @@
-"""Whether an output folder is as it was written, and what is not."""
+"""The result of ``lrc verify``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_TOLD = 8  # damages of one file in one message
+_SHOWN = 8  # problems of one file in a message
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a file of an output, or with one tensor in it."""
+    """A problem of a file of an output, or of one tensor in it."""
 
     file: str
     problem: str
@@ -22,10 +22,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Integrity:
-    """The damage of an output ``folder``, and how many files, tensors and bytes its manifest vouches for and are there.
-
-    Of a ``sound`` one there is none.
-    """
+    """The damage of an output, none if ``sound``, and the number of files, tensors and bytes that were verified."""
 
     folder: str
     sound: bool
@@ -36,13 +33,13 @@ class Integrity:
 
     @property
     def message(self) -> str:
-        """The damage in words, a line for a file or a tensor, of each file the first few."""
+        """The damage in words: a line for a file or a tensor, at most eight for each file."""
         by_file: dict[str, list[Damage]] = {}
         for damage in self.damage:
             by_file.setdefault(damage.file, []).append(damage)
         lines = [f"{self.folder} is damaged"]
         for file, found in by_file.items():
-            lines += [f"  {damage}" for damage in found[:_TOLD]]
-            if found[_TOLD:]:
-                lines.append(f"  {file}: {len(found) - _TOLD} more, all of which --json names")
+            lines += [f"  {damage}" for damage in found[:_SHOWN]]
+            if found[_SHOWN:]:
+                lines.append(f"  {file}: {len(found) - _SHOWN} more, all of which --json names")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Plans that were made for a budget."""
+"""The result of ``lrc plan``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lrc.methods.sizes import SizeValue, size_text
 
 @dataclass(frozen=True)
 class Strip:
-    """Sizes of one target by layer; None where the plan leaves a layer's to itself, which keeps it whole.
+    """Sizes of one target by layer; None where the plan keeps the target whole.
 
-    ``keeps``: the share of its weights that each keeps.
+    ``keeps``: the share of its weights that each layer keeps.
     """
 
     target: str
@@ -23,7 +23,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class TableSize:
-    """Size of the embedding or the head, ``kept`` of whose ``whole`` weights stay."""
+    """Size of the embedding or the head, which keeps ``kept`` of ``whole`` weights."""
 
     target: str
     size: SizeValue
@@ -32,7 +32,7 @@ class TableSize:
 
     @property
     def text(self) -> str:
-        """The same in words."""
+        """The size in words."""
         if self.kept == self.whole:
             return f"{self.target} stays whole"
         return f"{self.target}: size {size_text(self.size)}, {self.kept / self.whole:.1%} of its weights"
@@ -40,9 +40,10 @@ class TableSize:
 
 @dataclass(frozen=True)
 class Planned:
-    """One plan that was written. It keeps ``kept`` weights, ``keep`` of the ``whole`` of what ``of`` names: the decoder
-    and the tables whose sizes were found. ``cost``: what its sizes are predicted to cost, in the unit of the planning;
-    where that is nats, it multiplies perplexity by ``factor``. ``tables``: what is outside the layers.
+    """One plan that was written. It keeps ``kept`` of ``whole`` weights of ``of``: the decoder, and tables it sized.
+
+    ``cost``: predicted, in the unit of the planning. ``factor``: on perplexity, if that unit is nats. ``tables``: sizes
+    outside the layers.
     """
 
     path: str
@@ -63,9 +64,8 @@ class Planned:
 class Planning:
     """The plans of one allocation, whose costs are in ``unit``.
 
-    ``curves``: the file of what sizes cost, None where nothing had to be found; ``measured``: in this run, not taken
-    from that file. ``loss``: nats per held-out token of the model as it is, where sizes were measured on that text.
-    ``seconds`` and ``peak_bytes`` as in a report.
+    ``curves``: the file of the costs, if any were needed. ``measured``: whether this run measured them. ``loss``: the
+    dense model's nats per held-out token, if costs were measured on that text.
     """
 
     model: str
@@ -84,12 +84,12 @@ class Planning:
 
 
 def factor(cost: float, unit: str) -> float | None:
-    """What a cost multiplies perplexity by; None where its unit is not of the loss."""
+    """Return the factor on perplexity of a cost in nats; None for other units."""
     return math.exp(min(cost, 700.0)) if unit in ("nats", "predicted nats") else None
 
 
 def cost_text(cost: float, unit: str) -> str:
-    """A cost in words; empty where it says nothing about the model."""
+    """Return a cost in words; empty for a unit that says nothing about the model."""
     if (times := factor(cost, unit)) is not None:
         return f"{cost:+.4f} nats per token, perplexity times {times:.4g}"
     return "" if unit == "squared shortfall" else f"a cost of {cost:.4g} in {unit}"

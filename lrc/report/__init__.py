@@ -1,1 +1,1 @@
-"""The typed result of a compression, and its JSON and Markdown forms."""
+"""Tables, pages and pictures that show records."""

@@ -1,4 +1,4 @@
-"""What shrinking one projection or component alone costs: the record, and the table that papers print."""
+"""An ablation as a table and as a heat map."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 from lrc.records.ablation import Ablation
 from lrc.report.plots.heatmap import heatmap
 from lrc.report.plots.theme import compact, standalone
-from lrc.report.table import table
+from lrc.report.table import Cell, table
 from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_LARGEST = 1e3  # times the dense perplexity: what is above is as bad
+_LARGEST = 1e3  # times the dense perplexity; a larger rise has the same colour
 
 
 def picture(ablation: Ablation) -> str:
-    """The heat map of an ablation as the text of an SVG file."""
+    """Return the heat map of an ablation as the text of an SVG file."""
     increases = [[ablation.at(t, keep).increase for keep in ablation.keeps] for t in ablation.targets]
     rises = [[_rise(increase) for increase in row] for row in increases]
     most = max(max(row) for row in rises) or 1
@@ -38,35 +38,35 @@ def picture(ablation: Ablation) -> str:
 
 
 def ablation_table(ablation: Ablation) -> Iterator[RenderableType]:
-    """Perplexity with each target alone shrunk, by kept fraction, and what that adds to the dense model's."""
+    """Yield perplexity with each target alone shrunk, by kept fraction, and the rise over the dense model's."""
     dense = ablation.dense
     yield f"model: {ablation.model}"
     yield (
         f"dense perplexity: {dense.value:.5g} on {dense.data} ({dense.windows} x {dense.seq_len} tokens, "
         f"{dense.dtype}); below with one target alone shrunk in all layers"
     )
-    rows = []
-    for target, method in ablation.targets.items():
-        results = [ablation.at(target, keep) for keep in ablation.keeps]
-        rows.append([target, method, *(f"{r.perplexity:.5g} ({percent(r.increase)})" for r in results)])
-    heads = (f"{keep:g} kept, {1 / keep:.4g}x:n" for keep in ablation.keeps)
-    yield table(("target", "method", *heads), rows).on_screen()
+    rows: dict[str, dict[str, Cell]] = {}
+    for result in ablation.results:
+        row = rows.setdefault(result.target, {"target": result.target, "method": result.method})
+        heading = f"{result.keep:g} kept, {1 / result.keep:.4g}x:n"
+        row[heading] = f"{result.perplexity:.5g} ({percent(result.increase)})"
+    yield table(rows.values()).on_screen()
     yield f"calibration: {ablation.calibration}"
     yield f"results: {ablation.file} ({ablation.measured} of {len(ablation.results)} measured in this run)"
-    if ablation.seconds:  # of what was measured
+    if ablation.seconds:
         yield seconds_line(ablation.seconds)
     yield from warning_lines(ablation.warnings)
 
 
 def percent(increase: float) -> str:
-    """An increase in few characters: +3.2 %, +150.0 %, 41x."""
-    if not increase < 10:  # so that NaN and infinity are told, too
+    """Return an increase in few characters: +3.2 %, +150.0 %, 41x."""
+    if not increase < 10:  # or NaN
         return f"{increase + 1:.3g}x"
     return f"{round(100 * increase, 1) or 0.0:+.1f} %"  # no -0.0
 
 
 def _rise(increase: float) -> float:
-    """The logarithm of perplexity over the dense model's, between nothing and what is as bad as it gets."""
-    if not increase + 1 < _LARGEST:  # so that NaN is, too
+    """Return the logarithm of perplexity over the dense model's, from 0 to that of ``_LARGEST``."""
+    if not increase + 1 < _LARGEST:  # or NaN
         return math.log(_LARGEST)
     return math.log(max(increase + 1, 1.0))

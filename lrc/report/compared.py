@@ -1,37 +1,45 @@
-"""Outputs beside each other: the table of an original's outputs, and the page of all."""
+"""Compare outputs of one original in a table, and outputs of several originals on a page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.report.outputs import OnText, Source, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost, front
-from lrc.report.table import Table, table
+from lrc.report.table import Cell, Table, table
 
 
 def outputs_table(source: Source) -> Table:
     """Return a row for the original and one for each output."""
-    heads = ["output:w"]
-    for text in source.texts:
-        heads += [f"{text.text}:n", "× dense:n"]
-    heads += ["bytes:n", "of dense:n:m", "KV per token:n:m", "keep:n:m", "method:m", "seconds:n:m"]
-    before = source.before
-
-    def sizes(size: Size) -> list[str]:
-        return [byte_text(size.bytes), f"{size.bytes / before.bytes:.3f}", f"{size.kv_bytes_per_token:,}"]
-
-    dense = [cell for text in source.texts for cell in (f"{text.dense.value:.4g}", "1.000")]
-    rows = [["dense", *dense, *sizes(before), "100%", "", ""]]
+    quality = {text.text: (text.dense.value, 1.0) for text in source.texts}
+    rows = [_row(source, "dense", source.before, quality) | {"keep:n:m": "100%"}]
     for i, output in enumerate(source.outputs):
-        quality = []
-        for text in source.texts:
-            change = text.changes.get(i)
-            quality += ["", ""] if change is None else [f"{change.after.value:.4g}", f"{change.ratio:.3f}"]
-        made = [f"{output.report.keep:.1%}", output.method, f"{output.seconds:.1f}"]
-        rows.append([output.label, *quality, *sizes(output.report.after), *made])
-    return table(heads, rows)
+        changes = {text.text: text.changes[i] for text in source.texts if i in text.changes}
+        quality = {text: (change.after.value, change.ratio) for text, change in changes.items()}
+        made = {
+            "keep:n:m": f"{output.report.keep:.1%}",
+            "method:m": output.method,
+            "seconds:n:m": f"{output.seconds:.1f}",
+        }
+        rows.append(_row(source, output.label, output.report.after, quality) | made)
+    return table(rows)
+
+
+def _row(
+    source: Source, label: str, size: Size, quality: Mapping[str, tuple[float, float]]
+) -> dict[str, Cell]:
+    """Return the cells of a model of a ``size`` with perplexity and its ratio to the original's, by text."""
+    row: dict[str, Cell] = {"output:w": label}
+    for text, (value, ratio) in quality.items():
+        of_text = f", {text}" if len(source.texts) > 1 else ""
+        row |= {f"{text}:n": f"{value:.4g}", f"× dense{of_text}:n": f"{ratio:.3f}"}
+    return row | {
+        "bytes:n": byte_text(size.bytes),
+        "of dense:n:m": f"{size.bytes / source.before.bytes:.3f}",
+        "KV per token:n:m": f"{size.kv_bytes_per_token:,}",
+    }
 
 
 def compared_page(sources: Sequence[Source]) -> str:

@@ -1,12 +1,13 @@
-"""A report as one self-contained page: what was done, what it cost, by layer, how long it took and how it was made."""
+"""``report.html``: a report as one self-contained page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lrc.checkpoint.sizes import byte_text
-from lrc.records.compression import Report, TargetRecord
+from lrc.records.compression import Report
 from lrc.report.outputs import Output, Source, as_source, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost
@@ -16,44 +17,52 @@ from lrc.report.rows import (
     error_note,
     every_table,
     facts,
-    kept_text,
     refits_table,
     size_ends,
     size_span,
     stages_table,
     targets_table,
 )
+from lrc.report.table import grouped
 
 
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
-    """Return the whole report, with outputs of the same original ``beside`` it in the picture of the cost."""
+    """Return the report, with outputs of the same original ``beside`` it in the picture of the cost."""
     label = Path(report.out).name if beside else plan_name(report)
     source = as_source([Output(label, report.out, report), *beside])
-    sections = [
-        Section(
-            "What it cost",
-            list(_costs(source)),
-            [cost_table(report.before, report.after, report.perplexity)],
-            list(_cost_notes(report, source)),
-        ),
-        Section(
-            "What was kept, and the error of it",
-            list(_kept(report)),
-            notes=[error_note(report.targets)],
-            tables=[targets_table(report.targets)],
-            folded={"Every layer": every_table(report.targets)},
-        ),
+    costs, targets, *rest = report_sections(report)
+    costs = replace(costs, pictures=list(_costs(source)), notes=[*costs.notes, *source.notes])
+    targets = replace(
+        targets, pictures=list(_kept(report)), folded={"Every layer": every_table(report.targets)}
+    )
+    title = f"{Path(report.model).name}, {plan_name(report)}"
+    return render(title, report.sentence, [costs, targets, *rest], _figures(report), report.warnings)
+
+
+def report_sections(report: Report) -> list[Section]:
+    """Return the sections of a report's page in words and tables: first its cost, then its targets, last its plan."""
+    record, share = report.calibration, report.with_tables
+    drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
+    blocks = f"{record.samples} block{'s' * (record.samples != 1)}"
+    rest = f", {share.keep:.1%} of {share.weights}" if share else ""
+    notes = [
+        f"Kept {report.keep:.1%} of the decoder's weights{rest}.",
+        f"Calibrated on {blocks} of {record.seq_len} tokens: {drawn}.",
+        *([f"Scale: {report.scale.text}."] if report.scale else []),
+        *([] if report.perplexity else ["Perplexity was not measured; lrc eval does it."]),
+        *(note for change in report.perplexity for note in change.after.notes),
     ]
-    if report.refits:
-        summary = f"{len(report.refits)} output projections fitted again"
-        sections.append(Section("Residual stream", folded={summary: refits_table(report)}))
-    sections += [
+    costs = cost_table(report.before, report.after, report.perplexity)
+    targets = [targets_table(report.targets)]
+    refitted = {f"{len(report.refits)} output projections fitted again": refits_table(report)}
+    return [
+        Section("What it cost", beside=[costs], notes=notes),
+        Section("What was kept, and the errors", notes=[error_note(report.targets)], tables=targets),
+        *([Section("Residual stream", folded=refitted)] if report.refits else []),
         Section("Time and memory", tables=[stages_table(report)]),
         Section("How it was made", facts=list(facts(report))),
         Section("Plan", text=report.plan_text.rstrip()),
     ]
-    title = f"{Path(report.model).name}, {plan_name(report)}"
-    return render(title, report.sentence, sections, _figures(report), report.warnings)
 
 
 def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -69,7 +78,7 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
 
 
 def _costs(source: Source) -> Iterator[Picture]:
-    """A picture of each text that this output, the first of the source's, was measured on."""
+    """Yield a picture of each text that this output, the first of the source, was measured on."""
     for i, text in enumerate(text for text in source.texts if 0 in text.changes):
         dense = text.dense
         caption = f"{dense.windows} windows of {dense.seq_len} tokens, {dense.dtype}, the same for all."
@@ -78,23 +87,9 @@ def _costs(source: Source) -> Iterator[Picture]:
         yield Picture(cost(f"cost-{i}", text.text, points(source, text), source.methods), caption)
 
 
-def _cost_notes(report: Report, source: Source) -> Iterator[str]:
-    yield kept_text(report)
-    if report.scale is not None:
-        yield f"Scale: {report.scale.text}."
-    if not report.perplexity:
-        yield "Perplexity was not measured; lrc eval does it."
-        return
-    yield from source.notes
-    for change in report.perplexity:
-        yield from change.after.notes
-
-
 def _kept(report: Report) -> Iterator[Picture]:
-    """A row a target over all layers; those that the plan leaves a layer's alone are whole there."""
-    by_target: dict[str, list[TargetRecord]] = {}
-    for record in report.targets:
-        by_target.setdefault(record.target, []).append(record)
+    """Yield a picture with a row for each target; a layer in which the plan keeps the target is whole."""
+    by_target = grouped(report.targets, lambda record: record.target)
     rows = []
     for target, records in by_target.items():
         at = {record.layer: record for record in records}

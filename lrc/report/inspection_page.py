@@ -1,49 +1,42 @@
-"""An inspection as a folder: inspect.json, and inspect.html, which holds all of it."""
+"""The files of an inspection: inspect.json and inspect.html."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lrc.checkpoint.durable import check_file, write_text, written
 from lrc.checkpoint.sizes import byte_text
-from lrc.errors import OutOfResources, UserError
+from lrc.errors import UserError
 from lrc.records.inspection import Inspection
-from lrc.report.inspected import auto_table, grouped, heading, tables
+from lrc.report.inspected import auto_table, by_target, heading, tables
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.heatmap import heatmap
 from lrc.report.rows import listed
 
+_RECORD = "inspect.json"
+
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError where a folder cannot be written to; nothing is made yet."""
+    """Raise UserError if a folder cannot be written to. Nothing is made."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} cannot be written: it is a file; name a folder with -o")
-    near = folder if folder.is_dir() else folder.absolute().parent
-    if not near.is_dir():
-        raise UserError(f"{folder} cannot be written: there is no folder {near}")
-    try:
-        with tempfile.TemporaryFile(dir=near):
-            pass  # whether it can be should be known now, not after the work
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    check_file("-o", folder / _RECORD if folder.is_dir() else folder)
 
 
 def write_inspection(found: Inspection, folder: Path) -> list[Path]:
-    """Write an inspection into a folder, which is made if it is not there, and return the files."""
-    files = {"inspect.json": found.to_json(), "inspect.html": inspection_page(found)}
-    try:
+    """Write an inspection into a folder, which is made if need be, and return the files."""
+    files = {folder / _RECORD: found.to_json(), folder / "inspect.html": inspection_page(found)}
+    with written(folder):
         folder.mkdir(exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutOfResources(f"{folder} cannot be written: {error.strerror}") from error
-    return [folder / name for name in files]
+        for path, text in files.items():
+            write_text(path, text)
+    return list(files)
 
 
 def inspection_page(found: Inspection) -> str:
-    """Return the whole inspection as one page: tables by target, and layer by layer what ``auto`` takes."""
-    by_layer = grouped(found.targets, by_layer=True)
+    """Return an inspection as one page: tables by target, and the choices of ``auto`` layer by layer."""
+    by_layer = by_target(found.targets, by_layer=True)
     facts = [
         ("fingerprint", found.fingerprint),
         ("calibration", found.calibration),
@@ -65,7 +58,7 @@ def inspection_page(found: Inspection) -> str:
 
 
 def _ranks(found: Inspection) -> Iterator[Picture]:
-    """Effective rank by layer and target: where a model is narrow already."""
+    """Yield a picture of the effective rank by layer and target."""
     names = list(dict.fromkeys(t.target for t in found.targets if t.layer is not None))
     if not names:
         return

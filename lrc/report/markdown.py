@@ -1,35 +1,23 @@
-"""A report as Markdown: the page for a pull request, and the model card of the output folder."""
+"""``report.md`` and the model card."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from lrc.records.compression import Report
-from lrc.report.rows import (
-    cost_table,
-    error_note,
-    facts,
-    kept_text,
-    refits_table,
-    stages_table,
-    targets_table,
-)
+from lrc.report.html import report_sections
+from lrc.report.page import Section
 
 
 def report_page(report: Report) -> str:
-    """Return the whole report."""
-    lines = [f"# {report.model}, {report.plan}", "", report.sentence, "", *_warnings(report), *_body(report)]
-    if report.refits:
-        summary = f"{len(report.refits)} output projections fitted again"
-        lines += ["## Residual stream", "", *_folded(summary, refits_table(report).in_markdown())]
-    lines += ["## Time and memory", "", *stages_table(report).in_markdown()]
-    lines += ["## How it was made", "", *(f"- {name}: {value}" for name, value in facts(report)), ""]
-    lines += _folded("Plan", ["```yaml", report.plan_text.rstrip(), "```", ""])
-    return "\n".join(lines).rstrip() + "\n"
+    """Return the report."""
+    lines = [f"# {report.model}, {report.plan}", "", report.sentence, "", *_warnings(report)]
+    return "\n".join([*lines, *_markdown(report_sections(report))]).rstrip() + "\n"
 
 
 def model_card(report: Report) -> str:
-    """Return the output folder's README.md: how to load it, what it cost, the plan."""
+    """Return the output's README.md: how to load the model, what it cost, the plan."""
+    costs, targets, *_, plan = report_sections(report)
     lines = [
         "---",
         "library_name: transformers",
@@ -44,37 +32,26 @@ def model_card(report: Report) -> str:
         'model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")',
         "```",
         "",
-        *_body(report),
+        *_markdown([costs, targets]),
         *_warnings(report),
-        "## Plan",
-        "",
-        "```yaml",
-        report.plan_text.rstrip(),
-        "```",
+        *_markdown([plan]),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def _body(report: Report) -> list[str]:
-    record = report.calibration
-    drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
-    blocks = f"{record.samples} block{'s' * (record.samples != 1)}"
-    return [
-        kept_text(report),
-        "",
-        *cost_table(report.before, report.after, report.perplexity).in_markdown(),
-        f"Calibrated on {blocks} of {record.seq_len} tokens: {drawn}.",
-        "",
-        *targets_table(report.targets).in_markdown(),
-        error_note(report.targets),
-        "",
-        *([] if report.scale is None else [f"Scale: {report.scale.text}.", ""]),
-    ]
-
-
-def _folded(summary: str, lines: Iterable[str]) -> list[str]:
-    """Lines that a pull request shows when asked to; the blank ones around them make them Markdown."""
-    return ["<details>", f"<summary>{summary}</summary>", "", *lines, "</details>", ""]
+def _markdown(sections: Iterable[Section]) -> list[str]:
+    lines = []
+    for section in sections:
+        lines += [f"## {section.heading}", ""]
+        for each in (*section.beside, *section.tables):
+            lines += each.in_markdown()
+        for note in section.notes:
+            lines += [note, ""]
+        for name, each in section.folded.items():
+            lines += ["<details>", f"<summary>{name}</summary>", "", *each.in_markdown(), "</details>", ""]
+        lines += [f"- {name}: {value}" for name, value in section.facts]
+        lines += [*(["```yaml", section.text, "```"] if section.text else []), ""]
+    return lines
 
 
 def _warnings(report: Report) -> list[str]:

@@ -1,4 +1,4 @@
-"""Several outputs beside each other: what each takes and what it costs, by source model and by text."""
+"""Outputs grouped by their original and by text, as ``lrc compare`` and a report's page show them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.records.compression import REPORT, PerplexityChange, Report, read_report
 from lrc.report.plots.cost import Point
+from lrc.report.table import grouped
 
-_SAME = 1e-3  # relative, between perplexities of one dense model on one text on several machines
+_SAME = 1e-3  # relative difference between perplexities of a model on several machines
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,15 @@ class Output:
 
     @property
     def seconds(self) -> float:
-        """What its compression took, evaluation and all."""
+        """Seconds of its compression, evaluation included."""
         return sum(self.report.seconds.values())
 
 
 @dataclass(frozen=True)
 class OnText:
-    """The outputs that were measured on the same windows in the same precision, by their place in the source's list.
+    """Outputs measured on the same windows in the same precision, by their index in the source.
 
-    ``dense``: the perplexity of the original, as the first of them has it.
+    ``dense``: the original's perplexity in the first of their reports.
     """
 
     text: str
@@ -50,7 +52,7 @@ class OnText:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader has to know of the original's figure."""
+        """Caveats of the original's figure."""
         values = [change.before.value for change in self.changes.values()]
         if max(values) <= min(values) * (1 + _SAME):
             return []
@@ -62,7 +64,7 @@ class OnText:
 
 @dataclass(frozen=True)
 class Source:
-    """The outputs of one original, told from others by its fingerprint, in the order in which they were named."""
+    """The outputs of one original, which its fingerprint identifies."""
 
     model: str
     fingerprint: str
@@ -77,7 +79,7 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """What the figures do not say by themselves."""
+        """Caveats of the figures."""
         notes = [note for text in self.texts for note in text.notes]
         for text in self.texts:
             figures = {self.outputs[i].label: change.after.value for i, change in text.changes.items()}
@@ -91,7 +93,7 @@ class Source:
         return notes
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values, an output's perplexities by text."""
+        """Return the record as JSON values."""
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
@@ -123,42 +125,35 @@ class Source:
 
 
 def read_outputs(folders: Sequence[Path]) -> list[Source]:
-    """Output folders by what they were made from; a folder that is named twice counts once.
+    """Read output folders and group them by their original; a folder that is named twice counts once.
 
     Raises UserError that names every folder without a report, and for a report that cannot be used.
     """
-    by_source: dict[str, list[Output]] = {}
-    advice = (
-        "and only those can be compared (lrc eval MODEL --against MODEL holds other models beside each other)"
-    )
-    for output in _read(folders, advice):
-        by_source.setdefault(output.report.fingerprint, []).append(output)
-    return [as_source(found) for found in by_source.values()]
+    advice = "and only those can be compared (lrc eval MODEL --against MODEL compares other models)"
+    groups = grouped(_read(folders, advice), lambda output: output.report.fingerprint)
+    return [as_source(found) for found in groups.values()]
 
 
 def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[Output]:
-    """Outputs to stand beside one of a ``model``; UserError as above, and where one is of another."""
+    """Read outputs of a ``model``. Raises UserError as ``read_outputs`` does, and for outputs of another model."""
     outputs = _read(folders, "so name the folder of one, or leave it out", "--beside: ")
-    others = [
-        f"{each.folder} (of {each.report.model})"
-        for each in outputs
-        if each.report.fingerprint != fingerprint
-    ]
+    others = [each for each in outputs if each.report.fingerprint != fingerprint]
     if others:
+        named = ", ".join(f"{each.folder} (of {each.report.model})" for each in others)
         raise UserError(
-            f"--beside: not made from {model} as it is now, so not to be shown beside it: {', '.join(others)}"
+            f"--beside: not made from {model} as it is now, so not to be shown beside it: {named}"
         )
     return outputs
 
 
 def as_source(outputs: list[Output]) -> Source:
-    """Outputs of one original."""
+    """Group outputs of one original by text."""
     first = outputs[0].report
     return Source(first.model, first.fingerprint, first.before, outputs, list(_texts(outputs)))
 
 
 def points(source: Source, text: OnText) -> list[Point]:
-    """The original and what was measured of its outputs on a text, under names without what all begin with."""
+    """Return the original and its outputs on a text, under names without their common beginning."""
     labels = short([output.label for output in source.outputs])
     return [
         Point("dense", source.before.bytes, text.dense.value, None),
@@ -171,14 +166,13 @@ def points(source: Source, text: OnText) -> list[Point]:
 
 
 def short(labels: Sequence[str]) -> list[str]:
-    """The same without the words that all begin with, words ending at a hyphen."""
-    parted = [re.findall(r"[^-]*-|[^-]+$", label) for label in labels]
-    alike = 0
-    while (
-        len(labels) > 1 and all(len(p) > alike + 1 for p in parted) and len({p[alike] for p in parted}) == 1
-    ):
-        alike += 1
-    return ["".join(words[alike:]) for words in parted]
+    """Return labels without the words that all begin with; words end at a hyphen."""
+    if len(labels) < 2:
+        return list(labels)
+    parted = [re.findall(r"[^-]*-|[^-]+$", label)[:-1] for label in labels]
+    alike = takewhile(lambda words: len(set(words)) == 1, zip(*parted, strict=False))
+    cut = len("".join(words[0] for words in alike))
+    return [label[cut:] for label in labels]
 
 
 def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output]:
@@ -193,15 +187,13 @@ def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """Names of folders, those that are not their own with their parents'."""
-    names = [folder.resolve().name for folder in folders]
-    return [
-        name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
-    ]
+    """Return names of folders, as paths where several are alike."""
+    groups = grouped(folders, lambda folder: folder.resolve().name)
+    return [str(folder) if groups[folder.resolve().name][1:] else folder.resolve().name for folder in folders]
 
 
 def _texts(outputs: Sequence[Output]) -> Iterable[OnText]:
-    """What can stand on one axis: figures of the same tokens, windows, precision and protocol."""
+    """Group figures that are comparable: of the same tokens, windows, precision and protocol."""
     found: dict[tuple[Any, ...], dict[int, PerplexityChange]] = {}
     for i, output in enumerate(outputs):
         for change in output.report.perplexity:

@@ -1,6 +1,6 @@
-"""Pages of results: sections of pictures and tables in one HTML file that fetches nothing and runs nothing.
+"""Pages of results: pictures and tables in one HTML file without scripts and links.
 
-The template escapes whatever a user named. Pictures go in as they are, because they escape their text themselves.
+The template escapes all texts; pictures escape their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PAGES = Environment(
 
 @dataclass(frozen=True)
 class Picture:
-    """The text of an ``<svg>`` element and what it shows."""
+    """An ``<svg>`` element and its caption."""
 
     svg: str
     caption: str
@@ -33,9 +33,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands under it: pictures with notes and a table ``beside`` them, then the rest in order.
+    """A section: pictures with notes and tables ``beside`` them, then the rest in order.
 
-    ``folded``: tables that the reader unfolds, by what they are called.
+    ``folded``: tables that the reader unfolds, by name.
     """
 
     heading: str
@@ -55,7 +55,7 @@ def render(
     figures: Iterable[tuple[str, str, str]] = (),
     warnings: Iterable[str] = (),
 ) -> str:
-    """Return a page; each of ``figures`` is a name, a value and a detail, shown large below the ``sentence``."""
+    """Return a page; each of ``figures``, shown large below the ``sentence``, is a name, a value and a detail."""
     return _PAGES.get_template("page.html").render(
         title=title,
         sentence=sentence,

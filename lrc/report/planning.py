@@ -1,15 +1,16 @@
-"""Plans that were made for a budget: the record, and a picture of what is kept by layer and component."""
+"""Plans for a budget as tables, with a bar for each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
 
 from lrc.plan.resolved import weights_of
-from lrc.records.planning import Planning, cost_text
+from lrc.records.planning import Planning, Strip, cost_text
+from lrc.report.table import Cell, table
 from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
@@ -21,24 +22,15 @@ _COLOURS = ("red", "dark_orange", "yellow", "green")
 
 
 def pictures(planning: Planning) -> Iterator[RenderableType]:
-    """Every plan with a row a target, a bar a layer; then what they rest on."""
+    """Yield every plan, a row for each target, and then what the costs were measured on."""
     for plan in planning.plans:
         cost = cost_text(plan.cost, planning.unit)
         yield (
             f"{plan.path}: keeps {plan.keep:.2%} of {weights_of(plan.of)}, {plan.bytes:,} bytes"
             + (f"; predicted {cost}" if cost else "")
         )
-        table = Table("target", "rank by layer, first to last", "least", "mean", "of")
-        for column in table.columns[2:]:
-            column.justify = "right"
-        for strip in plan.strips:
-            sizes = [strip.full if size is None else size for size in strip.sizes]
-            _, least = min(zip(strip.keeps, sizes, strict=True), key=lambda each: each[0])
-            numbers = [size for size in sizes if isinstance(size, int)]
-            mean = f"{sum(numbers) / len(numbers):.1f}" if len(numbers) == len(sizes) else ""
-            table.add_row(strip.target, _bars(strip.keeps), size_text(least), mean, size_text(strip.full))
         if plan.strips:
-            yield table
+            yield table(_row(strip) for strip in plan.strips).on_screen()
         yield from (outside.text for outside in plan.tables)
     if planning.loss is not None:
         yield f"loss on {planning.held_out}: {planning.loss:.4f} nats per token"
@@ -49,10 +41,19 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
     yield from warning_lines(planning.warnings)
 
 
-def _bars(keeps: Sequence[float]) -> Text:
+def _row(strip: Strip) -> dict[str, Cell]:
+    sizes = [strip.full if size is None else size for size in strip.sizes]
+    _, least = min(zip(strip.keeps, sizes, strict=True), key=lambda each: each[0])
+    numbers = [size for size in sizes if isinstance(size, int)]
     bars = Text()
-    for keep in keeps:
-        # The last of the marks is for what is whole.
+    for keep in strip.keeps:
+        # The last mark is for a whole target.
         bar, colour = (marks[int(keep * (len(marks) - 1))] for marks in (_BARS, _COLOURS))
         bars.append(bar, colour)
-    return bars
+    return {
+        "target": strip.target,
+        "rank by layer, first to last": bars,
+        "least:n": size_text(least),
+        "mean:n": f"{fmean(numbers):.1f}" if len(numbers) == len(sizes) else "",
+        "of:n": size_text(strip.full),
+    }

@@ -1,10 +1,11 @@
-"""The rows of a compression's report: what it cost, what became of each target, and how it was made."""
+"""Tables and texts of a compression's report: what it cost, the error of each target, and how it was made."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from lrc.checkpoint.sizes import Size, byte_text
@@ -12,20 +13,17 @@ from lrc.compression.measure import Measured
 from lrc.methods.contract import Prediction
 from lrc.methods.sizes import SizeValue, size_text
 from lrc.records.compression import PerplexityChange, Report, TargetRecord
-from lrc.report.table import Table, table
-
-
-def kept_text(report: Report) -> str:
-    """Return in a sentence what is kept of the weights."""
-    tables = report.with_tables
-    rest = f", {tables.keep:.1%} of {tables.weights}" if tables else ""
-    return f"Kept {report.keep:.1%} of the decoder's weights{rest}."
+from lrc.report.table import Table, grouped, table
 
 
 def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange] = ()) -> Table:
     """Return parameters, bytes, cache and perplexity before and after."""
+
+    def row(name: str, old: str, new: str, ratio: float) -> dict[str, str]:
+        return {":w": name, "before:n": old, "after:n": new, "ratio:n": f"{ratio:.3f}"}
+
     rows = [
-        [name, shown(old), shown(new), f"{new / old:.3f}"]
+        row(name, shown(old), shown(new), new / old)
         for name, shown, old, new in (
             ("parameters", "{:,}".format, before.parameters, after.parameters),
             ("bytes", byte_text, before.bytes, after.bytes),
@@ -35,12 +33,12 @@ def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange]
     for change in perplexity:
         old, new = change.before, change.after
         label = f"perplexity, {old.data} ({old.windows} × {old.seq_len} tokens, {old.dtype})"
-        rows.append([label, f"{old.value:.4g}", f"{new.value:.4g}", f"{change.ratio:.3f}"])
+        rows.append(row(label, f"{old.value:.4g}", f"{new.value:.4g}", change.ratio))
         if old.bits_per_byte is not None and new.bits_per_byte is not None:
             ratio = new.bits_per_byte / old.bits_per_byte if old.bits_per_byte else math.nan
-            bits = f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}", f"{ratio:.3f}"
-            rows.append([f"bits per byte, {old.data}", *bits])
-    return table((":w", "before:n", "after:n", "ratio:n"), rows)
+            bits = f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}"
+            rows.append(row(f"bits per byte, {old.data}", *bits, ratio))
+    return table(rows)
 
 
 def targets_table(records: Iterable[TargetRecord]) -> Table:
@@ -48,54 +46,53 @@ def targets_table(records: Iterable[TargetRecord]) -> Table:
 
     Relative errors are root mean squares over the layers, nats their means.
     """
-    groups: dict[tuple[str, str, str], list[TargetRecord]] = {}
-    for record in records:
-        groups.setdefault((record.target, record.method, record.predicted.metric), []).append(record)
-    rows = [
-        [target, *_outcome(some), method, f"{sum(r.layer is not None for r in some)}"]
+    groups = grouped(records, lambda record: (record.target, record.method, record.predicted.metric))
+    return table(
+        {
+            "target": target,
+            **_outcome(some),
+            "method": method,
+            "layers:n:m": f"{sum(r.layer is not None for r in some)}",
+        }
         for (target, method, _), some in groups.items()
-    ]
-    return table(("target", *_OUTCOME, "method", "layers:n:m"), rows)
+    )
 
 
 def every_table(records: Iterable[TargetRecord]) -> Table:
     """Return a row for each target of each layer, with options and numerics."""
-    rows = [
-        [
-            "" if r.layer is None else f"{r.layer}",
-            r.target,
-            *_outcome([r]),
-            r.method,
-            listed(r.options),
-            listed({name: _three(value) for name, value in r.numerics.items()}),
-        ]
+    return table(
+        {
+            "layer:n": "" if r.layer is None else f"{r.layer}",
+            "target": r.target,
+            **_outcome([r]),
+            "method": r.method,
+            "options:w": listed(r.options),
+            "numerics:w": listed({name: f"{value:.3g}" for name, value in r.numerics.items()}),
+        }
         for r in records
-    ]
-    return table(("layer:n", "target", *_OUTCOME, "method", "options:w", "numerics:w"), rows)
+    )
 
 
-_OUTCOME = ("predicted error:n", "measured error:n", "kept:n", "size:n:m")
-
-
-def _outcome(records: Sequence[TargetRecord]) -> list[str]:
-    kept, ends = sum(r.kept for r in records) / sum(r.whole for r in records), size_ends(records)
-    return [
-        *_errors(records),
-        f"{kept:.1%}",
-        size_span(*ends) + size_unit(records[0].target, ends[1]),
-    ]
+def _outcome(records: Sequence[TargetRecord]) -> dict[str, str]:
+    (predicted, measured), ends = _errors(records), size_ends(records)
+    return {
+        "predicted error:n": predicted,
+        "measured error:n": measured,
+        "kept:n": f"{sum(r.kept for r in records) / sum(r.whole for r in records):.1%}",
+        "size:n:m": size_span(*ends) + size_unit(records[0].target, ends[1]),
+    }
 
 
 def _errors(records: Sequence[TargetRecord]) -> tuple[str, str]:
-    """Predicted and measured errors of records of one metric; the second is empty where nothing was measured."""
+    """Return predicted and measured error of records of one metric; the latter is empty if nothing was measured."""
     metric, measured = records[0].predicted.metric, [r.measured for r in records]
     if unit := {"kl": "nats KL", "loss": "nats of loss"}.get(metric):
-        predicted = f"{_mean([r.predicted.error for r in records]):.2g} {unit}"
+        predicted = f"{fmean(r.predicted.error for r in records):.2g} {unit}"
     else:
         predicted = f"{_relative([r.predicted for r in records]):.4f}"
     kl = [m.kl for m in measured if m.kl is not None]
     if len(kl) == len(measured):
-        return predicted, f"{_mean(kl):.2g} nats KL"
+        return predicted, f"{fmean(kl):.2g} nats KL"
     return predicted, f"{_relative(measured):.4f}" if all(m.error is not None for m in measured) else ""
 
 
@@ -118,28 +115,16 @@ def size_unit(target: str, size: SizeValue) -> str:
 
 
 def refits_table(report: Report) -> Table:
-    """Return a row for each refit: ridge, and errors of the stream before and after, of all blocks and of held-out."""
+    """Return a row for each refit: its ridge, and errors before and after on all and on held-out blocks."""
     rows = []
     for refit in report.refits:
-        ridge = f"{refit.ridge:g}" if refit.raised is None else f"{refit.ridge:g}, raised to {refit.raised:g}"
-        held = (
-            ["", ""]
-            if refit.held_out is None
-            else [_three(refit.held_out.before), _three(refit.held_out.after)]
-        )
-        rows.append(
-            [
-                f"{refit.layer}",
-                refit.role,
-                ridge,
-                _three(refit.error.before),
-                _three(refit.error.after),
-                *held,
-            ]
-        )
-    heads = ("layer:n", "behind", "ridge:n", "before:n", "after:n", "left out, before:n", "left out, after:n")
+        raised = "" if refit.raised is None else f", raised to {refit.raised:g}"
+        row = {"layer:n": f"{refit.layer}", "behind": refit.role, "ridge:n": f"{refit.ridge:g}{raised}"}
+        for of, errors in (("", refit.error), ("left out, ", refit.held_out)):
+            row[f"{of}before:n"] = "" if errors is None else f"{errors.before:.3g}"
+            row[f"{of}after:n"] = "" if errors is None else f"{errors.after:.3g}"
+        rows.append(row)
     return table(
-        heads,
         rows,
         "Squared error of the compressed residual stream over the original's square, with the method's own solution "
         "and refitted. Left out: the error on the held-out blocks, which chose the ridge, of the fit without them. "
@@ -150,13 +135,13 @@ def refits_table(report: Report) -> Table:
 def stages_table(report: Report) -> Table:
     """Return seconds by stage, with device memory where there is a device."""
     whole = sum(report.seconds.values()) or 1.0
-    rows = [
-        [name, f"{seconds:.2f}", f"{seconds / whole:.1%}"]
-        + ([byte_text(report.device_bytes.get(name, 0))] if report.device_bytes else [])
-        for name, seconds in report.stages.items()
-    ]
-    heads = ("stage", "seconds:n", "of all:n", *(["device memory:n"] if report.device_bytes else []))
-    return table(heads, rows)
+    rows = []
+    for name, seconds in report.stages.items():
+        row = {"stage": name, "seconds:n": f"{seconds:.2f}", "of all:n": f"{seconds / whole:.1%}"}
+        if report.device_bytes:
+            row["device memory:n"] = byte_text(report.device_bytes.get(name, 0))
+        rows.append(row)
+    return table(rows)
 
 
 def error_note(records: Sequence[TargetRecord]) -> str:
@@ -180,7 +165,7 @@ def error_note(records: Sequence[TargetRecord]) -> str:
 
 
 def facts(report: Report) -> Iterator[tuple[str, str]]:
-    """Yield what it takes to do it again, by name."""
+    """Yield the settings and versions that reproduce the output, by name."""
     record = report.calibration
     yield "Model", report.model
     if report.revision:
@@ -209,12 +194,4 @@ def listed(record: Mapping[str, Any]) -> str:
 
 
 def _relative(errors: Iterable[Prediction | Measured]) -> float:
-    return _mean([e.error / e.reference if e.error and e.reference else 0.0 for e in errors]) ** 0.5
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _three(value: float) -> str:
-    return f"{value:.3g}"
+    return fmean(e.error / e.reference if e.error and e.reference else 0.0 for e in errors) ** 0.5

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def summary(report: Report) -> Iterator[RenderableType]:
-    """What a compression did and what it cost."""
+    """Yield what a compression did and what it cost."""
     yield targets_table(report.targets).on_screen()
     yield cost_table(report.before, report.after, report.perplexity).on_screen()
     if report.scale is not None:
@@ -42,7 +42,7 @@ def summary(report: Report) -> Iterator[RenderableType]:
 
 
 def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
-    """Perplexity by text and length and scores on tasks of one model, or of two with what one lost."""
+    """Yield perplexity and scores on tasks of one model, or of two with their ratios."""
     of, against = comparison.of, comparison.against
     yield f"model: {of.model}"
     if against is not None:
@@ -58,7 +58,7 @@ def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
 
 
 def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
-    """Outputs beside their original, a table a source."""
+    """Yield a table of outputs for each original."""
     from lrc.report.compared import outputs_table
 
     for source in sources:
@@ -71,23 +71,21 @@ def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
 
 
 def resolution(check: Check) -> Iterator[RenderableType]:
-    """What a plan comes to for a model."""
+    """Yield sizes, bytes and memory of a plan for a model."""
     rows = [
-        [
-            row.layers,
-            row.target,
-            row.method,
-            size_text(row.size) + size_unit(row.target, row.size),
-            f"{row.kept:,}",
-            f"{row.whole:,}",
-            f"{row.kept / row.whole:.1%}",
-        ]
+        {
+            "layers": row.layers,
+            "target": row.target,
+            "method": row.method,
+            "size:n": size_text(row.size) + size_unit(row.target, row.size),
+            "kept in each:n": f"{row.kept:,}",
+            "of:n": f"{row.whole:,}",
+            "keep:n": f"{row.kept / row.whole:.1%}",
+        }
         for row in check.targets
     ]
     memory, least, tables = check.memory, check.least_memory, check.with_tables
-    yield table(
-        ("layers", "target", "method", "size:n", "kept in each:n", "of:n", "keep:n"), rows
-    ).on_screen()
+    yield table(rows).on_screen()
     yield cost_table(check.before, check.after).on_screen()
     with_tables = f", {tables.keep:.2%} of {tables.weights}" if tables else ""
     yield f"kept: {check.keep:.2%} of the decoder's weights{with_tables}"
@@ -102,29 +100,29 @@ def resolution(check: Check) -> Iterator[RenderableType]:
 
 
 def speeds(found: Bench) -> Iterator[RenderableType]:
-    """Tokens per second and memory by case, of one model or of two with their ratios."""
-    models = [side for side in (found.of, found.against) if side]
-    pair = found.against is not None
-    headings = ("model", "against") if pair else ("model",)
-    for title, side in zip(headings, models, strict=True):
-        how = f"{side.merged} merged products" if side.merged else "products one by one"
-        yield f"{title}: {side.name}, {byte_text(side.weight_bytes)} of weights, {how}"
-    peaks = any(row.ours.peak_bytes is not None for row in found.rows)
+    """Yield tokens per second and memory by case, of one model or of two with their ratios."""
+    headings = ("model", "against")
+    for title, side in zip(headings, (found.of, found.against), strict=True):
+        if side is not None:
+            how = f"{side.merged} merged products" if side.merged else "products one by one"
+            yield f"{title}: {side.name}, {byte_text(side.weight_bytes)} of weights, {how}"
     speed, memory = [], []
     for row in found.rows:
-        sides = [side for side in (row.ours, row.theirs) if side]
         steps = found.new_tokens if row.case.phase == "decode" else 1
-        ratios = [f"{ratio:.3f}" for ratio in (row.speedup, row.expected, row.reached) if ratio is not None]
-        times = [f"{1e3 * side.seconds / steps:.4g}" for side in sides]
-        speed.append([str(row.case), *map(_speed, sides), *ratios, *times])
-        caches = [f"{byte_text(s.kv_bytes)}, {s.kv_bytes_per_token:,} a token" for s in sides]
-        at_most = [byte_text(s.peak_bytes) for s in sides if s.peak_bytes is not None]
-        memory.append([str(row.case), *caches, *at_most])
-    ratio_heads = ["ratio:n", "expected:n", "reached:n"] if pair else []
-    heads = [*(f"tokens/s, {h}:n" for h in headings), *ratio_heads, *(f"ms, {h}:n" for h in headings)]
-    yield table(["case", *heads], speed).on_screen()
-    heads = [*(f"KV cache, {h}:n" for h in headings), *(f"device peak, {h}:n" for h in headings if peaks)]
-    yield table(["case", *heads], memory).on_screen()
+        times, sizes = {"case": str(row.case)}, {"case": str(row.case)}
+        for title, side in zip(headings, (row.ours, row.theirs), strict=True):
+            if side is None:
+                continue
+            times[f"tokens/s, {title}:n"] = _speed(side)
+            times[f"ms, {title}:n"] = f"{1e3 * side.seconds / steps:.4g}"
+            sizes[f"KV cache, {title}:n"] = f"{byte_text(side.kv_bytes)}, {side.kv_bytes_per_token:,} a token"
+            if side.peak_bytes is not None:
+                sizes[f"device peak, {title}:n"] = byte_text(side.peak_bytes)
+        ratios = {"ratio:n": row.speedup, "expected:n": row.expected, "reached:n": row.reached}
+        speed.append(times | {name: f"{ratio:.3f}" for name, ratio in ratios.items() if ratio is not None})
+        memory.append(sizes)
+    yield table(speed).on_screen()
+    yield table(memory).on_screen()
     first = found.rows[0].ours
     samples = f"medians of {first.samples} samples" if first.samples > 1 else "one sample"
     if first.spread is not None:
@@ -133,32 +131,35 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
         f"{found.device}, {found.dtype}; {samples}; a sample of decode is {found.new_tokens} "
         f"token{'s' * (found.new_tokens > 1)}; ms is the time to the first token, or of a step"
     )
-    if pair:
+    if found.against is not None:
         yield (
-            "expected: the ratio of operations (prefill) or of bytes read (decode), which is how much faster the model "
-            "would be if nothing else took time; reached: the ratio over that"
+            "expected: the ratio of operations (prefill) or of bytes read (decode), the speedup if nothing else took "
+            "time; reached: the ratio over expected"
         )
     yield from warning_lines(found.warnings)
 
 
 def integrity(found: Integrity) -> Iterator[RenderableType]:
-    """What was verified of an output that is sound."""
+    """Yield what was verified in a sound output."""
     yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {byte_text(found.bytes)}"
 
 
 def overview(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
-    """Show the names in every group, a row each."""
-    rows = [(group, ", ".join(item.name for item in items)) for group, items in groups.items()]
-    yield table(("group", "names"), rows).on_screen()
+    """Yield the names in every group, a row each."""
+    rows = [
+        {"group": group, "names": ", ".join(item.name for item in items)} for group, items in groups.items()
+    ]
+    yield table(rows).on_screen()
     yield "lrc list GROUP shows one line and the source of each"
 
 
 def catalogue_table(group: str, items: Iterable[Item]) -> RenderableType:
-    """Show one group: a line for each item, and its source where any has one."""
-    rows = [(item.name, item.summary, item.source) for item in items]
-    sourced = any(source for *_, source in rows)
-    heads = (group, "", "source") if sourced else (group, "")
-    return table(heads, [row[: len(heads)] for row in rows]).on_screen()
+    """Return one group: a line for each item, and its source where any has one."""
+    rows = [
+        {group: item.name, "": item.summary, **({"source": item.source} if item.source else {})}
+        for item in items
+    ]
+    return table(rows).on_screen()
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:
@@ -172,50 +173,62 @@ def warning_lines(warnings: Iterable[str]) -> Iterator[str]:
 
 
 def _perplexity(of: Evaluated) -> Table:
-    rows = [
-        [
-            p.data,
-            f"{p.value:.5g}",
-            "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}",
-            str(p.windows),
-            str(p.seq_len),
-            p.dtype,
-            f"{p.tokens_per_second:,.0f}",
-        ]
+    return table(
+        {
+            "text": p.data,
+            "perplexity:n": f"{p.value:.5g}",
+            "bits per byte:n": "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}",
+            "windows:n": str(p.windows),
+            "seq_len:n": str(p.seq_len),
+            "dtype": p.dtype,
+            "tokens/s:n": f"{p.tokens_per_second:,.0f}",
+        }
         for p in of.perplexity
-    ]
-    heads = ("text", "perplexity:n", "bits per byte:n", "windows:n", "seq_len:n", "dtype", "tokens/s:n")
-    return table(heads, rows)
+    )
 
 
 def _ratios(pairs: Iterable[Pair]) -> Table:
     rows = []
     for pair in pairs:
         both = (pair.ours, pair.theirs)
-        values = [f"{p.value:.5g}" if pair.same_tokens else _bits(p) for p in both]
-        # What both have in common once, what differs of each.
-        how = [
+        ours, theirs = (f"{p.value:.5g}" if pair.same_tokens else _bits(p) for p in both)
+        # A setting that both share stands once.
+        windows, seq_len, dtype = (
             ", ".join(dict.fromkeys(str(getattr(p, key)) for p in both))
             for key in ("windows", "seq_len", "dtype")
-        ]
-        rows.append([pair.ours.data, *values, "" if pair.ratio is None else f"{pair.ratio:.4f}", *how])
-    return table(("text", "model:n", "against:n", "ratio:n", "windows:n", "seq_len:n", "dtype"), rows)
+        )
+        rows.append(
+            {
+                "text": pair.ours.data,
+                "model:n": ours,
+                "against:n": theirs,
+                "ratio:n": "" if pair.ratio is None else f"{pair.ratio:.4f}",
+                "windows:n": windows,
+                "seq_len:n": seq_len,
+                "dtype": dtype,
+            }
+        )
+    return table(rows)
 
 
 def _tasks(of: Evaluated, against: Evaluated | None) -> Table:
-    """Scores with their standard errors, and where there is another model its own and the difference."""
+    """Return scores with standard errors, and beside them another model's scores and the differences."""
     others = {(s.task, s.metric, s.filter): s for s in (against.tasks if against else [])}
     rows = []
     for score in of.tasks:
         name = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
         better = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
-        counts = ["" if n is None else str(n) for n in (score.shots, score.documents)]
-        cells = [score.task, f"{name}{better}", *counts, _score(score)]
+        row = {
+            "task": score.task,
+            "metric": f"{name}{better}",
+            "shots:n": "" if score.shots is None else str(score.shots),
+            "documents:n": "" if score.documents is None else str(score.documents),
+            "model:n": _score(score),
+        }
         if other := others.get((score.task, score.metric, score.filter)):
-            cells += [_score(other), f"{score.value - other.value:+.4f}"]
-        rows.append(cells)
-    heads = ["task", "metric", "shots:n", "documents:n", "model:n"]
-    return table([*heads, *(["against:n", "difference:n"] if against else [])], rows)
+            row |= {"against:n": _score(other), "difference:n": f"{score.value - other.value:+.4f}"}
+        rows.append(row)
+    return table(rows)
 
 
 def _score(score: TaskScore) -> str:
@@ -223,21 +236,18 @@ def _score(score: TaskScore) -> str:
 
 
 def _token_by_token(pairs: Iterable[Pair]) -> Table:
-    """What the model loses of the one it is held against, on the same tokens."""
-    rows = [
-        [
-            pair.ours.data,
-            str(pair.ours.seq_len),
-            _interval(found.perplexity_ratio, "{:.4f}"),
-            _interval(found.kl_mean, "{:.4g}"),
-            _interval(found.kl_p99, "{:.4g}"),
-            _interval(found.top1_agreement, "{:.2%}"),
-        ]
+    return table(
+        {
+            "text": pair.ours.data,
+            "seq_len:n": str(pair.ours.seq_len),
+            "perplexity ratio:n": _interval(found.perplexity_ratio, "{:.4f}"),
+            "KL, mean:n": _interval(found.kl_mean, "{:.4g}"),
+            "KL, 99 %:n": _interval(found.kl_p99, "{:.4g}"),
+            "top-1 agreement:n": _interval(found.top1_agreement, "{:.2%}"),
+        }
         for pair in pairs
         if (found := pair.tokens)
-    ]
-    heads = ("text", "seq_len:n", "perplexity ratio:n", "KL, mean:n", "KL, 99 %:n", "top-1 agreement:n")
-    return table(heads, rows)
+    )
 
 
 def _interval(estimate: Estimate, form: str) -> str:

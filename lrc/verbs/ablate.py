@@ -19,8 +19,7 @@ from lrc.hub.names import default_text
 from lrc.inspection.ablation import Trial, choose_targets, coarse_notes, losses
 from lrc.inspection.asked import check_keeps
 from lrc.plan.precedence import COMPONENTS
-from lrc.records.ablation import Ablation
-from lrc.records.losses import Loss, Losses, load_losses
+from lrc.records.ablation import Ablation, Loss, Losses, load_losses
 from lrc.report.ablation import picture
 from lrc.run.offload import States
 from lrc.run.settings import Run

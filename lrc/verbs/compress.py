@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import TypeAdapter
+
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.curves import as_curves
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
@@ -269,10 +271,10 @@ def _report(
         before=before,
         after=after,
         perplexity=perplexity,
-        targets=[TargetRecord.from_dict(record) for record in target_records(job, own)],
+        targets=TypeAdapter(list[TargetRecord]).validate_python(target_records(job, own)),
         refits=refit_records(job, own),
         scale=logit_scale(own),
-        calibration=CalibrationRecord.from_dict(settings["calibration"]),
+        calibration=TypeAdapter(CalibrationRecord).validate_python(settings["calibration"]),
         allocation=settings.get("allocation"),
         device=setup.device_name,
         dtype=setup.dtype_name,

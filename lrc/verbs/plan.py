@@ -223,7 +223,3 @@ def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
     _, largest = max(fulls, key=lambda each: each[0])
     sizes = [a and (a.size if a.kept < a.whole else largest) for a in layers]
     return Strip(target.name, largest, sizes, [a.kept / a.whole if a else 1.0 for a in layers])
-
-
-def _listed(fractions: Sequence[float]) -> str:
-    return ",".join(f"{fraction:g}" for fraction in fractions)

@@ -503,6 +503,7 @@ def test_unknown_list(fails: Fails) -> None:
         (("compress", "m", "--plan", "p", "--batch-size", "0"), "--batch-size '0': should be greater than"),
         (("compress", "m", "--plan"), "option '--plan' requires an argument"),
         (("compress", "m"), "say how much to keep, such as --keep 0.8, or name a plan, such as --plan a3-2x"),
+        (("compress",), "missing argument 'model'; see lrc compress --help"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +101,29 @@ def test_compress_prints_the_summary(job: Job) -> None:
     (change,) = report["perplexity"]
     assert f"{change['before']['value']:.4g}" in printed
     assert f"{change['after']['value']:.4g}" in printed
-    assert printed.endswith("wrote tiny-gpt2-small\n")
+    assert "\nwrote tiny-gpt2-small\n" in printed
+
+
+def test_compress_ends_with_the_commands_that_come_next(there: Job, succeeds_here: Run) -> None:
+    commands, python = there.result.stdout.rpartition("\nnext:\n")[2].split("or in Python:\n")
+    first, last = commands.splitlines()
+    lrc_eval, *argv = shlex.split(first)
+    assert (lrc_eval, argv[:4]) == ("lrc", ["eval", "tiny-gpt2-small", "--against", "tiny-gpt2"])
+    found = json.loads(succeeds_here(*argv, "--max-windows", 4, "--json").stdout)
+    (change,) = there.report["perplexity"]
+    assert found["perplexity"][0]["data"] == change["after"]["data"]
+    assert found["ratio"] == [pytest.approx(change["after"]["value"] / change["before"]["value"], rel=1e-6)]
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(python), names)
+    assert sum(p.numel() for p in names["model"].parameters()) == there.report["after"]["parameters"]
+    quick = ["--prefill", "1x8", "--decode", "none", "--repeats", "1", "--device", "cpu", "--json"]
+    lrc_bench, *argv = shlex.split(last)
+    bench = json.loads(succeeds_here(*argv, *quick).stdout)
+    assert (lrc_bench, bench["of"]["name"], bench["against"]["name"]) == (
+        "lrc",
+        "tiny-gpt2-small",
+        "tiny-gpt2",
+    )
 
 
 def test_the_report_is_read_back_and_its_page_shows_it(job: Job) -> None:
@@ -222,6 +247,7 @@ def test_spaces_and_letters_of_other_alphabets(
     out = strange / "klein & fein"
     result = succeeds(*moved, "--out", out)
     assert f"wrote {out}\n" in result.stdout
+    assert f"lrc bench {shlex.quote(str(out))} --against" in result.stdout
     printed = succeeds("eval", out, "--ppl", tmp_path / "text.txt").stdout
     assert f"model: {out}\n" in printed
 
@@ -482,6 +508,42 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
 def test_help_says_the_defaults_that_are_worked_out(succeeds: Run, verb: str, default: str) -> None:
     printed = succeeds(verb, "--help").stdout
     assert f"[default: ({default})]" in " ".join(printed.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("verb", "first"),
+    [
+        ("compress", {"--plan", "--keep", "--set", "--out", "--ppl"}),
+        ("eval", {"--ppl", "--tasks", "--against"}),
+        ("plan", {"--keep", "--bytes", "--kv-cache", "--base", "--out"}),
+        ("bench", {"--against", "--prefill", "--decode", "--out"}),
+        ("inspect", {"--against", "--keeps", "--out"}),
+        ("check", {"--plan", "--keep", "--set"}),
+        ("compare", {"--out"}),
+        ("verify", {"--trust-remote-code"}),
+        ("list", set()),
+    ],
+)
+def test_help_shows_few_options_first_and_the_rest_in_titled_panels(
+    succeeds: Run, verb: str, first: set[str]
+) -> None:
+    panels: dict[str, set[str]] = {}
+    for line in succeeds(verb, "--help").stdout.splitlines():
+        if begun := re.match(r"╭─ (.+?) ─", line):
+            options = panels.setdefault(begun[1], set())
+        elif option := re.match(r"│ +(--[a-z-]+)", line):
+            options.add(option[1])
+    assert panels.pop("Arguments") == set()
+    assert next(iter(panels)) == "Options"
+    assert panels.pop("Options") == first | {"--json", "--help"}
+    assert all(panels.values())
+    if verb in ("compress", "plan", "eval", "inspect"):
+        assert {"--device", "--dtype"} <= panels["Where it runs"]
+        assert {"--revision", "--data-dir"} <= panels["Where the model and the texts come from"]
+
+
+def test_help_of_compress_is_short(succeeds: Run) -> None:
+    assert len(succeeds("compress", "--help").stdout.splitlines()) < 107  # without panels
 
 
 def test_messages_are_left_whole(tmp_path: Path, run: Run) -> None:

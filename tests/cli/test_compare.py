@@ -74,4 +74,4 @@ def test_what_cannot_be_compared_is_refused(
     assert "name the folder of one, or leave it out" in message
     assert "lrc eval" not in message
     (work / outputs[0] / "report.json").write_text("{", encoding="utf-8")
-    assert "out-half/report.json is damaged, it is no JSON" in fails("compare", *outputs)
+    assert "out-half/report.json is damaged, it is not JSON" in fails("compare", *outputs)

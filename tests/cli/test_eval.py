@@ -151,7 +151,7 @@ def test_a_table_by_context_length(succeeds: Run, tiny_checkpoint: TinyCheckpoin
         (["--context", ""], "--context '' is empty; name something, or leave it out"),
         (["--ppl", ""], "--ppl '' is empty; name something, or leave it out"),
         (["--seq-len", "1"], "see lrc eval --help"),
-        (["--context", "16,many"], "--context 16,many: 'many' is no whole number; write such as 512,1024"),
+        (["--context", "16,many"], "--context 16,many: 'many' is not a whole number; write such as 512,1024"),
         (["--context", "16", "--seq-len", "16"], "--seq-len and --context contradict each other"),
         (
             ["--tokens", "nowhere/t.parquet"],
@@ -296,7 +296,7 @@ def test_tasks_without_the_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_folder_of_tasks_without_tasks(fails: Fails, tasks_dir: Path) -> None:
     told = fails("eval", "tiny-gpt2", "--tasks-dir", tasks_dir)
-    assert "--tasks-dir has no effect without --tasks" in told
+    assert "--tasks-dir: no effect without --tasks" in told
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_an_interrupted_ablation_says_that_it_goes_on(
     ("options", "told"),
     [
         (["--against", "tiny-gpt2"], "--against: no effect with --ablate; leave it out"),
-        (["--tokens", "t.parquet", "--streamed"], "--tokens and --streamed/--whole: no effect with --ablate"),
+        (["--tokens", "t.parquet", "--streamed"], "--streamed/--whole and --tokens: no effect with --ablate"),
         (["--ppl", "builtin,ptb"], "--ablate measures on one text, not 2; run it again for each"),
         (["--keeps", ""], "--keeps '' is empty; name something, or leave it out"),
         (["--keeps", "half"], "--keeps half: 'half' is not a number"),

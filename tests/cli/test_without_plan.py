@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import lrc
 import lrc.estimate.room
-from lrc.cli.options import Data, Layers, Place, Source
+from lrc.cli.options import Inputs, Layers
 from lrc.run.settings import Run
 
 FEW = ("--set", "calibration={samples: 4, seq_len: 48, gradient_samples: 2}")
@@ -115,5 +116,5 @@ def test_mistakes(fails: Callable[..., str], argv: list[str], told: str) -> None
 
 
 def test_the_options_are_the_fields_of_a_run() -> None:
-    options = {name for group in (Source, Place, Layers, Data) for name in group.__dataclass_fields__}
+    options = {field.name for group in (Inputs, Layers) for field in fields(group)}
     assert options | {"progress", "warn", "processes"} == set(Run.__dataclass_fields__)

@@ -16,8 +16,8 @@ from lrc.records.inspection import Choice, Conditioning, Estimate, Held, Inspect
 from lrc.report.inspected import (
     auto_table,
     by_method,
+    by_target,
     estimate_tables,
-    grouped,
     heading,
     held_table,
     inspection_tables,
@@ -71,12 +71,12 @@ def inspection(**changes: object) -> Inspection:
     return replace(found, **changes)  # type: ignore[arg-type]
 
 
-GROUPS = grouped(inspection().targets, by_layer=False)
+GROUPS = by_target(inspection().targets, by_layer=False)
 
 
 def test_groups_by_target_or_by_layer() -> None:
     assert list(GROUPS) == ["q", "embed"]
-    assert list(grouped(inspection().targets, by_layer=True)) == ["0 q", "1 q", "embed"]
+    assert list(by_target(inspection().targets, by_layer=True)) == ["0 q", "1 q", "embed"]
 
 
 def test_spectra_are_means_and_ranks_a_range() -> None:
@@ -117,7 +117,7 @@ def test_methods_are_named_with_options_that_are_not_their_defaults() -> None:
 def test_auto_counts_the_layers_where_they_differ_and_has_figures_of_one() -> None:
     figures = "svd: 0.3 relative error, keeps 60.0%\nnext whitened_svd: 0.35, keeps 50.0%"
     assert auto_table(GROUPS, [0.6]).rows == [["q", "1 svd\n1 whitened_svd"], ["embed", figures]]
-    alone = auto_table(grouped([OTHER], by_layer=True), [0.6]).rows
+    alone = auto_table(by_target([OTHER], by_layer=True), [0.6]).rows
     assert alone == [["1 q", "whitened_svd: 0.2 relative error, keeps 60.0%"]]
 
 

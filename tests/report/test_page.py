@@ -10,7 +10,11 @@ from lrc.report.page import Section, render
 from lrc.report.table import table
 
 FOUND = table(
-    ("target", "c4:test:n", "why:w", "size:n:m", "method:m"), [["q|k", "1.5", "<b>", "3", "svd"]], "Caption"
+    [
+        {"target": "q|k", "c4:test:n": "1.5", "why:w": "<b>", "size:n:m": "3"},
+        {"target": "o", "method:m": "svd"},
+    ],
+    "Caption",
 )
 
 
@@ -25,7 +29,8 @@ def test_markdown_keeps_its_columns() -> None:
         "",
         "| target | c4:test | why | size | method |",
         "| --- | --- | --- | --- | --- |",
-        r"| q\|k | 1.5 | <b> | 3 | svd |",
+        r"| q\|k | 1.5 | <b> | 3 |  |",
+        "| o |  |  |  | svd |",
         "",
     ]
 

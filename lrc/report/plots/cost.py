@@ -1,4 +1,4 @@
-"""What quality costs: perplexity against bytes, an output a point, with the front that none of them is below."""
+"""Picture: perplexity against bytes, with the front of outputs that no other beats in both."""
 
 from __future__ import annotations
 
@@ -15,24 +15,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike
 
-from lrc.report.plots.theme import (
-    INK,
-    MUTED,
-    PAPER,
-    PHONE,
-    compact,
-    drawing,
-    mark,
-    shortened,
-    svg,
-)
+from lrc.report.plots.theme import INK, MUTED, PAPER, PHONE, compact, drawing, mark, shortened, svg
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model of so many ``bytes`` with its ``perplexity``; ``kind`` is its method, or None for the dense model."""
+    """A model; ``kind`` is its method, or None for the dense model."""
 
     label: str
     bytes: int
@@ -41,7 +31,7 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other is both at most as large as and at most as perplexed as, by bytes; equal ones once."""
+    """Return the points that no other matches or beats in bytes and perplexity, by bytes; of equal ones the first."""
     best, found = math.inf, []
     for point in sorted(points, key=lambda point: (point.bytes, point.perplexity)):
         if point.perplexity < best:
@@ -51,20 +41,29 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) -> str:
-    """The picture of one text; ``kinds`` in the order of their colours, which pictures beside each other share.
-
-    Points whose perplexity is not finite are left out, as an axis has no place for them.
-    """
+    """Return the picture of one text, without points that are not finite; ``kinds`` are in the order of colours."""
     shown = [point for point in points if math.isfinite(point.perplexity) and point.perplexity > 0]
     with drawing(PHONE, 0.78 * PHONE) as figure:
         axes = figure.subplots()
         axes.set_title(f"perplexity on {shortened(text, 28)}")
         edge = front(shown)
         axes.plot([p.bytes for p in edge], [p.perplexity for p in edge], color=MUTED, linewidth=1, zorder=1.5)
-        for i, kind in enumerate(kinds):
+        series = [(kind, kind, *mark(i), 7) for i, kind in enumerate(kinds)]
+        for kind, label, colour, marker, size in (*series, (None, "dense", INK, "*", 11)):
             if of_kind := [point for point in shown if point.kind == kind]:
-                _marks(axes, of_kind, *mark(i), kind)
-        _marks(axes, [point for point in shown if point.kind is None], INK, "*", "dense")
+                axes.plot(
+                    [point.bytes for point in of_kind],
+                    [point.perplexity for point in of_kind],
+                    linestyle="none",
+                    marker=marker,
+                    markersize=size,
+                    markeredgecolor=PAPER,
+                    markeredgewidth=1,
+                    color=colour,
+                    label=label,
+                    clip_on=False,
+                    zorder=3,
+                )
         _scales(axes, shown)
         if len(kinds) > 1:
             axes.legend(
@@ -75,29 +74,12 @@ def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) ->
                 columnspacing=1.2,
             )
         _label(figure, axes, shown, edge)
-        return svg(
-            figure, name, f"Perplexity on {text} against the bytes of the weights, {len(shown)} models"
-        )
-
-
-def _marks(axes: Axes, points: Sequence[Point], colour: str, marker: str, label: str) -> None:
-    axes.plot(
-        [point.bytes for point in points],
-        [point.perplexity for point in points],
-        linestyle="none",
-        marker=marker,
-        markersize=11 if marker == "*" else 7,
-        markeredgecolor=PAPER,
-        markeredgewidth=1,
-        color=colour,
-        label=label,
-        clip_on=False,
-        zorder=3,
-    )
+        label = f"Perplexity on {text} against the bytes of the weights, {len(shown)} models"
+        return svg(figure, name, label)
 
 
 def _scales(axes: Axes, points: Sequence[Point]) -> None:
-    """Bytes from nothing on, in a unit of their size; perplexity by ratios where it spans many."""
+    """Scale bytes from zero in a fitting unit; perplexity is logarithmic if it spans a factor of three."""
     most = max((point.bytes for point in points), default=1)
     size, unit = next(each for each in _UNITS if most >= each[0])
     axes.set_xlim(0, 1.08 * most)
@@ -119,14 +101,14 @@ def _scales(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[Point]) -> None:
-    """Write each label near its point, with a line to it, where it overlaps least of marks, labels and the front."""
-    figure.draw_without_rendering()  # what is laid out now stays where it is
+    """Write each label near its point where it overlaps marks, labels and the front least."""
+    figure.draw_without_rendering()  # fixes the layout
     figure.set_layout_engine("none")
     inside = axes.get_window_extent()
     at = axes.transData.transform
     taken = [_around(at((point.bytes, point.perplexity)), 6) for point in points]
     for start, end in pairwise(at([(point.bytes, point.perplexity) for point in edge]) if edge else []):
-        steps = 1 + round(math.dist(start, end) / 4)  # the line of the front, as beads
+        steps = 1 + round(math.dist(start, end) / 4)  # boxes along the line of the front
         taken += [_around(start + i / steps * (end - start), 2) for i in range(steps + 1)]
     for point in points:
         label = axes.annotate(
@@ -141,7 +123,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[P
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 7},
         )
-        label.get_window_extent()  # puts the text at its point
+        label.get_window_extent()  # moves the text to its point
         own = Text.get_window_extent(label)
         offsets = [
             (right * (gap + own.width / 2), up * (gap + own.height / 2))
@@ -154,7 +136,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[P
         label.set_position(best)
 
 
-# Pixels between a point and its label, and on which side of it the label is: the best first.
+# Pixels between a point and its label, and sides of the point, the best first.
 _GAPS = (8, 20, 34, 50)
 _SIDES = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, -0.8), (0.8, -0.8), (-0.8, 0.8))
 
@@ -165,7 +147,7 @@ def _around(place: ArrayLike, half: float) -> Bbox:
 
 
 def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
-    """The area that a box has in common with others, and four times what is outside of the axes."""
+    """Return the area that a box shares with others, plus four times its area outside the axes."""
     common = [Bbox.intersection(box, other) for other in (*taken, inside)]
     *others, within = (0.0 if each is None else each.width * each.height for each in common)
     return sum(others) + 4 * (box.width * box.height - within)

@@ -1,4 +1,4 @@
-"""A table of figures as a picture: the fuller the colour of a cell, the larger its figure."""
+"""Picture: a table of figures, whose colours are fuller for larger figures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def heatmap(
     below: str,
     label: str,
 ) -> str:
-    """Return a picture of ``texts`` on cells of ``shades`` between 0 and 1, by row and column.
+    """Return a picture of ``texts`` on ``shades`` between 0 and 1, by row and column.
 
-    ``below`` stands under the columns; ``label`` says what the picture shows to those who do not see it.
+    ``below`` is the label of the columns; ``label`` describes the picture for screen readers.
     """
     with drawing(PHONE, _ROW * len(rows) + _AROUND) as figure:
         axes = figure.subplots()
-        # A mesh is drawn as paths, whose colours are the page's; an image would be light on dark paper.
+        # A mesh is drawn as paths, which take the page's colours; an image would stay light on dark paper.
         axes.pcolormesh(shades, cmap=HEAT, vmin=0, vmax=1)
         axes.invert_yaxis()
         for y, row in enumerate(texts):

@@ -1,4 +1,4 @@
-"""What is kept by layer and component: a row a component, a bar a layer, as high as what is kept of it."""
+"""Picture: the kept fraction of each target, a row for each target and a bar for each layer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ _ROW, _EDGES = 42, 46  # pixels of a row, and of what is above and below all row
 
 @dataclass(frozen=True)
 class Row:
-    """One component: the fraction of its weights ``kept`` in each layer with the method's name there (None where it
-    stays whole), one bar for what is outside the layers; ``size``: its rank or width in words.
+    """One target: fraction and method by layer (method None where it stays whole), one bar outside the layers.
+
+    ``size``: its rank or width in words.
     """
 
     target: str
@@ -25,10 +26,10 @@ class Row:
 
 
 def kept(name: str, rows: Sequence[Row]) -> str:
-    """The picture of a whole model, drawn on light bars that are what was there."""
+    """Return the picture of a model, on light bars of the original's height."""
     methods = list(dict.fromkeys(m for row in rows for m in row.methods if m is not None))
     colours = {method: SERIES[i % len(SERIES)] for i, method in enumerate(methods)}
-    layers = max((len(row.kept) for row in rows), default=1)
+    layers = max(len(row.kept) for row in rows)
     with drawing(PHONE, _EDGES + _ROW * len(rows) + (18 if len(methods) > 1 else 0)) as figure:
         panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True)[:, 0]
         for row, axes in zip(rows, panels, strict=True):
@@ -42,16 +43,12 @@ def kept(name: str, rows: Sequence[Row]) -> str:
             axes.set(ylim=(0, 1), yticks=[], xlim=(-0.6, layers - 0.4))
             axes.grid(visible=False)
             axes.tick_params(bottom=False, labelbottom=False)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
+            axes.spines[:].set_visible(False)
             axes.text(-0.02, 0.5, row.target, transform=axes.transAxes, ha="right", va="center", color=INK)
             axes.text(1.02, 0.5, row.size, transform=axes.transAxes, va="center", color=MUTED, fontsize=10)
-        if rows:
-            last = panels[-1]
-            step = max(1, -(-layers // 10))
-            last.set_xticks(range(0, layers, step))
-            last.tick_params(labelbottom=True)
-            last.set_xlabel("layer")
+        panels[-1].set_xticks(range(0, layers, max(1, -(-layers // 10))))
+        panels[-1].tick_params(labelbottom=True)
+        panels[-1].set_xlabel("layer")
         if len(methods) > 1:
             figure.legend(
                 handles=[Patch(color=colours[m], label=m) for m in methods],
@@ -60,6 +57,5 @@ def kept(name: str, rows: Sequence[Row]) -> str:
                 handlelength=1,
                 handleheight=1,
             )
-        return svg(
-            figure, name, f"Weights kept in each of {layers} layers of {', '.join(r.target for r in rows)}"
-        )
+        targets = ", ".join(row.target for row in rows)
+        return svg(figure, name, f"Weights kept in each of {layers} layers of {targets}")

@@ -1,4 +1,4 @@
-"""The JSON schema of report.json, as docs/report.schema.json has it: ``python -m lrc.records.schema`` prints it."""
+"""Prints the JSON schema of report.json: ``python scripts/report_schema.py > docs/report.schema.json``."""
 
 from __future__ import annotations
 
