@@ -162,7 +162,7 @@ def _measure(
             with setup.watch.stage("dense"):
                 loading = Loading(setup.device, setup.dtype, folder, setup.run)
                 with loaded([setup.model.path], len(setup.tokenizer), loading) as models:
-                    dense = measure(models[0], passage, tokenizer=setup.tokenizer, ranks=processes)
+                    dense = measure(models[0], passage, setup.tokenizer, Run(processes=processes))
             known = cache.save(replace(known, dense=dense))
         for jobs in filter(None, groups):
             place = setup.offload(some, len(processes.mine(texts.calibration.blocks)))
