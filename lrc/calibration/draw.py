@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lrc.hub.names import default_text
 from lrc.plan.job import Job
-from lrc.text.blocks import tokenize
+from lrc.text.blocks import held_out_blocks, tokenize
 from lrc.text.datasets import DATASETS
-from lrc.text.held_out import held_out_blocks
 from lrc.text.mixture import Calibration, Source, about, read_mixture
 from lrc.text.source import Text, read_text
 from lrc.text.spec import DataLike
