@@ -17,8 +17,7 @@ from lrc.checkpoint.headers import read_headers
 from lrc.estimate.room import fits_whole
 from lrc.evaluation.perplexity import Keep, Model, Perplexity, evaluate_perplexity
 from lrc.evaluation.streamed import StreamedModel
-from lrc.hub.loader import load
-from lrc.hub.tokenizer import load_tokenizer
+from lrc.hub.loader import load, load_tokenizer
 from lrc.run.settings import Run, find_device, find_dtype
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lrc.errors import UserError
 from lrc.evaluation.bootstrap import FEW, Estimate, mean, percentile, ratio
-from lrc.evaluation.divergence import Divergence, divergence
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.passage import Passage, passages
 from lrc.evaluation.perplexity import (
@@ -26,7 +25,8 @@ from lrc.evaluation.perplexity import (
     summarise,
     window_logits,
 )
-from lrc.hub.tokenizer import load_tokenizer
+from lrc.evaluation.tokens import Divergence, divergence
+from lrc.hub.loader import load_tokenizer
 from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
@@ -85,7 +85,6 @@ class Pair:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """List the caveats of the comparison."""
         if self.refused is not None:
             return (f"{self.ours.data}: {self.refused}{self._scored_bytes}",)
         if self.tokens and 1 < self.ours.windows < FEW:

@@ -30,7 +30,6 @@ class Passage:
 
     @property
     def seq_len(self) -> int:
-        """Return the tokens of a window."""
         return self.cut.shape[1]
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from lrc.evaluation.nll import token_nll
 from lrc.evaluation.passage import Passage, choose_seq_lens, passages
 from lrc.evaluation.streamed import StreamedModel
+from lrc.evaluation.tokens import token_nll
 from lrc.run.processes import Ranks
 from lrc.run.settings import Run
 from lrc.text.blocks import batched, ids_sha256

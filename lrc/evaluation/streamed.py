@@ -46,7 +46,6 @@ class StreamedModel:
 
     @property
     def config(self) -> Any:
-        """Return the transformers config."""
         return self._reader.config
 
     @torch.no_grad()

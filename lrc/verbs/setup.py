@@ -14,8 +14,8 @@ from lrc.calibration.draw import Texts, draw_texts
 from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.estimate.room import choose_place, known_place
+from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import ResolvedModel
-from lrc.hub.tokenizer import load_tokenizer
 from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.resolve import Draft
 from lrc.run.offload import Place

@@ -12,11 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.errors import UserError
-from lrc.evaluation import PROTOCOL_VERSION, evaluate_perplexity, nll
 from lrc.evaluation import perplexity as module
-from lrc.evaluation.nll import token_nll
+from lrc.evaluation import tokens
 from lrc.evaluation.passage import Passage, choose_seq_lens
-from lrc.evaluation.perplexity import count_scored_bytes, measure, window_losses
+from lrc.evaluation.perplexity import (
+    PROTOCOL_VERSION,
+    count_scored_bytes,
+    evaluate_perplexity,
+    measure,
+    window_losses,
+)
+from lrc.evaluation.tokens import token_nll
 from lrc.run.settings import Run
 from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import read_text
@@ -83,7 +89,7 @@ def test_batch_and_chunk_sizes_do_not_change_it(model, monkeypatch):
     for batch in (1, 3, 100):
         losses = window_losses(model, windows(IDS, 16), batch)
         assert float(losses.double().sum()) == pytest.approx(whole.nats, rel=1e-6)
-    monkeypatch.setattr(nll, "_CHUNK_BYTES", 4 * 256 * 7)  # 15 rows to score, 7 at once
+    monkeypatch.setattr(tokens, "_CHUNK_BYTES", 4 * 256 * 7)  # 15 rows to score, 7 at once
     assert perplexity(model, IDS, seq_len=16).nats == pytest.approx(whole.nats, rel=1e-6)
 
 
