@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from torch import Tensor
@@ -28,12 +28,14 @@ class Estimate:
 
 def mean(tokens: Tensor) -> Estimate:
     """Return the mean of (windows, n) over all tokens, summed in float64."""
-    return _means(tokens, lambda means: means)
+    sums, size = tokens.double().sum(dim=1).numpy(), tokens.numel()
+    return _estimate(len(sums), lambda drawn: sums[drawn].sum(axis=-1) / size)
 
 
 def ratio(nats: Tensor, against: Tensor) -> Estimate:
     """Return perplexity over perplexity, from nats (windows, n) of the same tokens by two models."""
-    return _means(nats.double() - against.double(), np.exp)
+    found = mean(nats.double() - against.double())
+    return Estimate(*(end if end is None else float(np.exp(end)) for end in astuple(found)))
 
 
 def percentile(tokens: Tensor, share: float) -> Estimate:
@@ -51,11 +53,6 @@ def percentile(tokens: Tensor, share: float) -> Estimate:
         return ordered[np.searchsorted(found, rank)]
 
     return _estimate(len(tokens), lambda drawn: np.apply_along_axis(figure, -1, drawn))
-
-
-def _means(tokens: Tensor, figure: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    sums, size = tokens.double().sum(dim=1).numpy(), tokens.numel()
-    return _estimate(len(sums), lambda drawn: figure(sums[drawn].sum(axis=-1) / size))
 
 
 def _estimate(windows: int, figure: Callable[[np.ndarray], np.ndarray]) -> Estimate:

@@ -122,7 +122,8 @@ def evaluate_pair(
     tokenizers = [load_tokenizer(f, trust_remote_code=run.trust_remote_code) for f in folders]
     cut = [passages(tokenizer, texts, seq_lens, max_windows) for tokenizer in tokenizers]
     sides = [*zip(*cut, strict=True)]
-    if keep and (differ := next((ours for ours, theirs in sides if not _same_ids(ours, theirs)), None)):
+    differ = next((ours for ours, theirs in sides if not torch.equal(ours.ids, theirs.ids)), None)
+    if keep and differ:
         raise UserError(
             f"{differ.data}: the tokenizers of {folders[0]} and {folders[1]} differ, so they cannot be compared token "
             "by token; leave --tokens out to compare bits per byte"
@@ -189,13 +190,9 @@ def _batches(
 
 def _refusal(models: Sequence[Model], sides: tuple[Passage, Passage]) -> str | None:
     """Say why two models cannot be compared token by token; None if they can."""
-    if not _same_ids(*sides):
+    if not torch.equal(sides[0].ids, sides[1].ids):
         return "the tokenizers differ, so the models are not compared token by token; the ratio is of bits per byte"
     ours, theirs = (model.config.get_text_config().vocab_size for model in models)
     if ours != theirs:
         return f"the vocabularies have {ours:,} and {theirs:,} entries, so distributions are not compared"
     return None
-
-
-def _same_ids(ours: Passage, theirs: Passage) -> bool:
-    return torch.equal(ours.ids, theirs.ids)

@@ -73,16 +73,12 @@ def _check(path: Path) -> None:
     check_file("--tokens", path)
     if path.suffix != ".parquet":
         raise UserError(f"--tokens {path} writes Parquet; name the file {path.with_suffix('.parquet')}")
-    if path.exists() and not _ours(path):
-        raise UserError(f"--tokens {path} exists and was not made by lrc eval; name another file")
-
-
-def _ours(path: Path) -> bool:
-    """Tell whether a file has the columns of results by token."""
     try:
-        return {*_PLACE, "nll"} <= {*pq.read_schema(path).names}
+        columns = pq.read_schema(path).names if path.exists() else [*_PLACE, "nll"]
     except (OSError, pa.ArrowException):
-        return False
+        columns = []
+    if not {*_PLACE, "nll"} <= {*columns}:
+        raise UserError(f"--tokens {path} exists and was not made by lrc eval; name another file")
 
 
 def _columns(passage: Passage, results: Mapping[str, Tensor], rows: slice) -> dict[str, pa.Array]:

@@ -229,21 +229,20 @@ def _parsed(data: str) -> object:
     """Parse a string into the value that a plan would have."""
     if _is_file(data):
         return data
-    parts = [part.strip() for part in data.split(",")]
-    pairs = [_pair(part) for part in parts]
+    pairs = [_pair(part.strip()) for part in data.split(",")]
     names = [name for name, _ in pairs]
     for place, name in enumerate(names):
         if name in names[:place]:
             raise ValueError(f"{name!r} is written twice")
     unweighted = [name for name, weight in pairs if weight is None]
-    if unweighted and unweighted != names:
+    if not unweighted:
+        return {name: _number(weight or "") for name, weight in pairs}
+    if unweighted != names:
         raise ValueError(
             f"{unweighted[0]!r} has no weight, but others have one; give all a weight or none. For a file name with a "
             "comma, name only this file, or write {NAME: 2, ...} in a plan"
         )
-    if unweighted:
-        return names if names[1:] else names[0]
-    return {name: _number(weight or "") for name, weight in pairs}
+    return names if names[1:] else names[0]
 
 
 def _pair(part: str) -> tuple[str, str | None]:
