@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -35,7 +35,8 @@ def mean(tokens: Tensor) -> Estimate:
 def ratio(nats: Tensor, against: Tensor) -> Estimate:
     """Return perplexity over perplexity, from nats (windows, n) of the same tokens by two models."""
     found = mean(nats.double() - against.double())
-    return Estimate(*(end if end is None else float(np.exp(end)) for end in astuple(found)))
+    low, high = (end if end is None else float(np.exp(end)) for end in (found.low, found.high))
+    return Estimate(float(np.exp(found.value)), low, high)
 
 
 def percentile(tokens: Tensor, share: float) -> Estimate:
