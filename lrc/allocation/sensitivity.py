@@ -15,7 +15,7 @@ from lrc.allocation.spend import Curve
 from lrc.compression.solve import pose, solve
 from lrc.compression.tables import pose_outer, store_outer
 from lrc.errors import UserError
-from lrc.evaluation.nll import token_nll
+from lrc.evaluation.tokens import token_nll
 from lrc.families import Architecture
 from lrc.methods.contract import Solution
 from lrc.moments.gradient import GradientMoment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,10 +44,10 @@ def parse_shapes(option: str, listed: Sequence[str] | None) -> list[tuple[int, i
 
     ``none`` gives no pairs, None (the default shapes) None. Raises UserError for any other word.
     """
-    if listed is None or list(listed) == ["none"]:
-        return None if listed is None else []
+    if listed is None:
+        return None
     found = []
-    for word in listed:
+    for word in [] if [*listed] == ["none"] else listed:
         if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", word)):
             raise UserError(f"{option}: {word!r} is not BATCHxTOKENS, such as 8x2048, or none")
         found.append((int(match[1]), int(match[2])))
@@ -55,8 +55,8 @@ def parse_shapes(option: str, listed: Sequence[str] | None) -> list[tuple[int, i
 
 
 def make_cases(
-    prefill: Iterable[tuple[int, int]] | None,
-    decode: Iterable[tuple[int, int]] | None,
+    prefill: Sequence[tuple[int, int]] | None,
+    decode: Sequence[tuple[int, int]] | None,
     modes: Sequence[str] | None,
     positions: int,
     new_tokens: int,
@@ -77,24 +77,22 @@ def make_cases(
         prefill = [(batch, min(_PREFILL_TOKENS, positions)) for batch in _PREFILL_BATCHES]
     if decode is None:
         decode = [(batch, min(_DECODE_TOKENS, positions)) for batch in _DECODE_BATCHES]
-    for option, shapes in (("--prefill", prefill := list(prefill)), ("--decode", decode := list(decode))):
-        for batch, length in shapes:
-            if length > positions:
-                raise UserError(
-                    f"{option} {batch}x{length} is longer than the {positions} positions of the models; "
-                    f"the nearest is {batch}x{positions}"
-                )
-    for batch, length in decode:
-        if length <= new_tokens:
-            raise UserError(
-                f"--decode {batch}x{length} is too short for {new_tokens} new tokens; "
-                f"the nearest is --new-tokens {length - 1}"
-                if length > 1
-                else f"--decode {batch}x1 has no context to continue; the nearest is {batch}x2"
-            )
-    if not prefill and not decode:
-        raise UserError("--prefill none and --decode none leave nothing to measure; drop one of them")
     whole = dict.fromkeys("eager" if mode == "graphs" else mode for mode in modes)
-    return [Case("prefill", *shape, mode) for mode in whole for shape in prefill] + [
-        Case("decode", *shape, mode) for mode in modes for shape in decode
-    ]
+    cases = [Case("prefill", *shape, mode) for mode in whole for shape in prefill]
+    cases += [Case("decode", *shape, mode) for mode in modes for shape in decode]
+    if not cases:
+        raise UserError("--prefill none and --decode none leave nothing to measure; drop one of them")
+    for case in cases:
+        option = f"--{case.phase} {case.shape}"
+        if case.length > positions:
+            raise UserError(
+                f"{option} is longer than the {positions} positions of the models; "
+                f"the nearest is {case.batch}x{positions}"
+            )
+        if case.phase == "decode" and case.length <= new_tokens:
+            raise UserError(
+                f"{option} is too short for {new_tokens} new tokens; the nearest is --new-tokens {case.length - 1}"
+                if case.length > 1
+                else f"{option} has no context to continue; the nearest is {case.batch}x2"
+            )
+    return cases

@@ -39,7 +39,6 @@ class Measured:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the speed at the median."""
         return self.tokens / self.seconds
 
     @property
@@ -65,11 +64,15 @@ def measure(
     for case in cases:
         runs, peaks = [], []
         for model, weight in zip(models, weights, strict=True):
-            before = _start_counting(model.device)
+            on_gpu = model.device.type == "cuda"
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(model.device)
+            before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
             run = Prefill(model, case) if case.phase == "prefill" else Decode(model, case, new_tokens)
             for _ in range(_WARM):
                 run.seconds()
-            peaks.append(None if before is None else weight.bytes + _peak(model.device) - before)
+            used = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else 0
+            peaks.append(weight.bytes + used if on_gpu else None)
             runs.append(run)
         seconds = [[run.seconds() for run in runs] for _ in range(repeats)]
         rows = []
@@ -105,14 +108,3 @@ def _quartiles(seconds: Sequence[float]) -> tuple[float | None, float, float | N
         return None, statistics.median(seconds), None
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return low, median, high
-
-
-def _start_counting(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device)

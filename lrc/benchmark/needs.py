@@ -32,12 +32,12 @@ class Needs:
     logits: int
 
     def beside(self, case: Case) -> int:
-        """Bytes that a case takes beside the weights: keys and values, a step's activations, logits."""
+        """Return the bytes of a case without the weights: KV cache, a step's activations, logits."""
         tokens = case.length if case.phase == "prefill" else 1
         return case.batch * (case.length * self.kv + tokens * self.activations + self.logits)
 
     def alone(self, case: Case) -> int:
-        """Bytes with no other model there."""
+        """Return the bytes of a case if no other model is loaded."""
         return self.weights + self.beside(case)
 
 
@@ -85,9 +85,8 @@ def fit_together(sides: Sequence[Needs], cases: Sequence[Case], device: torch.de
         for case in cases:
             if (needed := side.alone(case)) > room:
                 raise UserError(
-                    f"the benchmark of {side.name} needs about {needed:,} bytes on {device} for "
-                    f"{case.phase} {case.shape} "
-                    f"({side.weights:,} of weights); {free:,} are free, of which it takes {_SHARE:.0%}; "
+                    f"the benchmark of {side.name} needs about {needed:,} bytes on {device} for {case.phase} "
+                    f"{case.shape} ({side.weights:,} of weights); {free:,} are free, of which it takes {_SHARE:.0%}; "
                     f"{_nearest(side, case, room)}"
                 )
     weights = sum(side.weights for side in sides)
@@ -95,7 +94,7 @@ def fit_together(sides: Sequence[Needs], cases: Sequence[Case], device: torch.de
 
 
 def _nearest(side: Needs, case: Case, room: int) -> str:
-    """The largest smaller batch that fits, or what to do where none does."""
+    """Name the largest batch that fits, or a remedy if none does."""
     if batch := max(room - side.weights, 0) // side.beside(replace(case, batch=1)):
         return f"the nearest is --{case.phase} {batch}x{case.length}"
     if side.weights < room:

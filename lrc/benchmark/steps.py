@@ -32,7 +32,7 @@ class Steps(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Run the steps without waiting for the device."""
+        """Queue the steps on the device."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -49,7 +49,7 @@ class Steps(ABC):
 
 
 class Prefill(Steps):
-    """A prefill: all tokens of a batch into a new cache, and the most likely next tokens."""
+    """Prefill a new cache with all tokens of a batch and find the most likely next tokens."""
 
     def __init__(self, model: PreTrainedModel, case: Case) -> None:
         super().__init__(model, case)
@@ -66,7 +66,7 @@ class Prefill(Steps):
 
 
 class Decode(Steps):
-    """A decode of ``new_tokens`` tokens one by one with a static cache; the last attends to ``case.length`` tokens.
+    """Decode ``new_tokens`` tokens one by one with a static cache; the last attends to ``case.length`` tokens.
 
     The context is noise, which takes as long as text. Raises UserError if the model cannot be captured in a CUDA graph.
     """
@@ -105,7 +105,6 @@ class Decode(Steps):
         self.ids.copy_(found.logits[:, -1:].argmax(-1))
 
     def _captured(self) -> Callable[[], object]:
-        """Capture the step in a CUDA graph."""
         side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):

@@ -43,20 +43,16 @@ def weigh(model: Any) -> Weights:
 
 def cache_bytes(cache: Cache) -> int:
     """Return the bytes allocated for a cache's keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(cache))
+    layers: Any = cache.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def work_of(case: Case, weights: Weights, cache: Cache) -> int:
     """Return the bytes that a decode step reads, or the floating-point operations of a prefill."""
     if case.phase == "decode":
         return weights.read + cache_bytes(cache)
-    widths = sum(layer.keys.shape[-1] + layer.values.shape[-1] for layer in _layers(cache))
-    pairs = case.batch * case.length * (case.length + 1) // 2  # of a token and a token that it attends to
-    tokens = case.batch * case.length
-    return 2 * (
-        tokens * weights.products + case.batch * weights.head_products + pairs * weights.heads * widths
-    )
-
-
-def _layers(cache: Cache) -> Any:
-    return cache.layers
+    layers: Any = cache.layers
+    widths = sum(layer.keys.shape[-1] + layer.values.shape[-1] for layer in layers)
+    pairs = case.length * (case.length + 1) // 2  # of a token and a token that it attends to
+    products = case.length * weights.products + weights.head_products + pairs * weights.heads * widths
+    return 2 * case.batch * products

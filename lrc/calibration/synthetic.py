@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from lrc.errors import UserError
 from lrc.estimate.memory import generating_memory
 from lrc.estimate.room import free_bytes
-from lrc.hub.loader import load
-from lrc.hub.tokenizer import start_tokens
+from lrc.hub.loader import load, start_tokens
 from lrc.plan.job import Job
 from lrc.run.processes import ALONE, Ranks
 from lrc.run.settings import Run, generating_batch

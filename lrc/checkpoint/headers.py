@@ -31,7 +31,7 @@ _SAMPLE = 256  # bytes
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Hold a tensor's shape, dtype and file and, for safetensors, the byte offset of its values in the file."""
+    """Hold a tensor's shape, dtype and file; ``offset`` of its values in bytes, in safetensors files only."""
 
     shape: Shape
     dtype: torch.dtype
@@ -40,7 +40,6 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -61,7 +60,13 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
     """Read the tensors of safetensors files by name; raise UserError for a damaged file."""
     found = {}
     for file in map(Path, files):
-        found |= _read(file)
+        tensors, size = parse_header(file), file.stat().st_size
+        for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
+            if stored.end > size:
+                raise UserError(
+                    f"{file} is cut short: tensor {name!r} ends at byte {stored.end}, the file has {size}"
+                )
+        found |= tensors
     return found
 
 
@@ -97,16 +102,6 @@ def parse_header(file: Path) -> dict[str, StoredTensor]:
             return {name: _stored(name, entry, file, 8 + length) for name, entry in entries.items()}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{file} is damaged: its header cannot be read") from None
-
-
-def _read(file: Path) -> dict[str, StoredTensor]:
-    tensors, size = parse_header(file), file.stat().st_size
-    for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
-        if stored.end > size:
-            raise UserError(
-                f"{file} is cut short: tensor {name!r} ends at byte {stored.end}, the file has {size}"
-            )
-    return tensors
 
 
 def _stored(name: str, entry: Mapping[str, Any], file: Path, values: int) -> StoredTensor:

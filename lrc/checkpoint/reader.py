@@ -23,7 +23,7 @@ _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 class CheckpointReader:
-    """Hold a source checkpoint, with tensor names as in its causal language model."""
+    """Read a checkpoint, with tensor names as in its causal language model."""
 
     def __init__(
         self,
@@ -50,24 +50,23 @@ class CheckpointReader:
         self._check_causal()
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         located = self._locate(allow_pickle)
-        self._stored = {self._full_name(n): n for n in located if not n.endswith(self.family.stale)}
+        self._stored = {
+            full_name(name, self.family): name for name in located if not name.endswith(self.family.stale)
+        }
         if self.config.tie_word_embeddings:  # some checkpoints store the embedding again as the head
             self._stored.pop(f"{self.family.head}.weight", None)
         self.tensors: dict[str, StoredTensor] = {full: located[name] for full, name in self._stored.items()}
 
     @cached_property
     def config(self) -> Any:
-        """Return the transformers config."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Return the shapes and head geometry of the model."""
-        return describe(
-            self.family, self.config, {name: stored.shape for name, stored in self.tensors.items()}
-        )
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        return describe(self.family, self.config, shapes)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -79,7 +78,6 @@ class CheckpointReader:
 
     @property
     def files(self) -> list[Path]:
-        """List the files with weights."""
         return sorted({stored.file for stored in self.tensors.values()})
 
     @cached_property
@@ -112,12 +110,10 @@ class CheckpointReader:
     def _locate(self, allow_pickle: bool) -> dict[str, StoredTensor]:
         """Find every tensor, by its name in the files."""
         for base in (_SAFETENSORS, _PICKLE):
-            index = self.folder / f"{base}.index.json"
+            index, names = self.folder / f"{base}.index.json", [base]
             if index.exists():
                 names = sorted(set(_parse(_read(index), index)["weight_map"].values()))
-            elif (self.folder / base).exists():
-                names = [base]
-            else:
+            elif not (self.folder / base).exists():
                 continue
             if base == _PICKLE and not allow_pickle:
                 raise UserError(
@@ -139,10 +135,6 @@ class CheckpointReader:
             f"{self.folder} holds no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json"
         )
 
-    def _full_name(self, name: str) -> str:
-        known = (f"{self.family.prefix}.", f"{self.family.head}.")
-        return name if name.startswith(known) else f"{self.family.prefix}.{name}"
-
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU by name; open each file once."""
         files: dict[Path, list[str]] = {}
@@ -156,6 +148,11 @@ class CheckpointReader:
             with safe_open(file, framework="pt") as tensors:
                 found |= {name: tensors.get_tensor(self._stored[name]) for name in group}
         return found
+
+
+def full_name(name: str, family: Family) -> str:
+    """Return a tensor's name in the causal language model; base models omit the prefix."""
+    return name if name.startswith((f"{family.prefix}.", f"{family.head}.")) else f"{family.prefix}.{name}"
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:

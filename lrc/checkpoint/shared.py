@@ -25,7 +25,6 @@ class SharedStaging:
         return bool(self._ranks.share(self.own and self.own.has(part)))
 
     def record(self, part: str) -> dict[str, Any]:
-        """Return the record of a finished part."""
         return self._ranks.share(self.own.record(part) if self.own else {})
 
     def tensors(self, part: str) -> dict[str, Tensor]:

@@ -1,9 +1,8 @@
-"""The folder a checkpoint grows in: hidden beside its final name, resumable, and renamed only when whole.
+"""Stage a checkpoint in a hidden folder beside its final name; resume it after a crash, and rename it when whole.
 
-``.NAME.lrc-partial/`` holds the journal of a run, its lock, what was found of its source, the finished ``parts/`` and
-``checkpoint/``, which is laid out from them in one go and becomes NAME. A killed run leaves it behind; the same command
-takes it up again. Everything is on the disk before it counts, so that a power cut takes no more than a kill does. An
-earlier output of that name waits in the folder from just before the last rename to just after it.
+``.NAME.lrc-partial/`` holds the run's journal, its lock, hashes of its source, the finished ``parts/`` and
+``checkpoint/``, which is assembled from them and becomes NAME. Each part is synced to the disk before its record is
+written, so a power cut costs no more than a kill. An earlier output NAME moves into the folder during the last rename.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrc.checkpoint.durable import put, sync, write_text
-from lrc.checkpoint.hashes import file_sha256, tensor_sha256
+from lrc.checkpoint.hashes import Sources, file_sha256, tensor_sha256, watching
 from lrc.checkpoint.headers import StoredTensor, read_headers
-from lrc.checkpoint.sources import Sources, watching
 from lrc.errors import OutOfResources, Resumable, UserError
 from lrc.run.offload import on_host
 
@@ -42,59 +39,42 @@ _FULL = {
 }
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written of a safetensors file: its SHA-256, and the hashes of its ``tensors`` by name."""
-
-    sha256: str
-    tensors: dict[str, str]
-
-
 class Staging:
-    """One run's staging folder; open it with ``staging``. ``folder`` is the checkpoint to be.
+    """Hold one run's staging folder, opened by ``staging``: ``folder`` becomes the checkpoint, ``scratch`` is deleted.
 
-    A part goes to the disk while the run goes on, one at a time, so that memory holds no more than one that waits.
+    Parts are written in the background, one at a time, so that at most one waits in memory.
     """
 
     _pending: tuple[str, Future[None]] | None  # the part that is being written
 
-    def __init__(self, out: Path, work: Path, sources: Sources, writer: Executor) -> None:
-        self.out = out
-        self.folder = work / "checkpoint"
-        self._work, self._parts, self._sources = work, work / "parts", sources
-        self._sound: set[str] = set()  # parts that this run wrote, or has read again whole
-        self._weights: dict[str, Written] = {}  # by file of the checkpoint
+    def __init__(self, out: Path, scratch: Path, sources: Sources, writer: Executor) -> None:
+        self.out, self.scratch, self.folder = out, scratch, scratch / "checkpoint"
+        self._parts, self._sources = scratch / "parts", sources
+        self._sound: set[str] = set()  # parts that this run wrote, or has verified
+        self._weights: dict[str, dict[str, Any]] = {}  # hashes by file of the checkpoint
         self._writer, self._pending = writer, None
 
-    @property
-    def scratch(self) -> Path:
-        """A folder beside the parts, gone with them."""
-        return self._work
-
     def has(self, part: str) -> bool:
-        """Whether a part was finished by this run or the one it resumes."""
+        """Tell whether a part was finished by this run or the one it resumes."""
         self.settle(part)
         return self._record(part).exists() and self._file(part).exists()
 
     def record(self, part: str) -> dict[str, Any]:
-        """What was noted of a finished part."""
         return self._noted(part)["record"]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a finished part. Raises Resumable where its file is not what was written."""
+        """Return the tensors of a finished part; raise Resumable if its file is damaged."""
         self._check(part)
         return load_file(self._file(part))
 
     def headers(self, part: str) -> dict[str, StoredTensor]:
-        """Shapes and precisions of a finished part's tensors."""
         self.settle(part)
         return read_headers([self._file(part)])
 
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Store a part, in the background; it counts as finished once its record, written last, is in place.
+        """Store a part in the background; ``tensors`` must not change any more.
 
-        ``tensors`` must not change any more. What goes wrong is raised by the next call: Resumable where a file of the
-        source has changed.
+        An error is raised by the next call of any method: Resumable if a source file has changed.
         """
         held = on_host(tensors)
         self.settle()
@@ -102,22 +82,22 @@ class Staging:
 
     def _write(self, part: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         with _space(self.out):
-            self._record(part).unlink(missing_ok=True)  # there only if someone took its tensors away
-            written = self._save(tensors, self._file(part))
+            self._record(part).unlink(missing_ok=True)  # exists only if someone deleted the tensors
+            hashes = self._save(tensors, self._file(part))
             self._sources.settle()
-            write_text(self._record(part), json.dumps({"record": record, **asdict(written)}))
+            write_text(self._record(part), json.dumps({"record": record, **hashes}))
         self._sound.add(part)
 
     def settle(self, part: str | None = None) -> None:
-        """Wait until nothing is being written, or a ``part`` is not, and raise what went wrong."""
+        """Wait for the pending write, of ``part`` if given, and raise its error."""
         if self._pending and part in (None, self._pending[0]):
             (_, written), self._pending = self._pending, None
             written.result()
 
     def assemble(self, parts: list[str]) -> None:
-        """Lay the parts out as a Hugging Face checkpoint: one file if small, else a shard each with an index.
+        """Lay the parts out as a Hugging Face checkpoint: one file if small, else one shard for each part and an index.
 
-        What a killed run laid out before goes. Raises Resumable where a part is not what was written.
+        Replaces what a killed run assembled. Raises Resumable for a damaged part.
         """
         self.settle()
         for part in parts:
@@ -133,15 +113,13 @@ class Staging:
             names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
             for part, name in zip(parts, names, strict=True):
                 _link(self._file(part), self.folder / name)
-                noted = self._noted(part)
-                self._weights[name] = Written(noted["sha256"], noted["tensors"])
+                self._weights[name] = self._noted(part)
         stored = read_headers(self.folder / name for name in names)
         weight_map = {key: tensor.file.name for key, tensor in sorted(stored.items())}
         total = sum(tensor.bytes for tensor in stored.values())
         self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file of the checkpoint."""
         self.write_file(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_file(self, name: str, text: str) -> None:
@@ -150,31 +128,31 @@ class Staging:
             write_text(self.folder / name, text)
 
     def copy(self, path: Path) -> None:
-        """Copy a file of the source checkpoint (tokenizer, generation config) as it is."""
+        """Copy a file of the source checkpoint, such as the tokenizer's."""
         with _space(self.out):
             shutil.copyfile(path, self.folder / path.name)
             sync(self.folder / path.name)
 
     def hashes(self) -> dict[str, Any]:
-        """SHA-256 of the source's files and of all that is laid out so far, and the hashes of its tensors by file.
+        """Return the SHA-256 of the source's and the output's files so far, and of the output's tensors by file.
 
-        Raises Resumable where a file of the source has changed.
+        Raises Resumable if a source file has changed.
         """
         files = {
-            path.name: self._weights[path.name].sha256 if path.name in self._weights else file_sha256(path)
+            path.name: self._weights[path.name]["sha256"] if path.name in self._weights else file_sha256(path)
             for path in sorted(self.folder.iterdir())
         }
-        tensors = {file: written.tensors for file, written in self._weights.items()}
+        tensors = {file: hashes["tensors"] for file, hashes in self._weights.items()}
         return {"source": self._sources.settle(), "files": files, "tensors": tensors}
 
     def publish(self) -> None:
-        """Give the finished folder its name, in place of an earlier output of that name."""
+        """Rename the finished folder to its final name; replace an earlier output."""
         sync(self.folder)
         if self.out.exists():
-            self.out.rename(self._work / _RETIRED)
+            self.out.rename(self.scratch / _RETIRED)
         self.folder.rename(self.out)
         sync(self.out.parent)
-        _discard(self._work)
+        _discard(self.scratch)
 
     def _record(self, part: str) -> Path:
         return self._parts / f"{part}.json"
@@ -186,27 +164,27 @@ class Staging:
         self.settle(part)
         return json.loads(self._record(part).read_text(encoding="utf-8"))
 
-    def _save(self, tensors: dict[str, Tensor], path: Path) -> Written:
-        """Write a safetensors file and read it again for its hashes, while it goes to the disk."""
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+        """Write a safetensors file; return the SHA-256 of what the disk holds, of the file and by tensor."""
         partial = path.with_name(f"{path.name}.partial")
         save_file(tensors, partial, metadata={"format": "pt"})
-        shutil.copymode(self._work / _JOURNAL, partial)  # safetensors would keep it from all but its owner
+        shutil.copymode(self.scratch / _JOURNAL, partial)  # safetensors gives only the owner access
         with ThreadPoolExecutor() as pool:
             synced, whole = pool.submit(sync, partial), pool.submit(file_sha256, partial)
             by_tensor = {name: tensor_sha256(stored) for name, stored in read_headers([partial]).items()}
-            written = Written(whole.result(), by_tensor)
+            hashes = {"sha256": whole.result(), "tensors": by_tensor}
             synced.result()
         put(partial, path)
-        return written
+        return hashes
 
     def _check(self, part: str) -> None:
-        """Raise Resumable where a part of an earlier run is not what it wrote."""
+        """Raise Resumable if an earlier run's part is damaged."""
         self.settle(part)
         file = self._file(part)
         if part not in self._sound and file_sha256(file) != self._noted(part)["sha256"]:
             raise Resumable(
-                f"{file} is damaged: it is not what was written; delete it and run the same command again to have "
-                "this part made anew, or start over with --fresh"
+                f"{file} is damaged; delete it and run the same command again to make this part anew, or pass --fresh "
+                "to start over"
             )
         self._sound.add(part)
 
@@ -223,11 +201,9 @@ def staging(
 ) -> Iterator[Staging]:
     """Open the staging folder of ``out`` for one run; ``key`` is everything that decides the result.
 
-    A run that is killed, crashes or runs out of something leaves its finished layers for the next, and so does any that
-    has finished them all; another that fails by a user's mistake leaves nothing. ``source`` is the model's own folder,
-    which ``out`` must not replace, and ``files`` those in it that must not change under the run. Raises UserError where
-    ``out`` exists and is not an lrc output (unless ``force``), where another run holds it, and where an unfinished run
-    had another key (unless ``fresh``).
+    Finished parts stay for the next run, unless a UserError ends this one before all are finished. ``source`` is the
+    model's folder; ``files`` in it must not change during the run. Raises UserError if ``out`` is no lrc output (unless
+    ``force``), if another run holds it, and if an unfinished run had another key (unless ``fresh``).
     """
     check_output(out, source=source, force=force)
     work = out.with_name(f".{out.name}.lrc-partial")
@@ -237,7 +213,9 @@ def staging(
         if fresh or not journal.exists():
             _clear(work)
         elif changed := _changed(json.loads(journal.read_text(encoding="utf-8")), key):
-            if "model" not in changed:  # but perhaps its weights, and with them the text that it writes
+            if (
+                "model" not in changed
+            ):  # changed weights change synthetic text too, and have their own message
                 with watching(source, files, work / _SOURCES):
                     pass
             raise UserError(
@@ -249,7 +227,7 @@ def staging(
             parts.mkdir(exist_ok=True)
         _sweep(parts)
         try:
-            # The sources go first: a part that still waits for their hashes is given up, one that does not is finished.
+            # Sources close before the writer: a part that still waits for their hashes is dropped, others are finished.
             with ThreadPoolExecutor(1) as writer, watching(source, files, work / _SOURCES) as sources:
                 stage = Staging(out, work, sources, writer)
                 yield stage
@@ -264,7 +242,7 @@ def staging(
 
 
 def check_output(out: Path, *, source: Path, force: bool) -> None:
-    """Raise UserError where an output folder may not be written or replaced; never over the model in ``source``."""
+    """Raise UserError if an output folder must not be written or replaced, such as the model in ``source``."""
     if not out.parent.is_dir():
         raise UserError(f"cannot write {out}: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK):
@@ -288,13 +266,13 @@ def _changed(old: Any, new: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def _locked(work: Path, out: Path) -> Iterator[None]:
-    """Hold the staging folder's lock, which dies with its process."""
+    """Hold the staging folder's lock; the system frees it with the process."""
     while True:
         try:
             with _space(out):
                 work.mkdir(parents=True, exist_ok=True)
                 held = FileLock(work / "lock").acquire(blocking=False)
-        except FileNotFoundError:  # another run has just finished, and its folder is gone
+        except FileNotFoundError:  # another run has just finished and removed the folder
             continue
         except Timeout:
             raise UserError(
@@ -306,7 +284,7 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
 
 
 def _recover(work: Path, out: Path) -> None:
-    """Mend what a run left that was killed around its last rename."""
+    """Repair the folders of a run that was killed around its last rename."""
     shutil.rmtree(_doomed(work), ignore_errors=True)
     if (retired := work / _RETIRED).exists():
         if out.exists():
@@ -316,7 +294,7 @@ def _recover(work: Path, out: Path) -> None:
 
 
 def _clear(work: Path) -> None:
-    (work / _JOURNAL).unlink(missing_ok=True)  # first: what is left without it is no run
+    (work / _JOURNAL).unlink(missing_ok=True)  # first: without it the rest is ignored
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -325,14 +303,14 @@ def _clear(work: Path) -> None:
 
 
 def _sweep(parts: Path) -> None:
-    """Remove what a killed run had not finished writing, under whatever name."""
+    """Remove the files of parts that a killed run did not finish."""
     for path in parts.iterdir():
         if not path.with_suffix(".json").exists() or path.suffix not in (".json", ".safetensors"):
             path.unlink()
 
 
 def _discard(work: Path) -> None:
-    """Remove a staging folder. It loses its name at once, as the next run may come before the last file is gone."""
+    """Remove a staging folder; rename it first, as the next run may start before the last file is removed."""
     shutil.rmtree(_doomed(work), ignore_errors=True)
     work.rename(_doomed(work))
     shutil.rmtree(_doomed(work), ignore_errors=True)
@@ -352,7 +330,7 @@ def _link(source: Path, target: Path) -> None:
 
 @contextmanager
 def _space(out: Path) -> Iterator[None]:
-    """Turn a full disk into a message; what was finished stays for the next run."""
+    """Raise OutOfResources if the disk is full; finished parts stay."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,9 +1,8 @@
-"""An upper bound of the GPU memory that a compression takes, from shapes alone, by where hidden states wait.
+"""Estimate an upper bound of a compression's GPU memory from shapes.
 
-The bound is the largest of the sweep for gradients, the embedding and the head, and for every layer its moments, its
-solves, its measurements and its refits. Hidden states and gradient moments that wait on the GPU are added; of those
-that wait elsewhere, a few batches. Workspaces of the linear algebra library and fragments of the allocator are not
-counted.
+The bound is the largest of the backward sweep, the embedding and head, and each layer's moments, solves, measurements
+and refits. Hidden states and gradient moments add to it: all of them if kept on the GPU, a few batches if offloaded.
+Not counted: workspaces of the linear algebra library and fragmentation.
 """
 
 from __future__ import annotations
@@ -24,17 +23,16 @@ from lrc.run.offload import Place
 from lrc.walk.backward import logit_rows, states_held, stride
 from lrc.walk.needs import collectors_needed, gradients_needed, sites_needed
 
-HELD_OUT_SAMPLES = 8  # blocks of held-out text that sizes are measured on by default
-ASSUMED_SAMPLES = 128  # where the plan takes all blocks of a text, which nobody has read yet
+HELD_OUT_SAMPLES = 8  # default number of held-out blocks to measure sizes on
+ASSUMED_SAMPLES = 128  # for `samples: all`, as the text is not read yet
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The most bytes that a run is expected to take on the GPU, with hidden states that wait on ``place``.
+    """Hold the estimated ``peak`` bytes of a run on the GPU, with hidden states on ``place``.
 
-    ``states``: bytes of hidden states; ``gradients``: bytes of the layers' inputs and gradient moments, 0 where no
-    method reads any. Both are in ``peak`` only where ``place`` is the device. ``samples`` and ``batch_size`` are in
-    blocks.
+    ``states``: bytes of hidden states. ``gradients``: bytes of layer inputs and gradient moments, 0 without gradients.
+    ``peak`` includes both only if ``place`` is the device. ``samples`` and ``batch_size`` are in blocks.
     """
 
     peak: int
@@ -48,7 +46,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Run:
-    """A compression to bound; ``losses``: gradients of all targets are read, as some allocations do."""
+    """Hold a compression; ``losses``: an allocation reads gradients of all targets."""
 
     job: Job
     samples: int
@@ -67,18 +65,18 @@ class _Run:
 
     @property
     def shared(self) -> bool:
-        """Whether weights are run as they are stored, in the same tensors."""
+        """Tell whether layers run in the stored dtype, in the same tensors."""
         return self.job.reader.dtype == self.dtype
 
     @property
     def weights(self) -> int:
-        """Bytes of a layer: as stored and as run."""
+        """Return the bytes of a layer, as stored and as run."""
         each = self.dtype.itemsize + (0 if self.shared else self.job.reader.dtype.itemsize)
         return self.architecture.layer_parameters * each
 
     @property
     def tables(self) -> int:
-        """Bytes of the weights outside the layers, as run."""
+        """Return the bytes of the weights outside the layers, as run."""
         inside = self.architecture.layers * self.architecture.layer_parameters
         return (self.architecture.total_parameters - inside) * self.dtype.itemsize
 
@@ -91,12 +89,13 @@ class _Run:
         return int(held_out_blocks(self.samples).sum()) or self.samples
 
     def stream(self, samples: int) -> int:
-        """Bytes of the hidden states of so many blocks, wherever they are."""
+        """Return the bytes of the hidden states of ``samples`` blocks."""
         return 4 * samples * self.job.plan.seq_len * self.architecture.hidden
 
     def states(self, layer: LayerPlan) -> int:
-        """Bytes of hidden states while a layer is compressed: the two streams, that between the layer's halves, the
-        blocks that reductions are measured on, and what the refitted output of attention reads.
+        """Return the bytes of hidden states while a layer is compressed.
+
+        They are both streams, the stream between the layer's halves, held-out blocks and inputs of the refitted o.
         """
         streams = self.stream(self.samples) * (2 if self.refits or self.job.plan.outer else 1)
         if not layer.assignments:
@@ -107,7 +106,7 @@ class _Run:
         return streams + between + self.stream(self.held_out) + read
 
     def gradient(self, layer: LayerPlan) -> int:
-        """Bytes of the gradient moments of one layer."""
+        """Return the bytes of one layer's gradient moments."""
         architecture, heads = self.architecture, self.architecture.geometry
         wanted = gradients_needed(architecture, layer, losses=self.losses)
         width = heads.head_dim if heads.rotary == "none" else heads.head_dim // 2
@@ -115,7 +114,7 @@ class _Run:
         return 4 * (outputs + (heads.kv_heads * width**2 if wanted.queries else 0))
 
     def here(self, held: int) -> int:
-        """Bytes on the GPU of hidden states that take ``held`` bytes where they wait."""
+        """Return the bytes on the GPU of hidden states of ``held`` bytes at their place."""
         return held if self.place == "device" else min(held, 4 * self.stream(self.batch_size))
 
 
@@ -128,7 +127,7 @@ def estimate_memory(
     samples: int | None = None,
     losses: bool = False,
 ) -> Memory:
-    """Return the GPU memory that ``lrc compress`` takes at most: layers in ``dtype``, ``batch_size`` blocks at once.
+    """Return the most GPU memory that ``lrc compress`` takes, with ``batch_size`` blocks at once in ``dtype``.
 
     ``samples``: calibration blocks (default: the plan's). ``losses``: an allocation reads gradients of all targets.
     """
@@ -149,26 +148,25 @@ def estimate_memory(
 def measuring_memory(
     job: Job, dtype: torch.dtype, batch_size: int, samples: int, held_out: int, place: Place = "device"
 ) -> int:
-    """Bytes that ``lrc.allocation.sensitivity`` takes on ``samples`` blocks of calibration and ``held_out`` others:
-    those of a compression without refit, the whole model, a reduced table, the held-out states twice and the logits of
-    a batch. Hidden states wait on ``place``.
+    """Return the bytes that ``lrc.allocation.sensitivity`` takes, with hidden states on ``place``.
+
+    They are those of a compression without refit, the whole model, a reduced table, the held-out states twice and a
+    batch's logits. ``samples`` and ``held_out`` count blocks.
     """
-    architecture, plan, seq_len = job.reader.architecture, job.plan.plan, job.plan.seq_len
+    architecture, plan = job.reader.architecture, job.plan.plan
     alone = replace(job.plan, plan=plan.model_copy(update={"refit": "none"}), outer=job.plan.unsized(None))
     one = estimate_memory(replace(job, plan=alone), dtype, batch_size, place, samples=samples).peak
-    stored, run = job.reader.dtype.itemsize, dtype.itemsize
-    decoder = architecture.layers * architecture.layer_parameters
-    weights = decoder * (stored if job.reader.dtype == dtype else stored + run)
-    largest = max((a.kept for a in alone.outer), default=0)
-    tables = (architecture.total_parameters - decoder + largest) * run
-    states = (2 * 4 * held_out * seq_len * architecture.hidden) if place == "device" else 0
-    logits = seq_len * architecture.vocab * (batch_size * run + 2 * 4)
-    return one + weights + tables + states + logits
+    run = _Run(job, samples, dtype, batch_size, place, losses=False)
+    reduced = max((a.kept for a in alone.outer), default=0) * dtype.itemsize
+    states = 2 * run.stream(held_out) if place == "device" else 0
+    logits = job.plan.seq_len * architecture.vocab * (batch_size * dtype.itemsize + 2 * 4)
+    return one + architecture.layers * run.weights + run.tables + reduced + states + logits
 
 
 def generating_memory(job: Job, dtype: torch.dtype, batch_size: int) -> int:
-    """Bytes that synthetic text takes: the whole model, keys and values of a batch of blocks with one layer's twice
-    while they grow, and its last logits, once as they come and four times in float64.
+    """Return the bytes that generating text takes: the whole model, a batch's KV cache and its last logits.
+
+    One layer's keys and values are held twice while they grow; the logits once in ``dtype`` and four times in float64.
     """
     architecture, run = job.reader.architecture, dtype.itemsize
     keys = 2 * batch_size * job.plan.seq_len * architecture.kv_heads * architecture.head_dim
@@ -177,7 +175,7 @@ def generating_memory(job: Job, dtype: torch.dtype, batch_size: int) -> int:
 
 
 def _sweep(run: _Run) -> int:
-    """The sweep back: a batch of the head's logits, or a layer with what differentiating keeps of a token."""
+    """Return the bytes of the backward sweep: a batch of logits, or a layer with the activations kept for gradients."""
     architecture, each = run.architecture, run.dtype.itemsize
     tokens = min(run.batch_size, run.gradient_samples) * run.job.plan.seq_len
     rows = min(logit_rows(architecture.vocab), run.job.plan.seq_len)
@@ -188,10 +186,10 @@ def _sweep(run: _Run) -> int:
 
 
 def _tables(run: _Run) -> int:
-    """The embedding and the head: as run, as solved in float64, and with a chunk of logits to find their scale."""
+    """Return the bytes of embedding and head: as run, as solved in float64, or with logits to fit their scale."""
     architecture, each = run.architecture, run.dtype.itemsize
     work = run.tables + run.stream(4 * run.batch_size)
-    for a in run.job.plan.outer:  # the table, that times C, changed and squared
+    for a in run.job.plan.outer:  # the table, its product with C, its change and the change squared
         table = architecture.outer[a.target].parameters
         work = max(
             work, (run.job.reader.dtype.itemsize + 32) * table + 32 * a.kept + 48 * architecture.hidden**2
@@ -204,7 +202,7 @@ def _tables(run: _Run) -> int:
 
 
 def _layer(run: _Run, layer: LayerPlan) -> int:
-    """The weights of a layer and the most that is beside them while it is compressed."""
+    """Return the bytes of a layer's weights and the largest step of its compression."""
     architecture, each = run.architecture, run.dtype.itemsize
     width = architecture.matrices[architecture.family.mlp_output].columns
     projections = layer.targets - {"qk", "ov", "mlp"}
@@ -218,11 +216,11 @@ def _layer(run: _Run, layer: LayerPlan) -> int:
         queries = min(SAMPLES, run.samples * QUERIES * architecture.geometry.group)
         sampled = queries * architecture.head_dim**2  # of a key head
         moments += 4 * sampled * architecture.kv_heads
-    # Gradient moments of this layer: those that wait on the GPU are counted with all others.
+    # Gradient moments on the GPU are already counted for all layers.
     gradient = 0 if run.place == "device" else run.gradient(layer)
     kept = sum(a.kept for a in layer.assignments)
     reduced = 2 * kept * run.job.reader.dtype.itemsize
-    if not run.shared:  # the reduced layer as run, and one for each target that is measured alone
+    if not run.shared:  # the reduced layer as run, and one layer for each target measured alone
         rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
         reduced += (rest + kept + len(layer.assignments) * architecture.layer_parameters) * each
     scores = 20 * architecture.heads * run.job.plan.seq_len**2 if layer.targets & {"qk"} else 0
@@ -231,7 +229,7 @@ def _layer(run: _Run, layer: LayerPlan) -> int:
         moments + gradient + 8 * kept + max(solve_work(architecture, a, sampled) for a in layer.assignments),
         moments + gradient + reduced + activations + scores,
     ]
-    if run.refits:  # a batch with sums that are being added to, then the fit
+    if run.refits:  # a batch and its sums, then the fit
         for n in refit_widths(architecture, layer).values():
             sums = 12 * n * (n + architecture.hidden) + activations
             work.append(reduced + max(refit_work(architecture, n), sums))

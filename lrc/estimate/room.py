@@ -1,9 +1,10 @@
-"""Whether a device, the host and the disk have the room that a run needs, as it is when it starts."""
+"""Check at the start of a run whether device, host and disk have enough room."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import psutil
 import torch
@@ -15,31 +16,26 @@ from lrc.plan.job import Job
 from lrc.run.offload import PLACES, Place
 
 _HOST = torch.device("cpu")
-_SHARE = 0.8  # of what is free: workspaces and fragments are in no estimate
+_SHARE = 0.8  # of the free memory: no estimate covers workspaces and fragmentation
 _EVALUATED = 2**14  # tokens at once when perplexity is measured
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Return the free bytes of a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def known_place(asked: str | None) -> Place | None:
-    """The place for hidden states that a user names, if one is named; UserError where it is not known."""
-    for place in PLACES:
-        if asked == place:
-            return place
-    if asked is not None:
-        raise UserError(
-            f"--offload {asked}: no place for hidden states is called {asked!r}; {nearest(asked, PLACES)}"
-        )
-    return None
+    """Check the name of a place for hidden states; raise UserError if there is no such place."""
+    if asked is not None and asked not in PLACES:
+        raise UserError(f"--offload {asked}: no such place for hidden states; {nearest(asked, PLACES)}")
+    return cast(Place | None, asked)
 
 
 def choose_place(
     asked: Place | None, job: Job, device: torch.device, dtype: torch.dtype, batch_size: int, samples: int
 ) -> Place:
-    """Where hidden states wait: where it is ``asked``, else on the first of device, host and disk that has the room."""
+    """Return the place of hidden states: the one ``asked``, else the first of device, host and disk with room."""
     if asked is not None:
         return asked
     memory = estimate_memory(job, dtype, batch_size, samples=samples)
@@ -53,13 +49,13 @@ def choose_place(
 def fits_measuring(
     job: Job, device: torch.device, dtype: torch.dtype, batch_size: int, samples: int, place: Place
 ) -> bool:
-    """Return whether the whole model fits on a device with what measuring its sizes takes (``measuring_memory``)."""
+    """Tell whether ``measuring_memory`` fits on a device."""
     needed = measuring_memory(job, dtype, batch_size, samples, HELD_OUT_SAMPLES, place)
     return needed <= _SHARE * free_bytes(device)
 
 
 def place_for(held: int, device: torch.device) -> Place:
-    """The first place with room for hidden states of ``held`` bytes beside all else."""
+    """Return the first place with room for ``held`` bytes of hidden states and everything else."""
     if held <= _SHARE / 2 * free_bytes(device):
         return "device"
     return "host" if device.type != _HOST.type and held <= _SHARE * free_bytes(_HOST) else "disk"
@@ -68,9 +64,9 @@ def place_for(held: int, device: torch.device) -> Place:
 def fits_whole(
     tensors: Iterable[StoredTensor], vocab: int, dtype: torch.dtype | None, device: torch.device
 ) -> bool:
-    """Whether a model of these tensors, run in ``dtype`` (None: as stored), fits on a device with a batch's logits.
+    """Tell whether a model of these tensors fits on a device in ``dtype`` (None: as stored) with a batch's logits.
 
-    Where all else is small beside the weights, twice the logits allow for it.
+    Twice the logits allow for everything else but the weights.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -82,7 +78,7 @@ def fits_whole(
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Tell a GPU that is out of memory as OutOfResources, with what to try."""
+    """Raise OutOfResources with ``advice`` if the GPU runs out of memory."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

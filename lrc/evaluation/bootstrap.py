@@ -1,4 +1,4 @@
-"""Intervals of figures over windows of text, by resampling whole windows: tokens of one depend on each other."""
+"""Compute bootstrap intervals by resampling whole windows of text, whose tokens depend on each other."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 RESAMPLES = 1000
 TAILS = (0.025, 0.975)
-FEW = 30  # windows, below which an interval holds the truth less often than it says
+FEW = 30  # windows, below which an interval covers the true value less often than 95 %
 _SEED = 0
-_CELLS = 2**22  # of a table of resamples by windows
+_CELLS = 2**22  # of the array (resamples, windows) drawn at once
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with the ends of its 95 % interval, which are None where there is one window alone."""
+    """Hold a figure and the ends of its 95 % interval, None if there is only one window."""
 
     value: float
     low: float | None
@@ -28,16 +28,19 @@ class Estimate:
 
 def mean(tokens: Tensor) -> Estimate:
     """Return the mean of (windows, n) over all tokens, summed in float64."""
-    return _means(tokens, lambda means: means)
+    sums, size = tokens.double().sum(dim=1).numpy(), tokens.numel()
+    return _estimate(len(sums), lambda drawn: sums[drawn].sum(axis=-1) / size)
 
 
 def ratio(nats: Tensor, against: Tensor) -> Estimate:
     """Return perplexity over perplexity, from nats (windows, n) of the same tokens by two models."""
-    return _means(nats.double() - against.double(), np.exp)
+    found = mean(nats.double() - against.double())
+    low, high = (end if end is None else float(np.exp(end)) for end in (found.low, found.high))
+    return Estimate(float(np.exp(found.value)), low, high)
 
 
 def percentile(tokens: Tensor, share: float) -> Estimate:
-    """Return the least of the values (windows, n) that ``share`` of them do not exceed, which is always one of them."""
+    """Return the smallest of the values (windows, n) that at least ``share`` of the values do not exceed."""
     size, length = tokens.numel(), tokens.shape[1]
     rank = size - math.ceil(share * size - 1e-9) + 1  # counted from the largest
     ordered, places = (each.numpy() for each in tokens.double().flatten().sort(descending=True))
@@ -45,26 +48,19 @@ def percentile(tokens: Tensor, share: float) -> Estimate:
 
     def figure(drawn: np.ndarray) -> float:
         counts = np.bincount(drawn, minlength=len(tokens))
-        for looked_at in (8 * rank, size):  # a resample seldom lacks the windows of so many of the largest
-            come = counts[window[:looked_at]].cumsum()
-            if come[-1] >= rank:
-                return ordered[np.searchsorted(come, rank)]
-        raise AssertionError("a resample has as many tokens as the text")
+        found = counts[window[: 8 * rank]].cumsum()  # nearly always enough of the largest
+        if found[-1] < rank:
+            found = counts[window].cumsum()
+        return ordered[np.searchsorted(found, rank)]
 
     return _estimate(len(tokens), lambda drawn: np.apply_along_axis(figure, -1, drawn))
 
 
-def _means(tokens: Tensor, figure: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    sums, size = tokens.double().sum(dim=1).numpy(), tokens.numel()
-    return _estimate(len(sums), lambda drawn: figure(sums[drawn].sum(axis=-1) / size))
-
-
 def _estimate(windows: int, figure: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    """Estimate a figure of windows drawn (resamples, windows), by 1,000 resamples of a fixed seed.
+    """Estimate a figure, a function of drawn windows (resamples, windows), with its percentile interval.
 
-    All figures of a comparison come from the same resamples, in which a window brings what both models made of it: so
-    it is paired. Intervals are percentile intervals (B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993,
-    chapter 13): from 2.5 % to 97.5 % of what the resamples give.
+    The seed is fixed, so all figures of a comparison use the same resamples, and two models are compared in pairs.
+    B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
     from scipy.stats import bootstrap  # takes a second to import
 
@@ -73,7 +69,7 @@ def _estimate(windows: int, figure: Callable[[np.ndarray], np.ndarray]) -> Estim
     if windows < 2:
         return Estimate(value, None, None)
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore")  # of scipy's own interval, which is none where a figure is infinite
+        warnings.simplefilter("ignore")  # scipy's own interval is NaN if a figure is infinite
         found = bootstrap(
             (every,),
             lambda drawn, axis: figure(drawn),
@@ -82,6 +78,6 @@ def _estimate(windows: int, figure: Callable[[np.ndarray], np.ndarray]) -> Estim
             method="percentile",
             rng=np.random.default_rng(_SEED),
         )
-    # An interpolation between two that are infinite would be none.
+    # Interpolation between two infinite values would give NaN.
     low, high = np.quantile(found.bootstrap_distribution, TAILS, method="inverted_cdf")
     return Estimate(value, float(low), float(high))

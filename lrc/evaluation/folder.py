@@ -1,4 +1,4 @@
-"""Models of checkpoints in folders, loaded to be evaluated, whole where they fit, and let go."""
+"""Load the models that are evaluated, whole or by layer, and free them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lrc.checkpoint.headers import read_headers
 from lrc.estimate.room import fits_whole
-from lrc.evaluation.perplexity import Keep, Perplexity, evaluate_perplexity
+from lrc.evaluation.perplexity import Keep, Model, Perplexity, evaluate_perplexity
 from lrc.evaluation.streamed import StreamedModel
-from lrc.hub.loader import load
-from lrc.hub.tokenizer import load_tokenizer
+from lrc.hub.loader import load, load_tokenizer
 from lrc.run.settings import Run, find_device, find_dtype
-
-if TYPE_CHECKING:
-    from lrc.evaluation.perplexity import Model
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How models are loaded to be evaluated.
+    """Say how models are loaded for an evaluation.
 
-    ``dtype``: what they run in, None being as they are stored. ``scratch``: where hidden states that are streamed and
-    have no room in memory go. ``streamed``: a layer at a time, or whole; None is whole where they fit.
+    ``dtype``: None means as stored. ``scratch``: the folder for hidden states on disk. ``streamed``: one layer at a
+    time; None means only if the models do not fit whole.
     """
 
     device: torch.device
@@ -45,17 +41,17 @@ def find_loading(run: Run, streamed: bool | None) -> Loading:
 
     Raises UserError as ``find_device`` and ``find_dtype`` do.
     """
-    place = find_device(run.device, run.processes)
+    device = find_device(run.device, run.processes)
     # On a CPU half precision is slow, and rounds unlike a GPU.
-    as_stored = run.dtype is None and place.type != "cpu"
-    precision = None if as_stored else find_dtype(run.dtype, place, torch.float32)
-    return Loading(place, precision, Path(tempfile.gettempdir()), run, streamed)
+    as_stored = run.dtype is None and device.type != "cpu"
+    dtype = None if as_stored else find_dtype(run.dtype, device, torch.float32)
+    return Loading(device, dtype, Path(tempfile.gettempdir()), run, streamed)
 
 
 def fit(folders: Iterable[Path], vocab: int, loading: Loading) -> bool:
-    """Whether the models of folders fit on the device at once, whole; pickled ones are taken to.
+    """Tell whether the models of folders fit whole on the device at once; True for pickled ones, which have no headers.
 
-    ``vocab``: entries of their vocabularies together, which say how large a batch's logits are.
+    ``vocab``: the sum of their vocabularies, which gives the size of a batch's logits.
     """
     stored = [*chain(*(read_headers(folder.glob("*.safetensors")).values() for folder in folders))]
     return not stored or fits_whole(stored, vocab, loading.dtype, loading.device)
@@ -63,24 +59,20 @@ def fit(folders: Iterable[Path], vocab: int, loading: Loading) -> bool:
 
 @contextmanager
 def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[list[Model]]:
-    """The models of folders until the context closes, all at once: whole where all fit, else each a layer at a time.
+    """Load the models of folders, all whole or all streamed, and free them when the context closes.
 
-    ``vocab`` as for ``fit``. Raises UserError for a model that cannot be had.
+    ``vocab`` as for ``fit``. Raises UserError for a model that cannot be loaded.
     """
-    trusted: dict[str, Any] = {
-        "allow_pickle": loading.run.allow_pickle,
-        "trust_remote_code": loading.run.trust_remote_code,
-    }
-    streamed = loading.streamed
-    if streamed is None:
-        streamed = not fit(folders, vocab, loading)
+    device, dtype, run = loading.device, loading.dtype, loading.run
+    trusted: dict[str, Any] = {"allow_pickle": run.allow_pickle, "trust_remote_code": run.trust_remote_code}
+    streamed = not fit(folders, vocab, loading) if loading.streamed is None else loading.streamed
     models: list[Model] = []
     try:
         for folder in folders:
             models.append(
-                StreamedModel(folder, loading.device, loading.dtype, loading.scratch, **trusted)
+                StreamedModel(folder, device, dtype, loading.scratch, **trusted)
                 if streamed
-                else load(folder, device=loading.device, dtype=loading.dtype or "auto", **trusted)
+                else load(folder, device=device, dtype=dtype or "auto", **trusted)
             )
         yield models
     finally:
@@ -98,20 +90,10 @@ def evaluate_folder(
     max_windows: int | None,
     keep: Keep | None = None,
 ) -> list[Perplexity]:
-    """Perplexities of a folder's model on each text of ``specs``, as ``evaluate_perplexity`` has them.
-
-    Raises UserError for a model or a text that cannot be had.
-    """
-    tokenizer = load_tokenizer(path, trust_remote_code=loading.run.trust_remote_code)
-    with loaded([path], len(tokenizer), loading) as models:
+    """Load a folder's model and measure its perplexity on each text, as ``evaluate_perplexity`` does."""
+    run = loading.run
+    tokenizer = load_tokenizer(path, trust_remote_code=run.trust_remote_code)
+    with loaded([path], len(tokenizer), loading) as (model,):
         return evaluate_perplexity(
-            models[0],
-            tokenizer,
-            specs,
-            data_dir=loading.run.data_folder,
-            seq_len=seq_len,
-            max_windows=max_windows,
-            progress=loading.run.progress,
-            keep=keep,
-            ranks=loading.run.processes,
+            model, tokenizer, specs, run, seq_len=seq_len, max_windows=max_windows, keep=keep
         )

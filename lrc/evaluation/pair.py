@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +14,26 @@ from torch import Tensor
 
 from lrc.errors import UserError
 from lrc.evaluation.bootstrap import FEW, Estimate, mean, percentile, ratio
-from lrc.evaluation.divergence import Divergence, divergence
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.passage import Passage, passages
 from lrc.evaluation.perplexity import (
-    Advance,
     Keep,
+    Model,
     Perplexity,
-    Progress,
     default_batch,
     measure,
     summarise,
     window_logits,
 )
-from lrc.hub.tokenizer import load_tokenizer
-from lrc.run.processes import Ranks
+from lrc.evaluation.tokens import Divergence, divergence
+from lrc.hub.loader import load_tokenizer
+from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
 from lrc.text.source import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lrc.evaluation.perplexity import Model
 
 _TAIL = 0.99
 
@@ -88,7 +85,6 @@ class Pair:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """List the caveats of the comparison."""
         if self.refused is not None:
             return (f"{self.ours.data}: {self.refused}{self._scored_bytes}",)
         if self.tokens and 1 < self.ours.windows < FEW:
@@ -122,11 +118,12 @@ def evaluate_pair(
     Both models run on a batch before the next one, so that only one batch's logits are in memory. Models with different
     tokenizers or vocabularies are measured separately; with ``keep`` they raise UserError.
     """
-    ranks, progress = loading.run.processes, loading.run.progress
-    tokenizers = [load_tokenizer(f, trust_remote_code=loading.run.trust_remote_code) for f in folders]
+    run = loading.run
+    tokenizers = [load_tokenizer(f, trust_remote_code=run.trust_remote_code) for f in folders]
     cut = [passages(tokenizer, texts, seq_lens, max_windows) for tokenizer in tokenizers]
     sides = [*zip(*cut, strict=True)]
-    if keep and (differ := next((ours for ours, theirs in sides if not _same_ids(ours, theirs)), None)):
+    differ = next((ours for ours, theirs in sides if not torch.equal(ours.ids, theirs.ids)), None)
+    if keep and differ:
         raise UserError(
             f"{differ.data}: the tokenizers of {folders[0]} and {folders[1]} differ, so they cannot be compared token "
             "by token; leave --tokens out to compare bits per byte"
@@ -134,19 +131,13 @@ def evaluate_pair(
     with loaded(folders, sum(map(len, tokenizers)), loading) as models:
         found = []
         for pair in sides:
-            if (refused := _refusal(models, pair)) is not None:
-                if keep:  # only now known: the vocabularies differ
-                    raise UserError(f"{pair[0].data}: {refused}; leave --tokens out")
-                ours, theirs = (
-                    measure(
-                        model, passage, progress=_begun(progress, passage, ranks), tokenizer=t, ranks=ranks
-                    )
-                    for model, passage, t in zip(models, pair, tokenizers, strict=True)
-                )
-                found.append(Pair(ours, theirs, refused=refused))
-            else:
-                advance = _begun(progress, pair[0], ranks)
-                found.append(_compared(models, pair[0], tokenizers[0], advance, keep, ranks))
+            if (refused := _refusal(models, pair)) is None:
+                found.append(_compared(models, pair[0], tokenizers[0], run, keep))
+                continue
+            if keep:  # only now known: the vocabularies differ
+                raise UserError(f"{pair[0].data}: {refused}; leave --tokens out")
+            ours, theirs = (measure(*each, run) for each in zip(models, pair, tokenizers, strict=True))
+            found.append(Pair(ours, theirs, refused=refused))
         return found
 
 
@@ -154,12 +145,12 @@ def _compared(
     models: Sequence[Model],
     passage: Passage,
     tokenizer: PreTrainedTokenizerBase,
-    advance: Advance | None,
+    run: Run,
     keep: Keep | None,
-    ranks: Ranks,
 ) -> Pair:
-    watch = Stopwatch(models[0].device)
-    parts = [*_batches(models, ranks.mine(passage.cut), advance, watch)]
+    watch, ranks = Stopwatch(models[0].device), run.processes
+    mine = ranks.mine(passage.cut)
+    parts = [*_batches(models, mine, run.stage(passage.data, len(mine)), watch)]
     whole = Divergence(*(ranks.woven(torch.cat(column)) for column in zip(*parts, strict=True)))
     if keep:
         keep(passage, whole._asdict())
@@ -177,7 +168,7 @@ def _compared(
 
 
 def _batches(
-    models: Sequence[Model], cut: Tensor, advance: Advance | None, watch: Stopwatch
+    models: Sequence[Model], cut: Tensor, advance: Callable[[int], object], watch: Stopwatch
 ) -> Iterator[Divergence]:
     """Yield the divergence on windows (windows, n), batch by batch, on the host, after an empty one."""
     size = min(default_batch(model, cut.shape[1]) for model in models)
@@ -194,23 +185,14 @@ def _batches(
                 against = next(theirs)
             yield Divergence(*(column.cpu() for column in divergence(logits, against, batch)))
             del logits, against  # frees them before the next batch
-            if advance:
-                advance(len(batch))
+            advance(len(batch))
 
 
 def _refusal(models: Sequence[Model], sides: tuple[Passage, Passage]) -> str | None:
     """Say why two models cannot be compared token by token; None if they can."""
-    if not _same_ids(*sides):
+    if not torch.equal(sides[0].ids, sides[1].ids):
         return "the tokenizers differ, so the models are not compared token by token; the ratio is of bits per byte"
     ours, theirs = (model.config.get_text_config().vocab_size for model in models)
     if ours != theirs:
         return f"the vocabularies have {ours:,} and {theirs:,} entries, so distributions are not compared"
     return None
-
-
-def _same_ids(ours: Passage, theirs: Passage) -> bool:
-    return torch.equal(ours.ids, theirs.ids)
-
-
-def _begun(progress: Progress | None, passage: Passage, ranks: Ranks) -> Advance | None:
-    return progress(passage.data, len(ranks.mine(passage.cut))) if progress else None

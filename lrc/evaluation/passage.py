@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lrc.errors import UserError
 from lrc.text.blocks import tokenize, windows
+from lrc.text.mixture import about
 from lrc.text.source import Text
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ class Passage:
 
     @property
     def seq_len(self) -> int:
-        """Return the tokens of a window."""
         return self.cut.shape[1]
 
 
@@ -60,8 +59,8 @@ def choose_seq_lens(
 
     Raises UserError for a length above that limit or below 2, for one that comes twice, and where there is none.
     """
-    limits = [(limit, name) for name, config in models if (limit := _positions(config)) is not None]
-    limit, name = min(limits, default=(None, ""))
+    limits = [(getattr(c.get_text_config(), "max_position_embeddings", None), name) for name, c in models]
+    limit, name = min((each for each in limits if each[0] is not None), default=(None, ""))
     if asked is None:
         return (min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN),)
     option, lengths = ("--seq-len", [asked]) if isinstance(asked, int) else ("--context", [*asked])
@@ -77,23 +76,7 @@ def choose_seq_lens(
     return tuple(lengths)
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read a folder's config.json; raise UserError if it cannot be used."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None) -> int:
     """Count the windows that a text is scored in; raise UserError if it does not fill one."""
-    try:
+    with about(text.label):
         return len(windows(ids, seq_len)[:max_windows])
-    except UserError as error:
-        raise UserError(f"{text.label}: {error}") from None
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -15,31 +15,28 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lrc.evaluation.nll import token_nll
 from lrc.evaluation.passage import Passage, choose_seq_lens, passages
 from lrc.evaluation.streamed import StreamedModel
-from lrc.run.processes import ALONE, Ranks
+from lrc.evaluation.tokens import token_nll
+from lrc.run.processes import Ranks
+from lrc.run.settings import Run
 from lrc.text.blocks import batched, ids_sha256
 from lrc.text.source import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Model: TypeAlias = PreTrainedModel | StreamedModel
-
 PROTOCOL_VERSION = 1
 _LOGIT_BYTES = 2**30  # of one batch, in the model's dtype
 _BATCH_TOKENS = 2**14
 _CPU_BATCH_TOKENS = 2**11  # larger batches spend their time on fresh memory pages for the logits
 
-Advance = Callable[[int], object]
-Progress = Callable[[str, int], Advance]
+Model: TypeAlias = "PreTrainedModel | StreamedModel"
 # Called with a passage and its results by token, each (windows, n - 1).
 Keep = Callable[[Passage, Mapping[str, Tensor]], object]
 
@@ -73,59 +70,42 @@ def evaluate_perplexity(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     specs: list[str],
+    run: Run = Run(),
     *,
-    data_dir: Path | None = None,
     seq_len: int | Sequence[int] | None = None,
     max_windows: int | None = None,
-    batch_size: int | None = None,
-    progress: Progress | None = None,
     keep: Keep | None = None,
-    ranks: Ranks = ALONE,
 ) -> list[Perplexity]:
     """Measure perplexity on each text, named as for ``read_text``, in windows of each ``seq_len``.
 
-    Every process needs the model and runs its share of the windows. ``progress`` gets a text's label and this process's
-    number of windows, and returns a function to call with the windows done. ``keep`` gets each passage and its loss by
-    token. Every text is read and cut before the model runs. Raises UserError as ``read_text`` and ``passages`` do, and
-    for windows above the model's limit.
+    Every process of the run needs the model and runs its share of the windows. Every text is read and cut before the
+    model runs. Raises UserError as ``read_text`` and ``passages`` do, and for windows above the model's limit.
     """
     lengths = choose_seq_lens([("the model", model.config)], seq_len)
-    texts = [read_text(spec, "evaluation", data_dir) for spec in specs]
-    return [
-        measure(
-            model,
-            passage,
-            batch_size=batch_size,
-            progress=progress(passage.data, len(ranks.mine(passage.cut))) if progress else None,
-            tokenizer=tokenizer,
-            keep=keep,
-            ranks=ranks,
-        )
-        for passage in passages(tokenizer, texts, lengths, max_windows)
-    ]
+    texts = [read_text(spec, "evaluation", run.data_folder) for spec in specs]
+    cut = passages(tokenizer, texts, lengths, max_windows)
+    return [measure(model, passage, tokenizer, run, keep) for passage in cut]
 
 
 def measure(
     model: Model,
     passage: Passage,
-    *,
-    batch_size: int | None = None,
-    progress: Advance | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    run: Run = Run(),
     keep: Keep | None = None,
-    ranks: Ranks = ALONE,
 ) -> Perplexity:
-    """Return the perplexity on the windows of a passage, of which each process runs its part; it may be inf or NaN.
+    """Return the perplexity on the windows of a passage; it may be inf or NaN.
 
-    ``batch_size`` windows run at once (default: as many as keep the logits below 1 GiB). ``progress`` is called with
-    the windows done.
+    ``keep`` gets the passage and its loss by token. Without ``tokenizer`` there are no bits per byte.
     """
+    mine = run.processes.mine(passage.cut)
+    advance = run.stage(passage.data, len(mine))
     start = time.perf_counter()
-    nll = ranks.woven(window_losses(model, ranks.mine(passage.cut), batch_size, progress).cpu())
+    nll = run.processes.woven(window_losses(model, mine, progress=advance).cpu())
     seconds = time.perf_counter() - start
     if keep:
         keep(passage, {"nll": nll})
-    return summarise(nll, passage, model.dtype, seconds, tokenizer, ranks)
+    return summarise(nll, passage, model.dtype, seconds, tokenizer, run.processes)
 
 
 def summarise(
@@ -133,13 +113,12 @@ def summarise(
     passage: Passage,
     dtype: torch.dtype,
     seconds: float,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    ranks: Ranks = ALONE,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ranks: Ranks,
 ) -> Perplexity:
     """Compute the figures from ``nll`` (windows, seq_len - 1), the nats of a passage's scored tokens."""
-    scored_bytes = None
-    if tokenizer is not None:
-        scored_bytes = ranks.total(count_scored_bytes(tokenizer, ranks.mine(passage.cut)))
+    own_bytes = count_scored_bytes(tokenizer, ranks.mine(passage.cut)) if tokenizer else 0
+    scored_bytes = ranks.total(own_bytes)
     tokens, nats = nll.numel(), nll.double().sum(dim=1).sum()
     return Perplexity(
         data=passage.data,
@@ -160,7 +139,10 @@ def summarise(
 
 
 def window_losses(
-    model: Model, cut: Tensor, batch_size: int | None = None, progress: Advance | None = None
+    model: Model,
+    cut: Tensor,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
     """Return the nats (windows, n - 1) of tokens 2..n of windows (windows, n), float32, on the logits' device."""
     batch_size = batch_size or default_batch(model, cut.shape[1])
@@ -168,8 +150,7 @@ def window_losses(
     with closing(window_logits(model, cut, batch_size)) as logits:
         for batch in batched(cut, batch_size):
             found.append(token_nll(next(logits), batch))  # unnamed logits are freed before the next batch
-            if progress:
-                progress(len(batch))
+            progress(len(batch))
     return torch.cat(found) if found else torch.empty(0, cut.shape[1] - 1)
 
 
@@ -205,7 +186,7 @@ def count_scored_bytes(tokenizer: PreTrainedTokenizerBase, cut: Tensor) -> int:
 
 
 def default_batch(model: Model, seq_len: int) -> int:
-    """Return the default number of windows that run at once: at most 1 GiB of logits and 16,384 tokens (CPU: 2,048)."""
+    """Return the most windows that run at once by default: 1 GiB of logits, 16,384 tokens (CPU: 2,048)."""
     window_bytes = seq_len * model.config.get_text_config().vocab_size * model.dtype.itemsize
     tokens = _CPU_BATCH_TOKENS if model.device.type == "cpu" else _BATCH_TOKENS
     return max(min(_LOGIT_BYTES // window_bytes, tokens // seq_len), 1)

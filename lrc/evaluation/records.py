@@ -53,8 +53,7 @@ def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -
     def add(passage: Passage, results: Mapping[str, Tensor]) -> None:
         windows = max(_ROWS // (passage.seq_len - 1), 1)
         for start in range(0, len(passage.cut), windows):
-            rows = slice(start, start + windows)
-            columns = _place(passage, rows) | {name: _column(x[rows]) for name, x in results.items()}
+            columns = _columns(passage, results, slice(start, start + windows))
             with written(path):
                 writer.write_table(pa.table(columns, schema))
 
@@ -74,32 +73,22 @@ def _check(path: Path) -> None:
     check_file("--tokens", path)
     if path.suffix != ".parquet":
         raise UserError(f"--tokens {path} writes Parquet; name the file {path.with_suffix('.parquet')}")
-    if path.exists() and not _ours(path):
+    try:
+        columns = pq.read_schema(path).names if path.exists() else [*_PLACE, "nll"]
+    except (OSError, pa.ArrowException):
+        columns = []
+    if not {*_PLACE, "nll"} <= {*columns}:
         raise UserError(f"--tokens {path} exists and was not made by lrc eval; name another file")
 
 
-def _ours(path: Path) -> bool:
-    """Tell whether a file has the columns of results by token."""
-    try:
-        return {*_PLACE, "nll"} <= {*pq.read_schema(path).names}
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def _place(passage: Passage, rows: slice) -> dict[str, pa.Array]:
-    ids = passage.cut[rows, 1:]
-    count, length = ids.shape
-    windows = torch.arange(len(passage.cut), dtype=torch.int32)[rows]
-    positions = torch.arange(1, length + 1, dtype=torch.int32)
-    text = pa.DictionaryArray.from_arrays(pa.array([0] * ids.numel(), pa.int32()), [passage.data])
+def _columns(passage: Passage, results: Mapping[str, Tensor], rows: slice) -> dict[str, pa.Array]:
+    ids = passage.cut[rows, 1:].int()
+    windows = torch.arange(len(passage.cut), dtype=torch.int32)[rows, None].expand_as(ids)
+    positions = torch.arange(1, passage.seq_len, dtype=torch.int32).expand_as(ids)
+    found = {"window": windows, "position": positions, "token": ids}
+    found |= {name: values[rows] for name, values in results.items()}
     return {
-        "text": text,
+        "text": pa.DictionaryArray.from_arrays(pa.array([0] * ids.numel(), pa.int32()), [passage.data]),
         "seq_len": pa.array([passage.seq_len] * ids.numel(), pa.int32()),
-        "window": _column(windows[:, None].expand(count, length)),
-        "position": _column(positions.expand(count, length)),
-        "token": _column(ids.int()),
+        **{name: pa.array(values.reshape(-1).numpy()) for name, values in found.items()},
     }
-
-
-def _column(values: Tensor) -> pa.Array:
-    return pa.array(values.reshape(-1).numpy())

@@ -1,4 +1,4 @@
-"""A model that is never whole in memory: all windows of a text go through each layer while it is on the device."""
+"""Evaluate a model one layer at a time: each layer is loaded once and runs on all windows of a text."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from lrc.walk.walk import Walk
 
 
 class StreamedModel:
-    """A checkpoint, compressed or not, run as transformers runs the whole model: weights and states in ``dtype``.
+    """Hold a checkpoint, compressed or not, whose logits equal those of the whole model in ``dtype``.
 
-    The device holds one layer and a batch of windows; hidden states of all windows wait on the first place with room,
-    files of those on disk in ``scratch``. Raises UserError where tensors are missing, or of other shapes than
-    config.json says.
+    The device holds one layer and a batch of windows. Hidden states of all windows are offloaded to the first of
+    device, host and disk (``scratch``) with room. Raises UserError for a tensor that is missing or of the wrong shape.
     """
 
     def __init__(
@@ -47,13 +46,11 @@ class StreamedModel:
 
     @property
     def config(self) -> Any:
-        """The transformers config."""
         return self._reader.config
 
     @torch.no_grad()
     def logits(self, cut: Tensor, batch_size: int) -> Iterator[Tensor]:
-        """Logits (windows, seq_len, vocab) of ``batch_size`` windows at a time, once all have gone through all layers;
-        windows (windows, seq_len) are in their order."""
+        """Yield the logits (batch, seq_len, vocab) of windows (windows, seq_len), ``batch_size`` windows at a time."""
         held = cut.numel() * self.config.hidden_size * self.dtype.itemsize
         stream = self._stream(States(place_for(held, self.device), self._scratch))
         batches = stream.embed(batched(cut, batch_size))

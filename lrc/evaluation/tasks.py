@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lrc.errors import UserError
 from lrc.evaluation.folder import Loading, fit, loaded
-from lrc.hub.tokenizer import load_tokenizer, start_tokens
+from lrc.hub.loader import load_tokenizer, start_tokens
 
 _BATCH = 8  # requests at once
 _SEED = 1234  # the harness's own
@@ -89,8 +89,8 @@ class Tasks:
         from lm_eval.models import huggingface
 
         harness_model: Any = huggingface.HFLM  # a decorator hides its signature
-
         tokenizer = load_tokenizer(folder, trust_remote_code=loading.run.trust_remote_code)
+        marked = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         with loaded([folder], len(tokenizer), replace(loading, streamed=False)) as models, _aside():
@@ -99,7 +99,8 @@ class Tasks:
                 pretrained=cast(PreTrainedModel, models[0]),
                 tokenizer=tokenizer,
                 batch_size=_BATCH,
-                prefix_token_id=_start(models[0].config, tokenizer),
+                # The token before an empty prompt; with BOS or EOS the harness finds it itself.
+                prefix_token_id=None if marked else next(start_tokens(models[0].config), None),
             )
             with torch.random.fork_rng():
                 torch.manual_seed(_SEED)
@@ -134,13 +135,6 @@ def _named(manager: Any, name: str) -> list[str]:
     raise UserError(
         f"lm-evaluation-harness has no task {name!r}; {hint}name a folder of your tasks with --tasks-dir"
     )
-
-
-def _start(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token before an empty prompt if the tokenizer has neither BOS nor EOS, else None."""
-    if tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None:
-        return None
-    return next(start_tokens(config), None)
 
 
 def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:

@@ -1,12 +1,20 @@
-"""Load a causal language model, compressed or not, from a folder or by name."""
+"""Load a causal language model, compressed or not, and its tokenizer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lrc.checkpoint.headers import read_headers
@@ -59,3 +67,22 @@ def causal_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{folder} is a {config.model_type} model, not a causal language model")
     return config
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a checkpoint's folder; raise UserError if there is none that works."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers, tokenizers and sentencepiece each raise their own
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{folder} has no tokenizer that works ({reason}); copy the model's tokenizer.json into it"
+        ) from error
+
+
+def start_tokens(config: PreTrainedConfig) -> Iterator[int]:
+    """Yield the tokens that may precede a text: the config's BOS token, then its EOS tokens."""
+    ends = config.eos_token_id
+    yield from (
+        t for t in (config.bos_token_id, *(ends if isinstance(ends, list) else [ends])) if t is not None
+    )

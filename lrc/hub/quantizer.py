@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.checkpoint.headers import Shape, check_shapes, read_headers
+from lrc.checkpoint.reader import full_name
 from lrc.errors import UserError
 from lrc.families import Family, family_of
 from lrc.modules.embedding import FACTORS
@@ -63,14 +64,13 @@ class LrcQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         expected = replace_modules(model, self.quantization_config.modules)
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            stored = {_full_name(n, family): held for n, held in read_headers(checkpoint_files).items()}
+            stored = {full_name(n, family): held for n, held in read_headers(checkpoint_files).items()}
             check_shapes(expected, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        family = family_of(model.config.model_type)
         # Dispatch over several devices makes tensors without this mark; their headers were checked before.
         if len(set((getattr(model, "hf_device_map", None) or {"": None}).values())) == 1:
-            for name, tensor in _own_tensors(model, family).items():
+            for name, tensor in _own_tensors(model, family_of(model.config.model_type)).items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise UserError(f"the checkpoint lacks the tensor {name!r}")
         # transformers accepts only a dict where the config is used again.
@@ -81,17 +81,7 @@ class LrcQuantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
+    is_trainable = is_qat_trainable = is_compileable = property(lambda self: True)  # type: ignore[assignment]
 
 
 def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
@@ -101,14 +91,12 @@ def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
     """
     family = family_of(model.config.model_type)
     apply_table(model, _local_table(model, table, family), family)
-    if _tied_factors(model, table, family):
-        _tie_factors(model, family)
-    return {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
-
-
-def _full_name(name: str, family: Family) -> str:
-    """Return a tensor's name in the causal language model; base models omit the prefix."""
-    return name if name.startswith((f"{family.prefix}.", f"{family.head}.")) else f"{family.prefix}.{name}"
+    tied = getattr(model.config, "tie_word_embeddings", False) and hasattr(model, family.head)
+    if tied and family.embedding in table:  # tie the factors instead of the weights
+        keys = {f"{family.head}.{name}": f"{family.embedding}.{name}" for name in FACTORS}
+        model._tied_weights_keys = keys  # type: ignore[assignment]
+        model.all_tied_weights_keys = dict(keys)
+    return {full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
 
 
 def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
@@ -118,25 +106,9 @@ def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
         raise UserError(
             f"config.json: {factorized[0]!r} is factorized and tie_word_embeddings is true; set it to false"
         )
-    kept = {
-        path: entry for path, entry in table.items() if path != family.head or hasattr(model, family.head)
-    }
-    if model.base_model is not model:
-        return kept
-    return {path.removeprefix(f"{family.prefix}."): entry for path, entry in kept.items()}
-
-
-def _tied_factors(model: PreTrainedModel, table: Table, family: Family) -> bool:
-    """Tell whether the LM head shares the factors of the embedding."""
-    tied = family.embedding in table and getattr(model.config, "tie_word_embeddings", False)
-    return tied and hasattr(model, family.head)
-
-
-def _tie_factors(model: PreTrainedModel, family: Family) -> None:
-    """Make transformers tie the factors instead of the weights."""
-    keys = {f"{family.head}.{name}": f"{family.embedding}.{name}" for name in FACTORS}
-    model._tied_weights_keys = keys  # type: ignore[assignment]
-    model.all_tied_weights_keys = dict(keys)
+    prefix = f"{family.prefix}." if model.base_model is model else ""
+    has_head = hasattr(model, family.head)
+    return {p.removeprefix(prefix): entry for p, entry in table.items() if p != family.head or has_head}
 
 
 def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.solve import solve
 from lrc.errors import UserError, nearest
 from lrc.estimate.room import place_for
-from lrc.evaluation.nll import token_nll
+from lrc.evaluation.tokens import token_nll
 from lrc.families import Architecture
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods

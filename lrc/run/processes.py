@@ -1,8 +1,7 @@
-"""The processes of one run: each holds its part of the blocks, and they add up what they sum.
+"""Split, sum and send between the processes of one run, which torchrun or accelerate started.
 
-A launcher (torchrun, accelerate) starts them and says so in the environment. Tensors on GPUs travel by NCCL, all else
-by gloo. Before they exchange anything the processes meet over gloo, where one that has failed tells the others why and
-one that is dead is missed at once, so that none waits for what will not come.
+Tensors on GPUs are sent by NCCL, everything else by gloo. Before each exchange the processes meet over gloo: there a
+failed process sends its error to the others, and a dead one is noticed at once, so that no process waits in vain.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import reduce
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from lrc.errors import Lost, OutOfResources, UserError
 from lrc.run.launcher import Place, place
 
-TIMEOUT = timedelta(minutes=10)  # a process may solve or write alone, and the others wait as long for it
+TIMEOUT = timedelta(minutes=10)  # the others wait while one process solves or writes alone
 AGAIN = "run the same command again: a compression goes on where it stopped"
 
 Split = TypeVar("Split", bound=Sequence[Any] | Tensor)
@@ -35,33 +35,32 @@ Number = TypeVar("Number", int, Tensor)
 
 
 class Ranks:
-    """All processes of a run and this one's place among them: ``rank`` of ``size``, ``local`` on its own machine.
+    """Hold the processes of a run as one of them sees it: ``rank`` of ``size``, ``local`` on its own machine.
 
-    Alone, every operation gives back what it is given. Else all processes have to call it, in the same order; it raises
-    what any of them failed with, on all of them, and ``Lost`` where one does not come.
+    A single process gets its arguments back. Several must call each operation in the same order; an error in one of
+    them is raised on all, ``Lost`` if one ended or does not answer.
     """
 
     def __init__(self, place: Place, store: Store | None = None) -> None:
         self.rank, self.size, self.local = place
         self._store = store
-        self._parted = False  # after a failure there is nothing more to meet for
+        self._parted = False  # after a failure the processes no longer meet
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Tell whether this process writes files and prints."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other process."""
         return self.size == 1
 
     def mine(self, items: Split) -> Split:
-        """This process's part of what all of them see: every ``size``-th, so that parts differ by one at most."""
+        """Return this process's share of items that all have: every ``size``-th one."""
         return items[self.rank :: self.size]  # type: ignore[return-value]
 
     def woven(self, part: Tensor) -> Tensor:
-        """What ``mine`` took apart along the first dimension, put together again."""
+        """Gather the rows of a tensor that ``mine`` split along the first dimension, in order."""
         if self.alone:
             return part
         parts = self.gather(part)
@@ -77,37 +76,21 @@ class Ranks:
             self._try(lambda tensor=tensor: dist.all_reduce(tensor))
 
     def total(self, number: Number) -> Number:
-        """A small sum over all processes, of the same bits on each, so that each may decide by it alike."""
-        if self.alone:
-            return number
-        first, *others = self.gather(number)
-        for other in others:
-            first = first + other
-        return first
+        """Return the sum over all processes, added in the same order on each, so that its bits are the same."""
+        return reduce(lambda one, other: one + other, self.gather(number))
 
     def gather(self, value: Item) -> list[Item]:
-        """Every process's value, by rank."""
-        if self.alone:
-            return [value]
+        """Return every process's value, by rank."""
         self.meet()
-        outline, tensors = _outlined(value)
-        outlines: list[Any] = [None] * self.size
-        self._try(lambda: dist.all_gather_object(outlines, outline))
-        return [self._filled(each, tensors, source) for source, each in enumerate(outlines)]
+        return [self._broadcast(value, source) for source in range(self.size)]
 
     def share(self, value: Item, source: int = 0) -> Item:
-        """What the process ``source`` has, which counts there alone."""
-        if self.alone:
-            return value
+        """Return the value of the process ``source``; those of others are ignored."""
         self.meet()
-        outline, tensors = _outlined(value) if self.rank == source else (b"", [])
-        held = [outline]
-        self._try(lambda: dist.broadcast_object_list(held, source))
-        shared = self._filled(held[0], tensors, source)
-        return value if self.rank == source else shared
+        return self._broadcast(value, source)
 
     def spread(self, items: Sequence[Item], work: Callable[[Item], Found]) -> Iterator[Found]:
-        """The ``work`` on every item in order, each done by one process in turn and shared; one in hand at a time."""
+        """Yield ``work(item)`` for each item in order; each process computes every ``size``-th and shares it."""
         for start in range(0, len(items), self.size):
             group = items[start : start + self.size]
             own: Any = work(group[self.rank]) if self.rank < len(group) else None
@@ -115,7 +98,7 @@ class Ranks:
                 yield self.share(own, source)
 
     def agree(self, settings: Mapping[str, Any]) -> None:
-        """Raise UserError, on all of them, where a process would run with other settings than the first."""
+        """Raise UserError on all processes if one would run with other settings than the first."""
         theirs = self.share(settings)
         if others := [name for name in {**theirs, **settings} if theirs.get(name) != settings.get(name)]:
             raise UserError(
@@ -125,7 +108,7 @@ class Ranks:
         self.meet()
 
     def meet(self, failure: UserError | None = None) -> None:
-        """Wait until every process is here, each with what it failed with, if it did; raises the first of those."""
+        """Wait for every process; raise the first ``failure`` that any of them passes."""
         if self.alone or self._parted:
             return
         failed = torch.tensor(failure is not None, dtype=torch.uint8)
@@ -138,35 +121,42 @@ class Ranks:
             raise next(each for each in failures if each is not None)
 
     def first_to_miss(self) -> bool:
-        """Whether this is the first process to find another lost, which is the one to tell."""
+        """Tell whether this is the first process to notice that another ended; it prints the error."""
         try:
             return self._store is None or self._store.add("lost", 1) == 1
-        except RuntimeError:  # it went with the one that is lost
+        except RuntimeError:  # the store was on the process that ended
             return True
 
-    def _filled(self, outline: bytes, tensors: Sequence[Tensor], source: int) -> Any:
-        """Return the value behind an outline; its tensors come from process ``source``, whose own are ``tensors``."""
-        ranks = self
+    def _broadcast(self, value: Any, source: int) -> Any:
+        """Send a value's outline, then its tensors in order."""
+        if self.alone:
+            return value
+
+        def exchange(tensor: Tensor) -> Tensor:
+            if tensor.numel():  # as bytes, which every backend carries
+                self._try(lambda: dist.broadcast(tensor.view(-1).view(torch.uint8), source))
+            return tensor
+
+        sends = self.rank == source
+        outline, tensors = _outlined(value) if sends else (b"", [])
+        held = [outline]
+        self._try(lambda: dist.broadcast_object_list(held, source))
+        for tensor in tensors:
+            exchange(tensor.contiguous())
 
         class Reader(pickle.Unpickler):
-            def persistent_load(self, pid: tuple[int, Any, torch.dtype, str]) -> Tensor:
-                number, shape, dtype, device = pid
-                sends = ranks.rank == source
-                found = (
-                    tensors[number].contiguous() if sends else torch.empty(shape, dtype=dtype, device=device)
-                )
-                if found.numel():  # as bytes, which every backend carries
-                    ranks._try(lambda: dist.broadcast(found.view(-1).view(torch.uint8), source))
-                return tensors[number] if sends else found
+            def persistent_load(self, pid: tuple[Any, torch.dtype, str]) -> Tensor:
+                shape, dtype, device = pid
+                return exchange(torch.empty(shape, dtype=dtype, device=device))
 
-        return Reader(BytesIO(outline)).load()
+        return value if sends else Reader(BytesIO(held[0])).load()
 
     def _try(self, exchange: Callable[[], object]) -> None:
         try:
             exchange()
-        except RuntimeError as error:  # gloo and NCCL have no error of their own for it
+        except RuntimeError as error:  # gloo and NCCL have no error class for it
             self._parted = True
-            # Without the place in their source that they begin with, and the advice after it.
+            # Strip the place in the backend's source before the reason, and the advice after it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise Lost(
                 f"another of the {self.size} processes of this run ended, or did not answer for "
@@ -179,16 +169,15 @@ ALONE = Ranks(Place())
 
 @contextmanager
 def launched() -> Iterator[Ranks]:
-    """The processes that a launcher started this one among, until the context closes; one alone without a launcher.
+    """Connect the processes that a launcher started until the context closes; ``ALONE`` without a launcher.
 
-    Where one of them fails the context raises the same UserError on all, except that a failure of ours keeps its
-    traceback where it happened.
+    A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened.
     """
     here = place()
     if here.size == 1:
         yield ALONE
         return
-    # The store of a restart holds the addresses of those that are gone.
+    # After a restart the store holds addresses of processes that ended.
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         raise UserError(
             "a launcher's restarts are not supported; leave --max-restarts at 0 and start the command again"
@@ -212,27 +201,22 @@ def launched() -> Iterator[Ranks]:
         ranks.meet(error)
         raise
     except Exception as error:
+        reason = f"process {here.rank} of {here.size} failed with {type(error).__name__}: {error}"
         with suppress(UserError):
-            ranks.meet(_of_ours(error, here))
+            ranks.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
         raise
     except BaseException:
         whole = False
         raise
     finally:
-        if whole or by == "gloo":  # NCCL would wait for those that are gone
+        if whole or by == "gloo":  # NCCL would wait for processes that ended
             dist.destroy_process_group()
 
 
-def _of_ours(error: Exception, place: Place) -> UserError:
-    """What the other processes are told of a failure that is no mistake of the user's."""
-    reason = f"process {place.rank} of {place.size} failed with {type(error).__name__}: {error}"
-    return OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}")
-
-
 def _outlined(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Pickle a value without its tensors, and return these in the order they stand in it.
+    """Pickle a value without its tensors; return the pickle and the tensors, in the order of the value.
 
-    Tensors that are pickled within an object travel ten times slower, and CUDA ones arrive on the sender's device.
+    Tensors pickled with the object would take ten times as long, and CUDA tensors arrive on the sender's device.
     """
     file, tensors = BytesIO(), list[Tensor]()
 
@@ -241,7 +225,7 @@ def _outlined(value: Any) -> tuple[bytes, list[Tensor]]:
             if not isinstance(obj, Tensor):
                 return None
             tensors.append(obj)
-            return len(tensors) - 1, tuple(obj.shape), obj.dtype, obj.device.type
+            return tuple(obj.shape), obj.dtype, obj.device.type
 
     Writer(file).dump(value)
     return file.getvalue(), tensors

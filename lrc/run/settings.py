@@ -1,4 +1,4 @@
-"""How and where a verb runs: what the user says, or the default."""
+"""Choose device, precision and batch size: what the user says, or the default."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _WRITTEN_TOKENS = 2**15
 
 @dataclass(frozen=True)
 class Run:
-    """How and where a verb runs. What decides the bytes of an output is the plan; this decides place and speed.
+    """Say where and how a verb runs; the plan alone decides the bytes of an output.
 
-    ``device``: cpu, cuda or cuda:N (default: the first GPU). ``dtype``: what layers run in (default: the checkpoint's
-    on a GPU, float32 on a CPU). ``batch_size``: blocks at once (default: by their length). ``offload``: where hidden
-    states wait between two layers, one of ``lrc.run.offload.PLACES`` (default: the first with room). ``data_dir``: the
-    folder with the data sets, instead of the hub. ``revision``: branch, tag or commit of the model on the hub.
-    ``allow_pickle``: read pickled weights. ``trust_remote_code``: run code that comes with the checkpoint.
-    ``progress`` is called with a stage's name and length, and returns the function to call with steps done. ``warn`` is
-    called with every warning before the work begins. ``processes`` share the work; each of them makes the same call.
+    ``device``: cpu, cuda or cuda:N (default: the first GPU). ``dtype``: of the layers (default: the checkpoint's on a
+    GPU, float32 on a CPU). ``batch_size``: blocks at once (default: by their length). ``offload``: place of hidden
+    states between two layers, one of ``lrc.run.offload.PLACES`` (default: the first with room). ``data_dir``: folder
+    with the data sets, instead of the hub. ``revision``: branch, tag or commit of the model on the hub.
+    ``allow_pickle``: read pickled weights. ``trust_remote_code``: run code that comes with the checkpoint. ``progress``
+    gets a stage's name and length and returns a function to call with steps done. ``warn`` gets every warning before
+    the work starts. ``processes``: share the work; each makes the same call.
     """
 
     device: str | None = None
@@ -47,18 +47,17 @@ class Run:
 
     @property
     def data_folder(self) -> Path | None:
-        """The folder with the data sets."""
         return None if self.data_dir is None else Path(self.data_dir)
 
     def stage(self, label: str, total: int) -> Callable[[int], object]:
-        """Begin a stage of so many steps; call the result with steps done."""
+        """Start a stage of ``total`` steps; return the function to call with steps done."""
         return self.progress(label, total) if self.progress else lambda done: None
 
 
 def find_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:
-    """The device a user names, made the current one; by default the first GPU if there is one.
+    """Return the device ``name``, made the current one; by default the first GPU, or one GPU for each process.
 
-    Of several processes on a machine each has the GPU of its number. Raises UserError where it is not there.
+    Raises UserError if there is no such device.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there = ["cpu", *gpus, *(["cuda"] if gpus else [])]
@@ -77,15 +76,15 @@ def find_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:
         )
     device = torch.device(name)
     if device.type == "cuda":
-        # Kernels that are compiled on the way run on the current device, whatever they are given.
+        # Compiled kernels run on the current device, wherever their tensors are.
         torch.cuda.set_device(device)
-        # Without it torch refuses products where sums must have a fixed order; it is read at the first product.
+        # torch needs it for deterministic matrix products, and reads it at the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
 
 
 def find_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The precision layers run in: what a user names, else the checkpoint's own on a GPU and float32 on a CPU."""
+    """Return the dtype of layers: ``name``, else the checkpoint's (``stored``) on a GPU and float32 on a CPU."""
     if name is None:
         return torch.float32 if device.type == "cpu" or stored not in DTYPES.values() else stored
     if name not in DTYPES:
@@ -94,10 +93,10 @@ def find_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> t
 
 
 def default_batch(device: str, seq_len: int) -> int:
-    """Blocks that run at once on a ``cuda`` or ``cpu`` device unless the user says how many."""
+    """Return the default number of blocks that run at once on a ``cuda`` or ``cpu`` device."""
     return max(_BATCH_TOKENS[device] // seq_len, 1)
 
 
 def generating_batch(seq_len: int) -> int:
-    """Blocks that a model writes at once unless the user says how many; a step costs little more for many than one."""
+    """Return the default number of blocks that a model generates at once; a step for many costs little more."""
     return max(_WRITTEN_TOKENS // seq_len, 1)

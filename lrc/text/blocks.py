@@ -13,6 +13,8 @@ from lrc.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_RUN = 64  # tokens in a row that two unrelated texts do not share
+
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Tokenize a whole text at once into ids (tokens,), int64; special tokens are the tokenizer's own."""
@@ -52,9 +54,7 @@ def calibration_blocks(ids: Tensor, samples: int | Literal["all"], seq_len: int,
             f"the text has {len(blocks)} blocks of {seq_len} tokens, fewer than the {samples} samples "
             f"asked for; use samples: {len(blocks)}, samples: all{remedy}, or a longer text"
         )
-    generator = torch.Generator().manual_seed(seed_for(seed, "calibration"))
-    chosen = torch.randperm(len(blocks), generator=generator)[:samples]
-    return blocks[chosen.sort().values]
+    return _drawn(blocks, samples, seed_for(seed, "calibration"))
 
 
 def gradient_blocks(blocks: Tensor, samples: int, seed: int) -> Tensor:
@@ -62,9 +62,35 @@ def gradient_blocks(blocks: Tensor, samples: int, seed: int) -> Tensor:
 
     The draw depends only on the seed and n, and a larger number of samples contains the blocks of a smaller one.
     """
-    generator = torch.Generator().manual_seed(seed_for(seed, "gradient blocks"))
-    chosen = torch.randperm(len(blocks), generator=generator)[:samples]
-    return blocks[chosen.sort().values]
+    return _drawn(blocks, samples, seed_for(seed, "gradient blocks"))
+
+
+def held_out_blocks(ids: Tensor, count: int, fitted: Tensor) -> Tensor:
+    """Return the first ``count`` blocks (count, tokens) of ids (n,) that are not among ``fitted`` (m, tokens).
+
+    Raises UserError if there are fewer, or if one shares a run of tokens with the fitted blocks: 64 tokens, or half a
+    block if that is shorter.
+    """
+    seq_len = fitted.shape[1]
+    blocks = windows(ids, seq_len)
+    left = blocks[~torch.isin(_hashes(blocks, seq_len, seq_len), _hashes(fitted, seq_len, seq_len)).flatten()]
+    if count > len(left):
+        drawn = len(blocks) - len(left)
+        because = f" besides the {drawn} of calibration" if drawn else ""
+        remedy = f"use {len(left)}, or " if len(left) else ""
+        raise UserError(
+            f"it has {len(left)} blocks of {seq_len} tokens{because}, fewer than the {count} held-out samples "
+            f"asked for; {remedy}another text"
+        )
+    chosen, run = left[:count], min(_RUN, seq_len // 2)
+    shared = torch.isin(_hashes(chosen, run, 1), _hashes(fitted, run, 1)).any(dim=1)
+    if shared.any():
+        numbers = ", ".join(str(int(n)) for n in shared.nonzero()[:5])
+        raise UserError(
+            f"it overlaps the calibration blocks (held-out block {numbers} shares {run} tokens in a row), so a loss "
+            "measured on it would be too low; use another text"
+        )
+    return chosen
 
 
 def batched(blocks: Tensor, size: int) -> list[Tensor]:
@@ -86,3 +112,15 @@ def ids_sha256(ids: Tensor) -> str:
 def seed_for(seed: int, purpose: str) -> int:
     """Derive a generator's seed for one purpose, so that draws for different purposes are independent."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "little")
+
+
+def _drawn(blocks: Tensor, samples: int, seed: int) -> Tensor:
+    chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:samples]
+    return blocks[chosen.sort().values]
+
+
+def _hashes(blocks: Tensor, run: int, stride: int) -> Tensor:
+    """Return a 64-bit hash of every run of ``run`` tokens in each block, ``stride`` apart: (blocks, runs)."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (run,), generator=generator) * 2 + 1
+    return torch.stack([(block.unfold(0, run, stride) * weights).sum(dim=1) for block in blocks])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -44,10 +45,11 @@ class DataSet:
     lines: Literal["row", "stripped", "none"] = "none"
 
 
-SYNTHETIC = "synthetic"  # names text that the model itself generates, among calibration texts
+SYNTHETIC = "synthetic"  # the name of calibration text that the model itself generates
 
 # the hub's conversion; the main branch has a script (refused by datasets 4) or needs zstandard
 _PARQUET = "refs/convert/parquet"
+_SHORT = {"train": "train", "validation": "valid", "test": "test"}  # splits, as file names write them
 
 _ALL = (
     DataSet(
@@ -59,31 +61,16 @@ _ALL = (
         config="wikitext-2-raw-v1",
         lines="row",
         splits={
-            "train": Split(
+            split: Split(
                 (
-                    "wikitext2-raw/train.txt",
-                    "wikitext2-raw/wiki.train.raw",
-                    "wikitext-2-raw/wiki.train.raw",
-                    "wikitext-2-raw-v1/train-00000-of-00001.parquet",
-                    "wikitext2-raw/train-head.txt",
+                    f"wikitext2-raw/{short}.txt",
+                    f"wikitext2-raw/wiki.{short}.raw",
+                    f"wikitext-2-raw/wiki.{short}.raw",
+                    f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet",
+                    *(("wikitext2-raw/train-head.txt",) if split == "train" else ()),
                 )
-            ),
-            "validation": Split(
-                (
-                    "wikitext2-raw/valid.txt",
-                    "wikitext2-raw/wiki.valid.raw",
-                    "wikitext-2-raw/wiki.valid.raw",
-                    "wikitext-2-raw-v1/validation-00000-of-00001.parquet",
-                )
-            ),
-            "test": Split(
-                (
-                    "wikitext2-raw/test.txt",
-                    "wikitext2-raw/wiki.test.raw",
-                    "wikitext-2-raw/wiki.test.raw",
-                    "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-                )
-            ),
+            )
+            for split, short in _SHORT.items()
         },
     ),
     DataSet(
@@ -95,24 +82,13 @@ _ALL = (
         hub="allenai/c4",
         evaluation="validation",
         splits={
-            "train": Split(
-                (
-                    "c4/en/c4-train.00000-of-01024.json.gz",
-                    "c4/c4-train.00000-of-01024.json.gz",
-                    "c4/calibration-sample.jsonl",
-                ),
-                hub_file="en/c4-train.00000-of-01024.json.gz",
-                documents=10_000,
-            ),
-            "validation": Split(
-                (
-                    "c4/en/c4-validation.00000-of-00008.json.gz",
-                    "c4/c4-validation.00000-of-00008.json.gz",
-                    "c4/validation-sample.jsonl",
-                ),
-                hub_file="en/c4-validation.00000-of-00008.json.gz",
-                documents=2_000,
-            ),
+            split: Split(
+                (f"c4/{file}", f"c4/{Path(file).name}", f"c4/{sample}-sample.jsonl"), file, documents
+            )
+            for split, file, sample, documents in (
+                ("train", "en/c4-train.00000-of-01024.json.gz", "calibration", 10_000),
+                ("validation", "en/c4-validation.00000-of-00008.json.gz", "validation", 2_000),
+            )
         },
     ),
     DataSet(
@@ -125,11 +101,8 @@ _ALL = (
         column="sentence",
         lines="stripped",
         splits={
-            "train": Split(("ptb/ptb.train.txt", "ptb/train.txt"), "penn_treebank/train/0000.parquet"),
-            "validation": Split(
-                ("ptb/ptb.valid.txt", "ptb/valid.txt"), "penn_treebank/validation/0000.parquet"
-            ),
-            "test": Split(("ptb/ptb.test.txt", "ptb/test.txt"), "penn_treebank/test/0000.parquet"),
+            split: Split((f"ptb/ptb.{short}.txt", f"ptb/{short}.txt"), f"penn_treebank/{split}/0000.parquet")
+            for split, short in _SHORT.items()
         },
     ),
     DataSet(

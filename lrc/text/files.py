@@ -1,4 +1,4 @@
-"""Reads one text file: plain, JSON lines or parquet, compressed or not, with errors that name the place."""
+"""Read one text file: plain, JSON lines or Parquet, compressed or not; errors name the line and byte."""
 
 from __future__ import annotations
 
@@ -18,26 +18,22 @@ _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def read_plain(path: Path) -> str:
-    """A UTF-8 text file as it is; ``.xz`` and ``.gz`` are decompressed.
-
-    Raises UserError where the file cannot be read, and naming the byte and line where it is binary or not
-    UTF-8.
-    """
+    """Read a UTF-8 text file, ``.xz`` and ``.gz`` decompressed; raise UserError if it is binary or cannot be read."""
     with _opened(path) as file:
         return _decode(file.read(), path)
 
 
 def read_documents(path: Path, column: str, limit: int | None = None) -> list[str]:
-    """The texts in ``column`` of the first ``limit`` rows of a JSON-lines or parquet file.
+    """Read ``column`` of the first ``limit`` rows of a JSON-lines or Parquet file.
 
-    Raises UserError where the file cannot be read, and naming the line that is not JSON or has no such text.
+    Raises UserError if the file cannot be read, and for a line that is not JSON or has no text in ``column``.
     """
     rows = _parquet_rows if path.suffix == ".parquet" else _json_rows
     return list(islice(rows(path, column), limit))
 
 
 def holds_documents(path: Path) -> bool:
-    """Whether a file's name says that it holds rows rather than plain text."""
+    """Tell by a file's name whether it holds rows rather than plain text."""
     inner = path.with_suffix("") if path.suffix in _OPENERS else path
     return inner.suffix in (".jsonl", ".json", ".parquet")
 
@@ -50,15 +46,13 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise UserError(
-            f"{path} is a folder; name a file in it, or give the folder with --data-dir"
-        ) from None
+        raise UserError(f"{path} is a folder; name a file in it, or pass --data-dir {path}") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _decode(data: bytes, path: Path, line: int = 1, start: int = 0) -> str:
-    """Text of ``data``, which begins at byte ``start`` and line ``line`` of the file."""
+    """Decode ``data``, which begins at byte ``start`` and line ``line`` of the file."""
 
     def place(at: int) -> str:
         newlines = data.count(b"\n", 0, at)

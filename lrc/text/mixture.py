@@ -59,13 +59,12 @@ class Calibration:
 
     @property
     def notes(self) -> list[str]:
-        """List the sources' caveats for a report."""
         return [note for source in self.sources for note in source.notes]
 
     def as_dict(self, seed: int) -> dict[str, Any]:
         """Return the output's record of the blocks, which were drawn with ``seed``."""
         samples, seq_len = self.blocks.shape
-        weights = [{}] * len(self.sources) if self.weights is None else [{"weight": w} for w in self.weights]
+        weights = [{"weight": w} for w in self.weights or ()] or [{}] * len(self.sources)
         return {
             "data": self.label,
             "samples": samples,
@@ -118,7 +117,10 @@ class Mixture:
         """
         self.check(samples)
         texts = [read_text(n, "calibration", data_dir) if n != SYNTHETIC else None for n in self.names]
-        _refuse_twins({name: text.sha256 for name, text in zip(self.names, texts, strict=True) if text})
+        first: dict[str, str] = {}
+        for name, text in zip(self.names, texts, strict=True):
+            if text and (other := first.setdefault(text.sha256, name)) != name:
+                raise UserError(f"calibration on {other} and {name}: they are the same text; name it once")
         ids = [tokenize(tokenizer, text.text) if text else None for text in texts]
         labels = [text.label if text else SYNTHETIC for text in texts]
         room: list[int | None] = []
@@ -179,22 +181,18 @@ def read_mixture(data: DataLike) -> Mixture:
 def shares(samples: int, weights: Sequence[Fraction]) -> list[int]:
     """Split samples in proportion to weights by largest remainder (ties: the earlier source), at least one each.
 
-    A source without a sample gets one; the others share the rest. ``samples`` must be at least the number of weights.
+    Sources without a sample get one; the others share the rest. ``samples`` must be at least the number of weights.
     """
-    found = [0] * len(weights)
-    while True:
-        free = [i for i, count in enumerate(found) if count == 0]
-        left = samples - sum(found)
-        quotas = {i: left * weights[i] / sum(weights[j] for j in free) for i in free}
-        counts = {i: int(quota) for i, quota in quotas.items()}
-        by_remainder = sorted(free, key=lambda i: counts[i] - quotas[i])
-        for i in by_remainder[: left - sum(counts.values())]:
-            counts[i] += 1
-        poor = [i for i in free if counts[i] == 0]
-        if not poor:
-            return [counts.get(i, found[i]) for i in range(len(found))]
-        for i in poor:
-            found[i] = 1
+    quotas = [samples * weight / sum(weights) for weight in weights]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - quotas[i])
+    for i in by_remainder[: samples - sum(counts)]:
+        counts[i] += 1
+    if all(counts):
+        return counts
+    rich = [weight for weight, count in zip(weights, counts, strict=True) if count]
+    rest = iter(shares(samples - counts.count(0), rich))
+    return [next(rest) if count else 1 for count in counts]
 
 
 def interleaved(parts: Sequence[Tensor]) -> Tensor:
@@ -231,25 +229,24 @@ def _parsed(data: str) -> object:
     """Parse a string into the value that a plan would have."""
     if _is_file(data):
         return data
-    parts = [part.strip() for part in data.split(",")]
-    pairs = [(part, None) if _is_file(part) else _pair(part) for part in parts]
+    pairs = [_pair(part.strip()) for part in data.split(",")]
     names = [name for name, _ in pairs]
     for place, name in enumerate(names):
         if name in names[:place]:
             raise ValueError(f"{name!r} is written twice")
     unweighted = [name for name, weight in pairs if weight is None]
-    if unweighted and unweighted != names:
+    if not unweighted:
+        return {name: _number(weight or "") for name, weight in pairs}
+    if unweighted != names:
         raise ValueError(
             f"{unweighted[0]!r} has no weight, but others have one; give all a weight or none. For a file name with a "
             "comma, name only this file, or write {NAME: 2, ...} in a plan"
         )
-    if unweighted:
-        return names if names[1:] else names[0]
-    return {name: _number(weight or "") for name, weight in pairs}
+    return names if names[1:] else names[0]
 
 
 def _pair(part: str) -> tuple[str, str | None]:
-    if "=" not in part:
+    if "=" not in part or _is_file(part):
         return part, None
     name, _, weight = part.rpartition("=")
     return name.strip(), weight.strip()
@@ -265,13 +262,6 @@ def _number(word: str) -> float | str:
 
 def _is_file(name: str) -> bool:
     return Path(name).expanduser().is_file()
-
-
-def _refuse_twins(hashes: Mapping[str, str]) -> None:
-    first: dict[str, str] = {}
-    for name, digest in hashes.items():
-        if (other := first.setdefault(digest, name)) != name:
-            raise UserError(f"calibration on {other} and {name}: they are the same text; name it once")
 
 
 def _label(labels: Sequence[str], weights: Sequence[float] | None) -> str:

@@ -1,10 +1,10 @@
-"""From what a user calls a text (a data set's name or a file) to the text itself."""
+"""Find and read the text that a name or a path stands for."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ _FILE_SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".parquet", ".xz", "
 
 @dataclass(frozen=True)
 class Text:
-    """One text: ``sha256`` of its UTF-8 bytes, where it came from, and what a reader of a report should know.
+    """Hold one text with the ``sha256`` of its UTF-8 bytes and its caveats for a report.
 
     ``name`` is the data set's name or the file's path; ``split`` is None for a file.
     """
@@ -37,12 +37,12 @@ class Text:
 
     @property
     def label(self) -> str:
-        """``wikitext2:test``, or the file's path."""
+        """Return ``wikitext2:test``, or the file's path."""
         return f"{self.name}:{self.split}" if self.split else self.name
 
 
 def named_texts(ppl: str | Sequence[str]) -> list[str]:
-    """The texts to evaluate on that a user names, one or several; UserError where none is named."""
+    """Return one or several names as a list; raise UserError if there are none."""
     found = [ppl] if isinstance(ppl, str) else [*ppl]
     if not found:
         raise UserError("ppl names no text; name one, such as wikitext2, or leave it out")
@@ -50,12 +50,11 @@ def named_texts(ppl: str | Sequence[str]) -> list[str]:
 
 
 def read_text(spec: str, use: Use, data_dir: Path | None = None) -> Text:
-    """The text a user means by ``NAME``, ``NAME:SPLIT`` or the path of a file.
+    """Read the text that ``NAME``, ``NAME:SPLIT`` or a file's path stands for.
 
-    Files are plain text, JSON lines with a field ``text``, or parquet with such a column; ``.xz`` and ``.gz``
-    are decompressed. A data set is looked for under ``data_dir`` (else the folder that LRC_DATA_DIR names),
-    then on the hub; without a split it is the data set's own for the use. Raises UserError for an unknown
-    name or split, and for a file or data set that is not there, empty, binary or not UTF-8.
+    Files are plain text, or JSON lines or Parquet with a field ``text``, also as ``.xz`` or ``.gz``. Data sets are read
+    from ``data_dir`` (default: LRC_DATA_DIR), else from the hub; the default split depends on ``use``. Raises UserError
+    for an unknown name or split, and a text that is missing, empty, binary or not UTF-8.
     """
     name, _, split = spec.partition(":")
     if name in DATASETS:
@@ -66,7 +65,7 @@ def read_text(spec: str, use: Use, data_dir: Path | None = None) -> Text:
 
 
 def check_text(spec: str, use: Use) -> None:
-    """Raise UserError where there is no text of a name, no such split or no such file; nothing is read."""
+    """Raise UserError for an unknown name or split or a missing file, without reading the text."""
     name, _, split = spec.partition(":")
     if name in DATASETS:
         _split(DATASETS[name], split, use)
@@ -75,7 +74,7 @@ def check_text(spec: str, use: Use) -> None:
 
 
 def _path(spec: str, use: Use) -> Path:
-    """The path that a text is named by; UserError where it looks like none."""
+    """Return the path of a text file; raise UserError for an unknown name that looks like no path."""
     name = spec.partition(":")[0]
     if name == SYNTHETIC:
         raise UserError(f"no text {spec!r}: {SYNTHETIC}, which has no splits, is for calibration alone")
@@ -87,7 +86,7 @@ def _path(spec: str, use: Use) -> Path:
 
 
 def _split(data_set: DataSet, asked: str, use: Use) -> str:
-    """The split that is asked for by any of its names, else the data set's own for the use."""
+    """Return the full name of the split asked for, else the data set's default for the use."""
     name = {"valid": "validation", "val": "validation"}.get(asked, asked)
     name = name or (data_set.calibration if use == "calibration" else data_set.evaluation)
     if name not in data_set.splits:
@@ -102,28 +101,28 @@ def _read_dataset(data_set: DataSet, asked: str, use: Use, data_dir: Path | None
     notes = (f"{data_set.name}: {name} split used for calibration",) if held_out else ()
     folder = ASSETS if data_set.hub is None else data_dir
     candidates = [folder / file for file in split.local] if folder else []
-    found = next((path for path in candidates if path.is_file()), None)
-    if found:
-        return _text(data_set.name, name, _read_local(data_set, split, found), str(found), notes)
-    if data_set.hub is None:
+    if found := next((path for path in candidates if path.is_file()), None):
+        rows, origin = _local_rows(data_set, split, found), str(found)
+    elif data_set.hub:
+        rows, origin = _hub_rows(data_set, data_set.hub, name, data_dir), f"{data_set.hub} on the hub"
+    else:
         raise UserError(f"{ASSETS / split.local[0]}: missing; the installation of lrc is damaged")
-    text = data_set.joiner.join(_hub_rows(data_set, data_set.hub, name, data_dir))
-    return _text(data_set.name, name, text, f"{data_set.hub} on the hub", notes)
+    return _text(data_set.name, name, data_set.joiner.join(rows), origin, notes)
 
 
-def _read_local(data_set: DataSet, split: Split, path: Path) -> str:
+def _local_rows(data_set: DataSet, split: Split, path: Path) -> list[str]:
     if holds_documents(path):
-        return data_set.joiner.join(read_documents(path, data_set.column, split.documents))
+        return read_documents(path, data_set.column, split.documents)
     text = read_plain(path)
     if data_set.lines == "none":
-        return text
+        return [text]
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if data_set.lines == "stripped":
-        return data_set.joiner.join(line.strip() for line in lines)
-    return data_set.joiner.join(f"{line}\n" if line.strip() else "" for line in lines)
+        return [line.strip() for line in lines]
+    return [f"{line}\n" if line.strip() else "" for line in lines]
 
 
-def _hub_rows(data_set: DataSet, hub: str, name: str, data_dir: Path | None) -> Iterable[str]:
+def _hub_rows(data_set: DataSet, hub: str, name: str, data_dir: Path | None) -> list[str]:
     from datasets import load_dataset
 
     split = data_set.splits[name]
@@ -138,27 +137,21 @@ def _hub_rows(data_set: DataSet, hub: str, name: str, data_dir: Path | None) -> 
             verification_mode="no_checks",  # one file of many: the sizes on the data set's card do not apply
         )
         return [row[data_set.column] for row in islice(rows, split.documents)]
-    except Exception as error:  # the hub's client, its cache and its transport each have errors of their own
-        raise UserError(_unreachable(data_set, name, data_dir, error)) from error
-
-
-def _unreachable(data_set: DataSet, name: str, data_dir: Path | None, error: Exception) -> str:
-    searched = f"not in {data_dir}" if data_dir else "no data folder is given"
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    files = " or ".join(data_set.splits[name].local)
-    return (
-        f"no text for {data_set.name}:{name}: {searched}, and the hub does not give {data_set.hub} "
-        f"({reason}). Without a network give a folder with --data-dir or {DATA_DIR_VARIABLE} that holds "
-        f"{files}; or use a path to a text file, or 'builtin'"
-    )
+    except Exception as error:  # the hub's client, its cache and its transport each raise their own
+        searched = f"not in {data_dir}" if data_dir else "no data folder is given"
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"no text for {data_set.name}:{name}: {searched}, and the hub does not give {hub} ({reason}). Without a "
+            f"network, pass --data-dir or set {DATA_DIR_VARIABLE} to a folder with {' or '.join(split.local)}, "
+            "or name a text file or 'builtin'"
+        ) from error
 
 
 def _data_dir(given: Path | None) -> Path | None:
-    variable = os.environ.get(DATA_DIR_VARIABLE)
-    folder = given or (Path(variable) if variable else None)
-    if folder and not folder.is_dir():
+    folder = given or os.environ.get(DATA_DIR_VARIABLE)
+    if folder and not Path(folder).is_dir():
         raise UserError(f"{folder}, given by {'--data-dir' if given else DATA_DIR_VARIABLE}, is not a folder")
-    return folder
+    return Path(folder) if folder else None
 
 
 def _text(name: str, split: str | None, text: str, origin: str, notes: tuple[str, ...]) -> Text:

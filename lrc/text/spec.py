@@ -28,22 +28,18 @@ def check_data(value: object) -> Data:
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, Mapping) and value:
-        wrong: dict[str | int, str] = {
-            str(name): message for name, weight in value.items() if (message := _wrong(name, weight))
-        }
-        if wrong:
-            raise Misplaced(wrong)
+        found: dict[str | int, str] = {str(name): _wrong(name, weight) for name, weight in value.items()}
+        if any(found.values()):
+            raise Misplaced({name: message for name, message in found.items() if message})
         return dict(value)
     if isinstance(value, list | tuple) and value:
-        unnamed: dict[str | int, str] = {
-            place: f"{name!r} is not a name" for place, name in enumerate(value) if not _is_name(name)
-        }
-        twice = {
-            place: f"{name!r} is written twice"
-            for place, name in enumerate(value)
-            if place not in unnamed and name in value[:place]
-        }
-        if wrong := unnamed | twice:
+        wrong: dict[str | int, str] = {}
+        for place, name in enumerate(value):
+            if not _is_name(name):
+                wrong[place] = f"{name!r} is not a name"
+            elif name in value[:place]:
+                wrong[place] = f"{name!r} is written twice"
+        if wrong:
             raise Misplaced(wrong)
         return tuple(value)
     raise ValueError(

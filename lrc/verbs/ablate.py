@@ -136,7 +136,7 @@ def _measure(
             with setup.watch.stage("dense"):
                 loading = Loading(setup.device, setup.dtype, folder, setup.run)
                 with loaded([setup.model.path], len(setup.tokenizer), loading) as models:
-                    dense = measure(models[0], passage, tokenizer=setup.tokenizer, ranks=setup.processes)
+                    dense = measure(models[0], passage, setup.tokenizer, Run(processes=setup.processes))
             known = replace(known, dense=dense)
             yield known
         states = States(setup.offload(first.job, len(texts.calibration.blocks)), folder)

@@ -11,10 +11,11 @@ from lrc.errors import UserError
 from lrc.estimate.room import memory_advice
 from lrc.evaluation.folder import evaluate_folder, find_loading
 from lrc.evaluation.pair import evaluate_pair
-from lrc.evaluation.passage import choose_seq_lens, read_config
+from lrc.evaluation.passage import choose_seq_lens
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.records import token_file
 from lrc.evaluation.tasks import Tasks, TaskScore
+from lrc.hub.loader import causal_config
 from lrc.hub.names import default_text, resolve_model
 from lrc.records.comparison import Comparison, Evaluated
 from lrc.run.settings import Run
@@ -68,7 +69,7 @@ def evaluate_against(
     """
     named = None if ppl is None else named_texts(ppl)
     folders = _folder(model, run), _folder(against, replace(run, revision=None))
-    configs = [read_config(folder, trust_remote_code=run.trust_remote_code) for folder in folders]
+    configs = [causal_config(folder, trust_remote_code=run.trust_remote_code) for folder in folders]
     lengths = choose_seq_lens(zip((str(model), str(against)), configs, strict=True), seq_len)
     texts = [read_text(spec, "evaluation", run.data_folder) for spec in named or [default_text(str(model))]]
     loading = find_loading(run, streamed)

@@ -14,16 +14,15 @@ from lrc.calibration.draw import Texts, held_out_text
 from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.estimate.room import choose_place, known_place
+from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import ResolvedModel, default_text
-from lrc.hub.tokenizer import load_tokenizer
 from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.resolve import Draft
 from lrc.run.offload import Place
 from lrc.run.processes import Ranks
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
 from lrc.run.stopwatch import Stopwatch
-from lrc.text.blocks import tokenize
-from lrc.text.held_out import held_out_blocks
+from lrc.text.blocks import held_out_blocks, tokenize
 from lrc.text.mixture import about, read_mixture
 from lrc.text.spec import DataLike
 

@@ -73,7 +73,7 @@ def test_beside_an_output(succeeds, fails, tiny_checkpoint, quick, tmp_path):
         (["--keeps", "half"], "--keeps half: 'half' is not a number"),
         (["--seq-len", "4096"], "--seq-len 4096: the model reads 2 to 64 tokens at once; the nearest is 64"),
         (["--samples", "400"], "fewer than the 400 samples asked for"),
-        (["--offload", "dsk"], "no place for hidden states is called 'dsk'; did you mean 'disk'?"),
+        (["--offload", "dsk"], "did you mean 'disk'?"),
         (["--against", "nowhere"], "nowhere is no lrc output: it has no lrc.json"),
         (["--targets", ""], "--targets '' is empty; name something, or leave it out"),
         (["--methods", ","], "--methods ',' is empty"),

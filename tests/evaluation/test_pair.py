@@ -16,7 +16,7 @@ import lrc.estimate.room
 import lrc.evaluation.records
 from lrc.errors import UserError
 from lrc.evaluation.streamed import StreamedModel
-from lrc.hub.tokenizer import load_tokenizer
+from lrc.hub.loader import load_tokenizer
 from lrc.run.settings import Run
 from lrc.verbs.evaluate import evaluate_against
 

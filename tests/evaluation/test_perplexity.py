@@ -12,12 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.errors import UserError
-from lrc.evaluation import PROTOCOL_VERSION, evaluate_perplexity, nll
 from lrc.evaluation import perplexity as module
-from lrc.evaluation.nll import token_nll
+from lrc.evaluation import tokens
 from lrc.evaluation.passage import Passage, choose_seq_lens
-from lrc.evaluation.perplexity import count_scored_bytes, measure, window_losses
+from lrc.evaluation.perplexity import (
+    PROTOCOL_VERSION,
+    count_scored_bytes,
+    evaluate_perplexity,
+    measure,
+    window_losses,
+)
+from lrc.evaluation.tokens import token_nll
 from lrc.families import families
+from lrc.run.settings import Run
 from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import read_text
 
@@ -81,10 +88,9 @@ def test_each_token_but_the_windows_first_is_scored_once(model):
 def test_batch_and_chunk_sizes_do_not_change_it(model, monkeypatch):
     whole = perplexity(model, IDS, seq_len=16)
     for batch in (1, 3, 100):
-        assert perplexity(model, IDS, seq_len=16, batch_size=batch).nats == pytest.approx(
-            whole.nats, rel=1e-6
-        )
-    monkeypatch.setattr(nll, "_CHUNK_BYTES", 4 * 256 * 7)  # 15 rows to score, 7 at once
+        losses = window_losses(model, windows(IDS, 16), batch)
+        assert float(losses.double().sum()) == pytest.approx(whole.nats, rel=1e-6)
+    monkeypatch.setattr(tokens, "_CHUNK_BYTES", 4 * 256 * 7)  # 15 rows to score, 7 at once
     assert perplexity(model, IDS, seq_len=16).nats == pytest.approx(whole.nats, rel=1e-6)
 
 
@@ -113,7 +119,7 @@ def test_max_windows_takes_the_first(model):
 
 def test_progress_counts_every_window(model):
     done = []
-    perplexity(model, IDS, seq_len=16, batch_size=6, progress=done.append)
+    window_losses(model, windows(IDS, 16), 6, done.append)
     assert done == [6, 6, 6, 2]
 
 
@@ -186,7 +192,7 @@ def test_texts_are_read_tokenized_and_scored_by_name(folder, model, tmp_path):
         return done.append
 
     first, second = evaluate_perplexity(
-        model, tokenizer, ["ptb", str(plain)], data_dir=tmp_path, seq_len=32, progress=progress
+        model, tokenizer, ["ptb", str(plain)], Run(data_dir=tmp_path, progress=progress), seq_len=32
     )
     text = "\n\n".join(["no it was n't black monday"] * 20)
     alone = perplexity(model, tokenize(tokenizer, text), data="ptb:test", seq_len=32, tokenizer=tokenizer)

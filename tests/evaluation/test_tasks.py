@@ -13,8 +13,8 @@ import torch
 import lrc
 import lrc.estimate.room
 from lrc.errors import UserError
+from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import resolve_model
-from lrc.hub.tokenizer import load_tokenizer
 from lrc.run.launcher import Place
 from lrc.run.processes import Ranks
 from lrc.run.settings import Run

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lrc.errors import UserError
-from lrc.text.held_out import held_out_blocks
+from lrc.text.blocks import held_out_blocks
 
 
 def ids(count: int, seed: int = 0) -> Tensor:

@@ -1,13 +1,25 @@
-"""Compare the next-token distributions of two models, token by token."""
+"""Compute losses and divergences token by token, from logits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lrc.evaluation.nll import chunks
+_CHUNK_BYTES = 2**28  # of the float32 copy for the softmax
+
+
+def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the nats (windows, n - 1), float32, of tokens 2..n; logits (windows, n, vocab), ids (windows, n)."""
+    ids = ids.to(logits.device)
+    nll = torch.empty(len(ids), ids.shape[1] - 1, device=logits.device)
+    for window, rows in _chunks(logits):
+        scored = logits[window, rows].float()
+        nll[window, rows] = F.cross_entropy(scored, ids[window, 1:][rows], reduction="none")
+    return nll
 
 
 class Divergence(NamedTuple):
@@ -33,7 +45,7 @@ def divergence(logits: Tensor, against: Tensor, ids: Tensor) -> Divergence:
     shape = len(ids), ids.shape[1] - 1
     nll, nll_against, kl = (torch.empty(shape, device=logits.device) for _ in range(3))
     agree = torch.empty(shape, dtype=torch.bool, device=logits.device)
-    for window, rows in chunks(logits):
+    for window, rows in _chunks(logits):
         targets = ids[window, 1:][rows, None]
         q = logits[window, rows].float().log_softmax(-1)
         p = against[window, rows].to(logits.device).float().log_softmax(-1)
@@ -45,3 +57,14 @@ def divergence(logits: Tensor, against: Tensor, ids: Tensor) -> Divergence:
         terms = (p - q).masked_fill_(weights == 0, 0.0).mul_(weights)
         kl[window, rows] = terms.sum(-1, dtype=torch.float64).float()
     return Divergence(nll, nll_against, kl, agree)
+
+
+def _chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield window indices and row slices of logits (windows, n, vocab), small enough for float32 copies.
+
+    The last row of a window is left out: its target lies outside the window.
+    """
+    step = max(_CHUNK_BYTES // (4 * logits.shape[-1]), 1)
+    scored = logits.shape[1] - 1
+    for window in range(len(logits)):
+        yield from ((window, slice(start, min(start + step, scored))) for start in range(0, scored, step))

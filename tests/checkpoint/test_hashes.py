@@ -9,10 +9,8 @@ from threading import Event
 
 import pytest
 
-from lrc.checkpoint import hashes as hashes_module
-from lrc.checkpoint import sources as module
-from lrc.checkpoint.hashes import Stopped, file_sha256, hashing
-from lrc.checkpoint.sources import watching
+from lrc.checkpoint import hashes as module
+from lrc.checkpoint.hashes import Stopped, file_sha256, hashing, watching
 from lrc.errors import Resumable
 
 
@@ -125,7 +123,7 @@ def test_nobody_waits_for_hashes_that_are_not_wanted_any_more(model, monkeypatch
         assert stop.wait(60)
         return file_sha256(path, stop)
 
-    monkeypatch.setattr(hashes_module, "file_sha256", endless)
+    monkeypatch.setattr(module, "file_sha256", endless)
     with hashing([model / "one", model / "two"], threads=1) as found:
         assert started.wait(60)
     with pytest.raises(Stopped):

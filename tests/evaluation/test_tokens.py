@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from lrc.evaluation import nll
-from lrc.evaluation.divergence import divergence
-from lrc.evaluation.nll import token_nll
+from lrc.evaluation import tokens
+from lrc.evaluation.tokens import divergence, token_nll
 
 
 def random(*shape: int, seed: int, scale: float = 2.0) -> torch.Tensor:
@@ -24,7 +23,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [2**28, 4 * 31 * 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_what_the_distributions_say(ids, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(nll, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(tokens, "_CHUNK_BYTES", chunk)
     ours, theirs = (random(3, 9, 31, seed=seed).to(dtype) for seed in (0, 1))
     found = divergence(ours, theirs, ids)
     for window in range(3):
