@@ -18,7 +18,7 @@ class OutOfResources(Resumable):
     """A run ended because the disk or GPU memory is full."""
 
 
-class Lost(OutOfResources):
+class ProcessEnded(OutOfResources):
     """Another process of the run ended or no longer answers."""
 
 

@@ -19,7 +19,7 @@ from lrc.methods.sizes import SizeValue
 from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.run.offload import ON_DEVICE, States
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 from lrc.walk.backward import read_gradients
 from lrc.walk.needs import solver_of
 from lrc.walk.stream import ModelStream
@@ -51,12 +51,12 @@ class Setting:
     batch_size: int
     losses: bool = False
     states: States = ON_DEVICE
-    ranks: Ranks = ALONE
+    processes: Processes = ALONE
 
     @property
     def stream(self) -> ModelStream:
         """The model, layer by layer."""
-        return ModelStream(self.reader, self.device, self.dtype, self.states, ranks=self.ranks)
+        return ModelStream(self.reader, self.device, self.dtype, self.states, processes=self.processes)
 
     @property
     def first_token(self) -> int:

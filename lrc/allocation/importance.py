@@ -42,7 +42,7 @@ def costs(setting: Setting, advance: Advance) -> Costs:
     found: dict[tuple[int | None, str], list[float]] = {}
 
     def look(posed: Posed) -> None:
-        dropped = setting.ranks.spread([*posed.problems.values()], _dropped)
+        dropped = setting.processes.spread([*posed.problems.values()], _dropped)
         found.update(zip(((posed.layer, target) for target in posed.problems), dropped, strict=True))
 
     each_posed(setting, look, advance)

@@ -48,7 +48,7 @@ def _costs(
         def predicted(assignment: Assignment) -> float:
             return cost(assignment, solve(posed.problems[assignment.target], assignment).predicted)
 
-        costs = setting.ranks.spread([*posed.asked.values()], predicted)
+        costs = setting.processes.spread([*posed.asked.values()], predicted)
         for key, nats in zip(posed.asked, costs, strict=True):
             found[posed.layer, *key] = nats
 

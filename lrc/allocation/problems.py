@@ -39,7 +39,7 @@ def each_posed(setting: Setting, look: Callable[[Posed], object], advance: Advan
     stream = setting.stream
     gradients = setting.gradients(stream)
     blocks = setting.texts.calibration.blocks
-    batches = stream.embed(batched(setting.ranks.mine(blocks), setting.batch_size))
+    batches = stream.embed(batched(setting.processes.mine(blocks), setting.batch_size))
     for visit in Walk(stream, batches, first_token=setting.first_token):
         if setting.asked(visit.index):
             look(_posed(setting, visit, gradients.pop(visit.index, None)))

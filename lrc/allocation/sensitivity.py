@@ -57,7 +57,7 @@ class Sensitivity:
     """
 
     def __init__(self, setting: Setting) -> None:
-        stream, mine = setting.stream, setting.ranks.mine
+        stream, mine = setting.stream, setting.processes.mine
         held_out, batch_size = setting.texts.held_blocks, setting.batch_size
         assert held_out is not None, "sensitivity is measured on held-out text"
         self._setting, self._stream, self._architecture = setting, stream, setting.reader.architecture
@@ -118,7 +118,7 @@ class Sensitivity:
         for curve in curves:
             asked, nats = self._setting.asked(curve.layer), []
             assignments = [asked[curve.target, size] for size in curve.sizes]
-            for solved in self._setting.ranks.spread(assignments, solution):
+            for solved in self._setting.processes.spread(assignments, solution):
                 nats.append(alone(curve.target, solved) - self.loss)
                 advance(_layers_run(self._architecture, curve))
             found.append(replace(curve, costs=tuple(nats)))
@@ -157,7 +157,7 @@ class Sensitivity:
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
         for states, ids in zip(hidden, self._held_ids, strict=True):
             total += token_nll((tail or self._tail)(states), ids).double().sum()
-        if not math.isfinite(loss := float(self._setting.ranks.total(total)) / self._tokens):
+        if not math.isfinite(loss := float(self._setting.processes.total(total)) / self._tokens):
             raise UserError(f"the loss measured {where} is NaN or inf; try --dtype float32")
         return loss
 

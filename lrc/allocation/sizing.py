@@ -23,7 +23,7 @@ from lrc.methods.sizes import Options, SizeRule, SizeValue
 from lrc.plan.job import Job, templates
 from lrc.plan.schema import Plan
 from lrc.run.offload import ON_DEVICE, States
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 from lrc.run.versions import versions
 from lrc.walk.needs import reads_gradients, solver_of
 
@@ -149,7 +149,7 @@ class Sizing:
     dtype: torch.dtype
     batch_size: int
     states: States = ON_DEVICE
-    ranks: Ranks = ALONE
+    processes: Processes = ALONE
 
     @property
     def key(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Sizing:
             self.batch_size,
             allocator.losses,
             self.states,
-            self.ranks,
+            self.processes,
         )
         try:
             costs = allocator.costs(setting, advance)

@@ -20,7 +20,7 @@ from lrc.estimate.memory import generating_memory
 from lrc.estimate.room import free_bytes
 from lrc.hub.loader import load, start_tokens
 from lrc.plan.job import Job
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 from lrc.run.settings import Run, generating_batch
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched, ids_sha256, uniforms
@@ -82,15 +82,15 @@ def write_blocks(
     seed: int,
     batch_size: int,
     advance: Callable[[int], object],
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Return blocks (count, seq_len) that a model generates after ``start``, on the CPU.
 
     ``advance`` is called with the steps done. Raises UserError if logits are NaN or inf.
     """
     numbers = torch.stack([uniforms(seed, f"{SYNTHETIC}/{block}", seq_len) for block in range(count)])
-    written = [_write(model, start, part, advance) for part in batched(ranks.mine(numbers), batch_size)]
-    return ranks.woven(torch.cat([torch.empty(0, seq_len, dtype=torch.int64), *written]))
+    written = [_write(model, start, part, advance) for part in batched(processes.mine(numbers), batch_size)]
+    return processes.gather_rows(torch.cat([torch.empty(0, seq_len, dtype=torch.int64), *written]))
 
 
 @torch.no_grad()

@@ -243,5 +243,5 @@ def running(*groups: Any, as_json: bool = False, split: bool = True, **given: An
 
     for group in groups:
         given |= vars(group)
-    with processes() if split else nullcontext(ALONE) as ranks, progress(ranks.first) as track:
-        yield Run(**given, progress=track, warn=None if as_json else warn, processes=ranks)
+    with processes() if split else nullcontext(ALONE) as joined, progress(joined.first) as track:
+        yield Run(**given, progress=track, warn=None if as_json else warn, processes=joined)

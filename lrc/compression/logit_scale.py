@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 
 LEAST, MOST = 0.1, 10.0
 CHUNK_BYTES = 2**27  # of the float32 logits of a chunk of tokens
@@ -58,7 +58,7 @@ class Final:
 
 
 @torch.no_grad()
-def fit_scale(original: Final, compressed: Final, vocab: int, ranks: Ranks = ALONE) -> LogitScale:
+def fit_scale(original: Final, compressed: Final, vocab: int, processes: Processes = ALONE) -> LogitScale:
     """The best scale from 0.1 to 10 for the logits of a compressed model, by those of the original on the same tokens.
 
     The states are those of this process's tokens, the sums those of all. Newton's method, bisecting where that leaves
@@ -66,12 +66,12 @@ def fit_scale(original: Final, compressed: Final, vocab: int, ranks: Ranks = ALO
     """
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     old, new = original.chunks(rows), compressed.chunks(rows)
-    tokens, logits = ranks.total(sum(len(chunk) for chunk in new)), compressed.logits
+    tokens, logits = processes.total(sum(len(chunk) for chunk in new)), compressed.logits
 
     def means(sums: list[Tensor]) -> list[float]:
         # Of more processes than blocks some have none.
         own = torch.stack(sums).sum(dim=0) if sums else torch.zeros((), dtype=torch.float64)
-        return (ranks.total(own) / tokens).tolist()
+        return (processes.total(own) / tokens).tolist()
 
     pairs = zip(old, new, strict=True)
     certainty, expected = means([_fixed(original.logits(a).float(), logits(b).float()) for a, b in pairs])

@@ -24,7 +24,7 @@ from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Found, Layer, Observer
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
 from lrc.walk.backward import read_gradients
@@ -71,7 +71,7 @@ class Kept(Observer):
     def add(self, calls: Mapping[str, Call]) -> None:
         self.inputs.append(self._keep(calls[self._path].input))
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add nothing: every process keeps the inputs of its own batches."""
 
 
@@ -89,7 +89,7 @@ class Compressor:
         watch: Stopwatch,
     ) -> None:
         self._stream, self._plan, self._staging, self._watch = stream, plan, staging, watch
-        self._ranks = stream.ranks
+        self._processes = stream.processes
         self._architecture = stream.reader.architecture
         self._family = self._architecture.family
         self._outer = Outer(stream, plan, staging, watch)
@@ -129,8 +129,10 @@ class Compressor:
         held = held_out_blocks(len(blocks))
         order = torch.cat([(~held).nonzero().flatten(), held.nonzero().flatten()])
         self._any_held = bool(held.any())
-        self._opens = self._ranks.rank == (int((~held).sum()) % self._ranks.size if self._any_held else 0)
-        mine = self._ranks.mine(order)
+        self._opens = self._processes.rank == (
+            int((~held).sum()) % self._processes.size if self._any_held else 0
+        )
+        mine = self._processes.mine(order)
         fitted, chosen = (batched(blocks[part], batch_size) for part in (mine[~held[mine]], mine[held[mine]]))
         self._held = [False] * len(fitted) + [True] * len(chosen)
         return [*fitted, *chosen]
@@ -162,7 +164,7 @@ class Compressor:
         self._part_streams()
         passed = self._pass_original(visit, plan)
         with self._watch.stage("solve"):
-            solutions = solve_layer(self._architecture, plan, state, passed.found, self._ranks)
+            solutions = solve_layer(self._architecture, plan, state, passed.found, self._processes)
         with self._watch.stage("assemble"):
             roles = closing_roles(self._family, plan.targets) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
@@ -212,7 +214,7 @@ class Compressor:
         original = Final([self._batches[i].hidden for i in chosen], logits)
         hidden = [self._compressed_hidden(i) for i in chosen]
         compressed = Final(hidden, logits if head is None else self._stream.tail(head))
-        return fit_scale(original, compressed, self._architecture.vocab, self._ranks)
+        return fit_scale(original, compressed, self._architecture.vocab, self._processes)
 
     def _compressed_hidden(self, i: int) -> Tensor:
         return self._batches[i].hidden if self._compressed is None else self._compressed[i]

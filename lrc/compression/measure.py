@@ -15,7 +15,7 @@ from lrc.families import canonical
 from lrc.methods.contract import Solution
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Observer
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 from lrc.walk.stream import ModelStream
 
 
@@ -83,10 +83,10 @@ class LayerMeasure(Observer):
                     weight, bias = self._affine(target)
                     self._count(target, functional.linear(x, weight, bias), alone(x), bias)
 
-    def reduce(self, ranks: Ranks) -> None:
-        self._tokens = ranks.total(self._tokens)
-        self._kl = next((each for each in ranks.gather(self._kl) if each is not None), None)
-        self._sums = {target: ranks.total(sums) for target, sums in self._sums.items()}
+    def reduce(self, processes: Processes) -> None:
+        self._tokens = processes.total(self._tokens)
+        self._kl = next((each for each in processes.gather(self._kl) if each is not None), None)
+        self._sums = {target: processes.total(sums) for target, sums in self._sums.items()}
 
     def result(self) -> dict[str, Measured]:
         """Return what all processes measured, by target."""

@@ -23,7 +23,7 @@ from lrc.methods.contract import Affine
 from lrc.modules import StructuredLinear
 from lrc.moments.moment import add_gram, product, whole
 from lrc.moments.observe import observe
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 from lrc.walk.stream import Batch, ModelStream
 
 RIDGE = 0.1  # where there is only one block
@@ -186,11 +186,11 @@ class LayerRefit:
 
     def _replace(self, path: str, sums: RefitSum) -> Refit:
         """Replace the linear at ``path`` by its refit, in the layer's tensors and in its module alike."""
-        reduced, ranks, dtype = self._reduced, self._stream.ranks, self._stream.reader.dtype
+        reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
         weight, bias = f"{path}.weight", f"{path}.bias"
-        sums.reduce(ranks)
+        sums.reduce(processes)
         start = Affine(reduced.state[weight], reduced.state.get(bias))
-        (refit,) = ranks.spread([start], sums.solve)  # by one, so that all have the same to the bit
+        (refit,) = processes.spread([start], sums.solve)  # by one, so that all have the same to the bit
         fitted = refit.solution
         reduced.state[weight] = fitted.weight.to(dtype)
         if fitted.bias is not None:
@@ -228,10 +228,10 @@ class RefitSum:
         """
         (self._held if held else self._fitted).add(x, goal, reached)
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have counted."""
         for sums in (self._fitted, self._held):
-            sums.reduce(ranks)
+            sums.reduce(processes)
 
     def solve(self, start: Affine) -> Refit:
         """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), t − W₀ x − b₀ what is missing.
@@ -292,9 +292,9 @@ class _Sums:
         self.size += goal.square().sum(dim=(0, 1)).double().sum()
         self.tokens += rows.shape[0]
 
-    def reduce(self, ranks: Ranks) -> None:
-        ranks.sum(self.gram, self.cross, self.x, self.r, self.missing, self.size)
-        self.tokens = ranks.total(self.tokens)
+    def reduce(self, processes: Processes) -> None:
+        processes.sum(self.gram, self.cross, self.x, self.r, self.missing, self.size)
+        self.tokens = processes.total(self.tokens)
 
     def plus(self, other: _Sums) -> _Sums:
         return _Sums(

@@ -20,7 +20,7 @@ from lrc.moments.gradient import GRADIENTS
 from lrc.moments.moment import Moments
 from lrc.moments.statistic import Found
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 from lrc.walk.needs import solver_of
 
 
@@ -29,7 +29,7 @@ def solve_layer(
     plan: LayerPlan,
     state: Mapping[str, Tensor],
     found: Found,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> dict[str, Solution]:
     """Solve everything a plan asks of one layer, by target, from its tensors and what was found of it.
 
@@ -40,7 +40,7 @@ def solve_layer(
         return solve(pose(architecture, assignment.target, state, found), assignment)
 
     targets = [assignment.target for assignment in plan.assignments]
-    return dict(zip(targets, ranks.spread(plan.assignments, solution), strict=True))
+    return dict(zip(targets, processes.spread(plan.assignments, solution), strict=True))
 
 
 def solve(problem: Problem, assignment: Assignment) -> Solution:

@@ -77,7 +77,7 @@ class Outer:
         if not self._staging.has("embed"):
             with self._watch.stage("observe"):
                 final = self._final_ahead(batches) if self._architecture.tied else None
-            if self._stream.ranks.first:
+            if self._stream.processes.first:
                 with self._watch.stage("solve"):
                     problem = pose_embedding(self._stream, blocks, final)
                     met = replace(problem, frequency=_shares(blocks, problem.table))
@@ -96,7 +96,7 @@ class Outer:
         if not self._staging.has("lm_head"):
             with self._watch.stage("observe"):
                 final = final_moment(self._stream, (batch.hidden for batch in batches))
-            if self._stream.ranks.first:
+            if self._stream.processes.first:
                 with self._watch.stage("solve"):
                     problem = pose_head(self._stream, final)
                     reduced, record = self._reduce("lm_head", problem, problem)
@@ -195,7 +195,7 @@ def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
     for hidden in states:
         with stream.precision():
             total.add(stream.cast(norm(stream.fetch(hidden))))
-    total.reduce(stream.ranks)
+    total.reduce(stream.processes)
     moment = total.moment()
     if not bool(moment.second.diagonal().isfinite().all()):
         raise UserError("the hidden states behind the last layer are NaN or inf")

@@ -148,14 +148,14 @@ def _compared(
     run: Run,
     keep: Keep | None,
 ) -> Pair:
-    watch, ranks = Stopwatch(models[0].device), run.processes
-    mine = ranks.mine(passage.cut)
+    watch, processes = Stopwatch(models[0].device), run.processes
+    mine = processes.mine(passage.cut)
     parts = [*_batches(models, mine, run.stage(passage.data, len(mine)), watch)]
-    whole = Divergence(*(ranks.woven(torch.cat(column)) for column in zip(*parts, strict=True)))
+    whole = Divergence(*(processes.gather_rows(torch.cat(column)) for column in zip(*parts, strict=True)))
     if keep:
         keep(passage, whole._asdict())
     ours, theirs = (
-        summarise(nll, passage, model.dtype, seconds, tokenizer, ranks)
+        summarise(nll, passage, model.dtype, seconds, tokenizer, processes)
         for nll, model, seconds in zip(whole[:2], models, watch.seconds.values(), strict=True)
     )
     tokens = TokenByToken(

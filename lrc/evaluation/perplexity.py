@@ -23,7 +23,7 @@ from torch import Tensor
 from lrc.evaluation.passage import Passage, choose_seq_lens, passages
 from lrc.evaluation.streamed import StreamedModel
 from lrc.evaluation.tokens import token_nll
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 from lrc.run.settings import Run
 from lrc.text.blocks import batched, ids_sha256
 from lrc.text.source import read_text
@@ -101,7 +101,7 @@ def measure(
     mine = run.processes.mine(passage.cut)
     advance = run.stage(passage.data, len(mine))
     start = time.perf_counter()
-    nll = run.processes.woven(window_losses(model, mine, progress=advance).cpu())
+    nll = run.processes.gather_rows(window_losses(model, mine, progress=advance).cpu())
     seconds = time.perf_counter() - start
     if keep:
         keep(passage, {"nll": nll})
@@ -114,11 +114,11 @@ def summarise(
     dtype: torch.dtype,
     seconds: float,
     tokenizer: PreTrainedTokenizerBase | None,
-    ranks: Ranks,
+    processes: Processes,
 ) -> Perplexity:
     """Compute the figures from ``nll`` (windows, seq_len - 1), the nats of a passage's scored tokens."""
-    own_bytes = count_scored_bytes(tokenizer, ranks.mine(passage.cut)) if tokenizer else 0
-    scored_bytes = ranks.total(own_bytes)
+    own_bytes = count_scored_bytes(tokenizer, processes.mine(passage.cut)) if tokenizer else 0
+    scored_bytes = processes.total(own_bytes)
     tokens, nats = nll.numel(), nll.double().sum(dim=1).sum()
     return Perplexity(
         data=passage.data,

@@ -15,7 +15,7 @@ from lrc.checkpoint.durable import check_file, put, sync, written
 from lrc.errors import UserError
 from lrc.evaluation.passage import Passage
 from lrc.evaluation.perplexity import Keep
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 
 _ROWS = 2**18  # rows of a row group, rounded to whole windows
 _PLACE = {
@@ -29,7 +29,9 @@ _RESULTS = {"nll": pa.float32(), "nll_against": pa.float32(), "kl": pa.float32()
 
 
 @contextmanager
-def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -> Iterator[Keep | None]:
+def token_file(
+    path: str | Path | None, *, paired: bool, processes: Processes = ALONE
+) -> Iterator[Keep | None]:
     """Yield a function that adds a passage's results by token to a Parquet file, or None without a ``path``.
 
     The file gets its name when the context closes without an error; rank 0 writes it. Columns: ``text`` and ``seq_len``
@@ -42,7 +44,7 @@ def token_file(path: str | Path | None, *, paired: bool, ranks: Ranks = ALONE) -
         return
     path = Path(path)
     _check(path)
-    if not ranks.first:
+    if not processes.first:
         yield lambda passage, results: None
         return
     schema = pa.schema({**_PLACE, **(_RESULTS if paired else {"nll": _RESULTS["nll"]})})

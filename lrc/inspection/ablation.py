@@ -44,12 +44,14 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
     One walk on the calibration text fits all plans, and each plan has its own hidden states of the windows. ``advance``
     is called with the layers done. States that do not fit in memory go to files in ``scratch``.
     """
-    reader, ranks = setting.reader, setting.ranks
-    mine = ranks.mine(cut)
+    reader, processes = setting.reader, setting.processes
+    mine = processes.mine(cut)
     held = mine.numel() * reader.architecture.hidden * setting.dtype.itemsize * len(setting.plans)
     states = States(place_for(held, setting.device), scratch)
     # In the model's dtype, as transformers runs it, not with the float32 residual stream of the moments.
-    text = ModelStream(reader, setting.device, setting.dtype, states, ranks=ranks, residual=setting.dtype)
+    text = ModelStream(
+        reader, setting.device, setting.dtype, states, processes=processes, residual=setting.dtype
+    )
     ids = batched(mine, setting.batch_size)
     batches = text.embed(ids)
     texts = [[replace(batch) for batch in batches] for _ in setting.plans]
@@ -63,7 +65,7 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
             return solve(posed.problems[assignment.target], assignment) if assignment else None
 
         assigned = [next(iter(plan.unsized(index)), None) for plan in setting.plans]
-        for own, solved in zip(texts, ranks.spread(assigned, solution), strict=True):
+        for own, solved in zip(texts, processes.spread(assigned, solution), strict=True):
             if solved is None:
                 layer = text.materialize(index, posed.state)
             else:
@@ -78,7 +80,7 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
             float(token_nll(tail(states), one).double().sum())
             for (states,), one in zip(arriving, ids, strict=True)
         )
-        found.append(math.fsum(ranks.gather(nats)) / (cut.numel() - len(cut)))
+        found.append(math.fsum(processes.gather(nats)) / (cut.numel() - len(cut)))
     return found
 
 

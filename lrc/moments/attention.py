@@ -22,7 +22,7 @@ from lrc.families import canonical
 from lrc.modules.attention import turn
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Statistic
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 
 QUERIES = 16
 _SHARE_BYTES = 2**28
@@ -62,10 +62,10 @@ class AttentionSum:
             self._add_pairs(self._pairs, q, k, p)
         self._queries += q.shape[2]
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have counted."""
-        ranks.sum(self._covariance, *([] if self._pairs is None else [self._pairs]))
-        self._queries = ranks.total(self._queries)
+        processes.sum(self._covariance, *([] if self._pairs is None else [self._pairs]))
+        self._queries = processes.total(self._queries)
 
     def moment(self) -> AttentionMoment:
         """Return the means over queries so far."""
@@ -91,7 +91,7 @@ class Sums(Protocol):
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Count one sequence, as ``attended`` takes it."""
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have counted."""
 
     def moment(self) -> Any:
@@ -124,8 +124,8 @@ class QueryStatistic(Statistic):
         for block in range(x.shape[0]):
             self.sums.add(q[block], k[block], None if mask is None else mask[min(block, mask.shape[0] - 1)])
 
-    def reduce(self, ranks: Ranks) -> None:
-        self.sums.reduce(ranks)
+    def reduce(self, processes: Processes) -> None:
+        self.sums.reduce(processes)
 
     def result(self) -> dict[str, Any]:
         return dict.fromkeys(self.targets, self.sums.moment())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrc.moments.attention import QueryStatistic, attended
 from lrc.moments.statistic import Layer
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 
 SAMPLES = 1024  # queries kept of a key head
 
@@ -26,14 +26,14 @@ class AttentionSamples:
 class SampleSum:
     """At most ``SAMPLES`` queries of every key head, evenly taken.
 
-    Sequences are those that are ``mine`` by ``ranks``, in order, so that all processes keep the queries that one would.
+    Each process has its own sequences, in order, so that all together keep the queries that one would.
     """
 
-    def __init__(self, scale: float, ranks: Ranks = ALONE) -> None:
+    def __init__(self, scale: float, processes: Processes = ALONE) -> None:
         self._scale = scale
         # By the number of the sequence among those of all processes.
         self._kept: dict[int, AttentionSamples] = {}
-        self._number, self._step, self._stride = ranks.rank, ranks.size, 1
+        self._number, self._step, self._stride = processes.rank, processes.size, 1
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Count one sequence, as ``attended`` takes it: every ``stride``-th is kept."""
@@ -48,10 +48,10 @@ class SampleSum:
         self._number += self._step
         self._thin()
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have kept."""
-        self._stride = max(ranks.gather(self._stride))
-        gathered = {n: kept for each in ranks.gather(self._kept) for n, kept in each.items()}
+        self._stride = max(processes.gather(self._stride))
+        gathered = {n: kept for each in processes.gather(self._kept) for n, kept in each.items()}
         self._kept = {n: gathered[n] for n in sorted(gathered) if n % self._stride == 0}
         self._thin()
 
@@ -76,4 +76,4 @@ class Samples(QueryStatistic):
 
     def __init__(self, layer: Layer, targets: Iterable[str]) -> None:
         super().__init__(layer, targets)
-        self.sums = SampleSum(self.scale, layer.ranks)
+        self.sums = SampleSum(self.scale, layer.processes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrc.families import Family
 from lrc.moments.moment import add_gram, whole
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 
 GRADIENTS = "gradients"  # what solvers call them in their needs
 
@@ -104,10 +104,10 @@ class GradientSum:
         some = next(iter(gradients.values())) if queries is None else queries[0]
         self._tokens += some.shape[:-1].numel()
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have counted."""
-        ranks.sum(*self._outputs.values(), *([] if self._queries is None else [self._queries]))
-        self._tokens = ranks.total(self._tokens)
+        processes.sum(*self._outputs.values(), *([] if self._queries is None else [self._queries]))
+        self._tokens = processes.total(self._tokens)
 
     def moment(self) -> GradientMoment:
         """The means so far."""

@@ -12,7 +12,7 @@ from lrc.errors import UserError
 from lrc.families import Family
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Statistic
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 
 GRAM_BLOCK = 2048  # columns; a product of fewer rows runs below the speed of a GPU
 
@@ -72,10 +72,10 @@ class MomentSum:
         self._first += times * rows.sum(dim=0, dtype=torch.float32)
         self._weight += times * rows.shape[0]
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have counted."""
-        ranks.sum(self._second, self._first)
-        self._tokens, self._weight = ranks.total(self._tokens), ranks.total(self._weight)
+        processes.sum(self._second, self._first)
+        self._tokens, self._weight = processes.total(self._tokens), processes.total(self._weight)
 
     def moment(self) -> Moment:
         """The means so far."""
@@ -103,9 +103,9 @@ class Moments(Statistic):
         for site, path in self._paths.items():
             self._sums[site].add(self.layer.cast(calls[path].input), self.layer.first_token)
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         for total in self._sums.values():
-            total.reduce(ranks)
+            total.reduce(processes)
 
     def result(self) -> dict[str, Moment]:
         moments = {site: total.moment() for site, total in self._sums.items()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lrc.families import Architecture
 from lrc.moments.observe import Call
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 
 # What was found of a layer, by statistic and target.
 Found = Mapping[str, Mapping[str, Any]]
@@ -26,7 +26,7 @@ Found = Mapping[str, Mapping[str, Any]]
 class Layer:
     """A decoder layer of the original on the device, with its tensors by path in the checkpoint's precision.
 
-    ``dtype``: the precision of the products inside. ``ranks``: the processes that split the blocks. ``first_token``:
+    ``dtype``: the precision of the products inside. ``processes``: split the blocks. ``first_token``:
     how many tokens the first one of a block counts for.
     """
 
@@ -36,7 +36,7 @@ class Layer:
     state: Mapping[str, Tensor]
     device: torch.device
     dtype: torch.dtype
-    ranks: Ranks
+    processes: Processes
     first_token: int = 1
 
     def cast(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Observer(ABC):
         """Count one batch, from the calls by path."""
 
     @abstractmethod
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have counted; all of them call it, in the same order."""
 
 

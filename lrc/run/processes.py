@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lrc.errors import Lost, OutOfResources, UserError
+from lrc.errors import OutOfResources, ProcessEnded, UserError
 from lrc.run.launcher import Place, place
 
 TIMEOUT = timedelta(minutes=10)  # the others wait while one process solves or writes alone
@@ -34,11 +34,11 @@ Found = TypeVar("Found")
 Number = TypeVar("Number", int, Tensor)
 
 
-class Ranks:
+class Processes:
     """Hold the processes of a run as one of them sees it: ``rank`` of ``size``, ``local`` on its own machine.
 
     A single process gets its arguments back. Several must call each operation in the same order; an error in one of
-    them is raised on all, ``Lost`` if one ended or does not answer.
+    them is raised on all, ``ProcessEnded`` if one ended or does not answer.
     """
 
     def __init__(self, place: Place, store: Store | None = None) -> None:
@@ -59,7 +59,7 @@ class Ranks:
         """Return this process's share of items that all have: every ``size``-th one."""
         return items[self.rank :: self.size]  # type: ignore[return-value]
 
-    def woven(self, part: Tensor) -> Tensor:
+    def gather_rows(self, part: Tensor) -> Tensor:
         """Gather the rows of a tensor that ``mine`` split along the first dimension, in order."""
         if self.alone:
             return part
@@ -158,17 +158,17 @@ class Ranks:
             self._parted = True
             # Strip the place in the backend's source before the reason, and the advice after it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
-            raise Lost(
+            raise ProcessEnded(
                 f"another of the {self.size} processes of this run ended, or did not answer for "
                 f"{TIMEOUT.seconds // 60} minutes (process {self.rank}: {reason}); {AGAIN}"
             ) from error
 
 
-ALONE = Ranks(Place())
+ALONE = Processes(Place())
 
 
 @contextmanager
-def launched() -> Iterator[Ranks]:
+def launched() -> Iterator[Processes]:
     """Connect the processes that a launcher started until the context closes; ``ALONE`` without a launcher.
 
     A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened.
@@ -190,20 +190,20 @@ def launched() -> Iterator[Ranks]:
         raise UserError(
             f"the {here.size} processes of this run do not find each other: {str(error).splitlines()[0]}"
         ) from error
-    ranks, whole = Ranks(here, PrefixStore("lrc", store)), True
+    processes, whole = Processes(here, PrefixStore("lrc", store)), True
     try:
-        yield ranks
-        ranks.meet()
-    except Lost:
+        yield processes
+        processes.meet()
+    except ProcessEnded:
         whole = False
         raise
     except UserError as error:
-        ranks.meet(error)
+        processes.meet(error)
         raise
     except Exception as error:
         reason = f"process {here.rank} of {here.size} failed with {type(error).__name__}: {error}"
         with suppress(UserError):
-            ranks.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
+            processes.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
         raise
     except BaseException:
         whole = False

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lrc.errors import UserError, nearest
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 
 Progress = Callable[[str, int], Callable[[int], object]]
 Warn = Callable[[str], object]
@@ -43,7 +43,7 @@ class Run:
     trust_remote_code: bool = False
     progress: Progress | None = None
     warn: Warn | None = None
-    processes: Ranks = ALONE
+    processes: Processes = ALONE
 
     @property
     def data_folder(self) -> Path | None:
@@ -54,7 +54,7 @@ class Run:
         return self.progress(label, total) if self.progress else lambda done: None
 
 
-def find_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:
+def find_device(name: str | None, processes: Processes = ALONE) -> torch.device:
     """Return the device ``name``, made the current one; by default the first GPU, or one GPU for each process.
 
     Raises UserError if there is no such device.
@@ -64,15 +64,15 @@ def find_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:
     if name is not None and name not in there:
         raise UserError(f"there is no device {name!r} on this machine; {nearest(name, there)}")
     if name is None or name == "cuda":
-        if gpus and ranks.local >= len(gpus):
+        if gpus and processes.local >= len(gpus):
             raise UserError(
-                f"process {ranks.local} of this machine has no GPU of its own: there are {len(gpus)}; start as many "
-                "processes as there are GPUs, or say --device cpu"
+                f"process {processes.local} of this machine has no GPU of its own: there are {len(gpus)}; start "
+                "as many processes as there are GPUs, or say --device cpu"
             )
-        name = gpus[ranks.local] if gpus else "cpu"
-    elif name in gpus and not ranks.alone:
+        name = gpus[processes.local] if gpus else "cpu"
+    elif name in gpus and not processes.alone:
         raise UserError(
-            f"--device {name} is one GPU for {ranks.size} processes; say cuda, and each has its own"
+            f"--device {name} is one GPU for {processes.size} processes; say cuda, and each has its own"
         )
     device = torch.device(name)
     if device.type == "cuda":

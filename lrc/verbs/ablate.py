@@ -149,7 +149,7 @@ def _measure(
                 setup.dtype,
                 batch,
                 states=states,
-                ranks=setup.processes,
+                processes=setup.processes,
             )
             with setup.watch.stage("ablate"):
                 nats = losses(setting, passage.cut, folder, advance)

@@ -93,7 +93,7 @@ def compress(
     source = job.model.path
     read = [*job.reader.files, *copied_files(source)]
     opened = staging(target, work.settings, source=source, files=read, fresh=fresh, force=force)
-    # Rank 0 alone has the staging folder; the other ranks solve and measure with it and get its report.
+    # Rank 0 alone has the staging folder; the other processes solve and measure with it and get its report.
     with opened if setup.processes.first else nullcontext() as own:
         stage = SharedStaging(own, setup.processes)
         work = _find_sizes(work, stage)
@@ -170,8 +170,8 @@ def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -
     settings = _settings(setup, job, calibration, batch)
     sizing = None
     if jobs:
-        device, ranks = setup.device, setup.processes
-        sizing = Sizing(name, jobs, sorted(KEEPS), texts, device, setup.dtype, batch, ranks=ranks)
+        device, processes = setup.device, setup.processes
+        sizing = Sizing(name, jobs, sorted(KEEPS), texts, device, setup.dtype, batch, processes=processes)
         settings["allocation"] = sizing.key
     few = too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[name].losses)
     warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
@@ -230,7 +230,7 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     advance = setup.run.stage("compress", len(job.plan.layers))
     with setup.watch.stage("load"):
         states = States(work.offload, stage.scratch)
-        stream = ModelStream(job.reader, setup.device, setup.dtype, states, ranks=setup.processes)
+        stream = ModelStream(job.reader, setup.device, setup.dtype, states, processes=setup.processes)
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
         compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))

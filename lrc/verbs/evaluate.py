@@ -45,7 +45,7 @@ def evaluate(
     path = newest_output(Path.cwd()) if model is None else _folder(model, run)
     loading = find_loading(run, streamed)
     specs = named or [default_text(str(model or path))]
-    with memory_advice(_ADVICE), token_file(tokens, paired=False, ranks=run.processes) as keep:
+    with memory_advice(_ADVICE), token_file(tokens, paired=False, processes=run.processes) as keep:
         return evaluate_folder(path, specs, loading, seq_len=seq_len, max_windows=max_windows, keep=keep)
 
 
@@ -73,7 +73,7 @@ def evaluate_against(
     lengths = choose_seq_lens(zip((str(model), str(against)), configs, strict=True), seq_len)
     texts = [read_text(spec, "evaluation", run.data_folder) for spec in named or [default_text(str(model))]]
     loading = find_loading(run, streamed)
-    with memory_advice(_ADVICE), token_file(tokens, paired=True, ranks=run.processes) as keep:
+    with memory_advice(_ADVICE), token_file(tokens, paired=True, processes=run.processes) as keep:
         pairs = evaluate_pair(folders, texts, lengths, loading, max_windows=max_windows, keep=keep)
     of, held = (
         Evaluated(str(name), [getattr(pair, side) for pair in pairs])

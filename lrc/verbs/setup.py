@@ -19,7 +19,7 @@ from lrc.hub.names import ResolvedModel, default_text
 from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.resolve import Draft
 from lrc.run.offload import Place
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import held_out_blocks, tokenize
@@ -39,7 +39,7 @@ class Setup:
     watch: Stopwatch
 
     @property
-    def processes(self) -> Ranks:
+    def processes(self) -> Processes:
         """The processes that share the work."""
         return self.run.processes
 

@@ -102,7 +102,7 @@ class _Sweep:
         every: int | None,
     ) -> None:
         self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
-        self._batches = stream.embed(batched(stream.ranks.mine(blocks), batch_size))
+        self._batches = stream.embed(batched(stream.processes.mine(blocks), batch_size))
         self._inputs = {0: [batch.hidden for batch in self._batches]}
         for batch in self._batches:  # a batch itself would keep them to the end
             batch.hidden = batch.hidden.new_empty(0)
@@ -143,15 +143,15 @@ class _Sweep:
 
     def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Gradients at the last layer's output, with labels drawn for every position."""
-        tail, device, ranks, found = self._stream.tail(), self._stream.device, self._stream.ranks, []
-        number = ranks.rank
+        tail, device, processes, found = self._stream.tail(), self._stream.device, self._stream.processes, []
+        number = processes.rank
         rows = logit_rows(self._architecture.vocab)
         for batch in hidden:
             parts = []
             for block in batch:
                 generator = torch.Generator(device).manual_seed(seed_for(seed, f"gradients/{number}"))
                 parts += [_drawn(tail, self._stream.fetch(part), generator) for part in block.split(rows)]
-                number += ranks.size
+                number += processes.size
             found.append(self._stream.states.keep(torch.cat(parts).view_as(batch)))
         return found
 
@@ -172,7 +172,7 @@ class _Sweep:
             gradients[i] = self._back_batch(module, index, self._batches[i], x, gradient, wanted, sums)
         if not wanted:
             return None
-        sums.reduce(self._stream.ranks)
+        sums.reduce(self._stream.processes)
         moment = sums.moment()
         if not moment.finite:
             raise UserError(f"layer {index}: gradients of the loss are NaN or inf; try --dtype float32")

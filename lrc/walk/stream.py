@@ -22,7 +22,7 @@ from lrc.modules.table import Table, apply_table
 from lrc.moments.observe import observe
 from lrc.moments.statistic import Observer
 from lrc.run.offload import ON_DEVICE, States, send
-from lrc.run.processes import ALONE, Ranks
+from lrc.run.processes import ALONE, Processes
 
 # Threads that check and pin a layer's tensors: a launcher leaves each process one for sums on the host.
 _HANDS = 8
@@ -48,7 +48,7 @@ class ModelStream:
     """A checkpoint's model on the meta device, with the modules of its ``table``, and its layers made real one by one.
 
     Layers run in ``dtype``; the residual stream between them is ``residual`` whatever that is, and waits in ``states``.
-    Each of ``ranks`` walks with blocks of its own, and sums over blocks are those of all.
+    Each of ``processes`` walks with blocks of its own, and sums over blocks are those of all.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class ModelStream:
         dtype: torch.dtype,
         states: States = ON_DEVICE,
         *,
-        ranks: Ranks = ALONE,
+        processes: Processes = ALONE,
         residual: torch.dtype = torch.float32,
         table: Table | None = None,
     ) -> None:
         self.reader, self.device, self.dtype = reader, device, dtype
-        self.states, self.ranks = states, ranks
+        self.states, self.processes = states, processes
         self._residual, self._table = residual, table or {}
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._hands = ThreadPoolExecutor(_HANDS if device.type == "cuda" else 1, thread_name_prefix="hand")
@@ -247,7 +247,7 @@ class ModelStream:
                 batch.hidden = self.states.keep(out)
             del out  # or the device would hold it beside the next
         for observer in observers:
-            observer.reduce(self.ranks)
+            observer.reduce(self.processes)
 
     def fetch(self, x: Tensor) -> Tensor:
         """What waits anywhere, on the device."""

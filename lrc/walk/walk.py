@@ -71,7 +71,7 @@ class Visit:
     def layers(self) -> list[Layer]:
         """The layers, in order."""
         stream = self._stream
-        architecture, where = stream.reader.architecture, (stream.device, stream.dtype, stream.ranks)
+        architecture, where = stream.reader.architecture, (stream.device, stream.dtype, stream.processes)
         return [
             Layer(architecture, index, module, state, *where, self._first_token)
             for index, (module, state) in self._loaded.items()

@@ -42,7 +42,7 @@ def verb(argv: Sequence[str], fault: tuple[int, str] | None = None) -> None:
     layer = Compressor._layer
 
     def struck(self: Compressor, plan: Any, visit: Any) -> None:
-        if fault and plan.index == 2 and self._ranks.rank == fault[0]:
+        if fault and plan.index == 2 and self._processes.rank == fault[0]:
             if fault[1] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OutOfResources("the GPU is out of memory")

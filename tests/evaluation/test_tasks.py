@@ -16,7 +16,7 @@ from lrc.errors import UserError
 from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import resolve_model
 from lrc.run.launcher import Place
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 from lrc.run.settings import Run
 from lrc.verbs.evaluate import prepare_tasks
 
@@ -113,7 +113,9 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(error.value)
 
     assert "--tasks and --streamed contradict" in refused("endings", streamed=True)
-    assert "--tasks runs in one process" in refused("endings", run=lrc.Run(processes=Ranks(Place(0, 2, 0))))
+    assert "--tasks runs in one process" in refused(
+        "endings", run=lrc.Run(processes=Processes(Place(0, 2, 0)))
+    )
     assert "no task is named" in refused()
     assert f"--tasks-dir {folder / 'none'} is not a folder" in refused("endings", tasks_dir=folder / "none")
     (folder / "data.jsonl").unlink()

@@ -54,9 +54,9 @@ class Peaks(Statistic):
             x = self.layer.cast(calls[path].input)
             self._peaks[target] = torch.maximum(self._peaks[target], x.abs().amax(dim=(0, 1)))
 
-    def reduce(self, ranks):
+    def reduce(self, processes):
         for target, peaks in self._peaks.items():
-            self._peaks[target] = torch.stack(ranks.gather(peaks)).amax(dim=0)
+            self._peaks[target] = torch.stack(processes.gather(peaks)).amax(dim=0)
 
     def result(self):
         return self._peaks

@@ -24,7 +24,7 @@ from lrc.compression.logit_scale import Final, fit_scale
 from lrc.compression.refit import RefitSum
 from lrc.compression.solve import solve_layer
 from lrc.compression.tables import final_moment
-from lrc.errors import Lost, OutOfResources, UserError
+from lrc.errors import OutOfResources, ProcessEnded, UserError
 from lrc.families import Architecture
 from lrc.hub.loader import load
 from lrc.methods import methods
@@ -34,7 +34,7 @@ from lrc.moments.attention_samples import SAMPLES, SampleSum
 from lrc.moments.gradient import Wanted
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
-from lrc.run.processes import ALONE, Ranks, launched
+from lrc.run.processes import ALONE, Processes, launched
 from lrc.text.blocks import batched
 from lrc.text.mixture import Calibration, Source
 from lrc.walk.backward import gradient_moments
@@ -61,25 +61,25 @@ def values(ended: list[Any]) -> list[Any]:
 
 
 def exchange() -> dict[str, Any]:
-    with launched() as ranks:
-        summed = [normal(ranks.rank, 3, 4), torch.full((2,), ranks.rank + 1.0, dtype=torch.float64)]
-        ranks.sum(*summed)
+    with launched() as processes:
+        summed = [normal(processes.rank, 3, 4), torch.full((2,), processes.rank + 1.0, dtype=torch.float64)]
+        processes.sum(*summed)
         sent = {
-            "bfloat16": normal(ranks.rank, 2, 3).bfloat16(),
-            "turned": normal(ranks.rank, 3, 2).T,
+            "bfloat16": normal(processes.rank, 2, 3).bfloat16(),
+            "turned": normal(processes.rank, 3, 2).T,
             "none": torch.empty(0, 5),
-            "one": torch.tensor(ranks.rank),
-            "rest": [ranks.rank, None],
+            "one": torch.tensor(processes.rank),
+            "rest": [processes.rank, None],
         }
-        own = ranks.mine(torch.arange(7))
+        own = processes.mine(torch.arange(7))
         return {
             "sum": summed,
-            "total": (ranks.total(ranks.rank + 1), ranks.total(normal(ranks.rank, 100))),
-            "gather": ranks.gather(sent),
-            "share": ranks.share(sent if ranks.rank == 1 else {}, 1),
-            "mine": (own, list(ranks.mine(range(7)))),
-            "woven": ranks.woven(own.unsqueeze(1)),
-            "spread": list(ranks.spread([10, 11, 12, 13], lambda item: (item, ranks.rank))),
+            "total": (processes.total(processes.rank + 1), processes.total(normal(processes.rank, 100))),
+            "gather": processes.gather(sent),
+            "share": processes.share(sent if processes.rank == 1 else {}, 1),
+            "mine": (own, list(processes.mine(range(7)))),
+            "gather_rows": processes.gather_rows(own.unsqueeze(1)),
+            "spread": list(processes.spread([10, 11, 12, 13], lambda item: (item, processes.rank))),
         }
 
 
@@ -97,7 +97,7 @@ def test_what_is_exchanged_arrives_whole_and_alike(together: Together) -> None:
             assert sent["one"].tolist() == rank
             assert sent["rest"] == [rank, None]
         assert torch.equal(each["share"]["turned"], normal(1, 3, 2).T)
-        assert each["woven"].flatten().tolist() == list(range(7))
+        assert each["gather_rows"].flatten().tolist() == list(range(7))
         assert each["spread"] == [(10, 0), (11, 1), (12, 2), (13, 0)]
     assert [each["mine"][1] for each in found] == [[0, 3, 6], [1, 4], [2, 5]]
 
@@ -107,13 +107,13 @@ def test_alone_everything_is_what_it_was() -> None:
     before = tensor.clone()
     ALONE.sum(tensor)
     assert torch.equal(tensor, before)
-    for same in (ALONE.total(tensor), ALONE.share(tensor), ALONE.woven(tensor), *ALONE.gather(tensor)):
+    for same in (ALONE.total(tensor), ALONE.share(tensor), ALONE.gather_rows(tensor), *ALONE.gather(tensor)):
         assert same is tensor
     assert torch.equal(ALONE.mine(tensor), tensor)
     assert list(ALONE.spread([1, 2], lambda item: item + 1)) == [2, 3]
     ALONE.meet()
-    with launched() as ranks:
-        assert ranks is ALONE
+    with launched() as processes:
+        assert processes is ALONE
 
 
 # How they fail
@@ -121,15 +121,15 @@ def test_alone_everything_is_what_it_was() -> None:
 
 def failing(kind: str) -> str:
     try:
-        with launched() as ranks:
-            if ranks.rank == 1:
+        with launched() as processes:
+            if processes.rank == 1:
                 if kind == "gone":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise UserError("no such text") if kind == "mistake" else ValueError("a bug")
             while True:
-                ranks.share(None)
+                processes.share(None)
     except (UserError, ValueError) as error:
-        missed = isinstance(error, Lost) and ranks.first_to_miss()
+        missed = isinstance(error, ProcessEnded) and processes.first_to_miss()
         return f"{type(error).__name__} {missed}: {error}"
 
 
@@ -149,17 +149,17 @@ def test_a_process_that_is_gone_is_missed_at_once_and_told_of_once(together: Tog
     told = [first.value, third.value]
     assert all("another of the 3 processes of this run ended" in each for each in told)
     assert all("run the same command again" in each for each in told)
-    assert sorted(each.split(":")[0] for each in told) == ["Lost False", "Lost True"]
+    assert sorted(each.split(":")[0] for each in told) == ["ProcessEnded False", "ProcessEnded True"]
 
 
 def test_what_stops_a_run_but_is_no_mistake_leaves_what_is_finished() -> None:
-    assert issubclass(Lost, OutOfResources)
+    assert issubclass(ProcessEnded, OutOfResources)
 
 
 def disagreeing() -> str:
     try:
-        with launched() as ranks:
-            ranks.agree({"model": "m", "calibration": {"seed": ranks.rank}})
+        with launched() as processes:
+            processes.agree({"model": "m", "calibration": {"seed": processes.rank}})
     except UserError as error:
         return str(error)
     return ""
@@ -187,13 +187,13 @@ def resolved(architecture: Architecture, text: str) -> ResolvedPlan:
     return resolve(parse_plan(text, "p.yaml"), architecture, methods(), collectors())
 
 
-def sums(ranks: Ranks, folder: Path, text: str, count: int) -> dict[str, Tensor]:
+def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str, Tensor]:
     """Everything that is summed over blocks, in one dictionary, and what the first layer's methods keep by it."""
-    stream = ModelStream(CheckpointReader(folder), CPU, torch.float32, ranks=ranks)
+    stream = ModelStream(CheckpointReader(folder), CPU, torch.float32, processes=processes)
     architecture = stream.reader.architecture
     plan = resolved(architecture, text).layers[0]
     ids = blocks(count)
-    batches = stream.embed(batched(ranks.mine(ids), 2))
+    batches = stream.embed(batched(processes.mine(ids), 2))
     wanted = {index: Wanted(frozenset(architecture.matrices), True) for index in range(architecture.layers)}
     gradients = gradient_moments(stream, ids, wanted, 2, 0)
     found = {
@@ -213,29 +213,29 @@ def sums(ranks: Ranks, folder: Path, text: str, count: int) -> dict[str, Tensor]
         found |= {"q": samples.q, "of q": samples.covariance}
     found["final"] = final_moment(stream, [batch.hidden for batch in batches]).second
     refit = RefitSum(architecture.hidden, architecture.hidden, CPU)
-    numbers = iter(ranks.mine(range(count)))
+    numbers = iter(processes.mine(range(count)))
     for block in (block for batch in batches for block in batch.hidden.split(1)):
         number = next(numbers)
         refit.add(block, block + normal(number, *block.shape), block, held=number == count - 1)
-    refit.reduce(ranks)
-    (fit,) = ranks.spread([Affine(torch.zeros(architecture.hidden, architecture.hidden))], refit.solve)
+    refit.reduce(processes)
+    (fit,) = processes.spread([Affine(torch.zeros(architecture.hidden, architecture.hidden))], refit.solve)
     found["refit"] = fit.solution.weight
     scale = fit_scale(
         Final([batch.hidden for batch in batches], stream.tail()),
         Final([batch.hidden * 1.2 for batch in batches], stream.tail()),
         architecture.vocab,
-        ranks,
+        processes,
     )
     found["scale"] = torch.tensor([scale.value, scale.before, scale.after, scale.tokens])
-    for target, solution in solve_layer(architecture, plan, visit.layer.state, statistics, ranks).items():
+    for target, solution in solve_layer(architecture, plan, visit.layer.state, statistics, processes).items():
         kept = {"neurons": solution.neurons, "columns": solution.rotary_columns}
         found |= {f"{target} {name}": tensor for name, tensor in kept.items() if tensor is not None}
     return found
 
 
 def sums_of_several(folder: Path, text: str, count: int) -> dict[str, Tensor]:
-    with launched() as ranks:
-        return sums(ranks, folder, text, count)
+    with launched() as processes:
+        return sums(processes, folder, text, count)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +269,11 @@ def test_sums_and_what_is_kept_by_them(
 
 
 def sampled(count: int) -> Tensor:
-    with launched() as ranks:
-        total = SampleSum(1.0, ranks)
-        for number in ranks.mine(range(count)):
+    with launched() as processes:
+        total = SampleSum(1.0, processes)
+        for number in processes.mine(range(count)):
             total.add(torch.full((4, 16, 2), float(number)), normal(number, 1, 16, 2), None)
-        total.reduce(ranks)
+        total.reduce(processes)
         return total.moment().q[0, 0, ::16, 0]
 
 
@@ -289,7 +289,7 @@ def test_the_queries_kept_are_those_that_one_process_keeps(count: int, together:
 # Allocations and texts
 
 
-def curves(ranks: Ranks, folder: Path) -> Iterator[tuple[str, list[float]]]:
+def curves(processes: Processes, folder: Path) -> Iterator[tuple[str, list[float]]]:
     reader, ids = CheckpointReader(folder), blocks(7)
     texts = Texts(Calibration((Source("drawn", ids[:4], {}),), None, ids[:4]), None, ids[4:])
     tables = "projections: {embed: {method: whitened_svd}}\n"
@@ -301,15 +301,15 @@ def curves(ranks: Ranks, folder: Path) -> Iterator[tuple[str, list[float]]]:
     ):
         head = f"format: 1\nallocate: {name}\n"
         plans = [resolved(reader.architecture, f"{head}keep: {keep}\n{base}") for keep in (0.3, 0.6)]
-        setting = Setting(reader, plans, texts, CPU, torch.float32, 2, losses, ranks=ranks)
+        setting = Setting(reader, plans, texts, CPU, torch.float32, 2, losses, processes=processes)
         done: list[int] = []
         found = costs(setting, done.append)
         yield name, [cost for curve in found.curves for cost in curve.costs]
 
 
 def curves_of_several(folder: Path) -> dict[str, list[float]]:
-    with launched() as ranks:
-        return dict(curves(ranks, folder))
+    with launched() as processes:
+        return dict(curves(processes, folder))
 
 
 def test_allocations_find_the_same_costs(tiny_checkpoint: TinyCheckpoint, together: Together) -> None:
@@ -322,8 +322,8 @@ def test_allocations_find_the_same_costs(tiny_checkpoint: TinyCheckpoint, togeth
 
 
 def written(folder: Path) -> Tensor:
-    with launched() as ranks:
-        return write_blocks(load(folder), 3, 5, 8, 2, 2, lambda done: None, ranks)
+    with launched() as processes:
+        return write_blocks(load(folder), 3, 5, 8, 2, 2, lambda done: None, processes)
 
 
 def test_the_model_writes_the_same_blocks(tiny_checkpoint: TinyCheckpoint, together: Together) -> None:

@@ -16,7 +16,7 @@ from lrc.moments.moment import Moments
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Observer
 from lrc.plan.resolved import Assignment, LayerPlan
-from lrc.run.processes import Ranks
+from lrc.run.processes import Processes
 from lrc.run.stopwatch import Stopwatch
 from lrc.walk.stream import Batch, ModelStream
 from lrc.walk.walk import Walk
@@ -41,7 +41,7 @@ class Calls(Observer):
         assert not self.reduced
         self.outputs.append(calls[self._path].output.clone())
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, processes: Processes) -> None:
         self.reduced += 1
 
 
