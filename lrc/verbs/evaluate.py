@@ -13,8 +13,8 @@ from lrc.evaluation.folder import evaluate_folder, find_loading
 from lrc.evaluation.pair import evaluate_pair
 from lrc.evaluation.passage import choose_seq_lens
 from lrc.evaluation.perplexity import Perplexity
-from lrc.evaluation.records import token_file
 from lrc.evaluation.tasks import Tasks, TaskScore
+from lrc.evaluation.token_file import token_file
 from lrc.hub.loader import causal_config
 from lrc.hub.names import default_text, resolve_model
 from lrc.records.comparison import Comparison, Evaluated
@@ -39,7 +39,7 @@ def evaluate(
     ``ppl``: texts (default: wikitext2, or a built-in model's own), by the protocol of ``lrc.evaluation.perplexity``.
     ``seq_len``: tokens of a window, or several lengths to measure on the same part of the text. ``streamed``: load one
     layer at a time (default: if the model does not fit whole). ``tokens``: a file for the loss of each token
-    (``lrc.evaluation.records``). Raises UserError for a missing model or text.
+    (``lrc.evaluation.token_file``). Raises UserError for a missing model or text.
     """
     named = None if ppl is None else named_texts(ppl)
     path = newest_output(Path.cwd()) if model is None else _folder(model, run)

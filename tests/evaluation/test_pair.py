@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lrc
 import lrc.estimate.room
-import lrc.evaluation.records
+import lrc.evaluation.token_file
 from lrc.errors import UserError
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load_tokenizer
@@ -105,7 +105,7 @@ def test_the_same_to_the_last_digit_again_and_a_layer_at_a_time(both, text, tmp_
 
 
 def test_tokens_are_kept_with_their_place(both, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(lrc.evaluation.records, "_ROWS", 100)
+    monkeypatch.setattr(lrc.evaluation.token_file, "_ROWS", 100)
     kept = tmp_path / "tokens.parquet"
     found = evaluate_against(*both, ppl=str(text), seq_len=[40, 20], run=Run(device="cpu"), tokens=kept)
     table = pq.read_table(kept)
@@ -137,7 +137,7 @@ def test_an_evaluation_that_stops_leaves_no_file_and_the_earlier_one(both, text,
     kept = tmp_path / "tokens.parquet"
     lrc.evaluate(both[0], str(text), seq_len=40, run=lrc.Run(device="cpu"), tokens=kept)
     earlier = kept.read_bytes()
-    monkeypatch.setattr(lrc.evaluation.records.pq.ParquetWriter, "write_table", _no_space)
+    monkeypatch.setattr(lrc.evaluation.token_file.pq.ParquetWriter, "write_table", _no_space)
     with pytest.raises(UserError, match=r"tokens\.parquet cannot be written: No space left on device"):
         evaluate_against(*both, ppl=str(text), seq_len=40, run=Run(device="cpu"), tokens=kept)
     assert kept.read_bytes() == earlier
