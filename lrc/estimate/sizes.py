@@ -1,4 +1,4 @@
-"""What a run will give, known from headers alone: every target's size, and that of the output."""
+"""Compute the size of every target and of the output checkpoint from headers alone."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lrc.walk.needs import solver_of
 
 @dataclass(frozen=True)
 class TargetSize:
-    """One target at one size, in all ``layers`` (``0-3, 7``) that have it so, outside of them in none.
+    """Hold one target at one size, in all ``layers`` (``0-3, 7``) with these settings; no layers for outer targets.
 
-    ``kept``, ``whole``: weights in each.
+    ``kept``, ``whole``: weights in each layer.
     """
 
     target: str
@@ -36,7 +36,7 @@ class TargetSize:
 
 
 def target_sizes(job: Job) -> list[TargetSize]:
-    """Every target of the plan, layers of equal settings together, in the order of their first layers; others first."""
+    """Return every target of the plan: outer targets, then layers grouped by equal settings, by first layer."""
     groups: dict[str, tuple[Assignment, list[int]]] = {a.target: (a, []) for a in job.plan.outer}
     for layer in job.plan.layers:
         for assignment in layer.assignments:
@@ -48,7 +48,7 @@ def target_sizes(job: Job) -> list[TargetSize]:
 
 
 def output_size(job: Job) -> Size:
-    """Size of the checkpoint that the job will write."""
+    """Return the size of the checkpoint that the job will write."""
     reader, family = job.reader, job.reader.family
     tensors, table = dict(reader.tensors), Table()
     for a in job.plan.outer:
@@ -81,7 +81,7 @@ def inner_width(architecture: Architecture, assignment: Assignment) -> int:
 
 
 def _packed(job: Job) -> int:
-    """Bytes that kept weights take beyond those of as many weights in the checkpoint's precision."""
+    """Return the bytes of the kept weights beyond those of equally many weights in the checkpoint's precision."""
     architecture, dtype, beyond = job.reader.architecture, job.reader.dtype, 0
     targets = architecture.targets | architecture.outer
     for a in (*job.plan.outer, *(a for layer in job.plan.layers for a in layer.assignments)):
@@ -91,7 +91,7 @@ def _packed(job: Job) -> int:
 
 
 def _replaced(architecture: Architecture, layer: LayerPlan) -> set[str]:
-    """Roles whose tensors are written anew; those of attention all together where it must be stored split."""
+    """Return the roles whose tensors are replaced; all of attention if it must be stored split."""
     roles = {role for a in layer.assignments for role in architecture.targets[a.target].matrices}
     fused = {role for role in roles if architecture.family.projections[role].fused}
     split = fused or any(a.target in ("qk", "ov") for a in layer.assignments)
@@ -101,7 +101,7 @@ def _replaced(architecture: Architecture, layer: LayerPlan) -> set[str]:
 def _new_tensors(
     architecture: Architecture, layer: LayerPlan, replaced: set[str], dtype: torch.dtype
 ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and precision of what stands in place of the replaced roles; of factors the count is what matters."""
+    """Return name, shape and dtype of the tensors of replaced roles; factors are one tensor of the right size."""
     found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     covered: dict[str, Assignment] = {}
     for a in layer.assignments:
@@ -119,7 +119,7 @@ def _new_tensors(
 
 
 def _bias(architecture: Architecture, role: str, assignment: Assignment | None) -> int:
-    """Elements of a role's bias: those of a shrunk inner dimension go with it, and a value bias moves to the output."""
+    """Return the elements of a role's bias; it shrinks with the inner dimension, a value bias moves to the output."""
     matrix, target = architecture.matrices[role], assignment.target if assignment else role
     if target == "ov":
         biased = architecture.matrices["v"].bias or architecture.matrices["o"].bias

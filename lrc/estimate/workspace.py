@@ -1,4 +1,4 @@
-"""Working sets of solves and refits in float64, worked out from shapes: the larger part of what a compression takes."""
+"""Compute the float64 working sets of solves and refits, the larger part of a compression's memory, from shapes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from lrc.walk.needs import solver_of
 
 
 def solve_work(architecture: Architecture, assignment: Assignment, sampled: int) -> int:
-    """Return the bytes that one solve takes, as its method states them.
+    """Return the bytes of one solve, as its method states them.
 
-    ``sampled``: elements of the covariances that go with the sampled queries of one key head.
+    ``sampled``: elements of the covariances of the sampled queries of one key head.
     """
     shapes = Shapes(architecture.targets[assignment.target], architecture.geometry, sampled)
     return solver_of(assignment).memory(shapes, assignment.size, assignment.options)
 
 
 def refit_work(architecture: Architecture, n: int) -> int:
-    """Return the bytes of the refit of a projection that reads n inputs.
+    """Return the bytes of the refit of a projection with n inputs.
 
-    Sums and means in float32, of the blocks fitted to and those held out, and ridge regressions in float64: the moment
-    fitted to, centred where there is a bias, damped and factored.
+    They are float32 sums and means of fitted and held-out blocks, and float64 ridge regressions: the moment, centred if
+    there is a bias, damped and factored.
     """
     hidden, biased = architecture.hidden, architecture.matrices[architecture.family.mlp_output].bias
     return 16 * n**2 + 8 * hidden * n + 8 * ((3 if biased else 2) * n**2 + column_part(n) + 6 * hidden * n)
 
 
 def refit_widths(architecture: Architecture, layer: LayerPlan) -> dict[str, int]:
-    """Return the inputs of the linears that are refitted, by the half of the layer that each closes."""
+    """Return the input width of each refitted linear, by the half of the layer that it ends."""
     inner = {a.target: inner_width(architecture, a) for a in layer.assignments}
     family = architecture.family
     by_component = {

@@ -1,4 +1,4 @@
-"""Factorization methods: one file a method, one function for each component or projection it solves."""
+"""Factorization methods: one file for each method, one function for each kind of target."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Method", "methods"]
 
 @cache
 def methods() -> dict[str, Method]:
-    """Every method found in this folder, by name."""
+    """Return every method in this folder, by name."""
     found = {}
     for name, module in submodules(sys.modules[__name__]):
         solvers = [

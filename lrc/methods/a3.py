@@ -60,7 +60,7 @@ def _qk_memory(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
 
 
 def _ov_memory(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
-    """The moment, what the joint fit makes of it, and G."""
+    """Count the moment, the matrices of the joint fit, and G."""
     v, o = shapes.target.matrices["v"], shapes.target.matrices["o"]
     n, kept = o.columns, shapes.heads.heads * rank
     alternating = 2 * o.rows * (n + kept) + 3 * n * kept if options.get("subspace") == "joint" else 0
@@ -69,18 +69,18 @@ def _ov_memory(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
 
 
 def _mlp_memory(shapes: Shapes, width: int, options: Mapping[str, Any]) -> int:
-    """The moment, its damped copy and what is factored of it, the weight's products, and G."""
+    """Count the moment, its damped copy and factor, products with the weight, and G."""
     *_, output = shapes.target.matrices.values()
     n = output.columns
     elimination = 3 * n**2 if options.get("select") == "obs" else 0
-    # Rows and columns of C that stay, their factor and what is gathered of them; C itself only a part at a time.
+    # The kept rows and columns of C, their factor and a gathered copy; all of C only a part at a time.
     work = max(elimination, 5 * width**2 // 2, 3 * column_part(n) // 2)
     work = max(3 * n**2, n**2 + work) if output.bias else work
     return 8 * (work + 4 * output.parameters + 2 * output.rows * width + _metric_work(output, options))
 
 
 def _metric_work(output: Matrix, options: Mapping[str, Any]) -> int:
-    """Elements of G, its root and the weight that it multiplies."""
+    """Return the elements of G, its root and its product with the weight."""
     return 4 * output.rows**2 + output.parameters if options.get("metric") == "loss" else 0
 
 
@@ -98,17 +98,19 @@ def _metric_work(output: Matrix, options: Mapping[str, Any]) -> int:
     memory=_qk_memory,
 )
 def solve_qk(problem: QKProblem, rank: int, *, metric: ScoreMetric = "attention") -> Solution:
-    """Keep the ``rank`` dimensions of every head that carry the attention scores.
+    """Reduce every query and key head to ``rank`` dimensions with the least error in the attention scores.
 
-    Without rotary positions: the map P minimising E(qᵀk − qᵀPk)² for independent q and k, summed over the heads that
-    share the key; with them only whole pairs (i, i + D/2) can go. That costs far more than q and k of low rank, which
-    are the default there, though they leave the cache of keys as it is. ``score`` is the published rule: E[k kᵀ] for
-    the keys, pairs by (E‖q_i‖² E‖k_i‖²)^½. ``attention`` counts what softmax notices: the covariance of the keys that a
-    query attends to, and elimination of pairs in the Gram matrix of their shares of the score. ``loss`` counts what the
-    loss notices: γ = ∂L/∂q in the place of k, as changing the map by Δ changes the loss by qᵀΔγ to first order and half
-    the mean square of that is its rise; elimination in the Gram matrix of q_j·∂L/∂q_j. ``attention_als``, not for
-    rotary positions: as ``attention``, each sampled query with the covariance of the very keys that it attends to,
-    drawn to the mean where queries are few.
+    Without rotary positions, a map P minimises E(qᵀk − qᵀPk)² for independent q and k, summed over the query heads of a
+    key head. With them, only whole pairs (i, i + D/2) can be dropped. That costs far more than low-rank q and k, the
+    default there, which do not shrink the key cache. Metrics:
+
+    - ``score``, the published rule: E[k kᵀ] for the keys; pairs are ranked by (E‖q_i‖² E‖k_i‖²)^½.
+    - ``attention``: the covariance of the keys that a query attends to; pairs are eliminated by the Gram matrix of
+      their shares of the score.
+    - ``attention_als``, without rotary positions only: as ``attention``, but each sampled query has its own covariance,
+      shrunk towards the mean if queries are few.
+    - ``loss``: γ = ∂L/∂q replaces k. A change Δ of the map changes the loss by qᵀΔγ to first order; half its mean
+      square predicts the rise. Pairs are eliminated by the Gram matrix of q_j·∂L/∂q_j.
     """
     if problem.heads.rotary != "none":
         return kept_pairs(problem, rank, metric)
@@ -133,16 +135,18 @@ def solve_ov(
     subspace: Literal["stacked", "als", "joint"] = "als",
     refit: Refit = "least_squares",
 ) -> Solution:
-    """Keep the ``rank`` dimensions of every value head that the output projection reads.
+    """Reduce every value head to ``rank`` dimensions by a map T (rank, D), and the output projection to match.
 
-    T (rank, D) of a value head comes from the stack of G^½ O_h S̄^½ over the query heads that share it, G the identity
-    (``output``) or E[g gᵀ] of the loss's gradient g at the output (``loss``). That is the optimum for one query head a
-    value head, S̄ being the mean of their moments; ``als`` goes on from there to what is lost of every query head with
-    its own moment and its own best reader of T, ``joint`` from there to what is lost of the whole output with the
-    projection fitted to it. Neither is ever worse in what it lowers than what it starts from.
+    The metric G is the identity (``output``) or E[g gᵀ] of the loss's gradient g at the output (``loss``). Subspaces of
+    T, each at least as good in its own error as its start:
 
-    ``least_squares`` then fits the output projection jointly over all heads, whose errors are correlated; ``none`` is
-    the published rule, each head by itself. A value bias folds into the output bias, since attention rows sum to one.
+    - ``stacked``: top directions of G^½ O_h S̄^½, stacked over the query heads h of the value head, S̄ being their mean
+      moment; optimal for one query head per value head.
+    - ``als``: starts there and lowers the summed error of query heads, each with its own moment and readout of T.
+    - ``joint``: starts from the better of the two and lowers the error of the whole output, with ``o`` fitted to T.
+
+    ``least_squares`` then fits ``o`` to all heads jointly, as their errors are correlated. ``none``, the published
+    rule, takes each head alone. The value bias folds into the output bias: attention rows sum to one.
     """
     heads, group, weight = problem.heads, problem.heads.group, problem.o.weight.double()
     moment, biased = problem.output.double(), _biased(problem)
@@ -167,9 +171,9 @@ def solve_ov(
 
 
 def attention_output(problem: OVProblem) -> tuple[Moment, Tensor]:
-    """The moment in float64 of what the output projection reads, before the value bias, and the matrix C of errors.
+    """Return the float64 moment of the output projection's input without the value bias, and the matrix C of errors.
 
-    That is centred where a bias makes up for the mean.
+    C is centred if a bias can correct the mean.
     """
     moment, bias = problem.output.double(), problem.v.bias
     if bias is not None:
@@ -186,7 +190,7 @@ def _biased(problem: OVProblem) -> bool:
 def _value_rows(
     problem: OVProblem, rank: int, c: Tensor, metric: OutputMetric, subspace: str
 ) -> tuple[Maps, dict[str, float]]:
-    """U (heads, D, rank) and T (kv_heads, rank, D) for C of the attention output, and what the numerics needed."""
+    """Return U (heads, D, rank) and T (kv_heads, rank, D) for C of the attention output, and the numerics."""
     heads, weight, numerics = problem.heads, problem.o.weight.double(), {}
     if metric == "loss":
         root, numerics["gradient_damping"] = gram_root(_gradient(problem.gradient))
@@ -224,12 +228,11 @@ def solve_mlp(
     select: Literal["score", "obs"] = "score",
     refit: Refit = "least_squares",
 ) -> Solution:
-    """Keep ``width`` hidden neurons and fit the output projection to what they leave out.
+    """Keep ``width`` hidden neurons and fit the output projection to make up for the others.
 
-    ``score`` keeps the largest (C_ii)^½ ‖G^½ W_d[:, i]‖, the published rule where G is the identity (``output``);
-    ``loss`` takes G = E[g gᵀ] of the loss's gradient g at the output. ``obs`` eliminates backwards, each time what the
-    refit makes up for best in that metric, which fits the calibration's kind of text more closely and other text less.
-    The fit itself is the same for every G.
+    The metric G is as for ``solve_ov``; the fit is the same for every G. ``score`` keeps the largest
+    (C_ii)^½ ‖G^½ W_d[:, i]‖, the published rule if G is the identity. ``obs`` eliminates the neurons that a refit
+    replaces best in that metric, which fits the calibration text more closely and other text less.
     """
     weight, bias, moment = problem.output.weight.double(), problem.output.bias, problem.hidden
     c = moment.second if bias is None else moment.double().centred
@@ -266,7 +269,7 @@ def solve_mlp(
 def _of_output(
     problem: OVProblem | MLPProblem, delta: Tensor, c: Tensor, weight: Tensor, moment: Moment
 ) -> Prediction:
-    """E‖ΔW x‖² for x of moment C beside E‖W x‖², and ½ tr(G ΔW C ΔWᵀ) where gradients are at hand."""
+    """Predict E‖ΔW x‖² for x of moment C, E‖W x‖² and, with gradients, the loss ½ tr(G ΔW C ΔWᵀ)."""
     error, loss = errors(delta, c, problem.gradient)
     return Prediction(error, data_error(weight, moment.second), "output", loss)
 
@@ -277,6 +280,6 @@ def _gradient(gradient: Tensor | None) -> Tensor:
 
 
 def diagonal_blocks(c: Tensor, blocks: int) -> Tensor:
-    """The (blocks, D, D) diagonal blocks of a (blocks·D, blocks·D) matrix."""
+    """Return the (blocks, D, D) diagonal blocks of a (blocks·D, blocks·D) matrix."""
     grid = c.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1))
     return grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -1,7 +1,6 @@
-"""What a method is: pure functions from a problem and a size to a solution, one for each thing it solves.
+"""Define a method: pure functions that turn a problem and a size into a solution, one function for each target.
 
-Problems hold canonical (out, in) unfused float weights, the statistics asked for and head geometry; no names, no
-paths, no modules.
+A problem holds unfused (out, in) float weights, the requested statistics and head geometry; no paths, no modules.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ Metric = Literal["weight", "data", "loss"]
 
 @dataclass(frozen=True)
 class Affine:
-    """One projection: ``weight`` (out, in) and ``bias`` (out,) or None."""
+    """Hold one projection: ``weight`` (out, in) and ``bias`` (out,) or None."""
 
     weight: Tensor
     bias: Tensor | None = None
 
 
-# What the statistics that a solver names found for its target, by name.
+# The statistics that a solver requests for its target, by name.
 Statistics = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ProjectionProblem:
-    """One matrix, the moment of its input and, where gradients are used, G = E[g gᵀ] (out, out) of its output."""
+    """Hold one matrix, the moment of its input and, with gradients, G = E[g gᵀ] (out, out) of its output."""
 
     role: str
     matrix: Affine
@@ -47,8 +46,8 @@ class ProjectionProblem:
 
 @dataclass(frozen=True)
 class EmbeddingProblem:
-    """The rows of the embedding (tokens, hidden), the share of the text that each token has (tokens,) and, where the
-    head has the same weight, the moment of the final hidden state that it reads.
+    """Hold the embedding (tokens, hidden), each token's share of the text (tokens,) and, with a tied head, the moment
+    of the final hidden state.
     """
 
     table: Tensor
@@ -58,11 +57,10 @@ class EmbeddingProblem:
 
 @dataclass(frozen=True)
 class QKProblem:
-    """Queries and keys of one layer, and the moment of the input that both read.
+    """Hold the query and key projections of one layer, and the moment of their input.
 
-    ``gradient``, where asked for, is of the loss: with rotary positions the Gram matrix (kv_heads, D/2, D/2) of pairs,
-    a_j = q_j·∂L/∂q_j summed over the queries that share a key, else E[γ γᵀ] (kv_heads, D, D) of γ = ∂L/∂q, summed over
-    the query heads that share a key.
+    ``gradient``, if requested: E[γ γᵀ] (kv_heads, D, D) of γ = ∂L/∂q, summed over the query heads of a key head. With
+    rotary positions, E[a aᵀ] (kv_heads, D/2, D/2), where a_j sums q_j·∂L/∂q_j of pair j over these heads.
     """
 
     q: Affine
@@ -75,7 +73,7 @@ class QKProblem:
 
 @dataclass(frozen=True)
 class OVProblem:
-    """Values and output projection of one layer, the moment of its input and, where asked for, G of its output."""
+    """Hold the value and output projections of a layer, the moment of o's input and, if asked, G of its output."""
 
     v: Affine
     o: Affine
@@ -87,8 +85,8 @@ class OVProblem:
 
 @dataclass(frozen=True)
 class MLPProblem:
-    """The projections into the hidden state by role, the one out of it, the hidden state's moment and, where asked for,
-    G of the output.
+    """Hold the MLP's input projections by role, its output projection, the moment of its hidden state and, if
+    requested, G of its output.
     """
 
     inputs: Mapping[str, Affine]
@@ -119,16 +117,16 @@ class Prediction:
 
     @property
     def relative(self) -> float:
-        """(E‖Δy‖² / E‖y‖²)^½."""
+        """Return (E‖Δy‖² / E‖y‖²)^½."""
         return (self.error / self.reference) ** 0.5 if self.reference > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Solution:
-    """New projections by role, the predicted error, and what the numerics needed.
+    """Hold the new projections by role and the predicted error.
 
     ``rotary_columns`` (kv_heads, rank): kept columns of every key head, first halves then second halves.
-    ``neurons`` (rank,): kept hidden dimensions of the MLP. ``numerics``: damping added, eigenvalues raised.
+    ``neurons`` (rank,): kept hidden dimensions of the MLP. ``numerics``: values such as the damping added.
     """
 
     parts: Mapping[str, Affine | Factors]
@@ -140,9 +138,9 @@ class Solution:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is known of a problem before its tensors are there: the target and the head geometry.
+    """Hold the target and head geometry of a problem whose tensors are not loaded.
 
-    ``sampled``: elements of the covariances that go with the sampled queries of one key head.
+    ``sampled``: elements of the covariances of the sampled queries of one key head.
     """
 
     target: Target
@@ -150,15 +148,15 @@ class Shapes:
     sampled: int = 0
 
 
-# (problem, size, *, options) -> Solution; the keyword-only parameters are the options a plan may set.
+# (problem, size, *, options) -> Solution; a plan may set the keyword-only parameters.
 SolveFunction = Callable[..., Solution]
 Refusal = Callable[[Heads, Mapping[str, Any]], str | None]
-# (shapes, size, options) -> bytes of the float64 working set of a solve, beside the problem and the solution.
+# (shapes, size, options) -> bytes of the float64 working set of a solve, without the problem and the solution.
 Memory = Callable[[Shapes, Any, Mapping[str, Any]], int]
 
 
 def moment_copies(shapes: Shapes, size: Any, options: Mapping[str, Any]) -> int:
-    """Return the bytes of a few float64 copies of the largest moment and of the weights, and a root of each."""
+    """Return the bytes of a few float64 copies and a root of the largest moment and of the weights."""
     inputs, outputs = (
         max(getattr(matrix, side) for matrix in shapes.target.matrices.values())
         for side in ("columns", "rows")
@@ -168,7 +166,7 @@ def moment_copies(shapes: Shapes, size: Any, options: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a solver: the type its value must have and the value it has unless a plan sets it."""
+    """Hold the type and the default of a solver's option."""
 
     annotation: Any
     default: Any
@@ -176,13 +174,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Solver:
-    """One function of a method with what the planner must know of it.
+    """Hold one function of a method with what planning needs.
 
-    ``target``: ``projection``, ``embed``, ``qk``, ``ov`` or ``mlp``. ``needs``: statistics in ``lrc.moments``, and
-    ``option_needs`` those that a value of an option brings along. ``metric``: what the method minimises. ``exact``: at
-    full size it gives the map back. ``refuses``: says why it cannot do a family with these options. ``rotary``: the
-    method that takes a component's projections one by one where positions are rotary and no entry names the component.
-    ``memory``: what a solve takes.
+    ``needs``: statistics in ``lrc.moments``; ``option_needs``: those that an option's value adds. ``metric``: what the
+    method minimises. ``exact``: at full size the solution equals the original map. ``refuses``: returns why a family
+    with these options is unsupported, or None. ``memory``: returns the bytes of a solve. ``rotary``: with rotary
+    positions, the method for each projection of the component, unless the plan names the component.
     """
 
     solve: SolveFunction
@@ -199,27 +196,27 @@ class Solver:
 
     @property
     def options(self) -> dict[str, Option]:
-        """The keyword-only parameters of the function."""
+        """Return the options by name: the function's keyword-only parameters."""
         hints = get_type_hints(self.solve, include_extras=True)
         parameters = inspect.signature(self.solve).parameters.values()
         return {p.name: Option(hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def collectors(self, options: Mapping[str, Any]) -> set[str]:
-        """What has to be collected to solve with these options."""
+        """Return the names of the statistics that these options need."""
         brought = {name for (key, value), name in self.option_needs.items() if options.get(key) == value}
         return {*self.needs, *brought}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method by its file's name: what it says of itself in one line, and its solvers by target."""
+    """Hold a method: the name of its file, the first line of its docstring, and its solvers by target."""
 
     name: str
     summary: str
     solvers: Mapping[str, Solver]
 
     def solver(self, target: str) -> Solver | None:
-        """What solves a target; an embedding is looked up, so no solver of projections will do for it."""
+        """Return the solver of a target, else of projections; an embedding is a lookup and needs its own solver."""
         return self.solvers.get(target) or (None if target == "embed" else self.solvers.get("projection"))
 
 

@@ -60,10 +60,10 @@ def solve_projection(
 ) -> Solution:
     """Minimise E‖(W − W') x‖² over grids of rank-r blocks by block coordinate descent.
 
-    Column group k has the moment C_kk. It starts from the whitened SVD of every block, which is the optimum where C is
-    block-diagonal; then each of ``rounds`` sweeps solves one column group, given the others: the best blocks for
-    T_k = W_k + (Σ_{l≠k} (W − W')_l C_lk) C_kk⁻¹. C is damped for all of that, and C_kk, where its blocks are cut, once
-    more by ``block_damping``: but for the latter, each step is exact and the error in the damped moment never rises.
+    The start is the whitened SVD of every block, optimal for a block-diagonal C. Then each of ``rounds`` sweeps solves
+    one column group k after another: the best blocks for T_k = W_k + (Σ_{l≠k} (W − W')_l C_lk) C_kk⁻¹. C is damped, and
+    C_kk again by ``block_damping`` to solve its blocks. Without the second damping, steps are exact and the error in
+    the damped moment never rises.
     """
     weight = problem.matrix.weight.double()
     c = damped(input_moment(problem))
@@ -92,7 +92,7 @@ def solve_projection(
 
 
 def _factors(pairs: list[tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
-    """The kind's L (j, s, k·r) and R (k, j·r, p) from the pairs (j, s, r), (j, r, p) of every column group."""
+    """Return L (j, s, k·r) and R (k, j·r, p) of the kind from the pairs (j, s, r), (j, r, p) of every column group."""
     left = torch.stack([b for b, _, _ in pairs], dim=2).flatten(2, 3)
     right = torch.stack([a.flatten(0, 1) for _, a, _ in pairs])
     return {"L": left, "R": right}

@@ -1,4 +1,4 @@
-"""Sizes: what a method keeps of a target, in the method's own type, with the weights and bytes that it takes."""
+"""Define sizes: how much of a target a method keeps, in the method's own type, with its weights and bytes."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lrc.families import Target
 
 Options = Mapping[str, Any]
 Scalar = int | str
-# What JSON can hold and a dictionary can be keyed by; lists of a plan are read as tuples.
+# Hashable and JSON values; lists of a plan become tuples.
 SizeValue = Scalar | tuple[Scalar | tuple[Scalar, ...], ...]
 
 _ALIGNED, _WIDE = 8, 1024
 
 
 class SizeRule(ABC):
-    """How one method measures what it keeps of a target; ``word`` is the key of the size in a plan, beside ``keep``."""
+    """How one method expresses sizes; ``word`` is the key of the size in a plan, the alternative to ``keep``."""
 
     word: ClassVar[str]
 
     @abstractmethod
     def read(self, value: object) -> SizeValue:
-        """Return the size that a value of a plan's YAML stands for; ValueError says what is wrong with the value."""
+        """Return the size for a value of a plan's YAML. Raises ValueError for an invalid value."""
 
     @abstractmethod
     def full(self, target: Target, options: Options) -> SizeValue:
-        """Return the size at which the method gives the target back."""
+        """Return the size at which the method reproduces the target."""
 
     @abstractmethod
     def nearest(self, target: Target, keep: float, options: Options) -> SizeValue:
-        """Return a legal size that keeps about ``keep`` of the target's weights, of several the fastest to run.
+        """Return a legal, fast size that keeps about the fraction ``keep`` of the target's weights.
 
-        It is the smallest legal size where that keeps more.
+        If every legal size keeps more, return the smallest.
         """
 
     @abstractmethod
@@ -50,9 +50,9 @@ class SizeRule(ABC):
 
     @abstractmethod
     def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
-        """Return the legal sizes that save weights, ascending in weights: those that run fast.
+        """Return the legal, fast sizes that save weights, ascending in weights.
 
-        ``multiple``: those that are multiples of it instead, where sizes are numbers; all legal ones at 1.
+        ``multiple``: its multiples instead, if sizes are numbers; 1 gives all legal sizes.
         """
 
     def bytes(self, target: Target, size: SizeValue, options: Options, dtype: torch.dtype) -> int:
@@ -60,12 +60,12 @@ class SizeRule(ABC):
         return self.weights(target, size, options) * dtype.itemsize
 
     def inner(self, target: Target, size: SizeValue) -> int:
-        """Return the inner dimension left at a size: of a component, for qk and ov per head, or between two factors."""
+        """Return the inner dimension at a size: of a component (per head for qk and ov), or between two factors."""
         return target.full
 
 
 class Rank(SizeRule):
-    """A size that is a whole number, the inner dimension that is kept."""
+    """Sizes that are whole numbers: the kept inner dimension."""
 
     word = "rank"
 
@@ -108,7 +108,7 @@ class ComponentRank(Rank):
 
 
 class PairRank(Rank):
-    """Rank of a pair of thin matrices in place of one matrix."""
+    """Rank of a pair of thin matrices that replaces one matrix."""
 
     def full(self, target: Target, options: Options) -> int:
         return target.full
@@ -136,18 +136,18 @@ class PairRank(Rank):
 
 
 def fast_step(full: int) -> int:
-    """Return the step between ranks that are chosen for the user, of a target whose full rank is ``full``.
+    """Return the step between automatically chosen ranks of a target whose full rank is ``full``.
 
-    Matrix units take rows of 16 bytes, eight half-precision numbers, and run other widths at half the speed or less.
-    Eight is under a hundredth of a wide target's size, and a coarse choice of a narrow one's.
+    Matrix units read rows of 16 bytes, eight half-precision numbers; other widths run at half the speed or less.
+    Steps of eight are under a hundredth of a wide target's rank, but too coarse for a narrow target.
     """
     return _ALIGNED if full >= _WIDE else 1
 
 
 def ranks(full: int, unit: int, whole: int, multiple: int | None, step: int = 1) -> list[SizeValue]:
-    """Return the multiples of ``step`` below ``full`` whose ``unit`` weights each are fewer than ``whole``.
+    """Return the ranks below ``full`` that take fewer than ``whole`` weights, at ``unit`` weights per rank.
 
-    Those that are also multiples of ``multiple``, by default of the ``fast_step``.
+    All are multiples of ``step`` and of ``multiple``, which defaults to the ``fast_step``.
     """
     step = math.lcm(step, multiple or fast_step(full))
     return list(range(step, min(full - 1, (whole - 1) // unit) + 1, step))

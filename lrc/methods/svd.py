@@ -14,19 +14,19 @@ from lrc.methods.sizes import PairRank
     size=PairRank(),
     metric="weight",
     paper="Eckart and Young 1936; Mirsky 1960",
-    # Blind to the data, it still needs the moment to predict what it does.
+    # The solve ignores the data, but predicting its error needs the moment.
     memory=lambda shapes, size, options: pair_memory(shapes, moments=1, gradients=0),
 )
 def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:
-    """W_r = U_r Σ_r V_rᵀ with squared weight error Σ_{i>r} σ_i².
+    """Return W_r = U_r Σ_r V_rᵀ, whose squared weight error is Σ_{i>r} σ_i².
 
-    The moment only predicts what that does to outputs, and corrects a bias by the mean of what is lost.
+    The moment only predicts the output error and corrects a bias by the mean error.
     """
     return pair_solution(problem, rank, None)
 
 
 @solves("embed", size=PairRank(), metric="weight", paper="Eckart and Young 1936; Mirsky 1960")
 def solve_embedding(problem: EmbeddingProblem, rank: int) -> Solution:
-    """The same for the table of embeddings, all tokens alike."""
+    """Return the truncated SVD of the embedding table, with equal weight for all tokens."""
     b, a, _ = best_pair(problem.table, rank)
     return table_solution(problem, b, a)

@@ -26,9 +26,10 @@ def solve_projection(problem: ProjectionProblem, rank: int) -> Solution:
     "embed", size=PairRank(), paper="GroupReduce, arXiv:1806.06950, for one group; alternating where tied"
 )
 def solve_embedding(problem: EmbeddingProblem, rank: int) -> Solution:
-    """Minimise Σ_t f_t ‖e_t − e'_t‖² over tokens t; with a tied head, that over its size plus E‖(E − E') h‖² over its.
+    """Minimise Σ_t f_t ‖e_t − e'_t‖² over tokens t of frequency f_t.
 
-    The sum has no closed form. It is lowered from the best table in the product metric ‖F^½ (E − E') C^½‖, C = E[h hᵀ].
+    With a tied head, minimise the sum of this and E‖(E − E') h‖², each relative to the size of its output. The sum has
+    no closed form: iterate from the best table in the metric ‖F^½ (E − E') C^½‖, C = E[h hᵀ].
     """
     table, frequency, final = problem.table.double(), problem.frequency.double(), problem.final
     h = table.mT @ (frequency.unsqueeze(-1) * table)

@@ -1,4 +1,4 @@
-"""A factorized table of token embeddings: a narrow table to look up, then a linear map to the hidden width."""
+"""Run a factorized embedding: look up a row of a narrow table, then map it to the hidden width."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FACTORS = ("A.weight", "B.weight")
 
 
 class FactorizedEmbedding(nn.Module):
-    """Rows of B A for ``B`` (tokens, rank) and ``A`` (rank, width), the factors of a head with the same weight.
+    """Embedding whose table is B A, for ``B`` (tokens, rank) and ``A`` (rank, width).
 
-    A head tied to it is a ``low_rank`` linear with these very tensors. The zero-element buffer ``weight`` stops a load
-    without lrc, as that of a ``StructuredLinear`` does.
+    A tied head is a ``low_rank`` linear that shares both tensors. The zero-element buffer ``weight`` makes a load
+    without lrc fail, as in ``StructuredLinear``.
     """
 
     weight: Tensor
@@ -38,12 +38,12 @@ class FactorizedEmbedding(nn.Module):
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> Self:
-        """Make an uninitialised module of the shapes in a table entry, on the ambient device and dtype."""
+        """Make an uninitialised module with the shapes of a table entry, on the default device and dtype."""
         return cls(entry["tokens"], entry["width"], entry["rank"])
 
 
 class Widening(nn.Module):
-    """x ↦ x A; not an ``nn.Linear``, which would hold Aᵀ, as a tied head reads A the other way."""
+    """x ↦ x A; not an ``nn.Linear``, which would store Aᵀ, while the tied head needs A."""
 
     def __init__(self, rank: int, width: int) -> None:
         super().__init__()
@@ -54,5 +54,5 @@ class Widening(nn.Module):
 
 
 def embedding_entry(tokens: int, width: int, rank: int) -> Entry:
-    """The table entry of a factorized embedding."""
+    """Return the table entry of a factorized embedding."""
     return {"kind": EMBEDDING, "tokens": tokens, "width": width, "rank": rank}

@@ -11,7 +11,7 @@ from lrc.modules.kind import Entry, Held, StructuredLinear
 
 
 class LowRankLinear(StructuredLinear):
-    """``A`` (rank, in) and ``B`` (out, rank) are ordinary linears: adapters and quantizers find them."""
+    """A pair of ordinary linears, ``A`` (rank, in) and ``B`` (out, rank), that adapters and quantizers find."""
 
     kind = "low_rank"
     factor_names = ("A", "B")

@@ -14,9 +14,8 @@ from lrc.modules.kind import Entry, Held, StructuredLinear
 class MonarchLinear(StructuredLinear):
     """y_j = Σ_k L_jk (R_jk x_k) + b_j over ``blocks`` groups of inputs k and of outputs j.
 
-    ``R`` (blocks, blocks·rank, in/blocks) stacks, for each input group, the right factors of all output
-    groups; ``L`` (blocks, out/blocks, blocks·rank) holds, for each output group, the left factors of all
-    input groups.
+    ``R`` (blocks, blocks·rank, in/blocks) stacks the right factors of all output groups for each input group. ``L``
+    (blocks, out/blocks, blocks·rank) holds the left factors of all input groups for each output group.
     """
 
     kind = "monarch"

@@ -1,4 +1,4 @@
-"""The module table of a compressed checkpoint: which modules are replaced, by what, of which shapes."""
+"""Apply the module table of a compressed checkpoint: kinds and shapes of the modules that it replaces."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def apply_table(root: nn.Module, table: Mapping[str, Mapping[str, Any]], family:
 
 
 def build(entry: Mapping[str, Any], like: Tensor) -> nn.Module:
-    """Make the uninitialised module of an embedding's, a dense or a kind's entry, with device and dtype of ``like``."""
+    """Make the uninitialised module of a table entry other than attention, with the device and dtype of ``like``."""
     with torch.device("meta"):
         if entry["kind"] == DENSE:
             module = nn.Linear(entry["in"], entry["out"], bias=entry["bias"])
@@ -62,14 +62,14 @@ def build(entry: Mapping[str, Any], like: Tensor) -> nn.Module:
 
 
 def dense_entry(rows: int, columns: int, bias: bool) -> Entry:
-    """The entry of a plain linear map with a weight of (rows, columns)."""
+    """Return the entry of a plain linear map with a weight of (rows, columns)."""
     return {"kind": DENSE, "in": columns, "out": rows, "bias": bias}
 
 
 def attention_entry(qk: int, v: int, rotary_columns: bool) -> Entry:
-    """The entry of an attention with heads ``qk`` and ``v`` wide.
+    """Return the entry of an attention whose heads are ``qk`` and ``v`` wide.
 
-    ``rotary_columns`` is for fewer dimensions than the full head has; all of them stay in place.
+    ``rotary_columns``: whether some rotary dimensions were dropped, so that the kept columns are stored.
     """
     return {"kind": ATTENTION, "qk": qk, "v": v, "rotary_columns": rotary_columns}
 

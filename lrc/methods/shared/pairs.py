@@ -1,4 +1,4 @@
-"""What the methods that store one projection as a low-rank pair share."""
+"""Share code between methods that store a projection as a low-rank pair."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from lrc.methods.contract import Factors, Prediction, ProjectionProblem, Shapes,
 
 
 def input_moment(problem: ProjectionProblem) -> Tensor:
-    """The (n, n) matrix C of E‖ΔW x‖²: centred where the projection has a bias to correct, which is better and free."""
+    """Return C (n, n) of E‖ΔW x‖², centred if the projection has a bias: correcting it costs nothing."""
     return problem.input.second if problem.matrix.bias is None else problem.input.centred
 
 
 def corrected_bias(problem: ProjectionProblem, delta: Tensor) -> Tensor | None:
-    """b + ΔW E[x]: the bias that makes a change ΔW = W − W' right on average."""
+    """Return b + ΔW E[x], the bias that makes the mean error of ΔW = W − W' zero."""
     bias = problem.matrix.bias
     return None if bias is None else bias.double() + delta @ problem.input.mean.double()
 
 
 def predicted(problem: ProjectionProblem, delta: Tensor, c: Tensor) -> Prediction:
-    """E‖ΔW x‖² for x of moment C beside E‖W x‖², and ½ tr(G ΔW C ΔWᵀ) where gradients are at hand."""
+    """Predict E‖ΔW x‖² for x of moment C, E‖W x‖² and, with gradients, the loss ½ tr(G ΔW C ΔWᵀ)."""
     error, loss = errors(delta, c, problem.gradient)
     return Prediction(error, data_error(problem.matrix.weight, problem.input.second), "output", loss)
 
 
 def errors(delta: Tensor, c: Tensor, g: Tensor | None) -> tuple[float, float | None]:
-    """E‖ΔW x‖² for x of moment C, and ½ tr(G ΔW C ΔWᵀ) where there is a G."""
+    """Return E‖ΔW x‖² for x of moment C, and ½ tr(G ΔW C ΔWᵀ) or None without G."""
     if g is None:
         return data_error(delta, c), None
     error, twice = data_errors(delta, c, None, g)
@@ -36,7 +36,7 @@ def errors(delta: Tensor, c: Tensor, g: Tensor | None) -> tuple[float, float | N
 def pair_solution(
     problem: ProjectionProblem, rank: int, c: Tensor | None, g: Tensor | None = None
 ) -> Solution:
-    """The best pair in the metric of C and G, None being the identity, with the bias corrected."""
+    """Return the best pair in the metric of C and G, with a corrected bias; None is the identity."""
     weight = problem.matrix.weight.double()
     b, a, damping = best_pair(weight, rank, c, g)
     delta = weight - b @ a
@@ -48,7 +48,7 @@ def pair_solution(
 
 
 def pair_memory(shapes: Shapes, moments: int, gradients: int) -> int:
-    """Return the bytes of a float64 solve for a pair, with so many copies of C and of G."""
+    """Return the bytes of a float64 solve for a pair, with ``moments`` copies of C and ``gradients`` copies of G."""
     (matrix,) = shapes.target.matrices.values()
     copies = moments * matrix.columns**2 + gradients * matrix.rows**2
     return 8 * (copies + 4 * matrix.parameters + 5 * min(matrix.rows, matrix.columns) ** 2)

@@ -1,4 +1,4 @@
-"""How queries and keys shrink: a map for every head, or with rotary positions the pairs that stay."""
+"""Shrink queries and keys: by a map for every head or, with rotary positions, by a choice of pairs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from lrc.moments.moment import Moment
 
 ScoreMetric = Literal["attention", "score", "loss", "attention_als"]
 
-# Few queries would be fitted too well: their covariances are drawn to the mean as if so many times head_dim more
-# queries had been seen with no more than the mean.
+# Against overfitting to few queries, covariances are shrunk to their mean, as if _PRIOR·head_dim more queries had it.
 _PRIOR = 8
 
 
 def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
-    """Without rotary positions: the optimum for queries independent of what they are multiplied with."""
+    """Return the optimum without rotary positions, for queries independent of keys (or of gradients)."""
     heads, group = problem.heads, problem.heads.group
-    # Of a group's covariances, summed as its queries are, the mean goes with every query.
+    # Covariances are summed over a group, as its queries are; each query gets the mean.
     if metric == "score":
         keys, share, name = output_moment(*by_head(problem.k, heads.kv_heads), problem.input), 1.0, "scores"
     elif metric == "loss":
@@ -54,7 +53,7 @@ def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
 
 
 def fitted_map(problem: QKProblem, rank: int) -> Solution:
-    """Without rotary positions: alternating least squares on sampled queries, each with the keys it attends to."""
+    """Fit maps without rotary positions by alternating least squares to sampled queries and the keys they attend to."""
     heads = problem.heads
     samples: AttentionSamples = problem.statistics[Samples.name]
     q_moment = (samples.q.double().mT @ samples.q.double()).sum(dim=1)
@@ -87,14 +86,14 @@ def fitted_map(problem: QKProblem, rank: int) -> Solution:
 
 
 def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
-    """With rotary positions: the first and second halves of rank / 2 whole pairs of every key head."""
+    """Keep rank / 2 whole rotary pairs of every key head: their first halves, then their second halves."""
     heads, group = problem.heads, problem.heads.group
     if metric == "score":
         q_energy = _pair_energy(output_moment(*by_head(problem.q, heads.heads), problem.input))
         k_energy = _pair_energy(output_moment(*by_head(problem.k, heads.kv_heads), problem.input))
         product = q_energy * k_energy.repeat_interleave(group, dim=0)  # (heads, D/2)
         kept = product.sqrt().unflatten(0, (-1, group)).sum(dim=1).topk(rank // 2).indices.sort().values
-        # The relative angle of two positions is taken as uniform.
+        # This assumes that the relative angle of two positions is uniform.
         gram, name = torch.diag_embed(product.unflatten(0, (-1, group)).sum(dim=1)), "scores"
     elif metric == "loss":
         gram, name = _gradient(problem), "loss"
@@ -123,12 +122,12 @@ def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
 
 
 def _pair_cost(gram: Tensor, lost: Tensor) -> float:
-    """½·1_Dᵀ K 1_D summed over key heads, D being the pairs that are 1 in ``lost`` (kv_heads, D/2)."""
+    """Return ½·1_Sᵀ K 1_S summed over key heads, for the set S of pairs that are 1 in ``lost`` (kv_heads, D/2)."""
     return float(torch.einsum("hi,hij,hj->", lost, gram, lost)) / 2
 
 
 def _map_loss(problem: QKProblem, delta: Tensor) -> float | None:
-    """½ Σ_heads tr(S_q Δ S_γ Δᵀ) in nats for Δ (heads, D, D), a group's S_γ being its mean; None without gradients."""
+    """Return ½ Σ_heads tr(S_q Δ S_γ Δᵀ) in nats for Δ (heads, D, D), S_γ a group's mean; None without gradients."""
     if problem.gradient is None:
         return None
     heads = problem.heads
@@ -147,33 +146,33 @@ def _attention(problem: QKProblem) -> AttentionMoment:
 
 
 def by_head(matrix: Affine, heads: int) -> tuple[Tensor, Tensor]:
-    """Weight (heads, D, n) and bias (heads, D), zero where there is none."""
+    """Return the weight (heads, D, n) and the bias (heads, D), zero if there is none."""
     weight = matrix.weight.double().unflatten(0, (heads, -1))
     bias = weight.new_zeros(weight.shape[:2]) if matrix.bias is None else matrix.bias.double().view(heads, -1)
     return weight, bias
 
 
 def output_moment(weight: Tensor, bias: Tensor, moment: Moment) -> Tensor:
-    """E[y yᵀ] (heads, D, D) of y = W x + b, from the moment of x."""
+    """Return E[y yᵀ] (heads, D, D) of y = W x + b, from the moment of x."""
     moment = moment.double()
     cross = (weight @ moment.mean).unsqueeze(-1) * bias.unsqueeze(-2)
     return weight @ moment.second @ weight.mT + cross + cross.mT + bias.unsqueeze(-1) * bias.unsqueeze(-2)
 
 
 def _score_error(q: Tensor, delta: Tensor | None, k: Tensor) -> float:
-    """Σ_heads tr(S_q Δ S_k Δᵀ) = Σ E(qᵀ Δ k)² for independent q and k; Δ = None is the identity."""
+    """Return Σ_heads tr(S_q Δ S_k Δᵀ) = Σ E(qᵀ Δ k)² for independent q and k; Δ = None is the identity."""
     inner = k if delta is None else delta @ k @ delta.mT
     return max(float((q * inner.mT).sum()), 0.0)
 
 
 def _pair_energy(moment: Tensor) -> Tensor:
-    """E‖(y_i, y_{i+D/2})‖² (heads, D/2) from E[y yᵀ]; rotation leaves it as it is."""
+    """Return E‖(y_i, y_{i+D/2})‖² (heads, D/2) from E[y yᵀ]; rotation does not change it."""
     first, second = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).chunk(2, dim=-1)
     return first + second
 
 
 def _mapped(maps: Tensor, matrix: Affine) -> Affine:
-    """Every head's rows mapped by its own (rank, D) matrix."""
+    """Map the rows of every head by its own (rank, D) matrix."""
     weight, bias = by_head(matrix, maps.shape[0])
     mapped = None if matrix.bias is None else (maps @ bias.unsqueeze(-1)).flatten()
     return Affine((maps @ weight).flatten(0, 1), mapped)

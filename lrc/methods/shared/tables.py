@@ -1,4 +1,4 @@
-"""What the methods that factorize the table of embeddings share."""
+"""Share code between methods that factorize the embedding table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrc.methods.contract import EmbeddingProblem, Factors, Prediction, Solution
 def table_solution(
     problem: EmbeddingProblem, b: Tensor, a: Tensor, numerics: Mapping[str, float] | None = None
 ) -> Solution:
-    """The table B (tokens, rank) A (rank, hidden) with its error."""
+    """Return the table B (tokens, rank) A (rank, hidden) with its error."""
     b, a = balanced(b, a)
     return Solution(
         parts={"embed": Factors("embedding", {"A": a, "B": b})},
@@ -23,10 +23,9 @@ def table_solution(
 
 
 def table_error(problem: EmbeddingProblem, delta: Tensor) -> Prediction:
-    """The squared error of a change Δ (tokens, hidden) of the table.
+    """Return the squared error Σ f_t ‖δ_t‖² of a change Δ (tokens, hidden) of the table.
 
-    Of embeddings in a text, Σ f_t ‖δ_t‖². Where the head has the same weight, the mean over both uses of the squared
-    relative error, the other being E‖Δ h‖² over E‖E h‖².
+    With a tied head, return the mean of the squared relative errors of the embedding and of the head's E‖Δ h‖².
     """
     inner, outer = references(problem)
     error = _weighted(delta.double(), problem.frequency)
@@ -37,7 +36,7 @@ def table_error(problem: EmbeddingProblem, delta: Tensor) -> Prediction:
 
 
 def references(problem: EmbeddingProblem) -> tuple[float, float]:
-    """Σ f_t ‖e_t‖², and E‖E h‖² or 0 where no head has the same weight."""
+    """Return Σ f_t ‖e_t‖², and E‖E h‖² or 0 without a tied head."""
     table = problem.table.double()
     outer = 0.0 if problem.final is None else data_error(table, problem.final.second)
     return _weighted(table, problem.frequency), outer
