@@ -1,1 +1,1 @@
-"""The loop over layers of a compression: solve, assemble, measure, refit, finish."""
+"""Compression, layer by layer: solve, assemble, measure, refit, finish."""

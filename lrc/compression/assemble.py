@@ -1,4 +1,4 @@
-"""Puts solutions into a decoder layer: the module that runs them, its table entries and its tensors."""
+"""Put solutions into a decoder layer: its module, table entries and tensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lrc.modules.table import DENSE, Table, apply_table, attention_entry, dense_
 
 @dataclass(frozen=True)
 class ReducedLayer:
-    """A layer on the meta device, the table that shaped it and its tensors, both by path inside the layer.
+    """A layer on the meta device, with its table entries and tensors by path inside the layer.
 
-    ``paths``: where the projections that were replaced now are, by role.
+    ``paths``: the paths of the replaced projections, by role.
     """
 
     module: nn.Module
@@ -37,9 +37,9 @@ def assemble(
     dtype: torch.dtype,
     plain: Iterable[str] = (),
 ) -> ReducedLayer:
-    """Replace in a layer what the solutions solve; new tensors are rounded to ``dtype``, the checkpoint's precision.
+    """Replace the solved projections of a layer; new tensors are rounded to ``dtype``.
 
-    Roles in ``plain`` that no solution holds are stored as an ordinary linear all the same.
+    Roles in ``plain`` without a solution become ordinary linears.
     """
     family, solutions = architecture.family, list(solutions)
     parts: dict[str, Affine | Factors] = {
@@ -56,7 +56,7 @@ def assemble(
     if split:
         qk, v = (_shape(parts[role])[0] // architecture.kv_heads for role in ("k", "v"))
         if qk == architecture.head_dim:
-            columns = None  # all of them, in their own order
+            columns = None  # nothing was dropped
         table[family.attention] = attention_entry(qk, v, columns is not None)
         if columns is not None:
             kept[f"{family.attention}.rotary_columns"] = columns
@@ -66,14 +66,14 @@ def assemble(
         kept |= {f"{paths[role]}.{name}": tensor for name, tensor in tensors.items()}
     module = copy.deepcopy(skeleton)
     apply_table(module, table, family)
-    # Zero-element tensors mark what is no longer there, so that a load without lrc stops at them.
+    # Empty tensors under the old names, so that loading without lrc fails.
     guards = {name: t for name, t in module.state_dict().items() if t.numel() == 0 and name not in kept}
     kept |= {name: torch.empty(0, dtype=dtype) for name in guards}
     return ReducedLayer(module, table, kept, paths)
 
 
 def _must_split(architecture: Architecture, parts: Mapping[str, Affine | Factors]) -> bool:
-    """Whether the attention must be stored as four separate projections: some change of head size, or a fused one."""
+    """Return whether q, k, v and o must be stored apart: a head size changes, or a touched one is fused."""
     touched = [role for role in ATTENTION_ROLES if role in parts]
     shapes, fused = architecture.matrices, architecture.family.projections
     return any(
@@ -90,7 +90,7 @@ def _shape(part: Affine | Factors) -> tuple[int, int]:
 
 
 def store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
-    """The table entry of a part and the tensors of its module by name."""
+    """Return a part's table entry and its module's tensors by name."""
     if isinstance(part, Affine):
         bias, (rows, columns) = None if part.bias is None else part.bias.to(dtype), part.weight.shape
         tensors = {"weight": part.weight.to(dtype)} | ({} if bias is None else {"bias": bias})
@@ -104,7 +104,7 @@ def store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, 
 
 
 def restore(entry: Entry, tensors: Mapping[str, Tensor]) -> Affine | Factors:
-    """The part of a table entry and the tensors of its module by name: what ``store`` was given, as it was rounded."""
+    """Return the part that ``store`` was given, as rounded: the inverse of ``store``."""
     if entry["kind"] == DENSE:
         return Affine(tensors["weight"], tensors.get("bias"))
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Turns the finished layers in a staging folder into a Hugging Face checkpoint with its manifest."""
+"""Write the Hugging Face checkpoint and its manifest from the staged parts."""
 
 from __future__ import annotations
 
@@ -32,12 +32,10 @@ COPIED = (
 
 
 def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> Table:
-    """Write everything ``from_pretrained`` reads, and the manifest; returns the module table.
-
-    The config is the source's own text with the table added, so that what other readers know of it stays true.
-    """
+    """Write the checkpoint and its manifest; return the module table."""
     table = module_table(job.plan, job.reader.family.layers, staging)
     staging.assemble(part_names(job.plan))
+    # The source's own text, so that other readers find their keys unchanged.
     config = json.loads(job.reader.config_text)
     config["quantization_config"] = {
         "quant_method": "lrc",
@@ -60,12 +58,12 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """What of a source checkpoint goes into the output as it is."""
+    """Return the files of the source checkpoint that are copied unchanged."""
     return sorted({path for pattern in COPIED for path in folder.glob(pattern)})
 
 
 def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
-    """The whole model's module table, by full path, from what is finished."""
+    """Return the module table of the whole model, by full path."""
     outer = {p: e for a in plan.outer for p, e in staging.record(a.target)["table"].items()}
     return outer | {
         f"{layers}.{layer.index}.{path}": entry
@@ -75,24 +73,24 @@ def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
 
 
 def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
-    """What was recorded of everything shrunk, outside the layers and then layer by layer."""
+    """Return the records of all targets: first outside the layers, then layer by layer."""
     return [record for name in part_names(job.plan) for record in staging.record(name)["results"]]
 
 
 def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
-    """What was recorded of every refit, layer by layer."""
+    """Return the records of all refits, layer by layer."""
     names = [part_name(layer.index) for layer in job.plan.layers]
     return [RefitRecord.from_dict(record) for name in names for record in staging.record(name)["refits"]]
 
 
 def logit_scale(staging: Staging) -> LogitScale | None:
-    """The scale of the logits, where one was fitted."""
+    """Return the logit scale, or None if none was fitted."""
     record = staging.record(REST)["scale"]
     return None if record is None else LogitScale(**record)
 
 
 def sizes(job: Job, staging: Staging, table: Table) -> tuple[Size, Size]:
-    """Size of the original and of the output."""
+    """Return the sizes of the original and of the output."""
     reader = job.reader
     written = [stored for part in part_names(job.plan) for stored in staging.headers(part).values()]
     before = size_of(reader.tensors.values(), reader.architecture, reader.dtype, {})

@@ -1,8 +1,7 @@
-"""One number that the logits are multiplied by, so that a compressed model is no surer of itself than the original.
+"""Fit one factor for the logits of a compressed model: temperature scaling (arXiv:1706.04599) to the original.
 
-It minimises the KL divergence from the original's next-token distribution p to q_s = softmax(s z) of the compressed
-logits z. KL(p‖q_s) = E_p[log p] − s E_p[z] + log Σ exp(s z) is convex in s, with slope E_q[z] − E_p[z] and curvature
-Var_q[z]. As temperature scaling does (Guo et al., arXiv:1706.04599), with the original's distribution for the labels.
+With p the original's next-token distribution, z the compressed logits and q = softmax(s z), the factor s minimises
+KL(p‖q) = E_p[log p] − s E_p[z] + log Σ exp(s z). It is convex in s, with slope E_q[z] − E_p[z] and curvature Var_q[z].
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from lrc.run.processes import ALONE, Processes
 
 LEAST, MOST = 0.1, 10.0
-CHUNK_BYTES = 2**27  # of the float32 logits of a chunk of tokens
+CHUNK_BYTES = 2**27  # float32 logits of a chunk
 _STEPS, _PRECISION = 50, 1e-6
 
 
@@ -35,7 +34,7 @@ class LogitScale:
 
     @property
     def text(self) -> str:
-        """The same in words."""
+        """Return the scale in words."""
         return (
             f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original's, on "
             f"{self.tokens:,} calibration tokens, which the fits have seen, {self.before:.4g} nats without and "
@@ -45,31 +44,28 @@ class LogitScale:
 
 @dataclass(frozen=True)
 class Final:
-    """A model's hidden states behind its last layer, (..., hidden) each, and its logits (tokens, vocab) of some of
-    them, (tokens, hidden).
-    """
+    """Outputs (..., hidden) of a model's last layer, and a function from (tokens, hidden) to logits (tokens, vocab)."""
 
     states: Sequence[Tensor]
     logits: Callable[[Tensor], Tensor]
 
     def chunks(self, rows: int) -> list[Tensor]:
-        """The states of all tokens, at most ``rows`` at once."""
+        """Return the states of all tokens in chunks of at most ``rows``."""
         return [chunk for states in self.states for chunk in states.flatten(0, -2).split(rows)]
 
 
 @torch.no_grad()
 def fit_scale(original: Final, compressed: Final, vocab: int, processes: Processes = ALONE) -> LogitScale:
-    """The best scale from 0.1 to 10 for the logits of a compressed model, by those of the original on the same tokens.
+    """Return the scale from 0.1 to 10 that minimises the KL divergence from the original, over all processes' tokens.
 
-    The states are those of this process's tokens, the sums those of all. Newton's method, bisecting where that leaves
-    what is known to hold the minimum. Logits are computed anew in every step, a chunk of tokens at a time.
+    Newton's method, with bisection if a step leaves the bracket. Each step computes the logits again, in chunks.
     """
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     old, new = original.chunks(rows), compressed.chunks(rows)
     tokens, logits = processes.total(sum(len(chunk) for chunk in new)), compressed.logits
 
     def means(sums: list[Tensor]) -> list[float]:
-        # Of more processes than blocks some have none.
+        # A process may have no blocks.
         own = torch.stack(sums).sum(dim=0) if sums else torch.zeros((), dtype=torch.float64)
         return (processes.total(own) / tokens).tolist()
 
@@ -77,7 +73,7 @@ def fit_scale(original: Final, compressed: Final, vocab: int, processes: Process
     certainty, expected = means([_fixed(original.logits(a).float(), logits(b).float()) for a, b in pairs])
 
     def at(scale: float) -> tuple[float, float, float]:
-        """KL, its slope and its curvature."""
+        """Return KL, slope and curvature."""
         partition, mean, variance = means([_moving(logits(chunk).float(), scale) for chunk in new])
         return certainty - scale * expected + partition, mean - expected, variance
 
@@ -95,14 +91,14 @@ def fit_scale(original: Final, compressed: Final, vocab: int, processes: Process
 
 
 def _fixed(original: Tensor, compressed: Tensor) -> Tensor:
-    """Sums over tokens, in float64, of E_p[log p] and E_p[z]."""
+    """Return float64 sums over tokens of E_p[log p] and E_p[z]."""
     log_p = original.log_softmax(dim=-1)
     p = log_p.exp()
     return torch.stack([(p * log_p).sum(-1).double().sum(), (p * compressed).sum(-1).double().sum()])
 
 
 def _moving(z: Tensor, scale: float) -> Tensor:
-    """Sums over tokens, in float64, of log Σ exp(s z), E_q[z] and Var_q[z]."""
+    """Return float64 sums over tokens of log Σ exp(s z), E_q[z] and Var_q[z]."""
     scaled = scale * z
     partition, q = scaled.logsumexp(dim=-1), scaled.softmax(dim=-1)
     mean = (q * z).sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The loop: for each decoder layer observe, solve, refit, write."""
+"""Compress a model layer by layer: observe, solve, assemble, measure, refit, write."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ REST = "rest"
 
 
 def part_names(plan: ResolvedPlan) -> list[str]:
-    """Names under which everything of a finished run is staged."""
+    """Return the names of all parts that a finished run has staged."""
     return [REST, *(a.target for a in plan.outer), *(part_name(layer.index) for layer in plan.layers)]
 
 
 def part_name(layer: int) -> str:
-    """Name under which a finished layer is staged."""
+    """Return the name of the staged part that holds a layer."""
     return f"layer-{layer:05d}"
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What is kept when the original stream has gone past a layer.
+    """Hold the results of running an original layer: inputs of its solvers, measurement and refit.
 
-    ``found``: what the solvers read. ``middles``, by batch: the stream between the layer's halves, where the
-    attention's half is refitted to it. ``measured``: the batches on which reductions are measured, before the layer.
+    ``found``: statistics for the solvers. ``middles``: per batch, the residual stream between attention and MLP, the
+    target of the attention refit; empty without refit. ``measured``: the layer's inputs for the measurement.
     """
 
     found: Found
@@ -58,7 +58,7 @@ class Passed:
 
 
 class Kept(Observer):
-    """Keeps the input of one module of a layer, by batch, as ``keep`` gives it."""
+    """Store the inputs of one module of a layer by batch, as ``keep`` returns them."""
 
     def __init__(self, index: int, path: str, keep: Callable[[Tensor], Tensor]) -> None:
         self.index, self._path, self._keep = index, path, keep
@@ -72,13 +72,13 @@ class Kept(Observer):
         self.inputs.append(self._keep(calls[self._path].input))
 
     def reduce(self, processes: Processes) -> None:
-        """Add nothing: every process keeps the inputs of its own batches."""
+        """Do nothing: every process keeps the inputs of its own batches."""
 
 
 class Compressor:
-    """One run over a model's layers, with the original hidden states and, once they part, the compressed ones.
+    """One compression run: its calibration blocks go through the original and the compressed layers side by side.
 
-    The states are those of this process's blocks; what is solved, stored and recorded is the same on all.
+    Each process holds the hidden states of its own blocks. Solutions and records are the same on all processes.
     """
 
     def __init__(
@@ -94,16 +94,17 @@ class Compressor:
         self._family = self._architecture.family
         self._outer = Outer(stream, plan, staging, watch)
         self._batches: list[Batch] = []
-        # By batch, whether it chooses ridges and the logits' scale; those are the last.
+        # Per batch: held out of the fits, to choose ridges and the logit scale. Held-out batches come last.
         self._held: list[bool] = []
-        self._any_held = self._opens = False  # in any process; whether the first block measured is here
-        self._gradients: dict[int, GradientMoment] = {}  # each until its layer is solved
-        # The streams are one until a reduced layer has run; without a refit nobody reads the compressed one.
+        # Whether any process has held-out blocks; whether this one has the first measured block.
+        self._any_held = self._opens = False
+        self._gradients: dict[int, GradientMoment] = {}  # by layer, until it is solved
+        # None without refit, and before the first reduction, where it would equal the original stream.
         self._compressed: list[Tensor] | None = None
 
     def run(self, blocks: Tensor, batch_size: int, advance: Callable[[], object]) -> None:
-        """Compress every layer from token blocks (n, tokens), calling ``advance`` after each."""
-        if all(self._staging.has(part) for part in part_names(self._plan)):  # an earlier run got this far
+        """Compress and stage the model from token blocks (n, tokens); call ``advance`` after each layer."""
+        if all(self._staging.has(part) for part in part_names(self._plan)):  # finished by an earlier run
             return
         self._gradients = self._sweep(blocks, batch_size)
         ids = self._split(blocks, batch_size)
@@ -125,7 +126,7 @@ class Compressor:
             self._staging.write(REST, rest, record)
 
     def _split(self, blocks: Tensor, batch_size: int) -> list[Tensor]:
-        """This process's blocks, in batches: those that are fitted to and then those that choose."""
+        """Return this process's blocks in batches, the held-out ones last."""
         held = held_out_blocks(len(blocks))
         order = torch.cat([(~held).nonzero().flatten(), held.nonzero().flatten()])
         self._any_held = bool(held.any())
@@ -138,7 +139,7 @@ class Compressor:
         return [*fitted, *chosen]
 
     def _sweep(self, blocks: Tensor, batch_size: int) -> dict[int, GradientMoment]:
-        """Gradients for the solvers of the layers that no earlier run finished."""
+        """Return gradient moments for the solvers of the unfinished layers."""
         unsolved = [plan for plan in self._plan.layers if not self._staging.has(part_name(plan.index))]
         with self._watch.stage("gradients"):
             return read_gradients(self._stream, unsolved, self._plan.plan.calibration, blocks, batch_size)
@@ -174,7 +175,7 @@ class Compressor:
             measured = self._measure(layer, solutions, passed.measured)
             records = _records(plan, solutions, measured)
             middles = passed.middles
-            del solutions, passed  # in float64, and moments; their tensors are in the reduced layer now
+            del solutions, passed  # large: float64 solutions and moments
         with self._watch.stage("refit"):
             refits: list[RefitRecord] = []
             if self._compressed is not None:
@@ -183,7 +184,7 @@ class Compressor:
         self._write(plan.index, reduced, records, refits)
 
     def _pass_original(self, visit: Visit, plan: LayerPlan) -> Passed:
-        """Take the original stream past a layer and return what its solvers and its refit need of it."""
+        """Run the original layer on all batches, in place; copy first the batches to measure."""
         pairs = zip(self._batches, self._held, strict=True)
         measured = [replace(batch) for batch, held in pairs if held or not self._any_held]
         middles = Kept(plan.index, self._family.half("mlp").norm, self._stream.states.keep)
@@ -193,18 +194,15 @@ class Compressor:
     def _measure(
         self, layer: Layer, solutions: Mapping[str, Solution], batches: Sequence[Batch]
     ) -> dict[str, Measured]:
-        """Return what the solutions really do to the outputs of the original layer.
-
-        They come from the same run that takes the batches past it, so that those held out run through it once more.
-        """
+        """Return the error of each solution, put alone into the original layer, by target."""
         measure = LayerMeasure(self._stream, layer, solutions, opens=self._opens)
         self._stream.advance(layer.module, layer.index, batches, measure, stay=True)
         return measure.result()
 
     def _scale(self, head: nn.Module | None) -> LogitScale | None:
-        """The logits' scale, chosen on the blocks that choose ridges, with ``head`` where the original's is reduced.
+        """Fit the logit scale on the held-out blocks; ``head`` is the reduced LM head, if any.
 
-        None where the plan wants none, no block is held out or everything stays whole.
+        None if the plan has no scale, no block is held out or nothing is reduced.
         """
         chosen = [i for i, held in enumerate(self._held) if held]
         parted = self._compressed is not None or head is not None
@@ -220,7 +218,7 @@ class Compressor:
         return self._batches[i].hidden if self._compressed is None else self._compressed[i]
 
     def _part_at_embedding(self, blocks: Tensor, ids: Sequence[Tensor]) -> None:
-        """Reduce the embedding by all blocks, if the plan does, and start the compressed stream of ``ids`` from it."""
+        """Reduce the embedding if the plan does; with refit, start the compressed stream from it."""
         embedding = self._outer.embedding(blocks, self._batches)
         if embedding is not None and self._refits:
             with self._watch.stage("embed"):
@@ -235,12 +233,12 @@ class Compressor:
         if (compressed := self._compressed) is not None:
             pairs = zip(self._batches, compressed, strict=True)
             batches = [replace(batch, hidden=hidden) for batch, hidden in pairs]
-            compressed.clear()  # or the states before and behind the layer would be there at once
+            compressed.clear()  # so that the states before and after the layer are not held at once
             self._stream.advance(layer, index, batches)
             compressed += [batch.hidden for batch in batches]
 
     def _resume(self, index: int) -> None:
-        """Take the compressed stream past a layer that an earlier run finished."""
+        """Run the compressed stream through a layer that an earlier run finished."""
         prefix = f"{self._family.layers}.{index}."
         tensors = self._staging.tensors(part_name(index))
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -263,7 +261,7 @@ class Compressor:
 
 
 def _scaled(rest: Mapping[str, Tensor], norm: str, scale: float) -> dict[str, Tensor]:
-    """The tensors of a norm, times ``scale``: the logits that a head without a bias makes of it are then, too."""
+    """Return the tensors of a norm times ``scale``, which scales the logits of a head without bias."""
     names = [name for name in (f"{norm}.weight", f"{norm}.bias") if name in rest]
     return {name: (scale * rest[name].double()).to(rest[name].dtype) for name in names}
 
@@ -271,7 +269,7 @@ def _scaled(rest: Mapping[str, Tensor], norm: str, scale: float) -> dict[str, Te
 def _records(
     plan: LayerPlan, solutions: Mapping[str, Solution], measured: Mapping[str, Measured]
 ) -> list[dict[str, Any]]:
-    """What the manifest and the report keep of a layer's targets."""
+    """Return the records of a layer's targets for the manifest and the report."""
     return [
         {
             **asdict(assignment),

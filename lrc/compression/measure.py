@@ -1,4 +1,4 @@
-"""Measures what reductions really do: the original and the reduced module run on the same tokens."""
+"""Measure the errors of reductions: run the original and the reduced module on the same tokens."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Measured:
 
 
 class LayerMeasure(Observer):
-    """One layer with each of its solutions put in alone, compared with the original batch by batch.
+    """Compare the original layer with copies that hold one solution each, batch by batch.
 
-    ``opens``: whether the first block measured is among this process's, which is where attention is compared. The first
-    token of a block counts in errors as it does in the moments that they are predicted from.
+    ``opens``: this process has the first measured block; attention is compared on that block only. The first token of a
+    block has the same weight in errors as in the moments.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class LayerMeasure(Observer):
         self._sums = {target: processes.total(sums) for target, sums in self._sums.items()}
 
     def result(self) -> dict[str, Measured]:
-        """Return what all processes measured, by target."""
+        """Return the errors over all processes, by target."""
         found = {}
         for target, sums in self._sums.items():
             error, reference = (sums / max(self._tokens, 1)).tolist()
@@ -106,11 +106,11 @@ class LayerMeasure(Observer):
         self._sums[target] += torch.stack([self._total(each.square()) for each in (change, size)])
 
     def _total(self, squares: Tensor) -> Tensor:
-        """The sum of squares (blocks, tokens, out) over all tokens."""
+        """Return the sum of squares (blocks, tokens, out), with the first token weighted."""
         return squares.sum() + (self._first_token - 1) * squares[:, 0].sum()
 
     def _attention_kl(self, reduced: nn.Module, call: Call) -> float:
-        """Mean KL divergence, over queries and heads of the first block, of the attention distribution."""
+        """Return the KL divergence of the attention in the first block, averaged over queries and heads."""
         path = self._architecture.family.attention
         original = self._stream.filled(
             copy.deepcopy(self._stream.skeletons[self.index].get_submodule(path)),
@@ -126,11 +126,11 @@ class LayerMeasure(Observer):
 
 
 def _attention_weights(attention: nn.Module, call: Call) -> Tensor:
-    """Attention weights (heads, queries, keys) of the first block, by the family's eager attention."""
+    """Return the attention weights (heads, queries, keys) of the first block, by eager attention."""
     hidden = call.input[:1]
     kwargs = {k: v for k, v in call.kwargs.items() if k != "hidden_states"}
     mask = kwargs.get("attention_mask")
-    if mask is None:  # what the fast implementations take for causal, eager takes for no mask at all
+    if mask is None:  # causal for SDPA, but no mask for eager attention
         tokens = hidden.shape[1]
         mask = torch.full((tokens, tokens), -torch.inf, device=hidden.device).triu(1)[None, None]
     kwargs["attention_mask"] = mask[:1]

@@ -1,9 +1,8 @@
-"""Refit of output projections to the original residual stream: linear regression with a ridge to the solution.
+"""Refit output projections to the original residual stream by ridge regression toward the method's solution.
 
-The ridge is chosen on blocks that are kept out of that fit; the fit itself is then made on all of them. They are blocks
-of calibration: the methods' moments and the refits of the layers before have seen them. Wide outputs are compared in
-random directions, where their squared error is on average the same (Johnson and Lindenstrauss), so that trying a ridge
-costs little more than its Cholesky factor.
+The ridge is chosen on held-out calibration blocks; the final fit uses all blocks. The moments and the refits of earlier
+layers have seen the held-out blocks too. For wide outputs ridges are compared in random directions, which keep the
+expected squared error (Johnson and Lindenstrauss) and make a trial cost little more than its Cholesky factor.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from lrc.moments.observe import observe
 from lrc.run.processes import Processes
 from lrc.walk.stream import Batch, ModelStream
 
-RIDGE = 0.1  # where there is only one block
-RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # of equals the first is taken: the one nearest to the start
+RIDGE = 0.1  # without held-out blocks
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # the strongest first, as ties take the first
 EIGHT = 8
 DIRECTIONS = 256
 _SEED = 0
 
 
 def held_out_blocks(count: int) -> Tensor:
-    """Which of ``count`` calibration blocks choose the ridge and the logits' scale: (count,) of bool.
+    """Return the mask (count,) of calibration blocks held out to choose ridges and the logit scale.
 
-    One of every eight and at least one, but none where there is only one. It stands at another place in each eight, as
-    blocks of several texts are interleaved.
+    One block in eight, at least one; none if there is only one block.
     """
+    # Its place within each eight varies, as blocks of several texts are interleaved.
     held = torch.zeros(count, dtype=torch.bool)
     if count > 1:
         held[[EIGHT * i + 3 * i % EIGHT for i in range(max(count // EIGHT, 1))]] = True
@@ -70,19 +69,19 @@ class RefitRecord:
     held_out: StreamError | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the record as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> RefitRecord:
-        """The record behind ``as_dict``."""
+        """Return the record that ``as_dict`` was called on."""
         held = record["held_out"]
         errors = {"error": StreamError(**record["error"]), "held_out": held and StreamError(**held)}
         return cls(**{**record, **errors})
 
 
 def doubts(refits: Sequence[RefitRecord]) -> list[str]:
-    """A warning where most of the refits of a run gained nothing on the blocks that were left out of them."""
+    """Return a warning if most refits of a run gain nothing on their held-out blocks."""
     chosen = [refit.held_out for refit in refits if refit.held_out is not None]
     worse = [error for error in chosen if error.after >= error.before]
     if 2 * len(worse) <= len(chosen):
@@ -95,7 +94,7 @@ def doubts(refits: Sequence[RefitRecord]) -> list[str]:
 
 @dataclass(frozen=True)
 class Refit:
-    """A fitted projection; the rest is what ``RefitRecord`` keeps of it."""
+    """A fitted projection, and the fields of its ``RefitRecord``."""
 
     solution: Affine
     ridge: float
@@ -104,17 +103,17 @@ class Refit:
     held_out: StreamError | None
 
     def record(self, layer: int, role: str) -> RefitRecord:
-        """What is kept of it."""
+        """Return the record of this refit."""
         return RefitRecord(layer, role, self.ridge, self.raised, self.error, self.held_out)
 
 
 def closing_roles(family: Family, targets: Collection[str]) -> list[str]:
-    """Return the projections that close a half of the layer in which one of ``targets`` is reduced."""
+    """Return the output projections (``o``, ``down``) of the layer halves that contain one of ``targets``."""
     return [half.output for half in family.halves if half.targets & set(targets)]
 
 
 class LayerRefit:
-    """Refits the projections that close the halves of one reduced layer to the original's residual stream."""
+    """Refit the output projections of one reduced layer to the original residual stream."""
 
     def __init__(
         self,
@@ -126,17 +125,16 @@ class LayerRefit:
     ) -> None:
         self._stream, self._index, self._reduced = stream, index, reduced
         self._batches, self._held = batches, held
-        # What the attention's output projection reads, by batch: it does not change with the projection, so that the
-        # attention runs once.
+        # Attention's output projection and its inputs by batch. The refit does not change them: attention runs once.
         self._attended: tuple[nn.Module, list[Tensor]] | None = None
 
     def run(
         self, roles: Sequence[str], middles: Sequence[Tensor], compressed: list[Tensor]
     ) -> list[RefitRecord]:
-        """Refit each of ``roles`` and take the ``compressed`` stream past the layer, in place.
+        """Refit ``roles`` and run the ``compressed`` stream through the layer, in place.
 
-        The attention's half must bring that stream to ``middles``, where the original is between the halves. The MLP's
-        half must bring it to where the original is behind the layer.
+        Attention is refitted to ``middles``, the original stream between attention and MLP. The MLP is refitted to the
+        original layer's output.
         """
         paths, records = {role: self._linear(role) for role in roles}, list[RefitRecord]()
         for half in self._stream.reader.family.halves:
@@ -152,7 +150,7 @@ class LayerRefit:
     def _refit(
         self, half: Half, path: str, goals: Iterable[Tensor], compressed: Sequence[Tensor]
     ) -> RefitRecord:
-        """Refit the linear at ``path``, which closes ``half``, to the stream that it should reach."""
+        """Refit the linear at ``path``, the output of ``half``, so that the stream reaches ``goals``."""
         module, read = self._reduced.module, list[Tensor]()
         linear = module.get_submodule(path)
         out, width = self._reduced.state[f"{path}.weight"].shape
@@ -172,7 +170,7 @@ class LayerRefit:
     def _states(
         self, compressed: Sequence[Tensor], *more: Iterable[Tensor]
     ) -> Iterator[tuple[Batch, Tensor, Tensor | None, tuple[Tensor, ...]]]:
-        """Batches, their compressed stream, what the attention puts out where that is known, and ``more`` of theirs."""
+        """Yield each batch, its compressed stream, its attention output if cached, and its entries in ``more``."""
         linear, read = self._attended or (None, None)
         lists = [compressed, *([read] if read else []), *more]
         for batch, (hidden, *others) in zip(self._batches, self._stream.passing(*lists), strict=True):
@@ -185,12 +183,12 @@ class LayerRefit:
             return linear(x)
 
     def _replace(self, path: str, sums: RefitSum) -> Refit:
-        """Replace the linear at ``path`` by its refit, in the layer's tensors and in its module alike."""
+        """Replace the linear at ``path`` by its refit, in the layer's tensors and in its module."""
         reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
         weight, bias = f"{path}.weight", f"{path}.bias"
         sums.reduce(processes)
         start = Affine(reduced.state[weight], reduced.state.get(bias))
-        (refit,) = processes.spread([start], sums.solve)  # by one, so that all have the same to the bit
+        (refit,) = processes.spread([start], sums.solve)  # on one process, so that all have the same bits
         fitted = refit.solution
         reduced.state[weight] = fitted.weight.to(dtype)
         if fitted.bias is not None:
@@ -199,7 +197,7 @@ class LayerRefit:
         return refit
 
     def _linear(self, role: str) -> str | None:
-        """Path of the linear that a role's module ends in; None where its kind ends in none."""
+        """Return the path of the last linear in a role's module, or None if it does not end in one."""
         path = self._reduced.paths[role]
         module = self._reduced.module.get_submodule(path)
         if not isinstance(module, StructuredLinear):
@@ -209,7 +207,7 @@ class LayerRefit:
 
 
 def directions(out: int, device: torch.device) -> Tensor | None:
-    """Normal directions (``DIRECTIONS``, out) in float64, the same in every run; None for outputs that are no more."""
+    """Return fixed normal directions (``DIRECTIONS``, out) in float64, or None if ``out`` is no larger than that."""
     if out <= DIRECTIONS:
         return None
     generator = torch.Generator(device).manual_seed(_SEED)
@@ -217,28 +215,30 @@ def directions(out: int, device: torch.device) -> Tensor | None:
 
 
 class RefitSum:
-    """Sums over tokens of what a projection reads on the compressed stream and what it leaves that stream short of."""
+    """Sums over tokens for one refit: inputs of the projection, and the residual that its output leaves."""
 
     def __init__(self, width: int, out: int, device: torch.device) -> None:
         self._fitted, self._held = (_Sums.zero(width, out, device) for _ in range(2))
 
     def add(self, x: Tensor, goal: Tensor, reached: Tensor, held: bool) -> None:
-        """Count inputs x (blocks, tokens, width), the original stream and the one reached by the start, float32
-        (blocks, tokens, out); those ``held`` are kept out of the fit that chooses the ridge.
+        """Add inputs x (blocks, tokens, width), the original stream ``goal`` and the compressed one ``reached``.
+
+        The streams are (blocks, tokens, out) in float32. ``reached`` is that of the unfitted projection. ``held`` keeps
+        the tokens out of the fit that chooses the ridge.
         """
         (self._held if held else self._fitted).add(x, goal, reached)
 
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes have counted."""
+        """Add the sums of the other processes."""
         for sums in (self._fitted, self._held):
             sums.reduce(processes)
 
     def solve(self, start: Affine) -> Refit:
-        """The W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F from the start (W₀, b₀), t − W₀ x − b₀ what is missing.
+        """Return the W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F, where ``start`` is (W₀, b₀).
 
-        λ is the ridge times the mean diagonal of E[x xᵀ], centred where there is a bias. The ridge is the one of
-        ``RIDGES`` whose fit without the held-out blocks has the least error there, in ``DIRECTIONS`` of the output
-        where it is wider. A projection without a bias gets none.
+        The target t has t − W₀ x − b₀ = ``goal`` − ``reached``. λ is the ridge times the mean diagonal of E[x xᵀ],
+        centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks when
+        fitted without them.
         """
         biased = start.bias is not None
         ridge, held_out = RIDGE, None
@@ -265,7 +265,7 @@ class RefitSum:
 
 @dataclass
 class _Sums:
-    """Running sums in float32 of x xᵀ, r xᵀ, x and r, in float64 of ‖r‖² and of the original stream's square."""
+    """Sums of x xᵀ, r xᵀ, x, r (float32), ‖r‖² and ‖stream‖² (float64); r is the residual."""
 
     gram: Tensor
     cross: Tensor
@@ -318,7 +318,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Means:
-    """Means over tokens: E[x xᵀ] in float32, as its sum is, and in float64 E[r xᵀ], E[x], E[r], E‖r‖², E‖stream‖²."""
+    """Means over tokens: E[x xᵀ] in float32; E[r xᵀ], E[x], E[r], E‖r‖² and E‖stream‖² in float64."""
 
     gram: Tensor
     cross: Tensor
@@ -328,13 +328,13 @@ class _Means:
     size: float
 
     def along(self, directions: Tensor | None) -> _Means:
-        """The same with r times some directions (k, out), but for its square: for comparing changes."""
+        """Return the means with r projected on directions (k, out); ``missing`` stays, so only compare gains."""
         if directions is None:
             return self
         return replace(self, cross=directions @ self.cross, r=directions @ self.r)
 
     def change(self, ridge: float, biased: bool) -> tuple[Affine, float]:
-        """The D, d minimising E‖r − D x − d‖² + λ‖D‖²_F, and the damping used."""
+        """Return the D, d minimising E‖r − D x − d‖² + λ‖D‖²_F, and the damping used."""
         gram, cross = self.gram, self.cross
         if biased:
             gram, cross = gram.double() - torch.outer(self.x, self.x), cross - torch.outer(self.r, self.x)
@@ -343,7 +343,7 @@ class _Means:
         return Affine(weight, self.r - weight @ self.x if biased else None), root.damping
 
     def gained(self, change: Affine) -> float:
-        """E‖r‖² − E‖r − D x − d‖²."""
+        """Return E‖r‖² − E‖r − D x − d‖²."""
         weight, bias = change.weight, change.bias
         found = 2 * (self.cross * weight).sum() - data_error(weight, self.gram)
         if bias is not None:
@@ -351,6 +351,6 @@ class _Means:
         return float(found)
 
     def error(self, change: Affine) -> float:
-        """E‖r − D x − d‖²."""
-        # Never below zero, though the difference of float32 sums may be by rounding.
+        """Return E‖r − D x − d‖²."""
+        # The difference of float32 sums may round below zero.
         return max(self.missing - self.gained(change), 0.0)

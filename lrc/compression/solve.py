@@ -1,4 +1,4 @@
-"""Poses a layer's problems from its weights and moments, and has the plan's methods solve them."""
+"""Build a layer's problems from its weights and statistics, and solve them with the plan's methods."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def solve_layer(
     found: Found,
     processes: Processes = ALONE,
 ) -> dict[str, Solution]:
-    """Solve everything a plan asks of one layer, by target, from its tensors and what was found of it.
+    """Return the solution of each target of a layer, from its tensors and statistics.
 
-    Each is solved by one process, so that all have the same to the bit.
+    One process solves each target, so that all have the same bits.
     """
 
     def solution(assignment: Assignment) -> Solution:
@@ -44,12 +44,12 @@ def solve_layer(
 
 
 def solve(problem: Problem, assignment: Assignment) -> Solution:
-    """Solve one problem as an assignment asks."""
+    """Solve a problem with the method, size and options of an assignment."""
     return solver_of(assignment).solve(problem, assignment.size, **assignment.options)
 
 
 def pose(architecture: Architecture, target: str, state: Mapping[str, Tensor], found: Found) -> Problem:
-    """Return the problem of one target of a layer, from its tensors and what was found of it."""
+    """Return the problem of one target of a layer, from the layer's tensors and statistics."""
     family, heads = architecture.family, architecture.geometry
     own = {name: by_target[target] for name, by_target in found.items() if target in by_target}
     moment, gradient = own[Moments.name], own.get(GRADIENTS)

@@ -1,4 +1,4 @@
-"""Factorizes what lies outside the decoder layers: the embedding, the head, or the one matrix that is both."""
+"""Factorize the embedding and the LM head, or the one matrix of both if they are tied."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ OuterProblem = EmbeddingProblem | ProjectionProblem
 
 @dataclass(frozen=True)
 class ReducedOuter:
-    """A target as it is saved: table entries and tensors by full path, those of a tied head with the embedding's."""
+    """A target as stored: table entries and tensors by full path. A tied head is part of ``embed``."""
 
     target: str
     table: Table
     tensors: Mapping[str, Tensor]
 
     def module(self, stream: ModelStream, target: str) -> nn.Module | None:
-        """What takes the place of the embedding or the head, to be run; None where this leaves it as it is."""
+        """Return the module that replaces ``target``, or None if this reduction leaves it unchanged."""
         paths = stream.reader.family.outer
         if paths[target] not in self.table:
             return None
@@ -51,9 +51,9 @@ class ReducedOuter:
 
 
 class Outer:
-    """The embedding and the head over one run: reduced where the plan says so, staged, and given back to be run.
+    """Compress the embedding and the LM head, stage them, and return modules to run.
 
-    One process solves them; the others have them from the staging folder.
+    Rank 0 solves; the other processes load its result from the staging folder.
     """
 
     def __init__(
@@ -69,8 +69,9 @@ class Outer:
         self._assigned = {assignment.target: assignment for assignment in plan.outer}
 
     def embedding(self, blocks: Tensor, batches: Sequence[Batch]) -> nn.Module | None:
-        """What takes the embedding's place, by all blocks (n, length) and this process's ``batches`` of them before the
-        first layer; None where it stays whole.
+        """Return the reduced embedding, or None if it stays whole.
+
+        ``blocks`` (n, length) are of all processes; ``batches`` are this process's, at the first layer's input.
         """
         if "embed" not in self._assigned:
             return None
@@ -86,9 +87,9 @@ class Outer:
         return self._staged("embed").module(self._stream, "embed")
 
     def head(self, batches: Sequence[Batch]) -> nn.Module | None:
-        """What takes the head's place, by the original's ``batches`` behind the last layer; None where it stays whole.
+        """Return the reduced head, or None if it stays whole; ``batches`` are the original's last hidden states.
 
-        A head that is the embedding was reduced with it.
+        A tied head was reduced with the embedding.
         """
         if "lm_head" not in self._assigned:
             tied = self._architecture.tied and "embed" in self._assigned
@@ -104,12 +105,12 @@ class Outer:
         return self._staged("lm_head").module(self._stream, "lm_head")
 
     def left(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the tensors outside the layers that nothing replaces."""
+        """Return the tensors of ``rest`` that no reduction replaces."""
         replaced = tuple(f"{self._paths[target]}." for target in self._assigned)
         return {name: tensor for name, tensor in rest.items() if not name.startswith(replaced)}
 
     def _final_ahead(self, batches: Sequence[Batch]) -> Moment:
-        """The moment of what the head reads, by running all layers before any is reduced."""
+        """Run all original layers and return the moment of the head's inputs."""
         ahead = [replace(batch) for batch in batches]
         for visit in Walk(self._stream, ahead):
             visit.observe()
@@ -118,7 +119,7 @@ class Outer:
     def _reduce(
         self, target: str, problem: OuterProblem, met: OuterProblem
     ) -> tuple[ReducedOuter, dict[str, Any]]:
-        """Solve a problem, and measure what is stored by the one that the text itself poses."""
+        """Solve ``problem`` and measure the stored result on ``met``, the problem of the calibration text alone."""
         assignment, dtype = self._assigned[target], self._stream.reader.dtype
         solution = solve(problem, assignment)
         record = {
@@ -143,7 +144,7 @@ class Outer:
 def pose_outer(
     stream: ModelStream, targets: Iterable[str], blocks: Tensor, batches: Iterable[Batch]
 ) -> dict[str, OuterProblem]:
-    """The problems of targets outside the layers, by blocks (n, length) and their ``batches`` behind the last layer."""
+    """Return the problems of ``targets``, from blocks (n, length) and their last hidden states ``batches``."""
     final = final_moment(stream, (batch.hidden for batch in batches))
     shared = final if stream.reader.architecture.tied else None
     return {
@@ -153,22 +154,22 @@ def pose_outer(
 
 
 def pose_embedding(stream: ModelStream, blocks: Tensor, final: Moment | None) -> EmbeddingProblem:
-    """The problem of the embedding, by how often tokens are in ``blocks`` (n, length).
+    """Return the problem of the embedding, weighted by the frequency of tokens in ``blocks`` (n, length).
 
-    ``final``: the moment of what the head reads, where it has the same weight; the head then shares the factors.
+    ``final``: the moment of a tied head's inputs; the head then shares the factors.
     """
     weight = _weight(stream, "embed")
-    extra = torch.arange(len(weight))  # one more of each, as others come in other texts
+    extra = torch.arange(len(weight))  # one more of each, for tokens that only other texts have
     return EmbeddingProblem(weight, _shares(torch.cat([blocks.flatten(), extra]), weight), final)
 
 
 def pose_head(stream: ModelStream, final: Moment) -> ProjectionProblem:
-    """The problem of a head of its own, by the moment of what it reads."""
+    """Return the problem of an untied head, from the moment of its inputs."""
     return ProjectionProblem("lm_head", Affine(_weight(stream, "lm_head")), final)
 
 
 def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
-    """A solution as it is saved, in the checkpoint's precision."""
+    """Return a solution as stored, in the checkpoint's precision."""
     ((target, _),) = solution.parts.items()
     family, part, dtype = stream.reader.family, _factors(solution), stream.reader.dtype
     path, head = family.outer[target], family.head
@@ -187,9 +188,9 @@ def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
 
 @torch.no_grad()
 def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
-    """The moment of what the head reads, from the hidden states of all processes behind the last layer.
+    """Return the moment of the head's inputs over all processes, from the last layer's outputs.
 
-    UserError for NaN or inf in it.
+    Raises UserError for NaN or inf.
     """
     norm, total = stream.final_norm(), MomentSum(stream.reader.architecture.hidden, stream.device)
     for hidden in states:
@@ -207,7 +208,7 @@ def _weight(stream: ModelStream, target: str) -> Tensor:
 
 
 def _shares(ids: Tensor, table: Tensor) -> Tensor:
-    """The share of ids that each row of a table has (rows,), in float64 on the table's device."""
+    """Return each row's share of ids (rows,), in float64 on the table's device."""
     counts = torch.bincount(ids.flatten(), minlength=len(table)).to(table.device, torch.float64)
     return counts / counts.sum()
 
@@ -219,7 +220,7 @@ def _factors(solution: Solution) -> Factors:
 
 
 def _measured(problem: OuterProblem, part: Factors, dtype: torch.dtype) -> Measured:
-    """The error of factors as they are stored."""
+    """Return the error of factors as stored."""
     part = part.to(dtype).to(torch.float64)
     if isinstance(problem, EmbeddingProblem):
         factors = part.tensors

@@ -1,4 +1,4 @@
-"""Statistics of a layer's activations, one file each and found by scan, and the gradients of a backward sweep."""
+"""Statistics of a layer's activations, found by scanning this folder, and gradients of the loss."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def statistics() -> dict[str, type[Statistic]]:
 
 
 def collectors() -> frozenset[str]:
-    """Return the names of everything that solvers may need: the statistics, and the gradients."""
+    """Return the names that solvers may need: all statistics, and ``gradients``."""
     return frozenset({*statistics(), GRADIENTS})

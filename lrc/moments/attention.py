@@ -1,11 +1,11 @@
-"""What a change of the scores costs attention: softmax ignores what is equal for all keys.
+"""Collect the moments that give the KL divergence of attention after a change of its scores.
 
-To second order, changing the scores of a query m by d_n raises the KL divergence of its attention distribution p to
+To second order, changing the scores of a query by d_n gives its attention distribution p a KL divergence of
 ½ Var_{n~p}(d_n). Two moments follow, each per key head and summed over the query heads that share it:
 
-    covariance   E_m Cov_{n~p_m}(k_n), (kv_heads, D, D): what takes the place of E[k kᵀ] where positions are not rotary
-    pairs        K[j, j'] = E_m Cov_{n~p_m}(s_j, s_j'), (kv_heads, D/2, D/2), s_j(m, n) being rotary pair j's share of
-                 the scaled score: dropping the set of pairs D costs ½·1_Dᵀ K 1_D nats for every query
+    covariance   E_m Cov_{n~p_m}(k_n), (kv_heads, D, D): used for E[k kᵀ] without rotary positions
+    pairs        K[j, j'] = E_m Cov_{n~p_m}(s_j, s_j'), (kv_heads, D/2, D/2), where s_j(m, n) is rotary pair j's share
+                 of the scaled score: dropping a set S of pairs costs ½·1_Sᵀ K 1_S nats per query
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _SHARE_BYTES = 2**28
 
 @dataclass(frozen=True)
 class AttentionMoment:
-    """``covariance`` (kv_heads, D, D), ``pairs`` (kv_heads, D/2, D/2) with rotary positions, of ``queries`` queries.
+    """Hold ``covariance`` (kv_heads, D, D) and, with rotary positions, ``pairs`` (kv_heads, D/2, D/2).
 
-    ``scale`` multiplies the scores; the covariance is of the keys as they are, the pairs' shares are scaled.
+    Both are means over ``queries``. ``scale`` multiplies the scores: it is in ``pairs`` but not in ``covariance``.
     """
 
     covariance: Tensor
@@ -42,7 +42,7 @@ class AttentionMoment:
 
 
 class AttentionSum:
-    """Sums over ``QUERIES`` queries of every sequence, evenly spaced: a few dozen are enough."""
+    """Running sums for an ``AttentionMoment``, over ``QUERIES`` evenly spaced queries of every sequence."""
 
     def __init__(
         self, kv_heads: int, head_dim: int, scale: float, rotary: bool, device: torch.device
@@ -53,7 +53,7 @@ class AttentionSum:
         self._queries = 0
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Count one sequence, as ``attended`` takes it."""
+        """Add one sequence, with arguments as for ``attended``."""
         q, k, p = attended(q, k, mask, self._scale)
         mean = torch.einsum("kgmn,knd->kgmd", p, k)
         weight = p.sum(dim=(1, 2))  # (kv_heads, tokens)
@@ -63,7 +63,7 @@ class AttentionSum:
         self._queries += q.shape[2]
 
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes have counted."""
+        """Add the sums of the other processes."""
         processes.sum(self._covariance, *([] if self._pairs is None else [self._pairs]))
         self._queries = processes.total(self._queries)
 
@@ -73,7 +73,7 @@ class AttentionSum:
         return AttentionMoment(self._covariance / self._queries, pairs, self._queries, self._scale)
 
     def _add_pairs(self, pairs: Tensor, q: Tensor, k: Tensor, p: Tensor) -> None:
-        # bytes of the shares (group, rows, tokens, D/2) of a key head
+        # Bytes of a key head's shares (group, rows, tokens, D/2).
         each = p[0].numel() * pairs.shape[-1] * 4
         for heads in torch.arange(k.shape[0]).split(max(_SHARE_BYTES // each, 1)):
             part = slice(int(heads[0]), int(heads[-1]) + 1)
@@ -81,7 +81,7 @@ class AttentionSum:
             shares = (q1 * k1).addcmul_(q2, k2)
             mean = (p[part].unsqueeze(-2) @ shares).flatten(1, 3)
             weighted = shares.mul_(p[part].sqrt().unsqueeze(-1))
-            # a product for each query, as one over all of them is too long and thin to fill a GPU
+            # One product a query: a single one over all queries is too long and thin to fill a GPU.
             pairs[part] += (weighted.mT @ weighted).sum(dim=(1, 2)) - mean.mT @ mean
 
 
@@ -89,17 +89,17 @@ class Sums(Protocol):
     """Running sums over sequences."""
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Count one sequence, as ``attended`` takes it."""
+        """Add one sequence, with arguments as for ``attended``."""
 
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes have counted."""
+        """Add the sums of the other processes."""
 
     def moment(self) -> Any:
-        """Return what was found so far."""
+        """Return the result so far."""
 
 
 class QueryStatistic(Statistic):
-    """``sums`` over queries and keys as they enter their product, turned where rotary; the same for all targets."""
+    """Feed ``sums`` the queries and keys of the score product, after rotary embedding; all targets share the result."""
 
     sums: Sums
 
@@ -131,7 +131,7 @@ class QueryStatistic(Statistic):
         return dict.fromkeys(self.targets, self.sums.moment())
 
     def _heads(self, role: str, x: Tensor) -> Tensor:
-        """Return queries or keys (blocks, heads, tokens, D)."""
+        """Return queries or keys (blocks, heads, tokens, D), before rotary embedding."""
         architecture = self.layer.architecture
         weight, bias = canonical(architecture.family, architecture, self.layer.state, role)
         bias = None if bias is None else bias.to(x.dtype)
@@ -140,7 +140,7 @@ class QueryStatistic(Statistic):
 
 
 class Attention(QueryStatistic):
-    """The two moments of this file."""
+    """The statistic that solvers read as an ``AttentionMoment``."""
 
     name = "attention"
 
@@ -152,26 +152,25 @@ class Attention(QueryStatistic):
 
 
 def attended(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what some queries of one sequence attend to.
+    """Return some queries of one sequence, scaled, the centred keys, and the attention weights of these queries.
 
-    ``q`` (heads, tokens, D) and ``k`` (kv_heads, tokens, D) are as they enter the product, turned. ``mask`` is what the
-    model hands its attention for this sequence, (1 or heads, tokens, tokens), boolean or added to the scores; None is
-    causal. The result is the scaled queries (kv_heads, group, n, D), the centred keys (kv_heads, tokens, D) and the
-    attention of each query (kv_heads, group, n, tokens).
+    ``q`` (heads, tokens, D) and ``k`` (kv_heads, tokens, D) are after rotary embedding. ``mask`` is the attention's
+    mask (1 or heads, tokens, tokens), boolean or additive; None is causal. The results are (kv_heads, group, n, D),
+    (kv_heads, tokens, D) and (kv_heads, group, n, tokens).
     """
     tokens, kv_heads = k.shape[-2], k.shape[0]
     count = min(QUERIES, tokens)
     rows = ((torch.arange(count, device=k.device) + 0.5) * (tokens / count)).long()
     q = q.float()[:, rows].unflatten(0, (kv_heads, -1)) * scale
     k = k.float()
-    # equal for all keys: it changes nothing, and would cancel badly in what follows
+    # Softmax ignores the mean key, which would cancel badly below.
     k = k - k.mean(dim=-2, keepdim=True)
     scores = torch.einsum("kgmd,knd->kgmn", q, k)
     return q, k, _masked(scores, mask, rows).softmax(-1)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
-    """Return scores (kv_heads, group, rows, tokens) with the keys that a query does not see at −inf."""
+    """Return scores (kv_heads, group, rows, tokens) with masked keys at −inf."""
     if mask is None:
         hidden = torch.arange(scores.shape[-1], device=rows.device) > rows.unsqueeze(-1)
         return scores.masked_fill(hidden, -torch.inf)

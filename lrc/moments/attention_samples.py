@@ -1,4 +1,4 @@
-"""Some queries as they are, each with the covariance of the keys it attends to: the mean of q_m q_mᵀ ⊗ Cov_m."""
+"""Sample queries q_m, each with the covariance Cov_m of the keys it attends to, for the mean of q_m q_mᵀ ⊗ Cov_m."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from lrc.moments.attention import QueryStatistic, attended
 from lrc.moments.statistic import Layer
 from lrc.run.processes import ALONE, Processes
 
-SAMPLES = 1024  # queries kept of a key head
+SAMPLES = 1024  # queries per key head
 
 
 @dataclass(frozen=True)
 class AttentionSamples:
-    """Scaled queries ``q`` (kv_heads, group, n, D) and, of each, Cov_{n~p}(k_n) (kv_heads, group, n, D, D)."""
+    """Scaled queries ``q`` (kv_heads, group, n, D) and their Cov_{n~p}(k_n) (kv_heads, group, n, D, D)."""
 
     q: Tensor
     covariance: Tensor
 
 
 class SampleSum:
-    """At most ``SAMPLES`` queries of every key head, evenly taken.
+    """Collect at most ``SAMPLES`` queries per key head, evenly spaced over the sequences of all processes.
 
-    Each process has its own sequences, in order, so that all together keep the queries that one would.
+    The samples do not depend on the number of processes.
     """
 
     def __init__(self, scale: float, processes: Processes = ALONE) -> None:
         self._scale = scale
-        # By the number of the sequence among those of all processes.
+        # By number of the sequence, counted over all processes.
         self._kept: dict[int, AttentionSamples] = {}
         self._number, self._step, self._stride = processes.rank, processes.size, 1
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Count one sequence, as ``attended`` takes it: every ``stride``-th is kept."""
+        """Add one sequence, with arguments as for ``attended``; every ``stride``-th is kept."""
         if self._number % self._stride == 0:
             q, k, p = attended(q, k, mask, self._scale)
             covariances = []
-            # one key head at a time: keys weighted by every query are large
+            # One key head at a time: keys weighted by every query are large.
             for keys, weights in zip(k, p, strict=True):
                 centred = keys - (weights @ keys).unsqueeze(-2)  # (group, rows, tokens, D)
                 covariances.append((centred * weights.unsqueeze(-1)).mT @ centred)
@@ -49,28 +49,28 @@ class SampleSum:
         self._thin()
 
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes have kept."""
+        """Add the samples of the other processes."""
         self._stride = max(processes.gather(self._stride))
         gathered = {n: kept for each in processes.gather(self._kept) for n, kept in each.items()}
         self._kept = {n: gathered[n] for n in sorted(gathered) if n % self._stride == 0}
         self._thin()
 
     def moment(self) -> AttentionSamples:
-        """Return what is kept, in the order of the sequences."""
+        """Return the samples, in the order of the sequences."""
         return AttentionSamples(
             torch.cat([kept.q for kept in self._kept.values()], dim=2),
             torch.cat([kept.covariance for kept in self._kept.values()], dim=2),
         )
 
     def _thin(self) -> None:
-        """Double the stride until there are not too many."""
+        """Double the stride until at most ``SAMPLES`` queries are left."""
         while len(self._kept) > 1 and sum(k.q[0, ..., 0].numel() for k in self._kept.values()) > SAMPLES:
             self._stride *= 2
             self._kept = {n: kept for n, kept in self._kept.items() if n % self._stride == 0}
 
 
 class Samples(QueryStatistic):
-    """The samples of this file."""
+    """The statistic that solvers read as ``AttentionSamples``."""
 
     name = "attention_samples"
 

@@ -1,9 +1,8 @@
-"""Second moments of the loss's gradient at the outputs of projections: the Fisher information that methods weigh by.
+"""Collect second moments of the loss's gradient at the outputs of projections: the Fisher information for methods.
 
-The loss is the sum of a block's nats, so that gradients are of the size of one token's loss. Tokens are taken as
-independent: of the gradients g_t and changes Δy_t of a block, E(Σ_t g_tᵀ Δy_t)² is read as Σ_t E(g_tᵀ Δy_t)². Half the
-mean over tokens is then the rise of the loss in nats per token (Kronecker-factored curvature, arXiv:1503.05671), in
-which first tokens weigh as they do in the moments C of the inputs.
+The loss is summed over a block, in nats. Tokens are taken as independent: for gradients g_t and output changes Δy_t,
+E(Σ_t g_tᵀ Δy_t)² is approximated by Σ_t E(g_tᵀ Δy_t)². Half its mean over tokens is the rise of the loss in nats per
+token (Kronecker-factored curvature, arXiv:1503.05671). The weight of first tokens is in the input moment C.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from lrc.families import Family
 from lrc.moments.moment import add_gram, whole
 from lrc.run.processes import Processes
 
-GRADIENTS = "gradients"  # what solvers call them in their needs
+GRADIENTS = "gradients"  # their name in the needs of solvers
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is collected of one layer: G at the outputs of ``roles``, and the moment of the queries."""
+    """Select the moments to collect of one layer: at the outputs of ``roles``, and of the queries."""
 
     roles: frozenset[str] = frozenset()
     queries: bool = False
@@ -34,12 +33,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class GradientMoment:
-    """Means over ``tokens`` of one layer, g_t being the gradient of a block's summed nats, float32.
+    """Hold means over ``tokens`` of one layer in float32, where g is the gradient of a block's summed loss.
 
-    ``outputs``, by role: G = E[g gᵀ] (out, out) at the projection's output; ½ tr(G ΔW C ΔWᵀ) is the rise of the loss in
-    nats per token. ``queries``, of q as projected, before it is turned: with rotary positions (kv_heads, D/2, D/2)
-    E[a aᵀ], a_j = Σ q_j ∂L/∂q_j + q_{j+D/2} ∂L/∂q_{j+D/2} over the query heads that share a key, so that dropping the
-    pairs D costs ½·1_Dᵀ K 1_D nats per token; else (kv_heads, D, D), the sum of those heads' E[γ γᵀ], γ = ∂L/∂q.
+    ``outputs``, by role: G = E[g gᵀ] (out, out) at the projection's output. Changing W by ΔW costs ½ tr(G ΔW C ΔWᵀ)
+    nats per token. ``queries`` are moments of q before rotary embedding:
+
+        rotary       K = E[a aᵀ] (kv_heads, D/2, D/2), a_j = Σ q_j ∂L/∂q_j + q_{j+D/2} ∂L/∂q_{j+D/2} over the query
+                     heads that share a key: dropping a set S of pairs costs ½·1_Sᵀ K 1_S nats per token
+        not rotary   Σ E[γ γᵀ] (kv_heads, D, D) over the same heads, with γ = ∂L/∂q
     """
 
     outputs: Mapping[str, Tensor]
@@ -47,30 +48,30 @@ class GradientMoment:
     tokens: int
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> GradientMoment:
-        """The same with every tensor where ``move`` puts it."""
+        """Return the moments with ``move`` applied to every tensor."""
         queries = None if self.queries is None else move(self.queries)
         return GradientMoment({role: move(g) for role, g in self.outputs.items()}, queries, self.tokens)
 
     def by_target(self, family: Family) -> dict[str, Tensor]:
-        """Return what the solver of each target reads: the queries', or G of the output of the target."""
+        """Return the moment for each target: ``queries`` for ``qk``, else G at the target's output."""
         roles = {target: output_role(family, target) for target in ("ov", "mlp", *self.outputs)}
         found = {target: self.outputs[role] for target, role in roles.items() if role in self.outputs}
         return found if self.queries is None else found | {"qk": self.queries}
 
     @property
     def finite(self) -> bool:
-        """Whether no gradient was NaN or inf."""
+        """Return whether no gradient was NaN or inf."""
         tensors = [*self.outputs.values(), *([] if self.queries is None else [self.queries])]
         return all(bool(tensor.diagonal(dim1=-2, dim2=-1).isfinite().all()) for tensor in tensors)
 
 
 def output_role(family: Family, target: str) -> str:
-    """Return the projection whose output is that of a target other than ``qk``."""
+    """Return the projection at the output of a target other than ``qk``."""
     return {"ov": "o", "mlp": family.mlp_output}.get(target, target)
 
 
 class GradientSum:
-    """Running sums behind a ``GradientMoment`` of one layer: of outputs by role and width, and of the queries."""
+    """Running sums for a ``GradientMoment``; ``widths`` are the output widths by role."""
 
     def __init__(
         self,
@@ -91,9 +92,9 @@ class GradientSum:
     def add(
         self, gradients: Mapping[str, Tensor], queries: tuple[Tensor, Tensor] | None, scale: Tensor
     ) -> None:
-        """Count a batch: gradients (..., out) by role, and the queries (..., heads·D) with the gradient at them.
+        """Add a batch: gradients (..., out) by role, and the queries (..., heads·D) with their gradient.
 
-        All gradients are ``scale`` times the loss's own.
+        All gradients are multiplied by ``scale``.
         """
         share = scale.float().square().reciprocal()
         for role, gradient in gradients.items():
@@ -105,12 +106,12 @@ class GradientSum:
         self._tokens += some.shape[:-1].numel()
 
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes have counted."""
+        """Add the sums of the other processes."""
         processes.sum(*self._outputs.values(), *([] if self._queries is None else [self._queries]))
         self._tokens = processes.total(self._tokens)
 
     def moment(self) -> GradientMoment:
-        """The means so far."""
+        """Return the means so far."""
         outputs = {role: whole(total / self._tokens) for role, total in self._outputs.items()}
         return GradientMoment(
             outputs, None if self._queries is None else self._queries / self._tokens, self._tokens

@@ -1,4 +1,4 @@
-"""Second moment and mean of the activations at one site, summed unnormalised in float32."""
+"""Second moment and mean of the activations at one site, summed in float32."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Statistic
 from lrc.run.processes import Processes
 
-GRAM_BLOCK = 2048  # columns; a product of fewer rows runs below the speed of a GPU
+GRAM_BLOCK = 2048  # columns; narrower products are slow on a GPU
 
-# The site of a component's moment; a projection's is that of its own input.
+# The site of a component's moment; a projection's site is its own input.
 COMPONENT_SITES = {"qk": "attn_in", "ov": "o_in", "mlp": "down_in"}
 
 
 def site_of(family: Family, target: str) -> str:
-    """Return the site whose moment a target's problem holds."""
+    """Return the site of the moment in a target's problem."""
     return COMPONENT_SITES.get(target) or family.site(target)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """E[x xᵀ] (n, n) and E[x] (n,) of the inputs seen at a site, ``tokens`` of them."""
+    """E[x xᵀ] (n, n) and E[x] (n,) of the inputs at a site, over ``tokens``."""
 
     second: Tensor
     mean: Tensor
@@ -35,32 +35,32 @@ class Moment:
 
     @property
     def centred(self) -> Tensor:
-        """Covariance E[x xᵀ] − E[x] E[x]ᵀ, (n, n)."""
+        """Return the covariance E[x xᵀ] − E[x] E[x]ᵀ, (n, n)."""
         return self.second - torch.outer(self.mean, self.mean)
 
     def shifted(self, offset: Tensor) -> Moment:
-        """The moment of x − offset."""
+        """Return the moment of x − offset."""
         cross = torch.outer(self.mean, offset)
         return Moment(
             self.second - cross - cross.T + torch.outer(offset, offset), self.mean - offset, self.tokens
         )
 
     def double(self) -> Moment:
-        """The same in float64, for roots and solves."""
+        """Return the moment in float64, for roots and solves."""
         return Moment(self.second.double(), self.mean.double(), self.tokens)
 
 
 class MomentSum:
-    """Running sums behind a ``Moment``: products of inputs in their own precision, summed in float32."""
+    """Running sums for a ``Moment``: products in the precision of the inputs, summed in float32."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._second = torch.zeros(width, width, device=device)
         self._first = torch.zeros(width, device=device)
         self._tokens = 0
-        self._weight = 0  # what they count for
+        self._weight = 0  # tokens, with the first ones weighted
 
     def add(self, x: Tensor, first_token: int = 1) -> None:
-        """Count the tokens of x (..., tokens, width), the first ones as ``first_token`` each."""
+        """Add the tokens of x (..., tokens, width); the first of each block has weight ``first_token``."""
         rows = x.reshape(-1, x.shape[-1])
         self._tokens += rows.shape[0]
         self._count(rows, 1)
@@ -73,12 +73,12 @@ class MomentSum:
         self._weight += times * rows.shape[0]
 
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes have counted."""
+        """Add the sums of the other processes."""
         processes.sum(self._second, self._first)
         self._tokens, self._weight = processes.total(self._tokens), processes.total(self._weight)
 
     def moment(self) -> Moment:
-        """The means so far."""
+        """Return the means so far."""
         return Moment(whole(self._second / self._weight), self._first / self._weight, self._tokens)
 
 
@@ -117,10 +117,9 @@ class Moments(Statistic):
 
 
 def add_gram(total: Tensor, rows: Tensor, factor: Tensor | int = 1) -> None:
-    """Add rowsᵀ rows, times a ``factor``, to the upper triangle of a float32 total (n, n), for rows (tokens, n).
+    """Add ``factor`` · rowsᵀ rows to the upper triangle of a float32 total (n, n), for rows (tokens, n).
 
-    Blocks of columns are multiplied by those from them on alone, which is a little more than half the work for wide
-    rows. What is below the blocks of the diagonal is left as it is, until ``whole``.
+    Blocks below the diagonal stay as they are until ``whole``. For wide rows this saves almost half the work.
     """
     for start in range(0, rows.shape[1], GRAM_BLOCK):
         end = start + GRAM_BLOCK
@@ -129,17 +128,17 @@ def add_gram(total: Tensor, rows: Tensor, factor: Tensor | int = 1) -> None:
 
 
 def whole(gram: Tensor) -> Tensor:
-    """A symmetric matrix (n, n) of which ``add_gram`` summed the upper triangle, its lower one filled in place."""
+    """Fill, in place, the lower triangle of a matrix (n, n) that ``add_gram`` summed, and return the matrix."""
     for start in range(GRAM_BLOCK, gram.shape[0], GRAM_BLOCK):
         gram[start : start + GRAM_BLOCK, :start] = gram[:start, start : start + GRAM_BLOCK].T
     return gram
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right summed in float32, for left (tokens, m) and right (tokens, n).
+    """Return leftᵀ right, summed in float32, for left (tokens, m) and right (tokens, n).
 
-    On a GPU bfloat16 and float16 are multiplied as they are; a float32 ``left`` beside them is split into two halves
-    of that precision, which together carry twice its bits.
+    A GPU multiplies bfloat16 and float16 directly. A float32 ``left`` is then split into a high and a low part of that
+    precision.
     """
     low = right.dtype in (torch.bfloat16, torch.float16)
     if not (left.is_cuda and low):

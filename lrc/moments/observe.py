@@ -1,4 +1,4 @@
-"""Watches a module's submodules during one call: forward hooks that come off again whatever happens."""
+"""Record calls of a module's submodules with temporary forward hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Call:
-    """One call of a submodule: its arguments and what it returned."""
+    """One call of a submodule: its arguments and its output."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -20,12 +20,12 @@ class Call:
 
     @property
     def input(self) -> Tensor:
-        """The hidden states that the submodule was given."""
+        """Return the hidden states that were passed to the submodule."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
 
 class Stop(Exception):
-    """Ends a layer's call once everything watched has been seen."""
+    """Raised to end a module's call early."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def observe(
 ) -> Iterator[dict[str, Call]]:
     """Record the calls of the submodules at ``paths`` (name -> path) while the context is open.
 
-    With ``stop_at`` the call of ``module`` ends, without a result, when that name's submodule is about to run.
+    With ``stop_at``, the call of ``module`` ends without a result before the submodule of that name runs.
     """
     calls: dict[str, Call] = {}
     handles = []
@@ -60,7 +60,7 @@ def observe(
             handles.append(submodule.register_forward_hook(after(name)))
         yield calls
     except Stop as stop:
-        # Its frames hold the layer's activations, in a cycle that only the garbage collector would free.
+        # Its frames hold the layer's activations in a reference cycle; free them now.
         stop.__traceback__ = None
     finally:
         for handle in handles:

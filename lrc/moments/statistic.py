@@ -1,6 +1,6 @@
-"""What a statistic is: sums over the calls of one layer, and what they give each target.
+"""Define statistics: sums over the calls of one layer, with a result for each target.
 
-A statistic is a class with a ``name`` in a file of this folder. A solver that has the name in its ``needs`` finds the
+A statistic is a class with a ``name`` in a file of this folder. A solver with that name in its ``needs`` gets the
 result for its target in ``problem.statistics``.
 """
 
@@ -18,7 +18,7 @@ from lrc.families import Architecture
 from lrc.moments.observe import Call
 from lrc.run.processes import Processes
 
-# What was found of a layer, by statistic and target.
+# Results of a layer, by statistic and target.
 Found = Mapping[str, Mapping[str, Any]]
 
 
@@ -26,8 +26,8 @@ Found = Mapping[str, Mapping[str, Any]]
 class Layer:
     """A decoder layer of the original on the device, with its tensors by path in the checkpoint's precision.
 
-    ``dtype``: the precision of the products inside. ``processes``: split the blocks. ``first_token``:
-    how many tokens the first one of a block counts for.
+    ``dtype``: the precision of the products inside. ``processes`` split the blocks. ``first_token``: the weight of a
+    block's first token.
     """
 
     architecture: Architecture
@@ -40,31 +40,31 @@ class Layer:
     first_token: int = 1
 
     def cast(self, x: Tensor) -> Tensor:
-        """Return activations as the products inside the layer see them."""
+        """Return activations in the precision of the products inside the layer."""
         return x.to(self.dtype)
 
 
 class Observer(ABC):
-    """Sees the calls of some modules of the layer ``index`` while a walk runs it, batch after batch."""
+    """An observer of module calls in layer ``index`` while a walk runs that layer, batch by batch."""
 
     index: int
 
     @property
     @abstractmethod
     def watched(self) -> Collection[str]:
-        """Paths in the layer of the modules whose calls ``add`` reads."""
+        """Return the paths in the layer of the modules whose calls ``add`` reads."""
 
     @abstractmethod
     def add(self, calls: Mapping[str, Call]) -> None:
-        """Count one batch, from the calls by path."""
+        """Add one batch, from the calls by path."""
 
     @abstractmethod
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes have counted; all of them call it, in the same order."""
+        """Add the sums of the other processes; all processes call this in the same order."""
 
 
 class Statistic(Observer):
-    """Running sums of one layer for ``targets``, those whose solvers have its ``name`` in their needs."""
+    """Running sums of one layer for ``targets``, whose solvers need this ``name``."""
 
     name: ClassVar[str]
 
@@ -73,4 +73,4 @@ class Statistic(Observer):
 
     @abstractmethod
     def result(self) -> Mapping[str, Any]:
-        """Return what was found for each target, over all processes. Raise UserError where it is NaN or inf."""
+        """Return the result for each target, over all processes. Raises UserError for NaN or inf."""

@@ -1,1 +1,1 @@
-"""A model's decoder layers one at a time, forward with hidden states or backward with gradients."""
+"""Run a model one decoder layer at a time, forward or backward."""

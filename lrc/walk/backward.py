@@ -1,10 +1,9 @@
-"""Gradients of the loss at every layer, layer by layer: the model runs forward once, then its layers in reverse.
+"""Collect gradients of the loss layer by layer: one forward pass, then a backward pass over the layers.
 
-The labels are drawn from the model's own distribution at every position (the true Fisher information; text is needed
-as input alone), and only activations are differentiated. Inputs of layers and the moments found wait where states do,
-and the device holds one layer, its sums and one batch beside that. Of the inputs all are kept where they fit in
-``_KEEP_ALL`` bytes, else every ⌈√layers⌉-th, and those between two are computed again when the way back gets there,
-which costs one more forward pass.
+Labels are drawn from the model's own distribution at every position (the true Fisher information). Only activations
+are differentiated. The device holds one layer, its sums and one batch; layer inputs and moments are offloaded as the
+stream's states are. All layer inputs are kept if they fit in ``_KEEP_ALL`` bytes. Else every ⌈√layers⌉-th is kept and
+the others are computed again, which costs one more forward pass.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import Batch, ModelStream
 
 _KEEP_ALL = 2**33
-_LOGITS = 2**24  # elements at once
-_PEAK = 4  # backward passes start from gradients whose largest is below 2**_PEAK
-_LARGEST_SCALE = 60  # 2**_LARGEST_SCALE has a square in float32
+_LOGITS = 2**24  # elements
+_PEAK = 4  # gradients are scaled to at most 2**_PEAK before a backward pass
+_LARGEST_SCALE = 60  # the square of 2**_LARGEST_SCALE fits in float32
 
 
 def stride(layers: int, state_bytes: int) -> int:
-    """Every how many layers the input is kept, of ``state_bytes`` each."""
+    """Return how many layers lie from one kept input to the next, for inputs of ``state_bytes`` each."""
     return 1 if layers * state_bytes <= _KEEP_ALL else math.ceil(layers**0.5)
 
 
 def states_held(layers: int, every: int) -> int:
-    """The most inputs of layers that wait, one gradient among them."""
+    """Return the largest number of layer inputs, with one gradient, that are held at once."""
     return math.ceil(layers / every) + every
 
 
 def logit_rows(vocab: int) -> int:
-    """Tokens whose logits are held at once."""
+    """Return the number of tokens whose logits are held at once."""
     return max(_LOGITS // vocab, 1)
 
 
@@ -56,11 +55,11 @@ def gradient_moments(
     layer: Callable[[int], nn.Module] | None = None,
     every: int | None = None,
 ) -> dict[int, GradientMoment]:
-    """Gradient moments, where the stream's states wait, of the layers in ``wanted`` from token blocks (n, tokens).
+    """Return gradient moments of the layers in ``wanted`` from token blocks (n, tokens), offloaded as states are.
 
-    The processes of the stream split the blocks. The labels hang on ``seed`` and on the number of the block. ``layer``
-    gives a layer on the device (default: read from the checkpoint, once for each pass); ``every`` how many layers lie
-    between inputs that are kept. Raises UserError where gradients are NaN or inf.
+    The processes of the stream split the blocks. ``seed`` and the block's number determine its labels. ``layer``
+    returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it. Raises
+    UserError if gradients are NaN or inf.
     """
     sweep = _Sweep(stream, blocks, batch_size, layer or (lambda index: stream.layer(index)[0]), every)
     return sweep.run(wanted, seed)
@@ -76,10 +75,10 @@ def read_gradients(
     losses: bool = False,
     held: Callable[[int], nn.Module] | None = None,
 ) -> dict[int, GradientMoment]:
-    """Return the gradient moments that the solvers of layers need, where states wait, by layer.
+    """Return the gradient moments that the solvers need, by layer, offloaded as states are; empty if none are needed.
 
-    They are of the calibration blocks (n, tokens) that its settings choose. With ``losses`` they are of every target.
-    ``held`` gives layers that are on the device already. No sweep is made where nothing is needed.
+    ``calibration`` selects the blocks (n, tokens). With ``losses`` every target gets moments. ``held`` returns layers
+    that are already on the device.
     """
     architecture = stream.reader.architecture
     wanted = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
@@ -91,7 +90,7 @@ def read_gradients(
 
 
 class _Sweep:
-    """Blocks on their way through the model, and the inputs of layers that are kept, by layer and batch."""
+    """One forward and backward pass, with its kept layer inputs by layer and batch."""
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class _Sweep:
         self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
         self._batches = stream.embed(batched(stream.processes.mine(blocks), batch_size))
         self._inputs = {0: [batch.hidden for batch in self._batches]}
-        for batch in self._batches:  # a batch itself would keep them to the end
+        for batch in self._batches:  # so that the batches do not hold the states to the end
             batch.hidden = batch.hidden.new_empty(0)
         self._every = every or stride(
             self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
@@ -126,7 +125,7 @@ class _Sweep:
         return found
 
     def _forward(self, first: int, end: int, keep: Callable[[int], bool]) -> list[Tensor]:
-        """From the input of layer ``first`` to that of ``end``, keeping those of the layers that ``keep`` names."""
+        """Return the input of layer ``end`` from that of ``first``; store inputs of layers that ``keep`` accepts."""
         hidden = self._inputs[first]
         for index in range(first, end):
             if keep(index):
@@ -142,7 +141,7 @@ class _Sweep:
         return hidden
 
     def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
-        """Gradients at the last layer's output, with labels drawn for every position."""
+        """Return gradients at the last layer's output, with labels drawn for every position."""
         tail, device, processes, found = self._stream.tail(), self._stream.device, self._stream.processes, []
         number = processes.rank
         rows = logit_rows(self._architecture.vocab)
@@ -156,9 +155,9 @@ class _Sweep:
         return found
 
     def _back(self, index: int, gradients: list[Tensor], wanted: Wanted) -> GradientMoment | None:
-        """Take the gradients, in place, from a layer's output to its input; its moments on the way."""
+        """Propagate the gradients through a layer, in place, and return its moments if ``wanted``."""
         heads, module, inputs = self._architecture.geometry, self._layer(index), self._inputs.pop(index)
-        # In an order that is the same in all processes.
+        # Sorted: all processes must use the same order.
         widths = {role: self._architecture.matrices[role].rows for role in sorted(wanted.roles)}
         sums = GradientSum(
             heads.kv_heads,
@@ -192,7 +191,7 @@ class _Sweep:
         roles = [*wanted.roles, *(["q"] if wanted.queries else [])]
         paths = {self._architecture.family.projections[role].module for role in roles}
         scale = _scale(gradient)
-        with _same_bits(self._stream.device):  # the way there chooses the attention's kernel for the way back
+        with _same_bits(self._stream.device):  # the forward call chooses the backward kernel
             with observe(module, {path: path for path in paths}) as calls:
                 out = self._stream.run(module, index, batch, x, grad=True)
             outputs = {path: calls[path].output for path in calls}
@@ -204,14 +203,14 @@ class _Sweep:
         return self._stream.states.keep(found[0] / scale)
 
     def _rows(self, outputs: Mapping[str, Tensor], role: str) -> Tensor:
-        """A role's part of what its module puts out."""
+        """Return a role's part of its module's output."""
         return outputs[self._architecture.family.projections[role].module][
             ..., self._architecture.output_rows(role)
         ]
 
 
 def _drawn(tail: Callable[[Tensor], Tensor], hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient (tokens, hidden) of the summed nats of labels drawn from the model's own distribution."""
+    """Return the gradient (tokens, hidden) of the summed loss in nats, with labels drawn from the model."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         logits = tail(hidden)
@@ -226,17 +225,15 @@ def _drawn(tail: Callable[[Tensor], Tensor], hidden: Tensor, generator: torch.Ge
 
 
 def _scale(gradient: Tensor) -> Tensor:
-    """A power of two that brings a gradient into the narrow range of float16; in wider formats it changes no bit."""
+    """Return a power of two, exact in float32, that scales a gradient into the range of float16."""
     peak = gradient.abs().amax()
-    # A gradient of nothing, or of nearly nothing, has no scale of its own.
+    # Limit the scale of gradients at or near zero.
     return torch.ldexp(torch.ones_like(peak), (_PEAK - peak.log2().ceil()).clamp_max(_LARGEST_SCALE))
 
 
 @contextmanager
 def _same_bits(device: torch.device) -> Iterator[None]:
-    """Sums in a fixed order: fast attention on a GPU goes backward in none unless told, and a run taken up again must
-    end with the same bytes.
-    """
+    """Use deterministic algorithms on a GPU, so that a resumed run ends with the same bytes."""
     if device.type != "cuda":
         yield
         return

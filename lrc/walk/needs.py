@@ -1,4 +1,4 @@
-"""What the solvers of a layer need: statistics, sites and gradients."""
+"""Find the statistics, sites and gradients that the solvers of a layer need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 
 
 def collectors_needed(plan: LayerPlan) -> set[str]:
-    """Return the names that the solvers of a layer have in their needs."""
+    """Return the names of the statistics that the solvers of a layer need, with ``gradients`` if needed."""
     return {name for a in plan.assignments for name in solver_of(a).collectors(a.options)}
 
 
@@ -25,9 +25,9 @@ def sites_needed(architecture: Architecture, plan: LayerPlan) -> set[str]:
 
 
 def statistics_needed(layer: Layer, plan: LayerPlan, targets: Iterable[str] = ()) -> list[Statistic]:
-    """Return empty accumulators of what the solvers of a layer need, in the same order in all processes.
+    """Return empty accumulators for the statistics that a layer's solvers need, in the same order on all processes.
 
-    Every problem holds a moment, so that moments are of all targets of the plan, and of ``targets`` beside.
+    Moments are of all targets of the plan and of ``targets``.
     """
     needed: dict[str, dict[str, None]] = {Moments.name: dict.fromkeys(targets)}
     for a in plan.assignments:
@@ -37,7 +37,7 @@ def statistics_needed(layer: Layer, plan: LayerPlan, targets: Iterable[str] = ()
 
 
 def gradients_needed(architecture: Architecture, plan: LayerPlan, *, losses: bool = False) -> Wanted:
-    """Return the gradient moments that the solvers of a layer read; with ``losses``, those of every target."""
+    """Return which gradient moments the solvers of a layer read; with ``losses``, those of every target."""
     targets = {
         a.target for a in plan.assignments if losses or GRADIENTS in solver_of(a).collectors(a.options)
     }
@@ -51,7 +51,7 @@ def reads_gradients(architecture: Architecture, plan: ResolvedPlan) -> bool:
 
 
 def solver_of(assignment: Assignment) -> Solver:
-    """The function of its method that solves an assignment."""
+    """Return the solver of an assignment."""
     solver = methods()[assignment.method].solver(assignment.target)
-    assert solver is not None  # or it would not have been assigned
+    assert solver is not None  # the plan assigns only what a method solves
     return solver

@@ -1,4 +1,4 @@
-"""Walks a model one decoder layer at a time: at any moment only one layer's weights are on the device."""
+"""Run a model one decoder layer at a time, with only that layer's weights on the device."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lrc.moments.statistic import Observer
 from lrc.run.offload import ON_DEVICE, States, send
 from lrc.run.processes import ALONE, Processes
 
-# Threads that check and pin a layer's tensors: a launcher leaves each process one for sums on the host.
+# Threads that check and pin a layer's tensors; launchers often limit PyTorch to one thread a process.
 _HANDS = 8
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What the model hands a decoder layer besides the hidden states: mask, positions, rotary tables."""
+    """Arguments of a decoder layer other than the hidden states: mask, positions, rotary tables."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -38,17 +38,17 @@ class LayerCall:
 
 @dataclass
 class Batch:
-    """Hidden states (blocks, tokens, hidden) between two layers, where they wait, and every layer's call."""
+    """Hidden states (blocks, tokens, hidden) between two layers, perhaps offloaded, and each layer's arguments."""
 
     hidden: Tensor
     calls: list[LayerCall]
 
 
 class ModelStream:
-    """A checkpoint's model on the meta device, with the modules of its ``table``, and its layers made real one by one.
+    """A checkpoint's model on the meta device, with the modules of its ``table``; its layers are loaded one by one.
 
-    Layers run in ``dtype``; the residual stream between them is ``residual`` whatever that is, and waits in ``states``.
-    Each of ``processes`` walks with blocks of its own, and sums over blocks are those of all.
+    Layers run in ``dtype``. The residual stream between layers has dtype ``residual`` and is stored by ``states``. Each
+    of ``processes`` runs its own blocks; sums are over the blocks of all.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class ModelStream:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors that the checkpoint must hold, by full name; a head that is the embedding has none."""
+        """Return the shapes of all tensors that the checkpoint must hold, by full name, without a tied head."""
         head = f"{self.reader.family.head}."
         tied = self.reader.config.tie_word_embeddings
         state = self._meta_model().state_dict()
         return {name: tuple(t.shape) for name, t in state.items() if not (tied and name.startswith(head))}
 
     def embed(self, ids: Iterable[Tensor], embedding: nn.Module | None = None) -> list[Batch]:
-        """Run everything before the first layer on batches of token ids (blocks, tokens).
+        """Return the first layer's inputs for batches of token ids (blocks, tokens).
 
-        The model's own forward does it, with a recorder in every layer's place: masks, positions and rotary tables are
-        then what the model would have used. ``embedding`` takes the place of the checkpoint's. Raises UserError where a
-        weight of the embedding is missing, and where one outside the layers is NaN or inf.
+        ``embedding`` replaces the checkpoint's. Raises UserError if a weight before the layers is missing, or one
+        outside the layers is NaN or inf.
         """
         model, family = self._meta_model(), self.reader.family
+        # The model's own forward, with recorders as layers, makes the masks, positions and rotary tables.
         recorders = [_Recorder(layer) for layer in self.skeletons]
         parent, _, name = family.layers.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.ModuleList(recorders))
@@ -107,7 +107,7 @@ class ModelStream:
         batches: list[Batch] = []
         for each in ids:
             hidden, calls = self._embed_batch(base, recorders, each)
-            # Masks and rotary tables are on the device, and mostly the same for every batch.
+            # Batches share their masks and rotary tables on the device if these are equal.
             shared = batches[0].calls if batches and _same(calls, batches[0].calls) else calls
             batches.append(Batch(self.states.keep(hidden), shared))
         return batches
@@ -124,7 +124,7 @@ class ModelStream:
         from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
-        # Buffers stay real: rotary tables are computed from the config and are in no checkpoint.
+        # Buffers stay off meta: rotary tables come from the config, not from the checkpoint.
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 self.reader.config, dtype=self.dtype, attn_implementation="sdpa"
@@ -133,10 +133,9 @@ class ModelStream:
         return model.eval()
 
     def layer(self, index: int) -> tuple[nn.Module, dict[str, Tensor]]:
-        """One decoder layer on the device, and its tensors there by path, in the checkpoint's precision.
+        """Return a decoder layer on the device, and its tensors by path there, in the checkpoint's precision.
 
-        The one that follows, in the direction that the last two calls went, is read while this one is at work. Raises
-        UserError where a weight is NaN or inf.
+        The next layer in the direction of the last two calls is read ahead. Raises UserError if a weight is NaN or inf.
         """
         (following, tensors), self._ahead = self._ahead or (None, None), None
         found = tensors.result() if tensors and following == index else self.read(index)
@@ -147,9 +146,9 @@ class ModelStream:
         return self.materialize(index, state), state
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a layer on the host, pinned where a GPU takes them from there without waiting.
+        """Return the tensors of a layer on the host, pinned if the device is a GPU.
 
-        Raises UserError where a weight is NaN or inf.
+        Raises UserError if a weight is NaN or inf.
         """
         tensors = self.reader.layer(index)
         found = self._hands.map(partial(self._read_one, index), tensors.keys(), tensors.values())
@@ -159,13 +158,13 @@ class ModelStream:
         _check_finite({name: tensor}, f"layer {index}: ")
         if self.device.type != "cuda":
             return tensor
-        with torch.cuda.device(self.device):  # another thread would make itself at home on the first GPU
+        with torch.cuda.device(self.device):  # new threads default to the first GPU
             return tensor.pin_memory()
 
     def tail(self, head: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
-        """What follows the last layer: hidden states (..., hidden) to logits (..., vocab), by the final norm and head.
+        """Return the function from the last hidden states (..., hidden) to logits (..., vocab): final norm and head.
 
-        ``head`` takes the place of the checkpoint's. Raises UserError where a weight of either is missing.
+        ``head`` replaces the checkpoint's. Raises UserError if a weight of either is missing.
         """
         family = self.reader.family
         stored = family.embedding if self.reader.config.tie_word_embeddings else family.head
@@ -178,12 +177,12 @@ class ModelStream:
         return logits
 
     def final_norm(self) -> nn.Module:
-        """What the last layer's hidden states pass before the head. UserError where its weight is missing."""
+        """Return the norm between the last layer and the head. Raises UserError if its weight is missing."""
         path = self.reader.family.final_norm
         return self._outer(path, path)
 
     def _outer(self, path: str, stored: str) -> nn.Module:
-        """A module outside the layers, holding the tensors stored under another path."""
+        """Return the module at ``path``, outside the layers, filled with the tensors at ``stored``."""
         state = {
             name.removeprefix(f"{stored}."): tensor
             for name, tensor in self.reader.rest().items()
@@ -194,11 +193,11 @@ class ModelStream:
         return self.filled(self._meta_model().get_submodule(path), state)
 
     def materialize(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
-        """The stock layer holding ``state``."""
+        """Return layer ``index`` filled with ``state``."""
         return self.filled(copy.deepcopy(self.skeletons[index]), state)
 
     def filled(self, module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """A meta module given its tensors, on the device and in the precision layers run in."""
+        """Fill a meta module with its tensors, on the device and in the precision of the layers."""
         module.load_state_dict({name: self._placed(tensor) for name, tensor in state.items()}, assign=True)
         return module.requires_grad_(False)
 
@@ -212,10 +211,10 @@ class ModelStream:
         attended: Tensor | None = None,
         grad: bool = False,
     ) -> Tensor:
-        """Call a decoder layer as the model would, on hidden states (blocks, tokens, hidden) that wait anywhere.
+        """Return a decoder layer's output for hidden states (blocks, tokens, hidden) on any device.
 
-        ``attended``: what its attention puts out, where that is known and need not run. With ``grad`` the result can be
-        differentiated by hidden states that ask for it.
+        ``attended``: the output of its attention, which then does not run. ``grad`` records gradients for hidden states
+        that require them.
         """
         call, attention = batch.calls[index], self.reader.family.attention
         known = nullcontext() if attended is None else _given(layer, attention, attended)
@@ -232,10 +231,7 @@ class ModelStream:
         *observers: Observer,
         stay: bool = False,
     ) -> None:
-        """Run a decoder layer on batches, feed its observers, and take the batches past it unless they ``stay``.
-
-        New hidden states go to where states wait.
-        """
+        """Run a decoder layer on batches, feed its observers, and store its outputs in the batches unless ``stay``."""
         paths = {path: path for observer in observers for path in observer.watched}
         states = self.passing(batch.hidden for batch in batches)
         for batch, (hidden,) in zip(batches, states, strict=True):
@@ -245,19 +241,16 @@ class ModelStream:
                 observer.add(calls)
             if not stay:
                 batch.hidden = self.states.keep(out)
-            del out  # or the device would hold it beside the next
+            del out  # so that the device does not hold two outputs
         for observer in observers:
             observer.reduce(self.processes)
 
     def fetch(self, x: Tensor) -> Tensor:
-        """What waits anywhere, on the device."""
+        """Return a tensor moved to the device."""
         return send([x], self.device)()[0]
 
     def passing(self, *lists: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """The states of batch after batch, on the device: one of each list; the next come while some are at work.
-
-        Lists are read one batch ahead.
-        """
+        """Yield the states of each batch on the device, one of each list; the next batch is copied meanwhile."""
         ahead: Callable[[], tuple[Tensor, ...]] | None = None
         for states in zip(*lists, strict=True):
             now, ahead = ahead, send(states, self.device)
@@ -267,35 +260,35 @@ class ModelStream:
             yield ahead()
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast to the layers' precision, so that a float32 stream can enter bfloat16 layers."""
+        """Return autocast to the layers' precision, so that bfloat16 layers accept a float32 stream."""
         if self.dtype == self._residual:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def cast(self, x: Tensor) -> Tensor:
-        """Activations as the products inside the layer see them."""
+        """Return activations in the precision of the products inside a layer."""
         return x.to(self.dtype)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(self.device)
-        # Norms work on the stream as it is; autocast brings biases to the precision of their product.
+        # Norms run in the precision of the stream; autocast casts biases.
         return tensor.to(self.device, self._residual if tensor.ndim < 2 else self.dtype)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
-        # The least and the largest are found without a second tensor, and NaN is both.
+        # aminmax propagates NaN and needs no second tensor of this size.
         if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise UserError(f"{where}{name} has NaN or inf")
 
 
 def _same(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
-    """Whether two batches hand every layer the same."""
+    """Return whether two batches have equal arguments for every layer."""
     (one, shape), (other, its) = (
         tree_flatten([(c.args, dict(c.kwargs)) for c in each]) for each in (calls, others)
     )
-    # Layers are handed the same objects, each of which is compared once.
+    # Layers mostly share objects; compare each pair once.
     pairs = {(id(a), id(b)): (a, b) for a, b in zip(one, other, strict=False)}.values()
     return shape == its and all(_equal(a, b) for a, b in pairs)
 
@@ -308,7 +301,7 @@ def _equal(one: object, other: object) -> bool:
 
 @contextmanager
 def _given(layer: nn.Module, path: str, output: Tensor) -> Iterator[None]:
-    """Put what an attention module puts out in the place of the module."""
+    """Replace an attention module by its output."""
     module = layer.get_submodule(path)
     layer.set_submodule(path, _Given(output))
     try:
@@ -318,7 +311,7 @@ def _given(layer: nn.Module, path: str, output: Tensor) -> Iterator[None]:
 
 
 class _Given(nn.Module):
-    """Stands in an attention module's place and returns what it would."""
+    """A stand-in for an attention module that returns a given output."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -329,7 +322,7 @@ class _Given(nn.Module):
 
 
 class _Recorder(nn.Module):
-    """Stands in a layer's place, keeps what it was called with and passes the hidden states on."""
+    """A stand-in for a layer that records its arguments and returns the hidden states."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -337,7 +330,7 @@ class _Recorder(nn.Module):
         self.call = LayerCall((), {})
 
     def __getattr__(self, name: str) -> Any:
-        # Models read facts of a layer, such as its attention type, to choose its mask.
+        # Models read attributes of a layer, such as its attention type, to choose its mask.
         attributes = self.__dict__.get("_attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
 

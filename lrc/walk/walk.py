@@ -1,4 +1,4 @@
-"""The one walk over a model's layers: each is loaded once and runs once on all batches."""
+"""Walk over a model's layers: load each once and run it once on all batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Stage = Callable[[str], AbstractContextManager[object]]
 
 
 class Walk:
-    """Visit the first ``end`` layers (default: all), ``group`` neighbours at a time, and take ``batches`` past them.
+    """Visit the first ``end`` layers (default: all), ``group`` at a time, and run ``batches`` through them, in place.
 
-    Layers that a visit has not observed are run when the loop goes on. The visit then drops its layers, so that only
-    those of one visit are on the device. ``load`` gives layers that are held elsewhere. The first token of a block
-    counts as ``first_token`` in moments. ``watch`` times the stages ``load`` and ``observe``.
+    When the loop goes on, the visit runs its layers if it has not yet, and drops them. ``load`` replaces reading layers
+    from the checkpoint. The first token of a block has weight ``first_token`` in moments. ``watch`` times the stages
+    ``load`` and ``observe``.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Walk:
 
 
 class Visit:
-    """Neighbouring layers of the original on the device, and the batches in front of them or, once run, behind them."""
+    """Consecutive layers on the device, and the batches at their input or, once run, at their output."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Visit:
 
     @property
     def layers(self) -> list[Layer]:
-        """The layers, in order."""
+        """Return the layers, in order."""
         stream = self._stream
         architecture, where = stream.reader.architecture, (stream.device, stream.dtype, stream.processes)
         return [
@@ -79,17 +79,17 @@ class Visit:
 
     @property
     def layer(self) -> Layer:
-        """The only layer, where the walk visits one at a time."""
+        """Return the only layer of a visit with ``group`` 1."""
         (layer,) = self.layers
         return layer
 
     @property
     def index(self) -> int:
-        """Number of the first layer."""
+        """Return the index of the first layer."""
         return next(iter(self._loaded))
 
     def observe(self, *observers: Observer) -> None:
-        """Run the layers once on all batches, feed each observer the calls of its layer, and move the batches past."""
+        """Run the layers once on all batches, in place, and feed each observer the calls of its layer."""
         with self._stage("observe"):
             self._run(observers)
 
@@ -100,16 +100,16 @@ class Visit:
         *beside: Observer,
         targets: Iterable[str] = (),
     ) -> Found:
-        """Observe what the solvers of the only layer need, and return it together with the gradients of a sweep.
+        """Run the only layer and return the statistics that its solvers need, with ``gradients``.
 
-        ``beside``: more observers. ``targets``: more targets to take moments for. Raise UserError where activations are
-        NaN or inf.
+        ``beside``: more observers. ``targets``: more targets to collect moments for. Raises UserError if activations
+        are NaN or inf.
         """
         with self._stage("observe"):
             needed = statistics_needed(self.layer, plan, targets)
             self._run([*needed, *beside])
             found = {statistic.name: statistic.result() for statistic in needed}
-            del needed  # with the sums, before gradients take their room
+            del needed  # free the sums before gradients are loaded
             if gradients is None:
                 return found
             fetched = gradients.moved(self._stream.fetch)
