@@ -1,6 +1,6 @@
-"""Allocations: ways to say what every size of every target costs, which decides how a budget is shared out.
+"""Allocations: ways to find what each size of each target costs, so that a budget buys the cheapest sizes.
 
-Each has a file here and a line below; ``spend`` then spends the budget on its curves, whatever their unit.
+To add one, add a file here and an entry below. ``spend`` spends a budget on the curves of any allocation.
 """
 
 from __future__ import annotations

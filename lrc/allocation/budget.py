@@ -1,4 +1,4 @@
-"""Budgets as people state them (a kept fraction, bytes, a cache), spent on curves of what sizes cost."""
+"""Budgets of a kept fraction, bytes or a KV cache, spent on curves of what sizes cost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.walk.needs import solver_of
 
 _SMALLER = "allow smaller sizes (lrc plan's --keeps, --floor, --round), or shrink more of the model"
-_SHORT = 0.002  # of what was asked may stay unspent
+_SHORT = 0.002  # fraction of a budget that may stay unspent
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be kept: ``keep`` of the weights of the decoder and of tables without sizes of their own, or ``size``
-    bytes of the checkpoint's tensors; alone or beside a keep, ``kv_cache`` of the cache.
+    """Limit on what a compressed model keeps.
+
+    ``keep``: fraction of the weights of the decoder and of tables without a size in the plan. ``size``: bytes of the
+    checkpoint's tensors, without other limits. ``kv_cache``: fraction of the KV cache, alone or with ``keep``.
     """
 
     keep: float | None = None
@@ -34,9 +36,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Spent:
-    """A job with the sizes that a budget bought, and what they add up to in the unit of the curves.
+    """A job with the sizes that a budget buys, and their total cost in the unit of the curves.
 
-    ``plan`` is the job's with what stays whole as well, at its full size.
+    ``plan``: the job's plan plus the targets that stay whole, at full size.
     """
 
     job: Job
@@ -47,7 +49,7 @@ class Spent:
 def read_budgets(
     keep: float | Sequence[float] | None, size: int | None, kv_cache: float | None
 ) -> list[Budget]:
-    """One budget for each keep, or one in all. Raises UserError for fractions outside (0, 1] and for contradictions."""
+    """Return a budget per keep, or one without. Raises UserError for conflicts and fractions outside (0, 1]."""
     keeps = [] if keep is None else [keep] if isinstance(keep, int | float) else list(keep)
     if size is not None and (keeps or kv_cache is not None):
         raise UserError("--bytes stands alone; leave out --keep and --kv-cache")
@@ -56,15 +58,15 @@ def read_budgets(
     for name, value in [*(("--keep", value) for value in keeps), ("--kv-cache", kv_cache)]:
         if value is not None and not 0 < value <= 1:
             raise UserError(f"{name} {value:g} is outside (0, 1]; it is a fraction of the original")
-    if len({f"{value:g}" for value in keeps}) < len(keeps):  # as their plans are called
+    if len({f"{value:g}" for value in keeps}) < len(keeps):  # plan names contain this text
         raise UserError("--keep names a fraction twice")
     return [Budget(value, size, kv_cache) for value in keeps or [None]]
 
 
 def spend(budget: Budget, job: Job, offers: Sequence[Offer]) -> Spent:
-    """Return the sizes of least cost within a budget; ``job``: the measured plan at any one of its sizes.
+    """Return the sizes of least cost within a budget; ``job`` has the measured plan at any size.
 
-    Raises UserError with the smallest or largest budget that can be met where this one cannot.
+    Raises UserError naming the smallest or largest possible budget if this one cannot be met.
     """
     if not offers:
         raise UserError(
@@ -88,7 +90,7 @@ def spend(budget: Budget, job: Job, offers: Sequence[Offer]) -> Spent:
 
 
 def shortfalls(budget: Budget, spent: Spent) -> list[str]:
-    """What of a budget is left unspent, in words, each part of which more than 0.2 % is; nothing where all is whole."""
+    """Describe each part of a budget with over 0.2 % unspent; empty if all targets are whole."""
     plan = spent.job.plan
     if plan.budget.kept == plan.budget.whole:
         return []
@@ -105,7 +107,7 @@ def shortfalls(budget: Budget, spent: Spent) -> list[str]:
 
 
 def _cache_share(spent: Spent) -> float:
-    """Width of the KV cache over the original's."""
+    """Return the width of the KV cache over the original's."""
     heads = spent.job.reader.architecture
     narrowed = [a for layer in spent.job.plan.layers for a in layer.assignments if a.target in ("qk", "ov")]
     widths = [solver_of(a).size.inner(heads.targets[a.target], a.size) for a in narrowed]
@@ -135,12 +137,12 @@ def _spend_cache(fraction: float, job: Job, offers: Sequence[Offer]) -> Allocati
 
 
 def _ends(offers: Sequence[Offer], currency: Currency) -> tuple[list[int], list[int]]:
-    """What the cheapest and the dearest choices take."""
+    """Return what each offer's smallest and largest choice take."""
     return [offer.smallest(currency) for offer in offers], [offer.largest(currency) for offer in offers]
 
 
 def _limit(asked: str, fraction: float, whole: int, least: int, most: int) -> int:
-    """What a fraction of ``whole`` comes to, if sizes that keep ``least`` to ``most`` can meet it."""
+    """Return ``fraction`` of ``whole``; UserError if sizes from ``least`` to ``most`` cannot meet it."""
     limit = math.floor(fraction * whole + 1e-6)  # 0.7 * 10 is a little less than 7
     if limit < least:
         smallest = math.ceil(least / whole * 1e4) / 1e4
@@ -162,7 +164,7 @@ def _spend_bytes(limit: int, job: Job, offers: Sequence[Offer]) -> Spent:
     smallest = output_size(_sized(job, offers, least.choices, least.cost).job).bytes
     if limit < smallest:
         raise UserError(f"{limit:,} bytes cannot be met; the fewest that can are {smallest:,}: {_SMALLER}")
-    while True:  # the weights are nearly all of it, so that two or three rounds do
+    while True:  # nearly all bytes are weights, so two or three rounds suffice
         found = allocate(offers, max(budget, lowest), "bytes")
         spent = _sized(job, offers, found.choices, found.cost)
         over = output_size(spent.job).bytes - limit
@@ -172,7 +174,7 @@ def _spend_bytes(limit: int, job: Job, offers: Sequence[Offer]) -> Spent:
 
 
 def _sized(job: Job, offers: Sequence[Offer], choices: Sequence[Choice], cost: float) -> Spent:
-    """The job with new sizes; what is at its full one stays whole."""
+    """Return the job with new sizes; targets at full size stay whole."""
     pairs = zip(offers, choices, strict=True)
     bought = {(o.curve.layer, o.curve.target): (choice.size, choice.weights) for o, choice in pairs}
 
@@ -192,7 +194,7 @@ def _sized(job: Job, offers: Sequence[Offer], choices: Sequence[Choice], cost: f
 
 
 def _shrunk(plan: ResolvedPlan) -> ResolvedPlan:
-    """The plan without what stays whole."""
+    """Return the plan without the targets that stay whole."""
     layers = (replace(layer, assignments=tuple(filter(_saves, layer.assignments))) for layer in plan.layers)
     return replace(plan, layers=tuple(layers), outer=tuple(filter(_saves, plan.outer)))
 

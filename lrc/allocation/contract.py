@@ -1,4 +1,4 @@
-"""What an allocation is: a plan at several sizes in, what every size of every target costs out."""
+"""Interface of an allocation: from a plan at several sizes to the cost of each size of each target."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from lrc.walk.stream import ModelStream
 
 Advance = Callable[[int], object]
 
-# What the costs of all curves of an allocation are, and add up to.
+# Unit of an allocation's costs and of their sum.
 Unit = Literal[
     "nats",  # rise of the loss per token, measured on held-out text
-    "predicted nats",  # the same to second order, from gradients on the calibration text
-    "relative squared error",  # E‖Δy‖² / E‖y‖², mean over the weights that the budget is of
-    "squared shortfall",  # (weights lost / weights)², of every weight alike: nothing is known of the model
+    "predicted nats",  # second-order prediction from gradients on the calibration text
+    "relative squared error",  # E‖Δy‖² / E‖y‖², averaged over the weights in the budget
+    "squared shortfall",  # (weights removed / weights)², the same for every weight; nothing is measured
 ]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A base plan resolved at several sizes, the texts, how layers run and where hidden states wait, and the processes
-    that share the work.
+    """Inputs of an allocation: a base plan resolved at several sizes, the texts, and how to run the layers.
 
-    ``losses``: every problem is posed with gradients, so that its solution predicts a loss.
+    ``losses``: give every problem gradients, so that its solution predicts a loss. ``states``: where hidden states are
+    offloaded. ``processes``: the processes that share the work.
     """
 
     reader: CheckpointReader
@@ -55,26 +55,26 @@ class Setting:
 
     @property
     def stream(self) -> ModelStream:
-        """The model, layer by layer."""
+        """New stream over the model's layers."""
         return ModelStream(self.reader, self.device, self.dtype, self.states, processes=self.processes)
 
     @property
     def first_token(self) -> int:
-        """What the first token of a block counts for in moments, as in a compression by the plans."""
+        """Weight of a block's first token in moments, as the plans set it."""
         return self.plans[0].first_token
 
     def asked(self, layer: int | None) -> dict[tuple[str, SizeValue], Assignment]:
-        """Everything that the plans ask of one layer, or None for outside the layers, by target and size."""
+        """Return all plans' assignments of one layer (None: outside the layers), by target and size."""
         return {(a.target, a.size): a for plan in self.plans for a in plan.unsized(layer)}
 
     def at_all_sizes(self, layer: int) -> LayerPlan:
-        """One layer's assignments in all plans together."""
+        """Return one layer with the assignments of all plans."""
         return replace(self.plans[0].layers[layer], assignments=tuple(self.asked(layer).values()))
 
     def reduced(
         self, stream: ModelStream, index: int, state: Mapping[str, Tensor], solution: Solution
     ) -> nn.Module:
-        """A layer, of its tensors by path, with nothing but one target solved, as a stream runs it on its device."""
+        """Return a layer on the stream's device with one target compressed; ``state``: its original tensors by path."""
         dtype, skeleton = self.reader.dtype, stream.skeletons[index]
         found = assemble(self.reader.architecture, skeleton, state, [solution], dtype)
         return stream.filled(found.module, found.state)
@@ -82,8 +82,9 @@ class Setting:
     def gradients(
         self, stream: ModelStream, held: Callable[[int], nn.Module] | None = None
     ) -> dict[int, GradientMoment]:
-        """Gradient moments by layer, on the host, as a compression by the plans would have them, and with ``losses``
-        those of every target; none where no layer reads any. ``held`` gives layers that are on the device already.
+        """Return gradient moments by layer, on the host; none for layers whose solvers read none.
+
+        With ``losses``, every target gets gradients. ``held`` returns layers that are already on the device.
         """
         return read_gradients(
             stream,
@@ -98,7 +99,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Costs:
-    """Curves with their costs in ``unit``; ``loss``: nats per held-out token of the model as it is, where measured."""
+    """Curves with costs in ``unit``; ``loss``: the original model's nats per held-out token, if measured."""
 
     curves: list[Curve]
     unit: Unit
@@ -109,12 +110,10 @@ class Costs:
 class Allocator:
     """One way to find what sizes cost.
 
-    ``blank``: the curves there will be, without their costs, from shapes alone; it raises UserError for a plan that the
-    allocation cannot do. ``costs``: the curves; its second argument is called with the steps done, ``steps`` of the
-    blank curves in all. ``holds``: what of the model is on the device at once. ``keeps``: sizes are those of the plans,
-    so that it matters at which fractions these are; else every size has its cost. ``held_out``: needs held-out text.
-    ``losses``: reads gradients of every target, whatever its method; none are taken outside the layers, so that it
-    knows no costs there.
+    ``blank`` returns the curves without costs, from shapes alone. It raises UserError for an unsupported plan.
+    ``costs`` returns the curves and calls its second argument with the steps done; ``steps`` returns their total.
+    ``holds``: the part of the model that is on the device at once. ``keeps``: costs are known only at the plans' sizes.
+    ``held_out``: needs held-out text. ``losses``: reads gradients of every target, so only targets in layers work.
     """
 
     summary: str
@@ -130,9 +129,9 @@ class Allocator:
 def blank_curves(
     architecture: Architecture, plans: Sequence[ResolvedPlan], *, every_size: bool = False
 ) -> list[Curve]:
-    """Return curves of no cost at the sizes of the plans, the layers in their order, then what is outside of them.
+    """Return curves of zero cost at the plans' sizes, layer by layer, then those outside the layers.
 
-    ``every_size``: at every size that the method can have instead. What stays whole in all plans has no curve.
+    ``every_size``: use every size that the method allows. Targets that no plan shrinks have no curve.
     """
     found = []
     targets = architecture.targets | architecture.outer
@@ -156,5 +155,5 @@ def blank_curves(
 
 
 def walk_steps(architecture: Architecture, curves: Sequence[Curve]) -> int:
-    """Steps of an allocation that goes through the model once: a layer each, and one for what is outside of them."""
+    """Return the steps of one pass over the model: one per layer, plus one for tables with curves."""
     return architecture.layers + any(curve.layer is None for curve in curves)

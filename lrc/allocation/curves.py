@@ -1,4 +1,4 @@
-"""Curves of what sizes cost as a file, with all that they hang on, so that another budget costs no measurement."""
+"""Files of curves with the key that determines them, so that other budgets need no measurement."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FORMAT = 5
 
 @dataclass(frozen=True)
 class Curves:
-    """``curves`` of what people call ``model``, found under ``key``, their costs in ``unit``.
+    """Curves of a model with costs in ``unit``; ``key`` holds everything that determines them.
 
-    ``loss``: nats per held-out token of the model as it is, where costs were measured.
+    ``model``: the name that the user gave. ``loss``: the original model's nats per held-out token, if measured.
     """
 
     model: str
@@ -37,15 +37,15 @@ class Curves:
     curves: list[Curve]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the curves as JSON values."""
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: Path) -> None:
-        """Write the file in one step."""
+        """Write the file atomically."""
         write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
-        """Fields in which a key of a ``model`` differs, each with both values."""
+        """Return the fields in which another model's ``key`` differs, each with both values."""
         there, here = (
             {**k, "model": f"{m} {k.get('model')}"} for m, k in ((self.model, self.key), (model, key))
         )
@@ -53,7 +53,7 @@ class Curves:
         return [f"{name} (there {_short(there.get(name))}, here {_short(here.get(name))})" for name in names]
 
     def fits(self, blank: Sequence[Curve]) -> bool:
-        """Whether these are the ``blank`` curves, each with a cost at its every size."""
+        """Return whether these are the ``blank`` curves with a finite cost at every size."""
         bare, expected = ([replace(curve, costs=()) for curve in curves] for curves in (self.curves, blank))
         return bare == expected and all(
             len(curve.costs) == len(curve.sizes) and all(map(math.isfinite, curve.costs))
@@ -65,12 +65,12 @@ _CURVES = TypeAdapter(Curves)
 
 
 def file_name(model: str, key: Mapping[str, Any]) -> str:
-    """What curves are called: the model, the allocation, and a hash of the key, so that each key has its file."""
+    """Return the file name of curves: model, allocation and a hash of the key."""
     return f"{model}.{key['allocation']}.{digest(key)}.curves.json"
 
 
 def load_curves(path: Path) -> Curves:
-    """Read what ``Curves.save`` wrote. Raises UserError where the file is something else."""
+    """Read a file of ``Curves.save``. Raises UserError for any other file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or "format" not in found:
@@ -92,12 +92,12 @@ def load_curves(path: Path) -> Curves:
 
 
 def as_curves(values: Mapping[str, Any]) -> Curves:
-    """What ``Curves.as_dict`` gave, from JSON. Raises pydantic's ValidationError where it is something else."""
+    """Return the curves of ``Curves.as_dict``. Raises pydantic's ValidationError for other values."""
     return _CURVES.validate_json(json.dumps(values), strict=True)
 
 
 def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
-    """Hash of what is measured how: target, method and options in every layer and outside, whatever the sizes."""
+    """Return a hash of the targets, methods and options in and outside the layers, ignoring sizes."""
     found = {
         (-1 if index is None else index, a.target, a.method, json.dumps(a.options, sort_keys=True))
         for plan in plans

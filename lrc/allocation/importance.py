@@ -1,4 +1,4 @@
-"""Importance: every singular direction of every matrix scored by itself, all of them sorted, cut at the budget."""
+"""Importance: score every singular direction of every matrix and keep the best within the budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lrc.walk.needs import solver_of
 
 
 def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
-    """Every projection that the plans shrink, at its every rank; UserError for what is no low-rank pair."""
+    """Return a curve over all ranks for each projection. Raises UserError for targets that are no low-rank pair."""
     for assignment in (a for plan in plans for layer in plan.layers for a in layer.assignments):
         if not isinstance(solver_of(assignment).size, PairRank):
             raise UserError(
@@ -33,11 +33,11 @@ def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Cur
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
-    """At every rank half the sum of σ_i² (u_iᵀ G u_i)(v_iᵀ C v_i) over the directions that are dropped.
+    """Return at every rank half the sum of σ_i² (u_iᵀ G u_i)(v_iᵀ C v_i) over the dropped directions.
 
-    u, σ and v are those of the matrix itself, C is the moment of its input and G that of the loss gradient at its
-    output; half of such a score is what dropping the direction alone adds to the loss in nats. Directions are sorted by
-    score per weight, as those of a larger matrix take more of the budget.
+    u, σ, v: the matrix's SVD. C: moment of its input. G: moment of the loss gradient at its output. Half a score is the
+    predicted rise of the loss, in nats, from dropping that direction alone. The budget compares directions by score per
+    weight.
     """
     found: dict[tuple[int | None, str], list[float]] = {}
 
@@ -55,10 +55,10 @@ def costs(setting: Setting, advance: Advance) -> Costs:
 
 
 def _dropped(problem: Problem) -> list[float]:
-    """Nats that dropping all but the best r directions costs, for r = 0 to all."""
+    """Return the nats of dropping all but the best r directions, for r = 0 to all."""
     assert isinstance(problem, ProjectionProblem)
     assert problem.gradient is not None, "directions are scored with the gradients"
     scores = direction_scores(problem.matrix.weight, input_moment(problem), problem.gradient)
-    # Never below zero, though a float32 sum may be indefinite by rounding.
+    # Rounding can make a float32 moment indefinite and a score negative.
     tails = scores.clamp_min(0).sort(descending=True).values.flip(0).cumsum(0).flip(0)
     return (torch.cat([tails, tails.new_zeros(1)]) / 2).tolist()

@@ -1,4 +1,4 @@
-"""Energy and Fisher: what the methods themselves predict that a size costs, a layer at a time, no held-out text."""
+"""Energy and Fisher: costs that the methods predict, one layer at a time, without held-out text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from lrc.plan.resolved import Assignment
 
 
 def energy_costs(setting: Setting, advance: Advance) -> Costs:
-    """Predicted squared errors over the squared sizes of what they are errors of, times the target's share of weights.
+    """Return relative squared errors, each times the target's share of the weights in the budget.
 
-    Errors differ in what they are of: the divergence of attention for qk, outputs that the residual stream adds up for
-    ov and mlp, the input of a nonlinearity for many a projection. What they have in common is the share lost, 0 where a
-    target is whole and 1 where it is gone; it counts for as much as the target has weights, so that a small target is
-    not kept whole for being small. How much a layer matters to the loss is not in it: ``fisher`` knows that.
+    Errors of qk, ov, mlp and projections differ in unit; relative errors are comparable: 0 for a whole target, 1 for a
+    removed one. Without the share of weights, small targets would stay whole. Unlike ``fisher_costs``, these costs
+    ignore how much a layer affects the loss.
     """
     whole = setting.plans[0].budget.whole
 
@@ -32,9 +31,9 @@ def energy_costs(setting: Setting, advance: Advance) -> Costs:
 
 
 def fisher_costs(setting: Setting, advance: Advance) -> Costs:
-    """Rises of the loss in nats per token, predicted to second order from the gradients of the loss.
+    """Return rises of the loss in nats per token, predicted to second order from gradients.
 
-    Raises UserError for a method that predicts none though it has the gradients.
+    Raises UserError for a method that predicts no loss.
     """
     return _costs(setting, advance, "predicted nats", _loss)
 

@@ -1,4 +1,4 @@
-"""The problems that a setting's plans pose, a layer at a time: one walk, so that only one layer is on the device."""
+"""Build the problems of a setting's plans in one walk, with one layer on the device at a time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from lrc.walk.walk import Visit, Walk
 
 @dataclass(frozen=True)
 class Posed:
-    """One layer, or None for outside the layers: what the plans ask of it by target and size, the problems by target,
-    and the layer's tensors by path.
+    """Assignments by target and size, and problems by target, of one ``layer`` (None: outside the layers).
+
+    ``state``: the layer's tensors by path.
     """
 
     layer: int | None
@@ -31,10 +32,10 @@ class Posed:
 
 
 def each_posed(setting: Setting, look: Callable[[Posed], object], advance: Advance) -> None:
-    """Call ``look`` with every layer of which the plans ask something, and then with what is outside the layers.
+    """Call ``look`` for every layer with assignments, then for the targets outside the layers.
 
-    Problems are posed from the calibration blocks, after a sweep for the gradients where any are read. ``advance`` is
-    called after every layer, and after what is outside. ``look`` must keep no problem: moments go when it returns.
+    Problems come from the calibration blocks; a sweep for gradients runs first if solvers need them. ``advance`` is
+    called after each of these steps. ``look`` must not keep problems, so that their moments are freed.
     """
     stream = setting.stream
     gradients = setting.gradients(stream)

@@ -1,4 +1,4 @@
-"""Measures what shrinking each component or projection alone does to the loss on held-out text."""
+"""Sensitivity: measure the rise of the held-out loss when one target alone is shrunk."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from lrc.walk.walk import Visit, Walk
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
-    """The rise of the loss that each target alone causes at each of its sizes, all else whole.
+    """Return the rise of the loss from each target alone at each of its sizes.
 
-    Raises UserError where a loss is not finite.
+    Raises UserError if a loss is not finite.
     """
     measuring = Sensitivity(setting)
     return Costs(measuring.curves(advance), "nats", measuring.loss)
 
 
 def passes(architecture: Architecture, curves: Sequence[Curve]) -> int:
-    """Layers that measuring curves runs over the held-out text: for each size those from its own to the last, for the
-    embedding's all of them, for a head's none.
+    """Return how many layer runs over the held-out text the curves need.
+
+    Each size runs the layers from its own to the last; the embedding runs all, the head none.
     """
     return sum(_layers_run(architecture, curve) * len(curve.sizes) for curve in curves)
 
@@ -49,11 +50,10 @@ def _layers_run(architecture: Architecture, curve: Curve) -> int:
 
 
 class Sensitivity:
-    """A model held whole on the device, the moments' text and the held-out text at the layer that is being measured.
+    """Measure curves with the whole model on the device.
 
-    Every process holds the model, and its part of both texts.
-
-    ``loss``: nats per held-out token of the model as it is.
+    Every process holds the model and its part of the calibration and held-out texts. ``loss``: the original model's
+    nats per held-out token.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -72,9 +72,9 @@ class Sensitivity:
         self.loss = self._loss((self._through(0, batch) for batch in self._held), "of the model as it is")
 
     def curves(self, advance: Advance) -> list[Curve]:
-        """The ``blank_curves`` of the plans, measured.
+        """Return the plans' ``blank_curves`` with measured costs.
 
-        ``advance`` is called with the layers run, ``passes`` in all. Raises UserError where a loss is not finite.
+        ``advance`` is called with the layers run, ``passes`` in all. Raises UserError if a loss is not finite.
         """
         setting, found = self._setting, []
         blank = blank_curves(self._architecture, setting.plans)
@@ -113,7 +113,7 @@ class Sensitivity:
         alone: Callable[[str, Solution], float],
         advance: Advance,
     ) -> list[Curve]:
-        """Curves with what each of their sizes costs, by the loss with one target's solution ``alone``."""
+        """Return the curves with costs; ``alone`` returns the loss with one target compressed."""
         found = []
         for curve in curves:
             asked, nats = self._setting.asked(curve.layer), []
@@ -129,15 +129,15 @@ class Sensitivity:
         return solve(problem, assignment)
 
     def _alone(self, index: int, _: str, solution: Solution) -> float:
-        """Nats per held-out token with nothing but one target of one layer shrunk."""
+        """Return the nats per held-out token with one target of one layer compressed."""
         layer = self._setting.reduced(self._stream, index, self._states[index], solution)
         hidden = (self._through(index, batch, layer) for batch in self._held)
         return self._loss(hidden, f"at layer {index}")
 
     def _table_alone(self, target: str, solution: Solution) -> float:
-        """Nats per held-out token with nothing but the embedding, the head or the one that is both shrunk.
+        """Return the nats per held-out token with only the embedding, the head or the tied table compressed.
 
-        The held-out text is behind the last layer by now; from a reduced embedding it starts anew.
+        The held-out states are those after the last layer; a compressed embedding needs a new run through all layers.
         """
         stream = self._stream
         reduced = store_outer(stream, solution)
@@ -153,7 +153,7 @@ class Sensitivity:
     def _loss(
         self, hidden: Iterable[Tensor], where: str, tail: Callable[[Tensor], Tensor] | None = None
     ) -> float:
-        """Nats per held-out token from the states behind the last layer, by batch; ``tail`` in place of the model's."""
+        """Return nats per held-out token from the last layer's outputs, by batch; ``tail`` replaces the model's."""
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
         for states, ids in zip(hidden, self._held_ids, strict=True):
             total += token_nll((tail or self._tail)(states), ids).double().sum()
@@ -162,7 +162,7 @@ class Sensitivity:
         return loss
 
     def _through(self, first: int, batch: Batch, layer: nn.Module | None = None) -> Tensor:
-        """A batch from before the layer ``first`` to behind the last, with ``layer`` in the place of that one."""
+        """Run a batch from layer ``first`` through the last; ``layer`` replaces layer ``first``."""
         hidden = batch.hidden
         for index, whole in enumerate(self._layers[first:], first):
             module = layer if layer is not None and index == first else whole

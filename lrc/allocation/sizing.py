@@ -1,4 +1,4 @@
-"""Finds what sizes cost, by an allocation, and spends budgets on that: behind ``lrc plan`` and ``allocate:`` alike."""
+"""Measure what sizes cost and spend budgets, for ``lrc plan`` and for plans with ``allocate:``."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from lrc.walk.needs import reads_gradients, solver_of
 Progress = Callable[[str, int], Callable[[int], object]]
 
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
-_EXACT = 1e-9  # 0.7 * 10 is a little more than 7
+_EXACT = 1e-9  # rounding error of products such as 0.7 * 10
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes that a budget may buy: multiples of ``round_to``, from ``floor`` to ``cap`` of a target's weights.
+    """Sizes that a budget may buy: multiples of ``round_to`` that keep ``floor`` to ``cap`` of a target's weights.
 
-    Without ``round_to`` they are those that the method calls fast. Without a floor they begin at the smallest size
-    whose cost is known. At a cap of 1 a target may stay whole.
+    Defaults: sizes that the method calls fast, from the smallest with a known cost. At a cap of 1 targets may stay
+    whole.
     """
 
     round_to: int | None = None
@@ -46,7 +46,7 @@ class Limits:
     cap: float = 1.0
 
     def check(self, name: str, keeps: Sequence[float]) -> None:
-        """Raise UserError for limits out of range, and a floor below the ``keeps`` that an allocation measures."""
+        """Raise UserError for limits out of range, or a floor below the smallest of the measured ``keeps``."""
         if self.round_to is not None and self.round_to < 1:
             raise UserError(f"--round {self.round_to} is too small; the smallest is 1")
         for option, value in (("--floor", self.floor), ("--cap", self.cap)):
@@ -65,12 +65,12 @@ class Limits:
 
     @property
     def barring(self) -> list[str]:
-        """Those that bar larger sizes, as options of ``lrc plan``."""
+        """Limits that exclude larger sizes, as options of ``lrc plan``."""
         steps = [f"--round {self.round_to}"] if (self.round_to or 1) > 1 else []
         return [*steps, *([f"--cap {self.cap:g}"] if self.cap < 1 else [])]
 
     def on(self, curve: Curve, rule: SizeRule, target: Target, options: Options, dtype: torch.dtype) -> Offer:
-        """Return what may be bought of a curve with sizes of ``rule``; UserError where the limits leave nothing."""
+        """Return the sizes of a curve that a budget may buy. Raises UserError if the limits allow none."""
 
         def choice(size: SizeValue) -> Choice:
             weights = rule.weights(target, size, options)
@@ -91,11 +91,11 @@ class Limits:
 class Measuring:
     """How ``lrc plan`` finds what sizes cost.
 
-    ``allocate``: one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's if it names one, else sensitivity).
-    ``keeps``: fractions of each target at which costs are found, by the allocations that cannot find all. ``held_out``:
-    the text whose first ``samples`` blocks sensitivity is measured on (default: wikitext2:validation; for built-in
-    models what calibration does not draw of builtin:train). ``curves``: the file of what sizes cost (default: beside
-    the plan, under the name that ``lrc.allocation.curves.file_name`` gives), which is used again unless ``fresh``.
+    ``allocate``: one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's, else sensitivity). ``keeps``:
+    fractions of each target to measure. ``held_out``: text of which sensitivity reads the first ``samples`` blocks
+    (default: wikitext2:validation; for built-in models the part of builtin:train that calibration does not draw).
+    ``curves``: the file that caches the costs (default: beside the plan, named by ``lrc.allocation.curves.file_name``).
+    ``fresh``: ignore the cached costs.
     """
 
     allocate: str | None = None
@@ -106,7 +106,7 @@ class Measuring:
     fresh: bool = False
 
     def allocation(self, base: Plan) -> str:
-        """Return the allocation to use. Raises UserError for an unknown one, and for options it has no use for."""
+        """Return the allocation's name. Raises UserError for an unknown one, and for options without effect."""
         named = base.allocate if "allocate" in base.model_fields_set else "sensitivity"
         name = self.allocate or named
         if name not in ALLOCATORS:
@@ -126,7 +126,7 @@ class Measuring:
 
     @property
     def fractions(self) -> list[float]:
-        """Fractions to measure, ascending. Raises UserError where they are not distinct, above 0 and below 1."""
+        """Fractions to measure, ascending. Raises UserError unless they are distinct, above 0 and below 1."""
         keeps = KEEPS if self.keeps is None else self.keeps
         if not keeps or any(not 0 < value < 1 for value in keeps) or len(set(keeps)) < len(keeps):
             raise UserError(
@@ -137,9 +137,7 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Sizing:
-    """An allocation by name and what it works on: ``jobs``, the base plan at ``keeps`` ascending, texts, devices and
-    where hidden states wait.
-    """
+    """An allocation by name with its inputs; ``jobs`` hold the base plan at each of ``keeps``, ascending."""
 
     name: str
     jobs: Sequence[Job]
@@ -153,7 +151,7 @@ class Sizing:
 
     @property
     def key(self) -> dict[str, Any]:
-        """All that the curves hang on, as JSON values."""
+        """Everything that determines the curves, as JSON values."""
         allocator, texts, blocks = ALLOCATORS[self.name], self.texts, self.texts.calibration.blocks
         key: dict[str, Any] = {
             "allocation": self.name,
@@ -174,7 +172,7 @@ class Sizing:
         return key | {"versions": versions("torch", "transformers")}
 
     def curves(self, progress: Progress | None) -> Curves:
-        """Find what sizes cost. Raises UserError where the device has not the memory for it."""
+        """Measure what sizes cost. Raises UserError if the device lacks memory."""
         allocator, job = ALLOCATORS[self.name], self.jobs[0]
         plans = [job.plan for job in self.jobs]
         if allocator.holds == "model":
@@ -202,7 +200,7 @@ class Sizing:
         return Curves(job.model.source, self.key, costs.unit, costs.loss, costs.curves)
 
     def _check_memory(self) -> None:
-        """Raise UserError where the whole model, with what measuring takes, does not fit on the device."""
+        """Raise UserError if the whole model and the measurement do not fit on the device."""
         held = self.texts.held_blocks
         needed = measuring_memory(
             self.jobs[-1],
@@ -222,7 +220,7 @@ class Sizing:
 
 
 def blank_curves(name: str, jobs: Sequence[Job]) -> list[Curve]:
-    """The curves of an allocation without their costs; UserError where it cannot do the plan."""
+    """Return an allocation's curves without costs. Raises UserError if it does not support the plan."""
     allocator, tables = ALLOCATORS[name], jobs[0].plan.shared
     if allocator.losses and tables:
         able = ", ".join(other for other in ALLOCATORS if not ALLOCATORS[other].losses)
@@ -234,10 +232,10 @@ def blank_curves(name: str, jobs: Sequence[Job]) -> list[Curve]:
 
 
 def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Spent:
-    """Sizes of least cost within a budget and the limits; ``job`` has the plan at its smallest sizes.
+    """Return the sizes of least cost within a budget and limits; ``job`` has the plan at its smallest sizes.
 
-    Where they leave more than 0.2 % of it unspent the plan warns of it. Raises UserError with the smallest or largest
-    budget that can be met where this one cannot.
+    Adds a warning to the plan if over 0.2 % of the budget stays unspent. Raises UserError naming the smallest or
+    largest possible budget if this one cannot be met.
     """
     spent = spend(budget, job, [_offer(curve, job, limits) for curve in curves])
     short = shortfalls(budget, spent)
@@ -258,14 +256,14 @@ def _offer(curve: Curve, job: Job, limits: Limits) -> Offer:
 
 
 def default_samples(name: str) -> int | None:
-    """Blocks of held-out text that an allocation takes unless told; None where it reads none."""
+    """Return an allocation's default number of held-out blocks; None if it reads none."""
     return HELD_OUT_SAMPLES if ALLOCATORS[name].held_out else None
 
 
 def unsized(job: Job) -> list[Job]:
-    """A job whose plan asks for an allocation at every one of ``KEEPS``, ascending; nothing where sizes are uniform.
+    """Return a job at each of ``KEEPS``, ascending, for its plan's allocation; none for uniform sizes.
 
-    Raises UserError where the allocation cannot do the plan, or its keep cannot be met.
+    Raises UserError if the allocation does not support the plan, or the plan's keep cannot be met.
     """
     name = job.plan.plan.allocate
     if name == "uniform":
@@ -276,7 +274,7 @@ def unsized(job: Job) -> list[Job]:
 
 
 def sized_by(job: Job, smallest: Job, curves: Sequence[Curve]) -> tuple[Job, float]:
-    """A job with the sizes that its plan's keep buys on the curves, and what they cost.
+    """Return the job with the sizes that its plan's keep buys, and their cost.
 
     ``smallest`` has the same plan at its smallest sizes.
     """
@@ -291,4 +289,4 @@ def _listed(fractions: Sequence[float]) -> str:
 
 
 def _unseen(done: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""

@@ -1,4 +1,4 @@
-"""Spends a budget of weights where it saves most: from what shrinking each target alone costs, to its size."""
+"""Spend a budget: choose every target's size from the costs of shrinking each target alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch import Tensor
 
 from lrc.methods.sizes import SizeValue
 
-Currency = Literal["weights", "bytes", "width"]  # what a budget is of
+Currency = Literal["weights", "bytes", "width"]  # unit of a budget
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What shrinking one target costs, all else whole, in a unit that all curves of an allocation share.
+    """Costs of shrinking one target, all else whole; all curves of an allocation share a unit.
 
-    ``layer`` is None for the embedding and the head, which are outside the layers. ``costs`` are at ``sizes``, which
-    keep ``weights`` each, ascending. At the ``full`` size the cost is 0. Factors of that size have ``exact`` weights,
-    which may be more than the ``whole`` of the target as it is.
+    ``layer`` is None for the embedding and the head. ``sizes`` ascend by ``weights``. The cost of the ``full`` size
+    is 0. Factors of full size have ``exact`` weights, which may exceed the original ``whole`` weights.
     """
 
     layer: int | None
@@ -35,13 +34,13 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """The target and where it is."""
+        """The target and its layer, for messages."""
         return self.target if self.layer is None else f"{self.target} of layer {self.layer}"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A size with the weights that it keeps, their bytes, and of a component the inner dimension left."""
+    """A size with its weights and bytes; ``width``: the inner dimension of a component."""
 
     size: SizeValue
     weights: int
@@ -51,34 +50,34 @@ class Choice:
 
 @dataclass(frozen=True)
 class Offer:
-    """A curve and the sizes that a budget may buy on it; ``whole``: the target left as it is, which may be one."""
+    """A curve and the sizes that a budget may buy; ``whole``: the original target, which may be among them."""
 
     curve: Curve
     choices: tuple[Choice, ...]
     whole: Choice
 
     def ascending(self, currency: Currency) -> list[Choice]:
-        """Return the choices by what they take of a budget; of several that take the same the one of most weights."""
+        """Return the choices in ascending price; of equal prices only the choice of most weights."""
         best = {price(each, currency): each for each in sorted(self.choices, key=lambda each: each.weights)}
         return [best[taken] for taken in sorted(best)]
 
     def smallest(self, currency: Currency = "weights") -> int:
-        """Return what the cheapest choice takes."""
+        """Return the lowest price of a choice."""
         return min(price(each, currency) for each in self.choices)
 
     def largest(self, currency: Currency = "weights") -> int:
-        """Return what the dearest choice takes."""
+        """Return the highest price of a choice."""
         return max(price(each, currency) for each in self.choices)
 
 
 def price(choice: Choice, currency: Currency) -> int:
-    """Return what a choice takes of a budget."""
+    """Return what a choice takes of a budget, in the budget's currency."""
     return getattr(choice, currency)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Choices in the order of the offers, what they take of the budget and what their costs add up to."""
+    """One choice per offer, in order; ``taken``: the sum of their prices; ``cost``: the sum of their costs."""
 
     choices: tuple[Choice, ...]
     taken: int
@@ -91,10 +90,10 @@ class Allocation:
 
 
 def allocate(offers: Sequence[Offer], budget: int, currency: Currency = "weights") -> Allocation:
-    """Return the choices of least cost that take at most ``budget``; costs are taken to add up.
+    """Return the choices of least total cost that take at most ``budget``, assuming that costs add up.
 
-    One price per weight, or byte, decides every size (a Lagrange multiplier, found by bisection). What that leaves of
-    the budget goes, step by step, where it saves most. ``budget`` is at least the sum of the offers' ``smallest``.
+    Bisection finds one Lagrange multiplier, a price per weight or byte, for all offers. The rest of the budget then
+    goes, step by step, where it saves most. ``budget`` must be at least the sum of the offers' ``smallest``.
     """
     least = sum(offer.smallest(currency) for offer in offers)
     assert budget >= least, f"a budget of {budget} {currency} is below the smallest sizes, which take {least}"
@@ -115,9 +114,9 @@ def allocate(offers: Sequence[Offer], budget: int, currency: Currency = "weights
 
 
 def not_rising(values: Sequence[float]) -> list[float]:
-    """The nearest values in least squares that never rise, nor fall below 0, by pooling neighbours that do.
+    """Return the least-squares fit that never rises nor falls below 0, by pooling adjacent violators.
 
-    More weights can only help, so that a rise is noise of the measurement: it is averaged out, not carried on.
+    More weights can only help, so a rise is measurement noise.
     """
     pools: list[tuple[float, int]] = []
     for value in values:
@@ -130,26 +129,26 @@ def not_rising(values: Sequence[float]) -> list[float]:
 
 
 class _Choices:
-    """Every choice of an offer, ascending in what it takes of a budget, with what it costs."""
+    """Choices of one offer in ascending price, with interpolated costs."""
 
     def __init__(self, offer: Offer, currency: Currency) -> None:
         curve, self.choices = offer.curve, offer.ascending(currency)
         self.taken = torch.tensor([price(each, currency) for each in self.choices])
-        # Costs grow with the square of what is lost, so that it is their root that is straight between two sizes.
+        # Costs grow with the square of the removed share, so their roots are interpolated linearly.
         roots = torch.tensor([*not_rising(curve.costs), 0.0], dtype=torch.float64).sqrt()
-        # Factors that keep nearly as many weights as their matrix still cost something: they are exact at full size.
+        # Factors with nearly as many weights as their matrix still cost something: only full-size factors are exact.
         points = torch.tensor([*curve.weights, curve.exact], dtype=torch.float64)
         weights = [curve.exact if each == offer.whole else each.weights for each in self.choices]
         self.costs = _interpolate(torch.tensor(weights, dtype=torch.float64), points, roots).square()
 
     def best(self, price: float) -> int:
-        """Position of the choice of least cost at a price per weight or byte."""
+        """Return the index of the choice of least cost at a price per weight or byte."""
         return int((self.costs + price * self.taken).argmin())
 
     def move(self, at: int, left: int) -> tuple[float, int] | None:
-        """Cost saved per weight, and position, of the best larger choice that ``left`` more of the budget pays for.
+        """Return the saving per weight and the index of the best larger choice that adds at most ``left``.
 
-        It looks past flat and hollow stretches; of several as good it is the largest, so that free weights go at once.
+        All larger choices compete, also beyond flat parts of the curve; the largest wins a tie.
         """
         added = self.taken[at + 1 :] - self.taken[at]
         added = added[added <= left]
@@ -169,7 +168,7 @@ def _spent(choices: Sequence[_Choices], price: float) -> int:
 
 
 def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> None:
-    """Raise sizes while ``left`` weights last, each time by the move that saves most per weight."""
+    """Raise sizes in place with the ``left`` budget, each time by the move that saves most per weight."""
     moves: list[tuple[float, int, int]] = []
 
     def offer(number: int) -> None:
@@ -181,14 +180,14 @@ def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> No
     while moves:
         _, number, to = heapq.heappop(moves)
         added = int(choices[number].taken[to] - choices[number].taken[chosen[number]])
-        if added <= left:  # else others took its weights, and a smaller move may still do
+        if added <= left:  # else earlier moves took the budget, but a smaller move may fit
             left -= added
             chosen[number] = to
         offer(number)
 
 
 def _interpolate(x: Tensor, points: Tensor, values: Tensor) -> Tensor:
-    """Piecewise linear through (points, values), points ascending, x within them."""
+    """Interpolate linearly between (points, values); points ascend, x lies within them."""
     right = torch.searchsorted(points, x).clamp(1, len(points) - 1)
     share = (x - points[right - 1]) / (points[right] - points[right - 1])
     return values[right - 1] + share * (values[right] - values[right - 1])

@@ -1,4 +1,4 @@
-"""Uniform: every target keeps the same fraction of its weights, as nearly as sizes allow within the budget."""
+"""Uniform: every target keeps the same fraction of its weights, as nearly as sizes allow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lrc.plan.resolved import ResolvedPlan
 
 
 def blank(architecture: Architecture, plans: Sequence[ResolvedPlan]) -> list[Curve]:
-    """Every target that the plans shrink, at its every size."""
+    """Return a curve over all sizes for each target that the plans shrink."""
     return blank_curves(architecture, plans, every_size=True)
 
 
 def costs(setting: Setting, advance: Advance) -> Costs:
-    """w·(1 − f)² for a kept fraction f of w weights: a weight then saves 2(1 − f), the same where f is the same."""
+    """Return w·(1 − f)² for a kept fraction f of w weights, so that equal f means equal saving per weight, 2(1 − f)."""
     found = []
     for curve in blank(setting.reader.architecture, setting.plans):
         lost = [1 - kept / curve.whole for kept in curve.weights]

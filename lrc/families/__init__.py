@@ -1,4 +1,4 @@
-"""Model families: the only place that knows a module's name or a weight's orientation."""
+"""Model families: module names and weight orientations, which no other package contains."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = [
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family, by ``model_type``."""
+    """Return every family by ``model_type``."""
     found = [module.FAMILY for _, module in submodules(sys.modules[__name__]) if hasattr(module, "FAMILY")]
     return {family.model_type: family for family in found}
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a ``model_type``; UserError lists the known ones."""
+    """Return the family of a ``model_type``. Raises UserError naming the nearest one if lrc does not support it."""
     if model_type not in families():
         raise UserError(f"model family {model_type!r} is not supported; {nearest(model_type, families())}")
     return families()[model_type]

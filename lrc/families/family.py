@@ -1,4 +1,4 @@
-"""What a model family is: where each projection lies in a decoder layer, as data."""
+"""Describe a model family as data: where each projection is stored in a decoder layer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Component = Literal["qk", "ov", "mlp"]
-Rotary = Literal[
-    "none", "half", "interleaved"
-]  # "half": dimension i turns with i + D/2; "interleaved": with i + 1
+# "half" rotates dimension i with i + D/2, "interleaved" with i + 1.
+Rotary = Literal["none", "half", "interleaved"]
 ATTENTION_ROLES = ("q", "k", "v", "o")
 _COMPONENTS: Mapping[str, tuple[Component, ...]] = {"attention": ("qk", "ov"), "mlp": ("mlp",)}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one projection is stored in a decoder layer.
+    """Location of one projection in a decoder layer.
 
-    ``module`` is the path inside the layer. ``fused`` lists the roles that share that module's output rows, in order:
-    ``stacked`` one behind the other, or ``by_head``, all roles of a head before the next head. ``input_major`` marks
-    weights kept as (in, out), as GPT-2's Conv1D does.
+    ``module`` is the path inside the layer. ``fused`` lists the roles that share the module's output rows, in order.
+    ``order``: ``stacked`` role after role, or ``by_head``, all roles of a head before the next head.
+    ``input_major``: weights are (in, out), as in GPT-2's Conv1D.
     """
 
     module: str
@@ -39,11 +38,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Half:
-    """One half of a decoder layer: what it adds to the residual stream, and how.
+    """Attention or MLP of a decoder layer, with its norm.
 
-    ``norm`` reads the stream that the half adds to, ``module`` the normed one; paths are inside the layer. ``reads``:
-    the site whose activations each projection reads, by role. ``output``: the role that closes the half. ``post_norm``:
-    the norm of what the module returns, where there is one before it is added.
+    ``norm`` reads the residual stream, ``module`` reads the norm's output; all paths are inside the layer. ``reads``:
+    the site whose activations each projection reads, by role. ``output``: the role of the last projection.
+    ``post_norm``: a norm between the module's output and the residual stream, if any.
     """
 
     name: Literal["attention", "mlp"]
@@ -55,49 +54,47 @@ class Half:
 
     @property
     def targets(self) -> set[str]:
-        """What a plan can shrink in it: components and projections."""
+        """Components and projections that a plan can shrink."""
         return {*_COMPONENTS[self.name], *self.reads}
 
 
 @dataclass(frozen=True)
 class Family:
-    """The facts of one ``model_type``; paths of modules are those of its causal language model in transformers.
+    """Facts of one ``model_type``; module paths are those of its causal language model in transformers.
 
-    What is a fact of one model and not of the family is read from its config: ``rotary_share``, ``soft_caps``,
-    ``window`` and ``experts`` are keys of it. ``lrc.families.refusals`` says which facts lrc cannot handle.
+    ``rotary_share``, ``soft_caps``, ``window`` and ``experts`` name config keys, as their values differ by model.
+    ``lrc.families.refusals`` lists the facts that lrc cannot handle.
     """
 
     model_type: str
-    prefix: str  # of the base model; older checkpoints leave it out of their tensor names
+    prefix: str  # of the base model; tensor names of older checkpoints lack it
     layers: str
     halves: tuple[Half, Half]
     projections: Mapping[str, Stored]
     final_norm: str
-    embedding: str  # of tokens; the head's weight too where they are tied
+    embedding: str  # of tokens; also the head's weight in tied models
     rotary: Rotary
     tiny: Mapping[str, Any]  # config of a small model for the contract tests
     head: str = "lm_head"
     split: Mapping[str, str] = field(default_factory=lambda: {r: f"{r}_proj" for r in ATTENTION_ROLES})
-    dropout: str = "attention_dropout"  # attribute of the attention module: the rate on the attention weights
-    output_dropout: str | None = None  # module of the attention, behind its output projection
+    dropout: str = "attention_dropout"  # attribute of the attention module: rate on the attention weights
+    output_dropout: str | None = None  # module of the attention, after its output projection
     activation: str = "act_fn"  # attribute of a gated MLP
     norm_epsilon: str | None = None  # attribute of a root-mean-square norm; None for others
-    norm_offset: int = 0  # norms multiply by this plus their weight: 1 where 1 + w is meant
-    qk_norm: Literal["head", "width"] | None = (
-        None  # norm of queries and keys: of each head, or of all together
-    )
-    parallel: bool = False  # both halves add to the stream in front of the layer
-    rotary_share: str | None = None  # the share of a head's dimensions that turn; None: all
-    soft_caps: tuple[str, ...] = ()  # bounds on scores or logits
-    window: str | None = None  # tokens that attention looks back on
-    experts: str | None = None  # number of experts of an MLP
-    stale: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and no module reads
-    unsupported: Mapping[str, object] = field(
-        default_factory=dict
-    )  # config key -> the value lrc cannot handle
+    norm_offset: int = 0  # norms multiply by this plus their weight
+    # Norm of queries and keys, over each head or over all heads together.
+    qk_norm: Literal["head", "width"] | None = None
+    parallel: bool = False  # attention and MLP read the same residual stream
+    rotary_share: str | None = None  # fraction of a head's dimensions that are rotated; None: all
+    soft_caps: tuple[str, ...] = ()  # soft caps of scores or logits
+    window: str | None = None  # sliding window of attention, in tokens
+    experts: str | None = None  # number of experts
+    stale: tuple[str, ...] = ()  # suffixes of tensors in old checkpoints that no module reads
+    # The value that lrc cannot handle, by config key.
+    unsupported: Mapping[str, object] = field(default_factory=dict)
 
     def half(self, name: Literal["attention", "mlp"]) -> Half:
-        """Return one half of a layer."""
+        """Return the attention or MLP half of a layer."""
         return next(half for half in self.halves if half.name == name)
 
     @property
@@ -112,31 +109,31 @@ class Family:
 
     @property
     def mlp_inputs(self) -> tuple[str, ...]:
-        """Roles whose product or activation is the MLP's hidden state."""
+        """Roles of the projections that compute the MLP's hidden state."""
         return tuple(role for role in self.half("mlp").reads if role != self.mlp_output)
 
     @property
     def mlp_output(self) -> str:
-        """Role of the projection that closes the MLP."""
+        """Role of the MLP's output projection."""
         return self.half("mlp").output
 
     def component(self, name: Component) -> tuple[str, ...]:
-        """Roles of a component, the one that closes it last."""
+        """Return the roles of a component, its output projection last."""
         groups = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": (*self.mlp_inputs, self.mlp_output)}
         return groups[name]
 
     def site(self, role: str) -> str:
-        """The place whose activations a projection reads."""
+        """Return the site whose activations a projection reads."""
         return next(half.reads[role] for half in self.halves if role in half.reads)
 
     @property
     def outer(self) -> dict[str, str]:
-        """Module of each projection outside the decoder layers."""
+        """Module path of each projection outside the decoder layers, by role."""
         return {"embed": self.embedding, "lm_head": self.head}
 
     @property
     def sites(self) -> dict[str, str]:
-        """Module whose input is observed at each site: that of the first projection which reads it."""
+        """Module whose input is recorded for each site: the first projection that reads the site."""
         found: dict[str, str] = {}
         for half in self.halves:
             for role, site in half.reads.items():
@@ -144,13 +141,13 @@ class Family:
         return found
 
     def split_module(self, role: str) -> str:
-        """Path, inside the layer, of a projection once its attention is stored split."""
+        """Return a projection's path inside the layer when q, k, v and o are stored as separate modules."""
         return f"{self.attention}.{self.split[role]}" if role in self.split else self.projections[role].module
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Shape of one projection in canonical (out, in) orientation."""
+    """Shape of one projection in (out, in) orientation."""
 
     rows: int
     columns: int
@@ -161,13 +158,13 @@ class Matrix:
 
     @property
     def parameters(self) -> int:
-        """Weights, without the bias."""
+        """Number of weights, without the bias."""
         return self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Head geometry; ``rotary`` says how positions enter the scores."""
+    """Head geometry of an attention; ``rotary``: the rotary layout, if any."""
 
     heads: int
     kv_heads: int
@@ -176,16 +173,15 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """Query heads that share one key and value head."""
+        """Query heads per key and value head."""
         return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something a plan can shrink: a component or one projection.
+    """A component or projection that a plan can shrink.
 
-    ``full`` is its size when whole and ``step`` the smallest legal change of it; for a component each unit of size
-    holds ``unit`` weights.
+    ``full``: the original size. ``step``: the smallest valid change of the size. ``unit``: weights per unit of size.
     """
 
     name: str
@@ -196,15 +192,15 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Weights when whole, without biases."""
+        """Number of original weights, without biases."""
         return sum(matrix.parameters for matrix in self.matrices.values())
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model's shapes, read from its config and the headers of its weights.
+    """Shapes of one model, from its config and the headers of its weights.
 
-    ``tables``: the embedding and, unless that is its weight too, the head, with a row for each token.
+    ``tables``: the embedding and, unless tied, the head; one row per token.
     """
 
     family: Family
@@ -221,7 +217,7 @@ class Architecture:
 
     @cached_property
     def targets(self) -> dict[str, Target]:
-        """Every component and projection of a layer, by name."""
+        """Components and projections of a layer, by name."""
         family, per_rank = self.family, (self.heads + self.kv_heads) * self.hidden
         width = self.matrices[family.mlp_output].columns
         inner = {
@@ -237,12 +233,12 @@ class Architecture:
 
     @cached_property
     def outer(self) -> dict[str, Target]:
-        """What a plan can shrink outside the layers, by name."""
+        """Targets outside the layers, by name."""
         return {role: _single(role, table) for role, table in self.tables.items()}
 
     @property
     def tied(self) -> bool:
-        """Whether the embedding is the head's weight too."""
+        """Whether the embedding and the head share one weight."""
         return "lm_head" not in self.tables
 
     @property
@@ -251,19 +247,19 @@ class Architecture:
         return Heads(self.heads, self.kv_heads, self.head_dim, self.family.rotary)
 
     def output_rows(self, role: str) -> slice:
-        """A projection's rows among the outputs of the module that stores it."""
+        """Return the output rows of the storing module that belong to a projection."""
         fused = self.family.projections[role].fused
         start = sum(self.matrices[r].rows for r in fused[: fused.index(role)]) if fused else 0
         return slice(start, start + self.matrices[role].rows)
 
     def site_width(self, site: str) -> int:
-        """Size of the activations at a site."""
+        """Return the width of the activations at a site."""
         roles = (role for role in self.matrices if self.family.site(role) == site)
         return self.matrices[next(roles)].columns
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one decoder layer's projections: what ``keep`` is a fraction of."""
+        """Number of weights of one decoder layer's projections; ``keep`` is a fraction of it."""
         return sum(matrix.parameters for matrix in self.matrices.values())
 
 
@@ -272,9 +268,9 @@ def _single(role: str, matrix: Matrix) -> Target:
 
 
 def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Read a model's architecture from its config and the shapes of its tensors, by name.
+    """Return a model's architecture from its config and its tensor shapes, by name.
 
-    Raises UserError for what lrc cannot do for a family, a tensor that is missing, and layers that differ in shape.
+    Raises UserError if the model has unsupported features, lacks a tensor, or has layers of different shapes.
     """
     check_supported(family, config)
     heads = config.num_attention_heads
@@ -334,9 +330,9 @@ def _layer_matrices(
 def canonical(
     family: Family, architecture: Architecture, state: Mapping[str, Tensor], role: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a projection as an unfused (out, in) weight and its (out,) bias, views of a layer's tensors.
+    """Return a projection's unfused (out, in) weight and (out,) bias as views of a layer's tensors.
 
-    ``state`` holds the tensors of one decoder layer by their path inside it.
+    ``state`` holds the tensors of one decoder layer, by path inside the layer.
     """
     stored = family.projections[role]
     weight, bias = state[f"{stored.module}.weight"], state.get(f"{stored.module}.bias")

@@ -39,6 +39,6 @@ FAMILY = Family(
     stale=(".attn.bias", ".attn.masked_bias"),
     dropout="attn_dropout.p",
     output_dropout="resid_dropout",
-    # The first computes scores in another precision and order, the second adds a block that has no calibration input.
+    # reorder_and_upcast_attn changes precision and order of the scores; calibration has no input for cross-attention.
     unsupported={"reorder_and_upcast_attn": True, "add_cross_attention": True},
 )

@@ -1,4 +1,4 @@
-"""What lrc cannot do for a family yet, fact by fact: known from its file and the config, before any weight is read."""
+"""Refuse models with unsupported features, from their family and config, before weights are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_supported(family: Family, config: Any) -> None:
-    """Raise UserError with every fact of a model that lrc cannot handle."""
+    """Raise UserError listing every feature of the model that lrc does not support."""
     if reasons := list(_refusals(family, config)):
         raise UserError(f"config.json: {family.model_type} is not supported with {'; '.join(reasons)}")
 

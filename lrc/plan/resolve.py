@@ -1,4 +1,4 @@
-"""From a plan's text to what is done to every layer of one model, with every mistake told at once."""
+"""Resolve a plan's text for one model, reporting all mistakes at once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan, read_plan
 from lrc.plan.unsized import refuse_no_budget, refuse_sizes
 
-MAX_SEQ_LEN = 2048  # where the plan leaves the length of calibration windows open
-# Where the plan leaves open what first tokens count for: one for so many tokens of a block.
+MAX_SEQ_LEN = 2048  # default tokens of a calibration block, unless the model reads fewer
+# Default weight of the first token: one per this many tokens of a block.
 TOKENS_PER_FIRST = 256
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan before it is worked out for a model; the document holds the mistakes, which ``resolve`` raises.
+    """A plan before ``resolve``, which raises the mistakes that the document collects.
 
-    ``text``: the plan as the user wrote it. ``name``: what reports call it. ``stem``: what files of it are called.
+    ``text``: as the user wrote it. ``name``: its name in reports. ``stem``: the start of its files' names.
     """
 
     plan: Plan
@@ -37,12 +37,12 @@ class Draft:
     stem: str = ""
 
     def keeping(self, keep: float) -> Draft:
-        """Return the same plan with another ``keep``."""
+        """Return this draft with another ``keep``."""
         return replace(self, plan=self.plan.model_copy(update={"keep": keep}))
 
 
 def parse_plan(text: str, source: str) -> Draft:
-    """Read a plan's text; ``source`` names it in messages. UserError where it is not a YAML mapping."""
+    """Read a plan's text; ``source`` names it in messages. Raises UserError if it is not a YAML mapping."""
     document = read_document(text, source)
     return Draft(read_plan(document), document, text, source, FilePath(source).name.removesuffix(".yaml"))
 
@@ -55,11 +55,10 @@ def resolve(
     *,
     finder: str | None = None,
 ) -> ResolvedPlan:
-    """Work a plan out for a model, from shapes alone; ``collectors`` are the statistics that can be gathered.
+    """Resolve a plan for a model from shapes alone; ``collectors`` names the statistics that lrc can collect.
 
-    ``finder`` is who finds the sizes, by default the allocation that the plan asks for: the plan then says none in the
-    layers, and has uniform ones here, until it is known what sizes cost. Raises UserError with every mistake of the
-    plan, each with its line.
+    ``finder``: the command or option that finds the sizes, for messages (default: the plan's ``allocate``). With one,
+    the plan's layers must set no sizes, and get uniform ones. Raises UserError with every mistake and its line.
     """
     plan, document, count = draft.plan, draft.document, architecture.layers
     levels = Levels(plan, document, architecture, methods)
@@ -111,7 +110,7 @@ def resolve(
 
 
 class _Assigner:
-    """Checks wishes against their solvers and gives them sizes."""
+    """Check wishes against their solvers and find their sizes."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class _Assigner:
         self.warned: dict[tuple[Path, str], list[int]] = {}
 
     def assign(self, wish: Wish, index: int | None = None) -> Assignment | None:
-        """What is done for a wish in a layer, or outside; None where the target stays whole or it is a mistake."""
+        """Return the assignment for a wish; None if the target stays whole or the wish is a mistake."""
         self.used |= {wish.path, wish.method_path, *((*wish.path, key) for key in wish.own)}
         solver = self._solver(wish)
         if solver is None:
@@ -167,11 +166,11 @@ class _Assigner:
         return None
 
     def warn(self, path: Path, message: str, index: int | None) -> None:
-        """Note something about a layer, or what is outside of them, that is legal and may surprise."""
+        """Record a warning about a layer, or about targets outside the layers."""
         self.warned.setdefault((path, message), []).extend([] if index is None else [index])
 
     def warnings(self) -> tuple[str, ...]:
-        """Every warning with its line, in the order of the lines, and its layers unless those are all."""
+        """Return the warnings by line; each lists its layers unless it is about all."""
         every = list(range(self.architecture.layers))
         told = [
             (
@@ -184,7 +183,7 @@ class _Assigner:
         return tuple(message for _, message in sorted(told))
 
     def _solver(self, wish: Wish) -> Solver | None:
-        """The solver of a wish, None where there is none or none is needed."""
+        """Return a wish's solver; None if the method is unknown or has none for the target."""
         if wish.method not in self.methods:
             hint = nearest(wish.method, self.methods)
             self.document.mistake(wish.method_path, f"{wish.method!r} is not a method; {hint}")

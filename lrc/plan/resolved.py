@@ -1,4 +1,4 @@
-"""A plan worked out for one model: what is done to which target of which layer, at which size."""
+"""A plan resolved for one model: method, size and options of every target to compress."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from lrc.plan.schema import Plan
 
-_DECODER, _TABLES = "decoder", {"embed": "embedding", "lm_head": "head"}  # as people call them
+_DECODER, _TABLES = "decoder", {"embed": "embedding", "lm_head": "head"}  # names in messages
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One target to shrink, of a layer or outside, with all options of its solver; ``kept``, ``whole`` in weights.
+    """One target to compress, with its method, size and all options of its solver.
 
-    ``size`` is a ``lrc.methods.sizes.SizeValue`` of the method's own type.
+    ``size`` is a ``lrc.methods.sizes.SizeValue``. ``kept`` and ``whole`` count weights after and before.
     """
 
     target: str
@@ -28,20 +28,20 @@ class Assignment:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is done to one decoder layer; what has no assignment stays as it is."""
+    """Assignments of one decoder layer; other targets stay unchanged."""
 
     index: int
     assignments: tuple[Assignment, ...]
 
     @property
     def targets(self) -> set[str]:
-        """What is shrunk."""
+        """Names of the targets to compress."""
         return {assignment.target for assignment in self.assignments}
 
 
 @dataclass(frozen=True)
 class Share:
-    """``kept`` weights, which are ``keep`` of the ``whole`` of ``of``: the decoder, alone or with tables outside it."""
+    """Weights kept of the part ``of``: the decoder, alone or with tables; ``keep`` is ``kept / whole``."""
 
     of: str
     keep: float
@@ -50,23 +50,23 @@ class Share:
 
     @property
     def weights(self) -> str:
-        """What it is a share of, in words."""
+        """Words for the weights that the share is of."""
         return weights_of(self.of)
 
 
 def weights_of(part: str) -> str:
-    """The weights of what ``Share.of`` names, in words."""
+    """Return words for the weights of a part, as ``Share.of`` names it."""
     return "the decoder's weights" if part == _DECODER else f"the weights of {part}"
 
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """A plan and what it comes to; ``whole`` counts weights of the decoder's projections, biases aside.
+    """A plan with the assignments of every layer; ``whole`` counts the decoder's projection weights, without biases.
 
-    ``seq_len``: tokens of a calibration block, whose first one counts as ``first_token`` tokens in moments.
-    ``outer``: what is done to the embedding and the head, which ``kept`` and ``whole`` leave out. ``tables``: weights
-    of those that the plan names. ``shared``: of these, the ones whose sizes an allocation finds, within a budget that
-    they then share with the decoder.
+    ``seq_len``: tokens of a calibration block. ``first_token``: weight of a block's first token in moments.
+    ``outer``: assignments of the embedding and the head, which ``kept`` and ``whole`` do not count.
+    ``tables``: weights of the embedding or head, if the plan names them. ``shared``: the tables that share the
+    decoder's budget, as an allocation finds their sizes.
     """
 
     plan: Plan
@@ -86,21 +86,21 @@ class ResolvedPlan:
 
     @property
     def keep(self) -> float:
-        """Kept weights over all weights of the decoder's projections."""
+        """Kept fraction of the weights of the decoder's projections."""
         return self.kept / self.whole
 
     @property
     def budget(self) -> Share:
-        """What a budget is of: the decoder, and the tables whose sizes an allocation finds."""
+        """Share of the decoder and of the tables that share its budget."""
         return self._share(self.shared)
 
     @property
     def with_tables(self) -> Share | None:
-        """The decoder and all tables that the plan names; None where it names none."""
+        """Share of the decoder and of all tables that the plan names; None without tables."""
         return self._share(self.tables) if self.tables else None
 
     def unsized(self, layer: int | None) -> tuple[Assignment, ...]:
-        """What an allocation finds sizes for: of one layer, or None for outside the layers."""
+        """Return the assignments of a layer (None: outside the layers) whose sizes an allocation finds."""
         if layer is None:
             return tuple(a for a in self.outer if a.target in self.shared)
         return self.layers[layer].assignments
@@ -113,7 +113,7 @@ class ResolvedPlan:
         return Share(of, (whole - lost) / whole, whole - lost, whole)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values, equal for equal work: to store, hash and compare."""
+        """Return JSON values to store, hash and compare; equal plans give equal values."""
         return {
             "plan": self.plan.model_dump(mode="json", exclude_none=True),
             "seq_len": self.seq_len,
