@@ -33,6 +33,13 @@ KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
 _EXACT = 1e-9  # rounding error of products such as 0.7 * 10
 
 
+def check_keeps(keeps: Sequence[float]) -> list[float]:
+    """Return kept fractions, ascending. Raises UserError unless they are distinct and between 0 and 1."""
+    if not keeps or any(not 0 < keep < 1 for keep in keeps) or len(set(keeps)) < len(keeps):
+        raise UserError(f"--keeps {_listed(keeps)}: fractions are distinct, above 0 and below 1")
+    return sorted(keeps)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes that a budget may buy: multiples of ``round_to`` that keep ``floor`` to ``cap`` of a target's weights.
@@ -126,13 +133,8 @@ class Measuring:
 
     @property
     def fractions(self) -> list[float]:
-        """Fractions to measure, ascending. Raises UserError unless they are distinct, above 0 and below 1."""
-        keeps = KEEPS if self.keeps is None else self.keeps
-        if not keeps or any(not 0 < value < 1 for value in keeps) or len(set(keeps)) < len(keeps):
-            raise UserError(
-                f"--keeps {_listed(keeps)}: fractions to measure are distinct, above 0 and below 1"
-            )
-        return sorted(keeps)
+        """Fractions to measure, ascending. Raises UserError as ``check_keeps`` does."""
+        return check_keeps(KEEPS if self.keeps is None else self.keeps)
 
 
 @dataclass(frozen=True)

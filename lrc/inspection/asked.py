@@ -67,14 +67,6 @@ def find_asked(
     return Asked(known, keeps, sorted(chosen) if inside else [], inside, outside, found)
 
 
-def check_keeps(keeps: Sequence[float]) -> tuple[float, ...]:
-    """Return kept fractions, largest first. Raises UserError unless they are distinct and between 0 and 1."""
-    if not keeps or any(not 0 < keep < 1 for keep in keeps) or len(set(keeps)) < len(keeps):
-        listed = ",".join(f"{keep:g}" for keep in keeps)
-        raise UserError(f"--keeps {listed}: fractions are distinct, above 0 and below 1")
-    return tuple(sorted(keeps, reverse=True))
-
-
 def known_methods(names: Sequence[str] | None) -> dict[str, Method]:
     """Return methods by name, or all without ``names``. Raises UserError for an unknown method."""
     known = methods()

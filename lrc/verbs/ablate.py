@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.allocation.contract import Setting
+from lrc.allocation.sizing import check_keeps
 from lrc.calibration.draw import Texts, blocks_key, digest, gradients_key
 from lrc.checkpoint.durable import write_text, written
 from lrc.errors import UserError
@@ -17,7 +18,6 @@ from lrc.evaluation.passage import Passage, choose_seq_lens, passages
 from lrc.evaluation.perplexity import measure
 from lrc.hub.names import default_text
 from lrc.inspection.ablation import Trial, choose_targets, coarse_notes, losses
-from lrc.inspection.asked import check_keeps
 from lrc.plan.precedence import COMPONENTS
 from lrc.records.ablation import Ablation, Loss, Losses, load_losses
 from lrc.report.ablation import picture
@@ -53,7 +53,7 @@ def ablate(
     are measured. ``fresh=True`` ignores the cache. Raises UserError for every mistake that the user can fix.
     """
     setup = set_up(model, run)
-    asked = check_keeps(KEEPS if keeps is None else keeps)
+    asked = check_keeps(KEEPS if keeps is None else keeps)[::-1]
     trials = [
         Trial.of(setup.model, setup.reader, target, name, keep)
         for target, name in choose_targets(setup.reader.architecture, method).items()

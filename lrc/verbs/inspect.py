@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lrc.allocation.sizing import check_keeps
 from lrc.calibration.enough import too_few
 from lrc.estimate.room import memory_advice
-from lrc.inspection.asked import base_plan, check_keeps, find_asked, known_methods
+from lrc.inspection.asked import base_plan, find_asked, known_methods
 from lrc.inspection.inspector import Inspector
 from lrc.inspection.output import Output
 from lrc.plan.job import templates
@@ -49,7 +50,7 @@ def inspect_model(
     ``against``: the folder of an lrc output of the model, to compare with the original on the same tokens. Raises
     UserError for every mistake that the user can fix.
     """
-    keeps = check_keeps(KEEPS if keeps is None else keeps)
+    keeps = check_keeps(KEEPS if keeps is None else keeps)[::-1]
     known = known_methods(method_names)
     setup = set_up(model, run)
     reader, architecture = setup.reader, setup.reader.architecture

@@ -464,7 +464,10 @@ def test_an_allocation_asked_of_a_method_that_has_no_curve_is_refused(
             "a KV cache of 0.3 without narrower keys (components: qk) cannot be met; the",
         ),
         (("--bytes", "100k"), "100,000 bytes cannot be met; the fewest that can are 2"),
-        (("--keep", "0.8", "--keeps", "0.5,1.0"), "fractions to measure are distinct, above 0 and below 1"),
+        (
+            ("--keep", "0.8", "--keeps", "0.5,1.0"),
+            "--keeps 0.5,1: fractions are distinct, above 0 and below 1",
+        ),
         (("--keep", "0.8", "--round", "0"), "--round 0 is too small"),
         (("--keep", "0.8", "--allocate", "sensitive"), "unknown allocation 'sensitive'; did you mean 'sens"),
         (
