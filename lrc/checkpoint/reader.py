@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from lrc.checkpoint.files import read_json, weight_files
 from lrc.checkpoint.headers import StoredTensor, read_headers
+from lrc.checkpoint.match import check_layers, check_match, match
 from lrc.errors import UserError
 from lrc.families import Architecture, Family, describe, family_of
-
-_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 class CheckpointReader:
@@ -35,38 +36,58 @@ class CheckpointReader:
     ) -> None:
         """Open ``folder``; ``allow_pickle`` reads pickled weights with torch's ``weights_only``.
 
-        Raises UserError if it is no checkpoint of a supported causal language model, a file is damaged, it is quantized
-        by another method than ``quantized``, or its weights are pickled without ``allow_pickle``.
+        ``tensors`` are those that transformers loads into the model of config.json; ``warnings`` name what it ignores.
+        Raises UserError if the folder is no checkpoint of a supported causal language model, a file is damaged, a
+        tensor is missing or has another shape than the config says, the checkpoint is quantized by another method than
+        ``quantized``, or its weights are pickled without ``allow_pickle``.
         """
         self.folder, self._trust_remote_code = folder, trust_remote_code
-        self.config_text = _read(folder / "config.json")
-        self.raw_config: dict[str, Any] = _parse(self.config_text, folder / "config.json")
-        method = self.raw_config.get("quantization_config", {}).get("quant_method", "quantized")
-        if "quantization_config" in self.raw_config and method != quantized:
-            raise UserError(
-                f"{folder} is a compressed checkpoint already ({method}); name the full-precision original"
-            )
+        self.raw_config = read_json(folder / "config.json")
+        self._check_quantization(quantized)
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
         self._check_causal()
-        self._pickles: dict[Path, dict[str, Tensor]] = {}
-        located = self._locate(allow_pickle)
-        self._stored = {
-            full_name(name, self.family): name for name in located if not name.endswith(self.family.stale)
-        }
-        if self.config.tie_word_embeddings:  # some checkpoints store the embedding again as the head
-            self._stored.pop(f"{self.family.head}.weight", None)
-        self.tensors: dict[str, StoredTensor] = {full: located[name] for full, name in self._stored.items()}
+        # The output has its weights under other names.
+        weights = weight_files(folder, self.raw_config.pop("transformers_weights", None))
+        if weights.pickled and not allow_pickle:
+            raise UserError(
+                f"{folder} holds only pickled weights ({weights.name}); pass --allow-pickle to read them"
+            )
+        self._pickles = {file: _unpickle(file) for file in weights.files} if weights.pickled else {}
+        located = _of_pickles(self._pickles) if weights.pickled else read_headers(weights.files)
+        self.warnings = [
+            f"{folder} holds two sets of weights: {weights.name} is read, as by transformers, and {name} is not"
+            for name in weights.ignored
+        ]
+        self._stored, self.tensors = {name: name for name in located}, located
+        if quantized is None:
+            self._match(located)
 
     @cached_property
     def config(self) -> Any:
+        """Return the config in transformers' own type. Raises UserError for what transformers cannot read."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
+        with _blamed_on(self.folder / "config.json"):
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
 
     @cached_property
     def architecture(self) -> Architecture:
         shapes = {name: stored.shape for name, stored in self.tensors.items()}
         return describe(self.family, self.config, shapes)
+
+    def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the config's causal language model on the meta device; buffers, such as rotary tables, are real."""
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        with (
+            _blamed_on(self.folder / "config.json"),
+            no_init_weights(),
+            init_empty_weights(include_buffers=False),
+        ):
+            return AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype or self.dtype, attn_implementation="sdpa"
+            ).eval()
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -83,7 +104,7 @@ class CheckpointReader:
     @cached_property
     def fingerprint(self) -> str:
         """Return the SHA-256 of config.json and of every tensor's name, file, shape, dtype and a sample of values."""
-        digest = hashlib.sha256(self.config_text.encode())
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name, stored in sorted(self.tensors.items()):
             digest.update(f"{name} {stored.file.name} {stored.shape} {stored.dtype}".encode())
             digest.update(stored.sample())
@@ -107,33 +128,56 @@ class CheckpointReader:
         if expected not in named:
             raise UserError(f"{self.folder} is a {named[0]}, not a causal language model ({expected})")
 
-    def _locate(self, allow_pickle: bool) -> dict[str, StoredTensor]:
-        """Find every tensor, by its name in the files."""
-        for base in (_SAFETENSORS, _PICKLE):
-            index, names = self.folder / f"{base}.index.json", [base]
-            if index.exists():
-                names = sorted(set(_parse(_read(index), index)["weight_map"].values()))
-            elif not (self.folder / base).exists():
-                continue
-            if base == _PICKLE and not allow_pickle:
-                raise UserError(
-                    f"{self.folder} holds only pickled weights ({names[0]}); pass --allow-pickle to read them"
-                )
-            files = [self.folder / name for name in names]
-            missing = [file.name for file in files if not file.exists()]
-            if missing:
-                raise UserError(f"{index} names missing files: {', '.join(missing)}")
-            if base == _SAFETENSORS:
-                return read_headers(files)
-            self._pickles = {file: _unpickle(file) for file in files}
-            return {
-                name: StoredTensor(tuple(tensor.shape), tensor.dtype, file)
-                for file, tensors in self._pickles.items()
-                for name, tensor in tensors.items()
-            }
-        raise UserError(
-            f"{self.folder} holds no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json"
+    def _check_quantization(self, expected: str | None) -> None:
+        found = self.raw_config.get("quantization_config")
+        if found is None:  # transformers reads null as no quantization
+            return
+        method = found.get("quant_method", "quantized") if isinstance(found, dict) else repr(found)
+        if method != expected:
+            raise UserError(
+                f"{self.folder} is a compressed checkpoint already ({method}); name the full-precision original"
+            )
+
+    def _match(self, located: Mapping[str, StoredTensor]) -> None:
+        """Choose the tensors of the model of config.json. Raises UserError if they do not fill it."""
+        check_layers(located, self.family, self.config)
+        model = self.empty_model(torch.float32)
+        found = match(located, model, self.family)
+        self._stored, self.tensors = (
+            found.stored,
+            {full: located[name] for full, name in found.stored.items()},
         )
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if self.config.tie_word_embeddings and self._tie(head := f"{self.family.head}.weight"):
+            del shapes[head]
+        check_match(found, located, shapes, self.config)
+        if found.unused:
+            self.warnings.append(
+                f"{self.folder} holds tensors that the model of config.json lacks; they are left out, as in "
+                f"transformers: {', '.join(found.unused)}"
+            )
+
+    def _tie(self, head: str) -> bool:
+        """Read one tensor as embedding and head; return False if the files hold both and they differ.
+
+        transformers then keeps both, against its config, so the config is changed.
+        """
+        embedding = f"{self.family.embedding}.weight"
+        if head not in self.tensors:
+            return True
+        if embedding in self.tensors:
+            values = self._read([head, embedding])
+            if not torch.equal(values[head].to(values[embedding].dtype), values[embedding]):
+                self.config.tie_word_embeddings = self.raw_config["tie_word_embeddings"] = False
+                self.warnings.append(
+                    f"{self.folder}: config.json ties {head} to {embedding}, but the files hold both with different "
+                    "values; both are kept, as in transformers, and the output says tie_word_embeddings: false"
+                )
+                return False
+        else:
+            self._stored[embedding], self.tensors[embedding] = self._stored[head], self.tensors[head]
+        del self._stored[head], self.tensors[head]
+        return True
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU by name; open each file once."""
@@ -150,11 +194,6 @@ class CheckpointReader:
         return found
 
 
-def full_name(name: str, family: Family) -> str:
-    """Return a tensor's name in the causal language model; base models omit the prefix."""
-    return name if name.startswith((f"{family.prefix}.", f"{family.head}.")) else f"{family.prefix}.{name}"
-
-
 def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
@@ -165,14 +204,18 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read(path: Path) -> str:
-    if not path.exists():
-        raise UserError(f"{path.parent} is not a checkpoint: it has no {path.name}")
-    return path.read_text(encoding="utf-8")
+def _of_pickles(pickles: Mapping[Path, Mapping[str, Tensor]]) -> dict[str, StoredTensor]:
+    return {
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype, file)
+        for file, tensors in pickles.items()
+        for name, tensor in tensors.items()
+    }
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
+@contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """Turn what transformers raises for a config into UserError."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
+        yield
+    except Exception as error:  # transformers, huggingface_hub and the config classes each raise their own
+        raise UserError(f"{path} does not work in transformers: {' '.join(str(error).split())}") from error

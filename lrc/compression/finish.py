@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -35,14 +34,9 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     """Write the checkpoint and its manifest; return the module table."""
     table = module_table(job.plan, job.reader.family.layers, staging)
     staging.assemble(part_names(job.plan))
-    # The source's own text, so that other readers find their keys unchanged.
-    config = json.loads(job.reader.config_text)
-    config["quantization_config"] = {
-        "quant_method": "lrc",
-        "format_version": FORMAT_VERSION,
-        "modules": table,
-    }
-    staging.write_json("config.json", config)
+    quantization = {"quant_method": "lrc", "format_version": FORMAT_VERSION, "modules": table}
+    # The source's own keys, so that other readers find them unchanged.
+    staging.write_json("config.json", {**job.reader.raw_config, "quantization_config": quantization})
     for path in copied_files(job.reader.folder):
         staging.copy(path)
     scale = logit_scale(staging)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,7 +89,6 @@ class Family:
     soft_caps: tuple[str, ...] = ()  # soft caps of scores or logits
     window: str | None = None  # sliding window of attention, in tokens
     experts: str | None = None  # number of experts
-    stale: tuple[str, ...] = ()  # suffixes of tensors in old checkpoints that no module reads
     # The value that lrc cannot handle, by config key.
     unsupported: Mapping[str, object] = field(default_factory=dict)
 
@@ -268,17 +267,26 @@ def _single(role: str, matrix: Matrix) -> Target:
 
 
 def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Return a model's architecture from its config and its tensor shapes, by name.
+    """Return a model's architecture from its config and its tensor shapes, by name, which fit each other.
 
-    Raises UserError if the model has unsupported features, lacks a tensor, or has layers of different shapes.
+    Raises UserError if the model has unsupported features or layers of different shapes.
     """
     check_supported(family, config)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
-    per_layer = [_layer_matrices(family, shapes, i, rows) for i in range(config.num_hidden_layers)]
-    _check_alike(family, per_layer)
+    matrices = {}
+    for role, stored in family.projections.items():
+        names = [f"{family.layers}.{i}.{stored.module}" for i in range(config.num_hidden_layers)]
+        first, *others = (_matrix(stored, role, name, shapes, rows) for name in names)
+        for name, other in zip(names[1:], others, strict=True):
+            if other != first:
+                raise UserError(
+                    f"{name}.weight is {other}, in layer 0 it is {first}; lrc cannot compress layers that differ in "
+                    "shape yet"
+                )
+        matrices[role] = first
     tables = {role: shapes.get(f"{path}.weight", ()) for role, path in family.outer.items()}
     return Architecture(
         family=family,
@@ -289,42 +297,18 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
         head_dim=head_dim,
         vocab=config.vocab_size,
         positions=config.max_position_embeddings,
-        matrices=per_layer[0],
+        matrices=matrices,
         tables={role: Matrix(*shape, bias=False) for role, shape in tables.items() if shape},
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
     )
 
 
-def _check_alike(family: Family, per_layer: Sequence[Mapping[str, Matrix]]) -> None:
-    for index, matrices in enumerate(per_layer):
-        for role, matrix in matrices.items():
-            if matrix != (first := per_layer[0][role]):
-                module = family.projections[role].module
-                raise UserError(
-                    f"{family.layers}.{index}.{module}.weight is {matrix}, in layer 0 it is {first}; lrc cannot "
-                    "compress layers that differ in shape yet"
-                )
-
-
-def _layer_matrices(
-    family: Family, shapes: Mapping[str, tuple[int, ...]], layer: int, rows: Mapping[str, int]
-) -> dict[str, Matrix]:
-    found = {}
-    for role, stored in family.projections.items():
-        name = f"{family.layers}.{layer}.{stored.module}"
-        if f"{name}.weight" not in shapes:
-            raise UserError(
-                f"the checkpoint has no tensor {name}.weight (projection {role!r} of layer {layer})"
-            )
-        shape = shapes[f"{name}.weight"]
-        if len(shape) != 2:
-            raise UserError(f"{name}.weight has shape {list(shape)}, expected a matrix")
-        out, into = reversed(shape) if stored.input_major else shape
-        expected = sum(rows[r] for r in stored.fused) if stored.fused else rows.get(role, out)
-        if out != expected:
-            raise UserError(f"{name}.weight has {out} output rows, config.json says {expected}")
-        found[role] = Matrix(rows[role] if stored.fused else out, into, f"{name}.bias" in shapes)
-    return found
+def _matrix(
+    stored: Stored, role: str, name: str, shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int]
+) -> Matrix:
+    """Return the shape of a projection whose module has the full path ``name``."""
+    out, into = reversed(shapes[f"{name}.weight"]) if stored.input_major else shapes[f"{name}.weight"]
+    return Matrix(rows[role] if stored.fused else out, into, f"{name}.bias" in shapes)
 
 
 def canonical(

@@ -36,7 +36,6 @@ FAMILY = Family(
     embedding="transformer.wte",
     rotary="none",
     tiny={"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    stale=(".attn.bias", ".attn.masked_bias"),
     dropout="attn_dropout.p",
     output_dropout="resid_dropout",
     # reorder_and_upcast_attn changes precision and order of the scores; calibration has no input for cross-attention.

@@ -43,5 +43,4 @@ FAMILY = Family(
         "max_position_embeddings": 64,
     },
     norm_epsilon="variance_epsilon",
-    stale=("rotary_emb.inv_freq",),
 )

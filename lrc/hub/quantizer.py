@@ -20,7 +20,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.checkpoint.headers import Shape, check_shapes, read_headers
-from lrc.checkpoint.reader import full_name
 from lrc.errors import UserError
 from lrc.families import Family, family_of
 from lrc.modules.embedding import FACTORS
@@ -64,7 +63,7 @@ class LrcQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         expected = replace_modules(model, self.quantization_config.modules)
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            stored = {full_name(n, family): held for n, held in read_headers(checkpoint_files).items()}
+            stored = {_full_name(n, family): held for n, held in read_headers(checkpoint_files).items()}
             check_shapes(expected, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -96,7 +95,7 @@ def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
         keys = {f"{family.head}.{name}": f"{family.embedding}.{name}" for name in FACTORS}
         model._tied_weights_keys = keys  # type: ignore[assignment]
         model.all_tied_weights_keys = dict(keys)
-    return {full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
+    return {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
 
 
 def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
@@ -138,3 +137,8 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(LrcQuantizer)
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(LrcConfig)
+
+
+def _full_name(name: str, family: Family) -> str:
+    """Return a tensor's name in the causal language model; base models omit the prefix."""
+    return name if name.startswith((f"{family.prefix}.", f"{family.head}.")) else f"{family.prefix}.{name}"

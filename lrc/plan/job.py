@@ -41,7 +41,8 @@ def open_checkpoint(model: str | Path, run: Run) -> tuple[ResolvedModel, Checkpo
 
 def make_job(model: ResolvedModel, reader: CheckpointReader, draft: Draft) -> Job:
     """Resolve a plan for a model. Raises UserError with every mistake of the plan at once."""
-    return Job(model, reader, draft, resolve(draft, reader.architecture, methods(), collectors()))
+    found = resolve(draft, reader.architecture, methods(), collectors())
+    return Job(model, reader, draft, replace(found, warnings=(*reader.warnings, *found.warnings)))
 
 
 def prepare(model: str | Path, plan: PlanLike, run: Run = Run()) -> Job:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -69,7 +68,7 @@ class ModelStream:
         self._hands = ThreadPoolExecutor(_HANDS if device.type == "cuda" else 1, thread_name_prefix="hand")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._last = -1
-        layers = self._meta_model().get_submodule(reader.family.layers)
+        layers = self._empty_model().get_submodule(reader.family.layers)
         self.skeletons: list[nn.Module] = list(layers.children())
 
     @property
@@ -77,7 +76,7 @@ class ModelStream:
         """Return the shapes of all tensors that the checkpoint must hold, by full name, without a tied head."""
         head = f"{self.reader.family.head}."
         tied = self.reader.config.tie_word_embeddings
-        state = self._meta_model().state_dict()
+        state = self._empty_model().state_dict()
         return {name: tuple(t.shape) for name, t in state.items() if not (tied and name.startswith(head))}
 
     def embed(self, ids: Iterable[Tensor], embedding: nn.Module | None = None) -> list[Batch]:
@@ -86,7 +85,7 @@ class ModelStream:
         ``embedding`` replaces the checkpoint's. Raises UserError if a weight before the layers is missing, or one
         outside the layers is NaN or inf.
         """
-        model, family = self._meta_model(), self.reader.family
+        model, family = self._empty_model(), self.reader.family
         # The model's own forward, with recorders as layers, makes the masks, positions and rotary tables.
         recorders = [_Recorder(layer) for layer in self.skeletons]
         parent, _, name = family.layers.rpartition(".")
@@ -120,16 +119,9 @@ class ModelStream:
         hidden = recorders[0].call.args[0]
         return hidden.to(self._residual), [LayerCall(r.call.args[1:], r.call.kwargs) for r in recorders]
 
-    def _meta_model(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
-
-        # Buffers stay off meta: rotary tables come from the config, not from the checkpoint.
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                self.reader.config, dtype=self.dtype, attn_implementation="sdpa"
-            )
-            apply_table(model, self._table, self.reader.family)
+    def _empty_model(self) -> nn.Module:
+        model = self.reader.empty_model(self.dtype)
+        apply_table(model, self._table, self.reader.family)
         return model.eval()
 
     def layer(self, index: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -190,7 +182,7 @@ class ModelStream:
         }
         if "weight" not in state:
             raise UserError(f"the checkpoint has no tensor {stored}.weight")
-        return self.filled(self._meta_model().get_submodule(path), state)
+        return self.filled(self._empty_model().get_submodule(path), state)
 
     def materialize(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
         """Return layer ``index`` filled with ``state``."""
