@@ -46,8 +46,8 @@ class CheckpointReader:
         self._check_quantization(quantized)
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
         self._check_causal()
-        # The output has its weights under other names.
-        weights = weight_files(folder, self.raw_config.pop("transformers_weights", None))
+        named = self.raw_config.pop("transformers_weights", None)  # outputs have their weights in other files
+        weights = weight_files(folder, named if quantized is None else None)
         if weights.pickled and not allow_pickle:
             raise UserError(
                 f"{folder} holds only pickled weights ({weights.name}); pass --allow-pickle to read them"

@@ -12,7 +12,7 @@ from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import REST, part_name, part_names
 from lrc.compression.refit import RefitRecord
-from lrc.hub.quantizer import FORMAT_VERSION
+from lrc.hub.quantizer import FORMAT_VERSION, NOTICE
 from lrc.modules.table import Table
 from lrc.plan.job import Job
 from lrc.plan.resolved import ResolvedPlan
@@ -36,7 +36,10 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     staging.assemble(part_names(job.plan))
     quantization = {"quant_method": "lrc", "format_version": FORMAT_VERSION, "modules": table}
     # The source's own keys, so that other readers find them unchanged.
-    staging.write_json("config.json", {**job.reader.raw_config, "quantization_config": quantization})
+    source = job.reader.raw_config
+    staging.write_json(
+        "config.json", {**source, "transformers_weights": NOTICE, "quantization_config": quantization}
+    )
     for path in copied_files(job.reader.folder):
         staging.copy(path)
     scale = logit_scale(staging)

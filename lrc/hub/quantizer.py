@@ -26,10 +26,13 @@ from lrc.modules.embedding import FACTORS
 from lrc.modules.table import Table, apply_table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "lrc"
 FORMAT_VERSION = 1
+# The value of `transformers_weights` in config.json. Transformers without lrc takes it for a file name and ends its
+# error message with it; this quantizer removes it. Otherwise the last line would tell of mismatched sizes.
+NOTICE = "this checkpoint needs lrc: pip install lrc, then import lrc"
 
 
 class LrcConfig(QuantizationConfigMixin):
@@ -57,6 +60,12 @@ class LrcQuantizer(HfQuantizer):
     requires_calibration = True  # in transformers: only for checkpoints that carry the config
     quantization_config: LrcConfig  # type: ignore[assignment]
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Remove the notice from the config: called before transformers looks for files."""
+        if getattr(config, "transformers_weights", None) == NOTICE:
+            del config.transformers_weights
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -67,8 +76,9 @@ class LrcQuantizer(HfQuantizer):
             check_shapes(expected, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        # Dispatch over several devices makes tensors without this mark; their headers were checked before.
-        if len(set((getattr(model, "hf_device_map", None) or {"": None}).values())) == 1:
+        # Dispatch over several devices or to disk makes tensors without this mark; their headers were checked before.
+        places = set((getattr(model, "hf_device_map", None) or {"": None}).values())
+        if len(places) == 1 and "disk" not in places:
             for name, tensor in _own_tensors(model, family_of(model.config.model_type)).items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise UserError(f"the checkpoint lacks the tensor {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -311,7 +312,13 @@ def test_lrc_load_refuses_other_models(compressed: Make, change: dict[str, str],
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }  # torch would import lrc by its entry point
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
     return result
 
