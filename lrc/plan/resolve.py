@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from lrc.errors import nearest
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lrc.errors import as_text_number, nearest
 from lrc.families import Architecture
 from lrc.methods.contract import Solver
 from lrc.methods.sizes import SizeValue, size_text
 from lrc.plan.document import Document, Path, dotted, read_document
-from lrc.plan.options import read_options
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.plan.schema import Plan, read_plan
-from lrc.plan.unsized import refuse_no_budget, refuse_sizes
+from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan, read_plan
 
 MAX_SEQ_LEN = 2048  # default tokens of a calibration block, unless the model reads fewer
 # Default weight of the first token: one per this many tokens of a block.
@@ -66,9 +67,9 @@ def resolve(
     assigner = _Assigner(document, architecture, methods, collectors)
     if plan.allocate != "uniform":
         finder = finder or f"allocate {plan.allocate}"
-        refuse_no_budget(plan, document)
+        _refuse_no_budget(plan, document)
     if finder:
-        refuse_sizes(plan, document, methods, finder)
+        _refuse_sizes(plan, document, methods, finder)
     layers = []
     for index in range(count):
         asked = levels.layer(index)
@@ -134,7 +135,7 @@ class _Assigner:
             return None
         targets = self.architecture.targets | self.architecture.outer
         target, word = targets[wish.target], solver.size.word
-        options, wrong = read_options(wish.own, solver)
+        options, wrong = _read_options(wish.own, solver)
         for key, message in wrong.items():
             self.document.mistake((*wish.path, key), message)
         path = (*wish.path, word) if word in wish.own else wish.keep_path
@@ -228,3 +229,63 @@ class _Assigner:
         except ValueError as error:
             self.document.mistake(path, str(error))
             return None
+
+
+def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str) -> None:
+    """Note as a mistake every size that a plan sets in its layers, below the top level; ``finder`` finds them."""
+    words = {solver.size.word for method in methods.values() for solver in method.solvers.values()}
+    rules = {("layers", i): rule for i, rule in enumerate(plan.layers) if rule}
+    inside = {name: entry for name, entry in plan.projections.entries().items() if name not in OUTSIDE}
+    sections: dict[Path, dict[str, Entry]] = {
+        ("components",): plan.components.entries(),
+        ("projections",): inside,
+        **{path: rule.entries() for path, rule in rules.items()},
+    }
+    entries = {(*path, name): entry for path, section in sections.items() for name, entry in section.items()}
+    sizes = [(*path, word) for path, entry in entries.items() for word in words & entry.own.keys()]
+    sizes += [(*path, "keep") for path, each in (entries | rules).items() if each.keep not in (None, 1)]
+    for path in sizes:
+        document.mistake(
+            path, f"is a size, which {finder} finds; leave it out, or write {WHOLE} for what stays whole"
+        )
+
+
+def _refuse_no_budget(plan: Plan, document: Document) -> None:
+    """Note a mistake if a plan that asks for an allocation has no single keep below 1 to share out."""
+    if isinstance(plan.keep, tuple):
+        message = f"allocate {plan.allocate} shares out one fraction over all layers; write one, such as 0.8"
+        document.mistake(("keep",), message)
+    elif plan.keep == 1:
+        message = f"{plan.allocate} has nothing to share out; write a keep below 1"
+        document.mistake(("allocate",), message)
+
+
+def _read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return every option of a solver with the entry's value or the default, and the mistakes by key."""
+    known, wrong = solver.options, {}
+    values = {name: option.default for name, option in known.items()}
+    for key, value in own.items():
+        if key == solver.size.word:
+            continue
+        if key not in known:
+            wrong[key] = f"unknown key; {nearest(key, {'keep', 'method', solver.size.word, *known})}"
+            continue
+        try:
+            values[key] = _adapter(known[key].annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            wrong[key] = _option_mistake(value, known[key].annotation, error)
+    return values, wrong
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def _option_mistake(value: Any, annotation: Any, error: ValidationError) -> str:
+    if get_origin(annotation) is Literal:
+        return f"{value!r} is not known; {nearest(str(value), map(str, get_args(annotation)))}"
+    if number := as_text_number(value):
+        return number
+    reason = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+    return f"{value!r} is not legal: it {reason}"

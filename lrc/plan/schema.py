@@ -21,7 +21,7 @@ from pydantic import (
 
 from lrc.errors import as_text_number, nearest
 from lrc.plan.document import Document, Path
-from lrc.text.spec import Data, Misplaced, check_data
+from lrc.text.mixture import Data, Misplaced, check_data
 
 WHOLE = "keep-all"
 OUTSIDE = ("embed", "lm_head")  # projections outside the decoder layers

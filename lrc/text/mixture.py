@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lrc.errors import UserError
+from lrc.errors import UserError, as_text_number
 from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize, windows
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.source import check_text, read_text
-from lrc.text.spec import Data, DataLike, check_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Data = str | tuple[str, ...] | dict[str, float]
+DataLike = str | Sequence[str] | Mapping[str, float]  # accepted from callers as Data
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,56 @@ def read_mixture(data: DataLike) -> Mixture:
     if isinstance(checked, dict):
         return Mixture(tuple(checked), tuple(checked.values()))
     return Mixture((checked,) if isinstance(checked, str) else checked, None)
+
+
+class Misplaced(ValueError):
+    """Errors inside a value, by key or position."""
+
+    def __init__(self, places: Mapping[str | int, str]) -> None:
+        super().__init__("; ".join(f"{place}: {message}" for place, message in places.items()))
+        self.places = places
+
+
+def check_data(value: object) -> Data:
+    """Return a value as calibration texts; of weights only the ratios count.
+
+    Raises Misplaced for an empty or repeated name and for a weight that is not above 0, and ValueError for a value that
+    names no text.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, Mapping) and value:
+        found: dict[str | int, str] = {str(name): _wrong(name, weight) for name, weight in value.items()}
+        if any(found.values()):
+            raise Misplaced({name: message for name, message in found.items() if message})
+        return dict(value)
+    if isinstance(value, list | tuple) and value:
+        wrong: dict[str | int, str] = {}
+        for place, name in enumerate(value):
+            if not _is_name(name):
+                wrong[place] = f"{name!r} is not a name"
+            elif name in value[:place]:
+                wrong[place] = f"{name!r} is written twice"
+        if wrong:
+            raise Misplaced(wrong)
+        return tuple(value)
+    raise ValueError(
+        f"{value!r} names no text; write such as wikitext2, [wikitext2, c4] or {{wikitext2: 2, c4: 1}}"
+    )
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name.strip())
+
+
+def _wrong(name: object, weight: object) -> str:
+    if not _is_name(name):
+        return f"{name!r} is not a name"
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        return as_text_number(weight) or f"{weight!r} is not a number; a weight is above 0, such as 2"
+    if not (weight > 0 and math.isfinite(weight)):
+        return f"a weight of {weight} draws no blocks; write a number above 0, or leave the text out"
+    return ""
 
 
 def shares(samples: int, weights: Sequence[Fraction]) -> list[int]:

@@ -24,8 +24,8 @@ from lrc.report.ablation import picture
 from lrc.run.offload import States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
+from lrc.text.mixture import DataLike
 from lrc.text.source import read_text
-from lrc.text.spec import DataLike
 from lrc.verbs.setup import Setup, set_up
 
 KEEPS = (0.5, 0.25, 0.125)

@@ -8,7 +8,7 @@ import torch
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import unsized
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import too_few
 from lrc.checkpoint.sizes import size_of
 from lrc.estimate.memory import (
     ASSUMED_SAMPLES,

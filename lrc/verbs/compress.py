@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.curves import as_curves
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import too_few
 from lrc.checkpoint.shared import SharedStaging
 from lrc.checkpoint.staging import Staging, check_output, staging
 from lrc.compression.finish import (
@@ -43,9 +43,8 @@ from lrc.run.offload import Place, States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
 from lrc.text.blocks import tokenize
-from lrc.text.mixture import Calibration
+from lrc.text.mixture import Calibration, DataLike
 from lrc.text.source import read_text
-from lrc.text.spec import DataLike
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrc.allocation.sizing import check_keeps
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import too_few
 from lrc.estimate.room import memory_advice
 from lrc.inspection.asked import base_plan, find_asked, known_methods
 from lrc.inspection.inspector import Inspector
@@ -19,7 +19,7 @@ from lrc.records.inspection import Inspection
 from lrc.run.offload import States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
-from lrc.text.spec import DataLike
+from lrc.text.mixture import DataLike
 from lrc.verbs.setup import set_up
 from lrc.walk.stream import ModelStream
 

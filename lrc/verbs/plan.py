@@ -11,8 +11,7 @@ from lrc.allocation.budget import Budget, Spent, read_budgets
 from lrc.allocation.curves import Curves, file_name, load_curves
 from lrc.allocation.sizing import Limits, Measuring, Sizing, blank_curves, buy, default_samples
 from lrc.allocation.spend import Curve
-from lrc.calibration.draw import Texts
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import Texts, too_few
 from lrc.checkpoint.durable import check_file, write_text, written
 from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
@@ -27,7 +26,7 @@ from lrc.plan.write import write_plan
 from lrc.records.planning import Planned, Planning, Strip, TableSize, cost_text, factor
 from lrc.run.offload import States
 from lrc.run.settings import Run
-from lrc.text.spec import DataLike
+from lrc.text.mixture import DataLike
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import solver_of
 

@@ -23,8 +23,7 @@ from lrc.run.processes import Processes
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import held_out_blocks, tokenize
-from lrc.text.mixture import about, read_mixture
-from lrc.text.spec import DataLike
+from lrc.text.mixture import DataLike, about, read_mixture
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lrc
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import too_few
 from lrc.cli import app
 from lrc.plan.job import prepare
 from lrc.verbs.check import check
