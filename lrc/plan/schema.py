@@ -6,7 +6,6 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -54,12 +53,6 @@ def _samples(value: object) -> int | str:
     return "all" if value == "all" else _COUNT.validate_python(value, strict=True)
 
 
-def _no_steps(steps: int) -> int:
-    if steps > 0:
-        raise ValueError(f"healing is not built yet ({steps} steps); use 0")
-    return steps
-
-
 def _format(value: object) -> int:
     if value != 1 or isinstance(value, bool | float):
         raise ValueError(f"format {value!r} is not known to this version of lrc; it reads format 1")
@@ -86,6 +79,10 @@ class Strict(BaseModel):
     """A section of a plan: no unknown keys, no conversions, no later changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def entries(self) -> dict[str, Entry]:
+        """Return the entries by target."""
+        return {name: value for name, value in self if isinstance(value, Entry)}
 
 
 class Entry(Strict):
@@ -114,16 +111,7 @@ class Entry(Strict):
         return self.model_extra or {}
 
 
-class Entries(Strict):
-    """Entries by target."""
-
-    def entries(self) -> dict[str, Entry]:
-        """Return the entries that the plan has."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in fields.items() if isinstance(value, Entry)}
-
-
-class Components(Entries):
+class Components(Strict):
     """Entries by component."""
 
     qk: Entry | None = None
@@ -131,7 +119,7 @@ class Components(Entries):
     mlp: Entry | None = None
 
 
-class Roles(Entries):
+class Roles(Strict):
     """Entries by projection of a decoder layer."""
 
     q: Entry | None = None
@@ -195,12 +183,6 @@ class Calibration(Strict):
     seed: int = Field(default=0, ge=0)
 
 
-class Heal(Strict):
-    """Training after the compression."""
-
-    steps: Annotated[int, Field(ge=0), AfterValidator(_no_steps)] = 0
-
-
 class Plan(Strict):
     """A plan, made in Python as in YAML. Raises UserError with every mistake at once.
 
@@ -218,7 +200,6 @@ class Plan(Strict):
     refit: Literal["residual", "none"] = "residual"
     scale: Literal["fitted", "none"] | None = None
     calibration: Calibration = Calibration()
-    heal: Heal = Heal()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -251,7 +232,6 @@ SECTIONS: dict[Path, type[Strict]] = {
     ("components",): Components,
     ("projections",): Projections,
     ("calibration",): Calibration,
-    ("heal",): Heal,
 }
 
 
