@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lrc.allocation.contract import Setting
 from lrc.allocation.sizing import check_keeps
 from lrc.calibration.draw import Texts, blocks_key, digest, gradients_key
 from lrc.checkpoint.durable import write_text, written
@@ -141,16 +140,7 @@ def _measure(
             yield known
         states = States(setup.offload(first.job, len(texts.calibration.blocks)), folder)
         for trials in filter(None, groups):
-            setting = Setting(
-                setup.reader,
-                [trial.job.plan for trial in trials],
-                texts,
-                setup.device,
-                setup.dtype,
-                batch,
-                states=states,
-                processes=setup.processes,
-            )
+            setting = setup.setting([trial.job for trial in trials], texts, states)
             with setup.watch.stage("ablate"):
                 nats = losses(setting, passage.cut, folder, advance)
             costs = [Loss(**trial.key, nats=value) for trial, value in zip(trials, nats, strict=True)]

@@ -169,8 +169,7 @@ def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -
     settings = _settings(setup, job, calibration, batch)
     sizing = None
     if jobs:
-        device, processes = setup.device, setup.processes
-        sizing = Sizing(name, jobs, sorted(KEEPS), texts, device, setup.dtype, batch, processes=processes)
+        sizing = Sizing(name, jobs, sorted(KEEPS), setup.setting(jobs, texts))
         settings["allocation"] = sizing.key
     few = too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[name].losses)
     warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
@@ -211,7 +210,8 @@ def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
     if not work.sizing:
         return work
     with work.setup.watch.stage("measure sizes"):
-        sizing = replace(work.sizing, states=States(work.offload, stage.scratch))
+        setting = replace(work.sizing.setting, states=States(work.offload, stage.scratch))
+        sizing = replace(work.sizing, setting=setting)
         if not stage.has(_ALLOCATION):
             stage.write(_ALLOCATION, {}, sizing.curves(work.setup.run.progress).as_dict())
             gc.collect()

@@ -71,9 +71,9 @@ def make_plan(
     for budget in budgets:  # before the measurement, as some budgets cannot be met
         buy(budget, jobs[0], blank, limits)
     texts = setup.texts(jobs[0], calib, measuring.held_out, measuring.samples or default_samples(name))
-    samples, batch = len(texts.calibration.blocks), setup.batch_size(jobs[0])
+    samples = len(texts.calibration.blocks)
     states = States(setup.offload(jobs[-1], samples), out.parent)
-    sizing = Sizing(name, jobs, keeps, texts, setup.device, setup.dtype, batch, states, setup.processes)
+    sizing = Sizing(name, jobs, keeps, setup.setting(jobs, texts, states))
     setup.processes.agree(sizing.key)
     overridden = _overridden_keep(draft, budgets)
     few = too_few(setup.reader.architecture, jobs[0].plan, samples, losses=ALLOCATORS[name].losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lrc.allocation.contract import Setting
 from lrc.calibration.draw import Texts, held_out_text
 from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.reader import CheckpointReader
@@ -18,7 +19,7 @@ from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import ResolvedModel, default_text
 from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.resolve import Draft
-from lrc.run.offload import Place
+from lrc.run.offload import ON_DEVICE, Place, States
 from lrc.run.processes import Processes
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
 from lrc.run.stopwatch import Stopwatch
@@ -69,6 +70,13 @@ class Setup:
         """Return where this process keeps the hidden states of its share of ``samples`` calibration blocks."""
         asked, own = known_place(self.run.offload), len(self.processes.mine(range(samples)))
         return choose_place(asked, job, self.device, self.dtype, self.batch_size(job), own)
+
+    def setting(self, jobs: Sequence[Job], texts: Texts, states: States = ON_DEVICE) -> Setting:
+        """Return what an allocation reads: plans at several sizes, their texts, and how to run the layers."""
+        plans, batch = [job.plan for job in jobs], self.batch_size(jobs[0])
+        return Setting(
+            self.reader, plans, texts, self.device, self.dtype, batch, states=states, processes=self.processes
+        )
 
     def texts(
         self, job: Job, calib: DataLike | None, held_out: str | None = None, samples: int | None = None

@@ -127,7 +127,7 @@ def test_is_within_one_jump_of_the_best(curves, share):
 @given(curve_lists, st.floats(0, 1))
 def test_keeps_the_budget_and_leaves_nothing_that_fits(curves, share):
     least, whole = (sum(options(c)[end][1] for c in curves) for end in (0, -1))
-    assert least == sum(curve.smallest() for curve in curves)
+    assert least == sum(min(curve.prices("weights")) for curve in curves)
     budget = least + int(share * (whole - least))
     found = allocate(curves, budget)
     chosen = []

@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrc.allocation import ALLOCATORS
 from lrc.allocation.contract import Setting
-from lrc.allocation.importance import costs as importance_costs
-from lrc.allocation.predicted import energy_costs, fisher_costs
-from lrc.allocation.sensitivity import costs as sensitivity_costs
 from lrc.calibration.draw import Texts
 from lrc.calibration.synthetic import write_blocks
 from lrc.checkpoint.reader import CheckpointReader
@@ -293,18 +291,18 @@ def curves(processes: Processes, folder: Path) -> Iterator[tuple[str, list[float
     reader, ids = CheckpointReader(folder), blocks(7)
     texts = Texts(Calibration((Source("drawn", ids[:4], {}),), None, ids[:4]), None, ids[4:])
     tables = "projections: {embed: {method: whitened_svd}}\n"
-    for name, costs, base, losses in (
-        ("energy", energy_costs, f"method: a3\n{tables}", False),
-        ("fisher", fisher_costs, "method: two_sided_svd\n", True),
-        ("importance", importance_costs, "method: svd\n", True),
-        ("sensitivity", sensitivity_costs, f"method: a3\n{tables}", False),
+    for name, base, losses in (
+        ("energy", f"method: a3\n{tables}", False),
+        ("fisher", "method: two_sided_svd\n", True),
+        ("importance", "method: svd\n", True),
+        ("sensitivity", f"method: a3\n{tables}", False),
     ):
         head = f"format: 1\nallocate: {name}\n"
         plans = [resolved(reader.architecture, f"{head}keep: {keep}\n{base}") for keep in (0.3, 0.6)]
         setting = Setting(reader, plans, texts, CPU, torch.float32, 2, losses, processes=processes)
         done: list[int] = []
-        found = costs(setting, done.append)
-        yield name, [cost for curve in found.curves for cost in curve.costs]
+        found, _ = ALLOCATORS[name].curves(setting, done.append)
+        yield name, [cost for curve in found for cost in curve.costs]
 
 
 def curves_of_several(folder: Path) -> dict[str, list[float]]:
