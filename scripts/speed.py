@@ -255,8 +255,9 @@ def _compress(
     name: str, model: Path, data: str, samples: int, seq_len: int, cold: bool, device: str
 ) -> list[str]:
     """The cells of one whole command: its wall time and what its report says."""
-    from lrc.plan.job import prepare
+    from lrc.plan.library import read_draft
     from lrc.verbs.check import check
+    from lrc.verbs.setup import set_up
 
     way = WAYS[name]
     launcher = (
@@ -266,7 +267,7 @@ def _compress(
         (plan := Path(scratch) / "plan.yaml").write_text(
             yaml.safe_dump(_plan(way, data, samples, seq_len)), encoding="utf-8"
         )
-        checked = check(prepare(model, plan))
+        checked = check(set_up(model, lrc.Run(device=device)).job(read_draft(plan)))
         if cold:
             _drop(model)
         out = Path(scratch) / "out"

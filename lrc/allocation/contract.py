@@ -15,6 +15,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.assemble import assemble
 from lrc.compression.solve import pose
 from lrc.compression.tables import pose_outer
+from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.methods.contract import Problem, Solution
 from lrc.methods.sizes import SizeValue
@@ -174,6 +175,11 @@ class Allocator:
         They have the plans' sizes, or every size that the method allows if costs are known for all. Targets that no
         plan shrinks have no curve. Raises UserError for an unsupported plan.
         """
+        if self.losses and (tables := plans[0].shared):
+            raise UserError(
+                f"gradients are taken in the layers alone, so allocations by gradients find no size for "
+                f"{' and '.join(tables)}; allocate by uniform, energy or sensitivity, or write a size there"
+            )
         found = []
         targets = architecture.targets | architecture.outer
         for index in (*range(architecture.layers), None):

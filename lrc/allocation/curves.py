@@ -50,7 +50,8 @@ class Curves:
             {**k, "model": f"{m} {k.get('model')}"} for m, k in ((self.model, self.key), (model, key))
         )
         names = [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]
-        return [f"{name} (there {_short(there.get(name))}, here {_short(here.get(name))})" for name in names]
+        texts = [f"{name} (there {there.get(name)}, here {here.get(name)})" for name in names]
+        return [re.sub(r"([0-9a-f]{8})[0-9a-f]{56}", r"\1…", text) for text in texts]
 
     def fits(self, blank: Sequence[Curve]) -> bool:
         """Return whether these are the ``blank`` curves with a finite cost at every size."""
@@ -105,7 +106,3 @@ def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
         for a in plan.unsized(index)
     }
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
-
-
-def _short(value: object) -> str:
-    return re.sub(r"([0-9a-f]{8})[0-9a-f]{56}", r"\1…", str(value))

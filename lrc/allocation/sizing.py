@@ -174,19 +174,10 @@ class Sizing:
 
     def _check_memory(self) -> None:
         """Raise UserError if the whole model and the measurement do not fit on the device."""
-        setting, blocks, held = (
-            self.setting,
-            self.setting.texts.calibration.blocks,
-            self.setting.texts.held_blocks,
-        )
-        needed = measuring_memory(
-            self.jobs[-1],
-            setting.dtype,
-            setting.batch_size,
-            len(blocks),
-            0 if held is None else len(held),
-            setting.states.place,
-        )
+        setting, held = self.setting, self.setting.texts.held_blocks
+        counts = len(setting.texts.calibration.blocks), 0 if held is None else len(held)
+        place = setting.states.place
+        needed = measuring_memory(self.jobs[-1], setting.dtype, setting.batch_size, *counts, place)
         if needed > (free := free_bytes(setting.device)):
             others = "energy, which holds" if setting.plans[0].shared else "fisher, or by energy, which hold"
             raise UserError(
@@ -198,14 +189,7 @@ class Sizing:
 
 def blank_curves(name: str, jobs: Sequence[Job]) -> list[Curve]:
     """Return an allocation's curves without costs. Raises UserError if it does not support the plan."""
-    allocator, tables = ALLOCATORS[name], jobs[0].plan.shared
-    if allocator.losses and tables:
-        able = ", ".join(other for other in ALLOCATORS if not ALLOCATORS[other].losses)
-        raise UserError(
-            f"allocation {name!r} is of gradients, which are taken in the layers alone: it finds no size for "
-            f"{' and '.join(tables)}. These do: {able}; or write a size there"
-        )
-    return allocator.blank(jobs[0].reader.architecture, [job.plan for job in jobs])
+    return ALLOCATORS[name].blank(jobs[0].reader.architecture, [job.plan for job in jobs])
 
 
 def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Spent:

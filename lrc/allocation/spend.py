@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+from scipy.optimize import isotonic_regression
 
 from lrc.methods.sizes import SizeValue
 
@@ -103,21 +104,6 @@ def allocate(offers: Sequence[Offer], budget: int, currency: Currency = "weights
     )
 
 
-def not_rising(values: Sequence[float]) -> list[float]:
-    """Return the least-squares fit that never rises nor falls below 0, by pooling adjacent violators.
-
-    More weights can only help, so a rise is measurement noise.
-    """
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        total, count = float(value), 1
-        while pools and pools[-1][0] / pools[-1][1] < total / count:
-            before, members = pools.pop()
-            total, count = total + before, count + members
-        pools.append((total, count))
-    return [max(total / count, 0.0) for total, count in pools for _ in range(count)]
-
-
 class _Choices:
     """Choices of one offer in ascending price, with interpolated costs; of equal prices the one of most weights."""
 
@@ -128,12 +114,13 @@ class _Choices:
         curve, by_price = offer.curve, dict(priced)
         self.choices = [by_price[price] for price in sorted(by_price)]
         self.taken = torch.tensor(sorted(by_price))
-        # Costs grow with the square of the removed share, so their roots are interpolated linearly.
-        roots = torch.tensor([*not_rising(curve.costs), 0.0], dtype=torch.float64).sqrt()
+        # More weights can only help, so a rise is measurement noise.
+        costs = isotonic_regression(curve.costs, increasing=False).x.clip(min=0)
         # Factors with nearly as many weights as their matrix still cost something: only full-size factors are exact.
-        points = torch.tensor([*curve.weights, curve.exact], dtype=torch.float64)
         weights = [curve.exact if each == offer.whole else each.weights for each in self.choices]
-        self.costs = _interpolate(torch.tensor(weights, dtype=torch.float64), points, roots).square()
+        # Costs grow with the square of the removed share, so their roots are interpolated linearly.
+        roots = np.interp(weights, [*curve.weights, curve.exact], [*np.sqrt(costs), 0.0])
+        self.costs = torch.from_numpy(roots).square()
 
     def move(self, at: int, left: int) -> tuple[float, int] | None:
         """Return the saving per weight and the index of the best larger choice that adds at most ``left``.
@@ -170,10 +157,3 @@ def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> No
             left -= added
             chosen[number] = to
         offer(number)
-
-
-def _interpolate(x: Tensor, points: Tensor, values: Tensor) -> Tensor:
-    """Interpolate linearly between (points, values); points ascend, x lies within them."""
-    right = torch.searchsorted(points, x).clamp(1, len(points) - 1)
-    share = (x - points[right - 1]) / (points[right] - points[right - 1])
-    return values[right - 1] + share * (values[right] - values[right - 1])

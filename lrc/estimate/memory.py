@@ -20,7 +20,7 @@ from lrc.methods.contract import Shapes
 from lrc.moments.attention import QUERIES
 from lrc.moments.attention_samples import SAMPLES
 from lrc.plan.job import Job
-from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.plan.resolved import LayerPlan
 from lrc.run.offload import Place
 from lrc.walk.backward import logit_rows, states_held, stride
 from lrc.walk.needs import collectors_needed, gradients_needed, sites_needed, solver_of
@@ -226,35 +226,25 @@ def _layer(run: _Run, layer: LayerPlan) -> int:
         rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
         reduced += (rest + kept + len(layer.assignments) * architecture.layer_parameters) * each
     scores = 20 * architecture.heads * run.job.plan.seq_len**2 if layer.targets & {"qk"} else 0
+    solves = []
+    for a in layer.assignments:  # in float64
+        shapes = Shapes(architecture.targets[a.target], architecture.geometry, sampled)
+        solves.append(solver_of(a).memory(shapes, a.size, a.options))
     work = [
         2 * moments + gradient + activations,
-        moments + gradient + 8 * kept + max(_solve_work(architecture, a, sampled) for a in layer.assignments),
+        moments + gradient + 8 * kept + max(solves),
         moments + gradient + reduced + activations + scores,
     ]
-    if run.refits:  # a batch and its sums, then the fit
+    if run.refits:
+        hidden, biased = architecture.hidden, architecture.matrices[architecture.family.mlp_output].bias
         for n in _refit_widths(architecture, layer).values():
-            sums = 12 * n * (n + architecture.hidden) + activations
-            work.append(reduced + max(_refit_work(architecture, n), sums))
+            sums = 12 * n * (n + hidden) + activations  # of a batch
+            # Float32 sums and means of fitted and held-out blocks, and float64 ridge regressions: the moment, centred
+            # if there is a bias, damped and factored.
+            fit = 16 * n**2 + 8 * hidden * n
+            fit += 8 * ((3 if biased else 2) * n**2 + column_part(n) + 6 * hidden * n)
+            work.append(reduced + max(fit, sums))
     return run.weights + max(work)
-
-
-def _solve_work(architecture: Architecture, assignment: Assignment, sampled: int) -> int:
-    """Return the bytes of one solve, as its method states them.
-
-    ``sampled``: elements of the covariances of the sampled queries of one key head.
-    """
-    shapes = Shapes(architecture.targets[assignment.target], architecture.geometry, sampled)
-    return solver_of(assignment).memory(shapes, assignment.size, assignment.options)
-
-
-def _refit_work(architecture: Architecture, n: int) -> int:
-    """Return the bytes of the refit of a projection with n inputs.
-
-    They are float32 sums and means of fitted and held-out blocks, and float64 ridge regressions: the moment, centred if
-    there is a bias, damped and factored.
-    """
-    hidden, biased = architecture.hidden, architecture.matrices[architecture.family.mlp_output].bias
-    return 16 * n**2 + 8 * hidden * n + 8 * ((3 if biased else 2) * n**2 + column_part(n) + 6 * hidden * n)
 
 
 def _refit_widths(architecture: Architecture, layer: LayerPlan) -> dict[str, int]:

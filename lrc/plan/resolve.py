@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path as FilePath
 from typing import Any, Literal, get_args, get_origin
@@ -36,10 +36,6 @@ class Draft:
     text: str = ""
     name: str = ""
     stem: str = ""
-
-    def keeping(self, keep: float) -> Draft:
-        """Return this draft with another ``keep``."""
-        return replace(self, plan=self.plan.model_copy(update={"keep": keep}))
 
 
 def parse_plan(text: str, source: str) -> Draft:

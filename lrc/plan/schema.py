@@ -59,18 +59,6 @@ def _format(value: object) -> int:
     return 1
 
 
-RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
-
-
-def _match(value: object) -> str:
-    for part in str(value).split(","):
-        if not RANGE.fullmatch(part.strip()):
-            raise ValueError(
-                f'{part.strip()!r} names no layers; write such as "0-1", 3, "0,2,5-7" or -1 for the last'
-            )
-    return str(value)
-
-
 Keep = Annotated[float | tuple[float, float], PlainValidator(_keep)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -143,7 +131,7 @@ class Projections(Roles):
 class Rule(Roles, Components):
     """What differs in the layers that ``match``: ``keep`` and ``method`` of the whole layer, and entries."""
 
-    match: Annotated[str, PlainValidator(_match)]
+    match: Annotated[str, PlainValidator(str)]
     keep: Keep | None = None
     method: Text | None = None
 
@@ -154,13 +142,16 @@ def matched_layers(match: str, count: int) -> set[int]:
     Raises ValueError if the text names no layers or a layer that does not exist.
     """
     found = set()
-    for part in _match(match).split(","):
-        low, high = RANGE.fullmatch(part.strip()).groups()  # type: ignore[union-attr]
-        ends = [int(low), int(low if high is None else high)]
-        for end in ends:
+    for part in match.split(","):
+        if not (ends := re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part.strip())):
+            raise ValueError(
+                f'{part.strip()!r} names no layers; write such as "0-1", 3, "0,2,5-7" or -1 for the last'
+            )
+        first, last = (int(end or ends[1]) for end in ends.groups())
+        for end in (first, last):
             if not -count <= end < count:
                 raise ValueError(f"there is no layer {end}; the model has {count} layers, 0 to {count - 1}")
-        first, last = (end % count for end in ends)
+        first, last = first % count, last % count
         if first > last:
             raise ValueError(f"{part.strip()!r} matches no layer; it runs from {first} down to {last}")
         found.update(range(first, last + 1))

@@ -282,7 +282,11 @@ def _parsed(data: str) -> object:
     """Parse a string into the value that a plan would have."""
     if _is_file(data):
         return data
-    pairs = [_pair(part.strip()) for part in data.split(",")]
+    pairs: list[tuple[str, str | None]] = []
+    for part in (part.strip() for part in data.split(",")):
+        name, equals, weight = part.rpartition("=")
+        weighted = equals and not _is_file(part)
+        pairs.append((name.strip(), weight.strip()) if weighted else (part, None))
     names = [name for name, _ in pairs]
     for place, name in enumerate(names):
         if name in names[:place]:
@@ -296,13 +300,6 @@ def _parsed(data: str) -> object:
             "comma, name only this file, or write {NAME: 2, ...} in a plan"
         )
     return names if names[1:] else names[0]
-
-
-def _pair(part: str) -> tuple[str, str | None]:
-    if "=" not in part or _is_file(part):
-        return part, None
-    name, _, weight = part.rpartition("=")
-    return name.strip(), weight.strip()
 
 
 def _number(word: str) -> float | str:

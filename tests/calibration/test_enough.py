@@ -13,12 +13,20 @@ from typer.testing import CliRunner
 import lrc
 from lrc.calibration.draw import too_few
 from lrc.cli import app
-from lrc.plan.job import prepare
+from lrc.plan.job import Job
+from lrc.plan.library import read_draft
+from lrc.run.settings import Run
 from lrc.verbs.check import check
+from lrc.verbs.setup import set_up
 
 TinyCheckpoint = Callable[..., Path]
 MOMENTS = "calibration has {} tokens for moments of {} dimensions; use more samples"
 GRADIENTS = "gradients are of {} tokens for moments of {} dimensions; use more {}"
+
+
+def prepare(model: str | Path, plan: str | Path) -> Job:
+    """A model and a plan resolved for it."""
+    return set_up(model, Run(device="cpu")).job(read_draft(plan))
 
 
 @pytest.mark.parametrize(

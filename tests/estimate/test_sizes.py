@@ -19,12 +19,14 @@ from lrc.compression.loop import Compressor
 from lrc.estimate.memory import estimate_memory
 from lrc.estimate.sizes import target_sizes
 from lrc.families import families
-from lrc.plan.job import Job, prepare
+from lrc.plan.job import Job
+from lrc.plan.library import read_draft
 from lrc.run.offload import States
 from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.verbs.check import check
 from lrc.verbs.compress import compress
+from lrc.verbs.setup import set_up
 from lrc.walk.backward import gradient_moments
 from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import ModelStream
@@ -47,6 +49,11 @@ PLANS = {
     "embed among others": "keep: 0.5\nprojections: {embed: {method: svd, keep: 0.5}}",
     "layers apart": "keep: 0.5\nlayers:\n  - {match: '0', mlp: keep-all}\n  - {match: '1', method: svd, keep: 0.4}",
 }
+
+
+def prepare(model: str | Path, plan: str | Path) -> Job:
+    """A model and a plan resolved for it."""
+    return set_up(model, Run(device="cpu")).job(read_draft(plan))
 
 
 @pytest.fixture
