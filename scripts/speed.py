@@ -255,6 +255,7 @@ def _compress(
     name: str, model: Path, data: str, samples: int, seq_len: int, cold: bool, device: str
 ) -> list[str]:
     """The cells of one whole command: its wall time and what its report says."""
+    import lrc
     from lrc.plan.library import read_draft
     from lrc.verbs.check import check
     from lrc.verbs.setup import set_up

@@ -18,11 +18,10 @@ from lrc.errors import UserError
 from lrc.evaluation.tokens import token_nll
 from lrc.families import Architecture
 from lrc.methods.contract import Problem, Solution
-from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment
 from lrc.text.blocks import batched
 from lrc.walk.stream import Batch
-from lrc.walk.walk import Visit, Walk
+from lrc.walk.walk import Walk
 
 
 def costs(setting: Setting, curves: Sequence[Curve], advance: Advance) -> tuple[list[Curve], float]:
@@ -83,24 +82,16 @@ class Sensitivity:
 
         for visit in Walk(self._stream, self._batches, first_token=setting.first_token, load=held):
             if here := [curve for curve in blank if curve.layer == visit.index]:
-                found += self._layer_curves(visit, gradients.pop(visit.index, None), here, advance)
+                known = visit.read(setting.at_all_sizes(visit.index), gradients.pop(visit.index, None))
+                state = self._states[visit.index]
+                problem = partial(pose, self._architecture, state=state, found=known)
+                found += self._measured(here, problem, partial(self._alone, visit.index), advance)
             self._stream.advance(self._layers[visit.index], visit.index, self._held)
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
             problems = pose_outer(self._stream, targets, blocks, self._batches)
             found += self._measured(tables, problems.__getitem__, self._table_alone, advance)
         return found
-
-    def _layer_curves(
-        self, visit: Visit, gradients: GradientMoment | None, blank: Sequence[Curve], advance: Advance
-    ) -> list[Curve]:
-        index = visit.index
-        found = visit.read(self._setting.at_all_sizes(index), gradients)
-
-        def problem(target: str) -> Problem:
-            return pose(self._architecture, target, self._states[index], found)
-
-        return self._measured(blank, problem, partial(self._alone, index), advance)
 
     def _measured(
         self,

@@ -1,32 +1,40 @@
-"""Measure what sizes cost and spend budgets, for ``lrc plan`` and for plans with ``allocate:``."""
+"""Measure what sizes cost, cache it in a file and spend budgets, for ``lrc plan`` and for plans with ``allocate:``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.budget import Budget, Spent, shortfalls, spend
 from lrc.allocation.contract import Setting
-from lrc.allocation.curves import Curves, plan_sha256
 from lrc.allocation.spend import Choice, Curve, Offer
-from lrc.calibration.draw import blocks_key, gradients_key
+from lrc.calibration.draw import blocks_key, digest, gradients_key
+from lrc.checkpoint.durable import write_text
 from lrc.errors import UserError, nearest
 from lrc.estimate.memory import HELD_OUT_SAMPLES, measuring_memory
 from lrc.estimate.room import free_bytes, memory_advice
 from lrc.families import Target
 from lrc.methods.sizes import Options, SizeRule, SizeValue
+from lrc.plan.document import dotted
 from lrc.plan.job import Job, templates
+from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.schema import Plan
 from lrc.run.versions import versions
 from lrc.walk.needs import reads_gradients, solver_of
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
+FORMAT = 5  # of files of curves
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
 _EXACT = 1e-9  # rounding error of products such as 0.7 * 10
 
@@ -93,7 +101,7 @@ class Measuring:
     ``allocate``: one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's, else sensitivity). ``keeps``:
     fractions of each target to measure. ``held_out``: text of which sensitivity reads the first ``samples`` blocks
     (default: wikitext2:validation; for built-in models the part of builtin:train that calibration does not draw).
-    ``curves``: the file that caches the costs (default: beside the plan, named by ``lrc.allocation.curves.file_name``).
+    ``curves``: the file that caches the costs (default: beside the plan, named by ``lrc.allocation.sizing.file_name``).
     ``fresh``: ignore the cached costs.
     """
 
@@ -127,6 +135,91 @@ class Measuring:
     def fractions(self) -> list[float]:
         """Fractions to measure, ascending. Raises UserError as ``check_keeps`` does."""
         return check_keeps(KEEPS if self.keeps is None else self.keeps)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves of a model with costs in ``unit``; ``key`` holds everything that determines them.
+
+    ``model``: the name that the user gave. ``loss``: the original model's nats per held-out token, if measured.
+    """
+
+    model: str
+    key: dict[str, Any]
+    unit: str
+    loss: float | None
+    curves: list[Curve]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the curves as JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
+
+    def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
+        """Return the fields in which another model's ``key`` differs, each with both values."""
+        there, here = (
+            {**k, "model": f"{m} {k.get('model')}"} for m, k in ((self.model, self.key), (model, key))
+        )
+        names = [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]
+        texts = [f"{name} (there {there.get(name)}, here {here.get(name)})" for name in names]
+        return [re.sub(r"([0-9a-f]{8})[0-9a-f]{56}", r"\1…", text) for text in texts]
+
+    def fits(self, blank: Sequence[Curve]) -> bool:
+        """Return whether these are the ``blank`` curves with a finite cost at every size."""
+        bare, expected = ([replace(curve, costs=()) for curve in curves] for curves in (self.curves, blank))
+        return bare == expected and all(
+            len(curve.costs) == len(curve.sizes) and all(map(math.isfinite, curve.costs))
+            for curve in self.curves
+        )
+
+
+_CURVES = TypeAdapter(Curves)
+
+
+def file_name(model: str, key: Mapping[str, Any]) -> str:
+    """Return the file name of curves: model, allocation and a hash of the key."""
+    return f"{model}.{key['allocation']}.{digest(key)}.curves.json"
+
+
+def load_curves(path: Path) -> Curves:
+    """Read a file of ``Curves.save``. Raises UserError for any other file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "format" not in found:
+            raise ValueError("no mapping with a format")
+        if found["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {found['format']!r}, this version of lrc reads {FORMAT}; remove it, or name "
+                "another with --curves"
+            )
+        return as_curves(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{dotted(first['loc'])}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise UserError(
+        f"{path} holds no curves of lrc plan ({reason}); remove it, or name another with --curves"
+    )
+
+
+def as_curves(values: Mapping[str, Any]) -> Curves:
+    """Return the curves of ``Curves.as_dict``. Raises pydantic's ValidationError for other values."""
+    return _CURVES.validate_json(json.dumps(values), strict=True)
+
+
+def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
+    """Return a hash of the targets, methods and options in and outside the layers, ignoring sizes."""
+    found = {
+        (-1 if index is None else index, a.target, a.method, json.dumps(a.options, sort_keys=True))
+        for plan in plans
+        for index in (None, *range(len(plan.layers)))
+        for a in plan.unsized(index)
+    }
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,14 @@ def resolve(
     assigner = _Assigner(document, architecture, methods, set(collectors))
     if plan.allocate != "uniform":
         finder = finder or f"allocate {plan.allocate}"
-        _refuse_no_budget(plan, document)
+        if isinstance(plan.keep, tuple):
+            message = (
+                f"allocate {plan.allocate} shares out one fraction over all layers; write one, such as 0.8"
+            )
+            document.mistake(("keep",), message)
+        elif plan.keep == 1:
+            message = f"{plan.allocate} has nothing to share out; write a keep below 1"
+            document.mistake(("allocate",), message)
     if finder:
         _refuse_sizes(plan, document, methods, finder)
     layers = []
@@ -224,16 +231,6 @@ def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str)
         document.mistake(
             path, f"is a size, which {finder} finds; leave it out, or write {WHOLE} for what stays whole"
         )
-
-
-def _refuse_no_budget(plan: Plan, document: Document) -> None:
-    """Note a mistake if a plan that asks for an allocation has no single keep below 1 to share out."""
-    if isinstance(plan.keep, tuple):
-        message = f"allocate {plan.allocate} shares out one fraction over all layers; write one, such as 0.8"
-        document.mistake(("keep",), message)
-    elif plan.keep == 1:
-        message = f"{plan.allocate} has nothing to share out; write a keep below 1"
-        document.mistake(("allocate",), message)
 
 
 def _read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any], dict[str, str]]:

@@ -197,33 +197,24 @@ def check_data(value: object) -> Data:
     """
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, Mapping) and value:
-        found: dict[str | int, str] = {str(name): _wrong(name, weight) for name, weight in value.items()}
-        if any(found.values()):
-            raise Misplaced({name: message for name, message in found.items() if message})
-        return dict(value)
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, Mapping | list | tuple) and value:
         wrong: dict[str | int, str] = {}
         for place, name in enumerate(value):
-            if not _is_name(name):
-                wrong[place] = f"{name!r} is not a name"
+            if not isinstance(name, str) or not name.strip():
+                wrong[str(name) if isinstance(value, Mapping) else place] = f"{name!r} is not a name"
+            elif isinstance(value, Mapping):
+                wrong[name] = _wrong_weight(value[name])
             elif name in value[:place]:
                 wrong[place] = f"{name!r} is written twice"
-        if wrong:
+        if wrong := {place: message for place, message in wrong.items() if message}:
             raise Misplaced(wrong)
-        return tuple(value)
+        return dict(value) if isinstance(value, Mapping) else tuple(value)
     raise ValueError(
         f"{value!r} names no text; write such as wikitext2, [wikitext2, c4] or {{wikitext2: 2, c4: 1}}"
     )
 
 
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and bool(name.strip())
-
-
-def _wrong(name: object, weight: object) -> str:
-    if not _is_name(name):
-        return f"{name!r} is not a name"
+def _wrong_weight(weight: object) -> str:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         return as_text_number(weight) or f"{weight!r} is not a number; a weight is above 0, such as 2"
     if not (weight > 0 and math.isfinite(weight)):

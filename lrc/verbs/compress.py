@@ -12,8 +12,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from lrc.allocation import ALLOCATORS
-from lrc.allocation.curves import as_curves
-from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
+from lrc.allocation.sizing import KEEPS, Sizing, as_curves, default_samples, sized_by, unsized
 from lrc.calibration.draw import too_few
 from lrc.checkpoint.shared import SharedStaging
 from lrc.checkpoint.staging import Staging, check_output, staging

@@ -8,8 +8,17 @@ from pathlib import Path
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.budget import Budget, Spent, read_budgets
-from lrc.allocation.curves import Curves, file_name, load_curves
-from lrc.allocation.sizing import Limits, Measuring, Sizing, blank_curves, buy, default_samples
+from lrc.allocation.sizing import (
+    Curves,
+    Limits,
+    Measuring,
+    Sizing,
+    blank_curves,
+    buy,
+    default_samples,
+    file_name,
+    load_curves,
+)
 from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts, too_few
 from lrc.checkpoint.durable import check_file, write_text, written
@@ -18,11 +27,10 @@ from lrc.estimate.sizes import output_size
 from lrc.families import Target
 from lrc.methods import methods
 from lrc.plan.job import templates
-from lrc.plan.library import PlanLike, draft_of, read_draft
+from lrc.plan.library import PlanLike, draft_of, read_draft, write_plan
 from lrc.plan.resolve import Draft
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Components, Entry, Plan
-from lrc.plan.write import write_plan
 from lrc.records.planning import Planned, Planning, Strip, TableSize, cost_text, factor
 from lrc.run.offload import States
 from lrc.run.settings import Run

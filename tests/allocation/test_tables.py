@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.allocation import ALLOCATORS, sensitivity
 from lrc.allocation.contract import walk_steps
-from lrc.allocation.curves import plan_sha256
+from lrc.allocation.sizing import plan_sha256
 from lrc.allocation.spend import allocate
 from lrc.evaluation.perplexity import window_losses
 from lrc.methods import methods
