@@ -349,7 +349,10 @@ def test_format_is_required_and_known(mistakes: Mistakes) -> None:
         ("format: 1\n---\nformat: 1\n", "p.yaml:2: not valid YAML: "),
         ("format: 1\nkeep: !!python/name:os.system\n", "p.yaml:2: not valid YAML: "),
         ("format: 1\nkeep: 2026-13-45\n", "p.yaml:2: not valid YAML: month must be in 1..12"),
-        ("format: 1\nlayers: &a [*a]\n", "p.yaml:2: not valid YAML: an anchor that contains itself"),
+        (
+            "format: 1\nlayers: &a [*a]\n",
+            "p.yaml: not a plan: nested too deeply, or an anchor contains itself",
+        ),
         ("format: 1\nkeep: *none\n", "p.yaml:2: not valid YAML: found undefined alias"),
         ("format: 1\n[a]: 1\n", "p.yaml:2: not valid YAML: a key must be a word"),
         ("format: " + "[" * 5000, "p.yaml: not a plan: nested too deeply"),
