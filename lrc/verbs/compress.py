@@ -15,8 +15,7 @@ from lrc.allocation import ALLOCATORS
 from lrc.allocation.curves import as_curves
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
 from lrc.calibration.enough import too_few
-from lrc.checkpoint.shared import SharedStaging
-from lrc.checkpoint.staging import Staging, check_output, staging
+from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression.finish import (
     copied_files,
     logit_scale,
