@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lrc.allocation.spend import Curve
 from lrc.calibration.draw import digest
-from lrc.checkpoint.durable import write_text
+from lrc.checkpoint.durable import write_file
 from lrc.errors import UserError
 from lrc.plan.document import dotted
 from lrc.plan.resolved import ResolvedPlan
@@ -42,7 +42,7 @@ class Curves:
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
-        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_file(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
         """Return the fields in which another model's ``key`` differs, each with both values."""

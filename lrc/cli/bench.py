@@ -63,7 +63,7 @@ def bench_model(
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
-    from lrc.checkpoint.durable import check_file, write_text, written
+    from lrc.checkpoint.durable import check_file, write_file
     from lrc.records.compression import json_text
     from lrc.report.tables import speeds
     from lrc.verbs.bench import bench
@@ -73,6 +73,5 @@ def bench_model(
     with running(place, source, as_json=as_json, split=False) as run:
         found = bench(model, **vars(cases), run=run)
     if out is not None:
-        with written(out):
-            write_text(out, json_text(found.as_dict()))
+        write_file(out, json_text(found.as_dict()))
     result(found.as_dict(), speeds(found), as_json, out)

@@ -22,7 +22,7 @@ def compare_outputs(
     as_json: AsJson = False,
 ) -> None:
     """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""
-    from lrc.checkpoint.durable import check_file, write_text, written
+    from lrc.checkpoint.durable import check_file, write_file
     from lrc.report.compared import compared_page
     from lrc.report.outputs import read_outputs
     from lrc.report.tables import outputs
@@ -31,6 +31,5 @@ def compare_outputs(
         check_file("-o", out)
     sources = read_outputs([folder.expanduser() for folder in folders])
     if out is not None:
-        with written(out):
-            write_text(out, compared_page(sources))
+        write_file(out, compared_page(sources))
     result({"sources": [source.as_dict() for source in sources]}, outputs(sources), as_json, out)

@@ -13,7 +13,7 @@ from lrc.allocation.sizing import Limits, Measuring, Sizing, blank_curves, buy, 
 from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
 from lrc.calibration.enough import too_few
-from lrc.checkpoint.durable import check_file, write_text, written
+from lrc.checkpoint.durable import check_file, write_file
 from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
 from lrc.families import Target
@@ -88,8 +88,7 @@ def make_plan(
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
     plans = list(zip(paths, budgets, spent, strict=True))
     for path, budget, each in plans if setup.processes.first else ():
-        with written(path):
-            write_text(path, _text(path, budget, name, known, each, texts, of_texts))
+        write_file(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(
         model=setup.model.source,
         allocation=name,
@@ -141,8 +140,7 @@ def _curves(
     with setup.watch.stage("measure"):
         found = sizing.curves(setup.run.progress)
     if store and first:
-        with written(store):
-            found.save(store)
+        found.save(store)
     return found, True
 
 
