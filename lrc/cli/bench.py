@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import typer
-
-from lrc.cli.options import AsJson, Model, Place, Source, names, option, running
+from lrc.cli.options import AsJson, Model, Place, Source, names, option, out_option, running
 from lrc.cli.screen import result
 
 
@@ -57,9 +55,7 @@ def bench_model(
     cases: Cases,
     place: Place,
     source: Source,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the figures as JSON too.")
-    ] = None,
+    out: Annotated[Path | None, out_option("Write the figures as JSON too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""

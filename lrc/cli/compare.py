@@ -7,18 +7,13 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.options import AsJson
+from lrc.cli.options import AsJson, out_option
 from lrc.cli.screen import result
 
 
 def compare_outputs(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of lrc compress.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--out", metavar="FILE", help="Write an HTML page with the table and the picture."
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("Write an HTML page with the table and the picture.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import typer
-
-from lrc.cli.options import AsJson, Inputs, Layers, Model, names, option, running
+from lrc.cli.options import AsJson, Inputs, Layers, Model, names, option, out_option, running
 from lrc.cli.screen import result
 
 
@@ -55,10 +53,7 @@ def inspect(
     layers: Layers,
     text: Blocks,
     inputs: Inputs,
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="Write inspect.json and inspect.html there."),
-    ] = None,
+    out: Annotated[Path | None, out_option("Write inspect.json and inspect.html there.", None)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""

@@ -26,6 +26,11 @@ Model = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
+def out_option(help: str, metavar: str | None = "FILE") -> Any:
+    """Make the option ``-o`` of a verb: a file or folder for its result."""
+    return typer.Option("-o", "--out", metavar=metavar, help=help)
+
+
 def option(
     help: str,
     default: Any = None,
@@ -57,25 +62,15 @@ def names(option: str, listed: str) -> list[str]:
     raise UserError(f"{option} {listed!r} is empty; name something, or leave it out")
 
 
-def lengths(option: str, listed: str) -> list[int]:
-    """Return the whole numbers of a list with commas. Raises UserError for any other word."""
-    return [
-        _number(int, option, listed, word, "a whole number", "512,1024") for word in names(option, listed)
-    ]
-
-
-def fractions(option: str, listed: str) -> list[float]:
+def _numbers(kind: type, what: str, option: str, listed: str) -> list[Any]:
     """Return the numbers of a list with commas. Raises UserError for any other word."""
-    return [
-        _number(float, option, listed, word, "a number", "0.8 or 0.8,0.6") for word in names(option, listed)
-    ]
-
-
-def _number(kind: Callable[[str], Any], option: str, listed: str, word: str, what: str, example: str) -> Any:
-    try:
-        return kind(word)
-    except ValueError:
-        raise UserError(f"{option} {listed}: {word!r} is not {what}; write such as {example}") from None
+    found = []
+    for word in names(option, listed):
+        try:
+            found.append(kind(word))
+        except ValueError:
+            raise UserError(f"{option} {listed}: {word!r} is not {what}") from None
+    return found
 
 
 def _changes(option: str, entries: Sequence[str]) -> dict[str, Any]:
@@ -179,7 +174,11 @@ class Inputs(Source):
 
 
 # How the text of an option becomes a list, and how a value of a type is shown in the help.
-_READ: dict[Any, Callable[[str, Any], Any]] = {list[str]: names, list[int]: lengths, list[float]: fractions}
+_READ: dict[Any, Callable[[str, Any], Any]] = {
+    list[str]: names,
+    list[int]: partial(_numbers, int, "a whole number; write such as 512,1024"),
+    list[float]: partial(_numbers, float, "a number; write such as 0.8 or 0.8,0.6"),
+}
 _METAVAR = {list[str]: "NAME[,NAME]", list[int]: "N[,N...]", list[float]: "F[,F...]", float: "F", Path: "DIR"}
 
 
@@ -192,21 +191,17 @@ def flat(verb: Callable[..., None]) -> Callable[..., None]:
         if not is_dataclass(kinds[name]):
             parameters.append(parameter)
             continue
-        group, types = kinds[name], get_type_hints(kinds[name])
-        groups[name] = group
-        for each in fields(group):
-            how, kind, bare = (
-                each.metadata,
-                types[each.name],
-                (*get_args(types[each.name]), types[each.name])[0],
-            )
+        groups[name], types = kinds[name], get_type_hints(kinds[name])
+        for each in fields(groups[name]):
+            how, kind = each.metadata, types[each.name]
+            bare = (*get_args(kind), kind)[0]  # without None
             if read := how["read"] or _READ.get(bare):
                 readers[each.name] = partial(read, flags(each)[-1])
                 kind = list[str] | None if bare == dict[str, Any] else str | None
             made = typer.Option(
                 *flags(each),
                 metavar=how["metavar"] or _METAVAR.get(bare),
-                rich_help_panel=None if how["first"] else group.panel,
+                rich_help_panel=None if how["first"] else groups[name].panel,
                 **how["typer"],
             )
             annotation = Annotated[kind, made]

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import typer
-
-from lrc.cli.options import AsJson, Calibration, Inputs, Layers, Model, option, running
+from lrc.cli.options import AsJson, Calibration, Inputs, Layers, Model, option, out_option, running
 from lrc.cli.screen import result
 from lrc.errors import UserError
 
@@ -98,9 +96,7 @@ def plan_model(
     layers: Layers,
     calibration: Calibration,
     inputs: Inputs,
-    out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="FILE", help="The plan; NAME-F.yaml for several keeps.")
-    ] = Path("plan.yaml"),
+    out: Annotated[Path, out_option("The plan; NAME-F.yaml for several keeps.")] = Path("plan.yaml"),
     as_json: AsJson = False,
 ) -> None:
     """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
