@@ -19,7 +19,9 @@ class OutOfResources(Resumable):
 
 
 class ProcessEnded(OutOfResources):
-    """Another process of the run ended or no longer answers."""
+    """Another process of the run ended or no longer answers; ``told`` if yet another process reports that."""
+
+    told = False
 
 
 class Paused(KeyboardInterrupt):

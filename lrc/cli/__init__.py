@@ -18,12 +18,12 @@ from lrc.cli.inspect import inspect
 from lrc.cli.list import list_known
 from lrc.cli.options import flat
 from lrc.cli.plan import plan_model
-from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
-from lrc.cli.screen import complain
+from lrc.cli.screen import complain, speaks
 from lrc.cli.verify import verify_output
 from lrc.errors import Paused, UserError, nearest
 from lrc.run.versions import __version__
 
+_MISTAKE, _INTERRUPTED = 2, 130  # exit codes
 _SPLIT = ("compress", "eval", "plan")  # over several processes; the first alone runs the others
 # Raised for words that do not parse. Typer has no name for it, and its module depends on typer's version.
 _Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
@@ -54,7 +54,7 @@ class _Verbs(TyperGroup):
             then = "run the same command again to go on" if resumes else "the same command starts over"
             if speaks():
                 complain(f"interrupted; {then}")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(_INTERRUPTED) from None
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _mistakes() -> Iterator[None]:
     except (UserError, _Unparsed) as error:
         if speaks(error):
             complain(str(error) if isinstance(error, UserError) else _in_our_words(error))
-        raise typer.Exit(MISTAKE) from None
+        raise typer.Exit(_MISTAKE) from None
 
 
 def _in_our_words(error: Any) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_h
 
 import typer
 
-from lrc.cli.processes import processes
 from lrc.cli.screen import progress, quiet, warn
 from lrc.errors import UserError
 
@@ -233,10 +232,10 @@ def running(*groups: Any, as_json: bool = False, split: bool = True, **given: An
 
     A verb that is not ``split`` runs in one process.
     """
-    from lrc.run.processes import ALONE
+    from lrc.run.processes import ALONE, launched
     from lrc.run.settings import Run
 
     for group in groups:
         given |= vars(group)
-    with processes() if split else nullcontext(ALONE) as joined, progress(joined.first) as track:
+    with launched() if split else nullcontext(ALONE) as joined, progress(joined.first) as track:
         yield Run(**given, progress=track, warn=None if as_json else warn, processes=joined)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from lrc.cli.processes import speaks
+from lrc.errors import ProcessEnded
+from lrc.run.launcher import place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 _FILE_WIDTH = 120  # of tables in a file or a pipe
 
 Track = Callable[[str, int], Callable[[int], object]]
+
+
+def speaks(error: Exception | None = None) -> bool:
+    """Return whether this process prints: the first does, and any that finds another lost before all others."""
+    return not error.told if isinstance(error, ProcessEnded) else place().rank == 0
 
 
 def complain(message: str) -> None:

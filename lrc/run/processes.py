@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -120,12 +121,12 @@ class Processes:
             self._try(lambda: dist.all_gather_object(failures, failure))
             raise next(each for each in failures if each is not None)
 
-    def first_to_miss(self) -> bool:
-        """Tell whether this is the first process to notice that another ended; it prints the error."""
-        try:
-            return self._store is None or self._store.add("lost", 1) == 1
-        except RuntimeError:  # the store was on the process that ended
-            return True
+    def ended(self, message: str) -> ProcessEnded:
+        """Return an error that the first process to notice another's end reports, and the later ones do not."""
+        error = ProcessEnded(f"{message}; {AGAIN}")
+        with suppress(RuntimeError):  # the store was on the process that ended
+            error.told = self._store is not None and self._store.add("lost", 1) > 1
+        return error
 
     def _broadcast(self, value: Any, source: int) -> Any:
         """Send a value's outline, then its tensors in order."""
@@ -158,9 +159,9 @@ class Processes:
             self._parted = True
             # Strip the place in the backend's source before the reason, and the advice after it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
-            raise ProcessEnded(
+            raise self.ended(
                 f"another of the {self.size} processes of this run ended, or did not answer for "
-                f"{TIMEOUT.seconds // 60} minutes (process {self.rank}: {reason}); {AGAIN}"
+                f"{TIMEOUT.seconds // 60} minutes (process {self.rank}: {reason})"
             ) from error
 
 
@@ -171,7 +172,8 @@ ALONE = Processes(Place())
 def launched() -> Iterator[Processes]:
     """Connect the processes that a launcher started until the context closes; ``ALONE`` without a launcher.
 
-    A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened.
+    A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened. A
+    launcher that misses a process stops the others by SIGTERM, which raises ``ProcessEnded`` here.
     """
     here = place()
     if here.size == 1:
@@ -191,22 +193,26 @@ def launched() -> Iterator[Processes]:
             f"the {here.size} processes of this run do not find each other: {str(error).splitlines()[0]}"
         ) from error
     processes, whole = Processes(here, PrefixStore("lrc", store)), True
+
+    def stop(*_: object) -> None:
+        raise processes.ended(
+            "the launcher stopped this run (SIGTERM), as it does when one of its processes ends"
+        )
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield processes
         processes.meet()
-    except ProcessEnded:
-        whole = False
-        raise
-    except UserError as error:
-        processes.meet(error)
-        raise
-    except Exception as error:
-        reason = f"process {here.rank} of {here.size} failed with {type(error).__name__}: {error}"
-        with suppress(UserError):
-            processes.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
-        raise
-    except BaseException:
-        whole = False
+        signal.signal(signal.SIGTERM, before)
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends now, with its message and exit code
+        whole = isinstance(error, Exception) and not isinstance(error, ProcessEnded)
+        if whole and isinstance(error, UserError):
+            processes.meet(error)
+        elif whole:
+            reason = f"process {here.rank} of {here.size} failed with {type(error).__name__}: {error}"
+            with suppress(UserError):
+                processes.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
         raise
     finally:
         if whole or by == "gloo":  # NCCL would wait for processes that ended
