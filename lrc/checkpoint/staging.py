@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lrc.checkpoint.durable import put, sync, write_text
+from lrc.checkpoint.durable import sync, write_text
 from lrc.checkpoint.hashes import Sources, file_sha256, tensor_sha256, watching
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.errors import OutOfResources, Resumable, UserError
@@ -176,7 +176,8 @@ class Staging:
             by_tensor = {name: tensor_sha256(stored) for name, stored in read_headers([partial]).items()}
             hashes = {"sha256": whole.result(), "tensors": by_tensor}
             synced.result()
-        put(partial, path)
+        partial.replace(path)
+        sync(path.parent)
         return hashes
 
     def _checked(self, part: str) -> Path:
@@ -184,10 +185,8 @@ class Staging:
         self.settle(part)
         file = self._file(part)
         if part not in self._sound and file_sha256(file) != self._noted(part)["sha256"]:
-            raise Resumable(
-                f"{file} is damaged; delete it and run the same command again to make this part anew, or pass --fresh "
-                "to start over"
-            )
+            remedy = "delete it and run the same command again, or pass --fresh to start over"
+            raise Resumable(f"{file} is damaged; {remedy}")
         self._sound.add(part)
         return file
 
@@ -219,13 +218,7 @@ class SharedStaging:
 
 @contextmanager
 def staging(
-    out: Path,
-    key: Mapping[str, Any],
-    *,
-    source: Path,
-    files: Iterable[Path] = (),
-    fresh: bool,
-    force: bool,
+    out: Path, key: Mapping[str, Any], *, source: Path, files: Iterable[Path] = (), fresh: bool, force: bool
 ) -> Iterator[Staging]:
     """Open the staging folder of ``out`` for one run; ``key`` is everything that decides the result.
 
@@ -238,9 +231,16 @@ def staging(
     with _locked(work, out):
         _recover(work, out)
         journal, parts = work / _JOURNAL, work / "parts"
+        new = json.loads(json.dumps(key))
+        old = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else {}
         if fresh or not journal.exists():
-            _clear(work)
-        elif changed := _differing(json.loads(journal.read_text(encoding="utf-8")), key):
+            journal.unlink(missing_ok=True)  # first: without it the rest is ignored
+            for path in work.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        elif changed := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
             # Changed weights change synthetic text too, and have their own message.
             if "model" not in changed:
                 with watching(source, files, work / _SOURCES):
@@ -279,18 +279,11 @@ def check_output(out: Path, *, source: Path, force: bool) -> None:
     if out.is_file():
         raise UserError(f"cannot write {out}: it is a file; choose another --out")
     if out.exists() and not (out / MANIFEST).is_file() and not force:
-        raise UserError(
-            f"{out} exists and is not an lrc output; choose another --out, or pass --force to replace it"
-        )
+        raise UserError(f"{out} exists and is not an lrc output; choose another --out or pass --force")
     if source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"cannot replace {out}: it is, or holds, the model that is being compressed")
     if out.exists() and Path.cwd().resolve().is_relative_to(out.resolve()):
         raise UserError(f"cannot replace {out}: it is, or holds, the current folder")
-
-
-def _differing(old: Any, new: Mapping[str, Any]) -> list[str]:
-    plain = json.loads(json.dumps(new))
-    return sorted(name for name in {*old, *plain} if old.get(name) != plain.get(name))
 
 
 @contextmanager
@@ -304,9 +297,8 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
         except FileNotFoundError:  # another run has just finished and removed the folder
             continue
         except Timeout:
-            raise UserError(
-                f"another run is writing {out} (it holds {work}); wait for it or choose another --out"
-            ) from None
+            message = f"another run is writing {out} (it holds {work}); wait for it or choose another --out"
+            raise UserError(message) from None
         with held:
             yield
             return
@@ -320,15 +312,6 @@ def _recover(work: Path, out: Path) -> None:
             shutil.rmtree(retired)
         else:
             retired.rename(out)
-
-
-def _clear(work: Path) -> None:
-    (work / _JOURNAL).unlink(missing_ok=True)  # first: without it the rest is ignored
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
 
 
 def _discard(work: Path) -> None:
@@ -350,7 +333,6 @@ def _space(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         for code, (what, remedy) in _FULL.items():
             if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
-                raise OutOfResources(
-                    f"{what}: {out.parent.resolve()}; {remedy} and run the same command again"
-                ) from error
+                message = f"{what}: {out.parent.resolve()}; {remedy} and run the same command again"
+                raise OutOfResources(message) from error
         raise

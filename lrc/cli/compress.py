@@ -9,17 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from lrc.cli.options import (
-    AsJson,
-    Calibration,
-    Inputs,
-    Layers,
-    Model,
-    PlanOptions,
-    Texts,
-    option,
-    running,
-)
+from lrc.cli.options import AsJson, Calibration, Inputs, Layers, Model, PlanOptions, Texts, option, running
 from lrc.cli.screen import result
 from lrc.errors import UserError
 

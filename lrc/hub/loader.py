@@ -43,7 +43,7 @@ def load(
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
         raise UserError(
-            f"{folder} has no safetensors weights; pickled ones are read only with allow_pickle (--allow-pickle)"
+            f"{folder} has no safetensors weights; allow_pickle (--allow-pickle) reads pickled ones"
         )
     read_headers(files)
     if device is not None:
@@ -60,9 +60,8 @@ def causal_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         if "custom code" in str(error) and not trust_remote_code:
-            raise UserError(
-                f"{folder} needs Python code that it ships; pass --trust-remote-code if you trust that code"
-            ) from error
+            message = f"{folder} needs Python code that it ships; pass --trust-remote-code if you trust it"
+            raise UserError(message) from error
         raise UserError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
     if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{folder} is a {config.model_type} model, not a causal language model")
@@ -75,9 +74,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers, tokenizers and sentencepiece each raise their own
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(
-            f"{folder} has no tokenizer that works ({reason}); copy the model's tokenizer.json into it"
-        ) from error
+        message = f"{folder} has no tokenizer that works ({reason}); copy the model's tokenizer.json into it"
+        raise UserError(message) from error
 
 
 def start_tokens(config: PreTrainedConfig) -> Iterator[int]:

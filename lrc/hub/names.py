@@ -75,9 +75,8 @@ def resolve_model(
         return _download(SHORT_NAMES.get(name, name), revision, allow_pickle, remedy)
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"there is no folder {name}")
-    raise UserError(
-        f"unknown model {name!r}; {nearest(name, (*SHORT_NAMES, *BUILTIN))}, or a folder, or org/name"
-    )
+    known = nearest(name, (*SHORT_NAMES, *BUILTIN))
+    raise UserError(f"unknown model {name!r}; {known}, or a folder, or org/name")
 
 
 def default_text(model: str) -> str:
@@ -113,9 +112,7 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, remedy:
     except RevisionNotFoundError:
         message = f"{repository} has no revision {revision!r}"
     except (RepositoryNotFoundError, HFValidationError):
-        message = (
-            f"there is no folder {repository} here, and no public model {repository} on the Hugging Face hub"
-        )
+        message = f"there is no folder {repository}, and no public model of that name on the Hugging Face hub"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
         message = f"{what} is not on this machine and the Hugging Face hub cannot be reached; pass a folder"
     except HfHubHTTPError as error:

@@ -42,10 +42,8 @@ class LrcConfig(QuantizationConfigMixin):
         if modules is None or not isinstance(format_version, int):
             raise UserError("config.json: quantization_config needs `modules` and a whole `format_version`")
         if format_version > FORMAT_VERSION:
-            raise UserError(
-                f"the checkpoint has format version {format_version}, this lrc reads up to {FORMAT_VERSION}; "
-                "pip install --upgrade lrc"
-            )
+            known = f"format version {format_version}, this lrc reads up to {FORMAT_VERSION}"
+            raise UserError(f"the checkpoint has {known}; pip install --upgrade lrc")
         self.__dict__.update(others)
         self.quant_method: Any = METHOD
         self.format_version = format_version
@@ -75,7 +73,11 @@ class LrcQuantizer(HfQuantizer):
                     raise UserError(f"the checkpoint lacks the tensor {name!r}")
         # transformers accepts only a dict where the config is used again.
         model.config.quantization_config = self.quantization_config.to_dict()
-        _unflag(model)
+        # An ordinary float model from here on: `half`, adapters and training refuse quantized ones.
+        model.is_quantized = False  # type: ignore[attr-defined]
+        for name in ("quantization_method", "hf_quantizer"):
+            vars(model).pop(name, None)
+        vars(model.config).pop("_is_quantized", None)
         model._get_static_cache_init_shape = _no_early_cache  # type: ignore[method-assign]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -103,9 +105,7 @@ def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
     """Return the table by this model's paths: base models have no prefix, other tasks no LM head."""
     factorized = [path for path in (family.head, family.embedding) if path in table]
     if len(factorized) == 1 and getattr(model.config, "tie_word_embeddings", False):
-        raise UserError(
-            f"config.json: {factorized[0]!r} is factorized and tie_word_embeddings is true; set it to false"
-        )
+        raise UserError(f"config.json: {factorized[0]!r} is factorized; set tie_word_embeddings to false")
     prefix = f"{family.prefix}." if model.base_model is model else ""
     has_head = hasattr(model, family.head)
     return {p.removeprefix(prefix): entry for p, entry in table.items() if p != family.head or has_head}
@@ -120,14 +120,6 @@ def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in tied and (not own or name.startswith(own))
     }
-
-
-def _unflag(model: PreTrainedModel) -> None:
-    """Mark the model as an ordinary float model: ``half``, adapters and training refuse quantized ones."""
-    model.is_quantized = False  # type: ignore[attr-defined]
-    vars(model).pop("quantization_method", None)
-    vars(model).pop("hf_quantizer", None)
-    vars(model.config).pop("_is_quantized", None)
 
 
 def _no_early_cache() -> None:

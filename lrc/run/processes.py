@@ -102,10 +102,8 @@ class Processes:
         """Raise UserError on all processes if one would run with other settings than the first."""
         theirs = self.share(settings)
         if others := [name for name in {**theirs, **settings} if theirs.get(name) != settings.get(name)]:
-            raise UserError(
-                f"process {self.rank} would run with another {' and '.join(others)} than process 0; all have to see "
-                "the same files and libraries"
-            )
+            differing = f"process {self.rank} would run with another {' and '.join(others)} than process 0"
+            raise UserError(f"{differing}; all processes need the same files and libraries")
         self.meet()
 
     def meet(self, failure: UserError | None = None) -> None:
@@ -129,7 +127,10 @@ class Processes:
         return error
 
     def _broadcast(self, value: Any, source: int) -> Any:
-        """Send a value's outline, then its tensors in order."""
+        """Send a value's pickle without its tensors, then the tensors in order.
+
+        Tensors pickled with the object would take ten times as long, and CUDA tensors arrive on the sender's device.
+        """
         if self.alone:
             return value
 
@@ -138,19 +139,30 @@ class Processes:
                 self._try(lambda: dist.broadcast(tensor.view(-1).view(torch.uint8), source))
             return tensor
 
-        sends = self.rank == source
-        outline, tensors = _outlined(value) if sends else (b"", [])
-        held = [outline]
-        self._try(lambda: dist.broadcast_object_list(held, source))
-        for tensor in tensors:
-            exchange(tensor.contiguous())
+        tensors: list[Tensor] = []
+
+        class Writer(pickle.Pickler):
+            def persistent_id(self, obj: Any) -> Any:
+                if not isinstance(obj, Tensor):
+                    return None
+                tensors.append(obj.contiguous())
+                return tuple(obj.shape), obj.dtype, obj.device.type
 
         class Reader(pickle.Unpickler):
             def persistent_load(self, pid: tuple[Any, torch.dtype, str]) -> Tensor:
                 shape, dtype, device = pid
                 return exchange(torch.empty(shape, dtype=dtype, device=device))
 
-        return value if sends else Reader(BytesIO(held[0])).load()
+        outline = BytesIO()
+        if self.rank == source:
+            Writer(outline).dump(value)
+        held = [outline.getvalue()]
+        self._try(lambda: dist.broadcast_object_list(held, source))
+        if self.rank != source:
+            return Reader(BytesIO(held[0])).load()
+        for tensor in tensors:
+            exchange(tensor)
+        return value
 
     def _try(self, exchange: Callable[[], object]) -> None:
         try:
@@ -181,23 +193,18 @@ def launched() -> Iterator[Processes]:
         return
     # After a restart the store holds addresses of processes that ended.
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise UserError(
-            "a launcher's restarts are not supported; leave --max-restarts at 0 and start the command again"
-        )
+        raise UserError("lrc supports no restarts by a launcher: use --max-restarts 0 and start again")
     by = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(by, store=store, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the {here.size} processes of this run do not find each other: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the {here.size} processes of this run do not find each other: {reason}") from error
     processes, whole = Processes(here, PrefixStore("lrc", store)), True
 
     def stop(*_: object) -> None:
-        raise processes.ended(
-            "the launcher stopped this run (SIGTERM), as it does when one of its processes ends"
-        )
+        raise processes.ended("the launcher stopped this run (SIGTERM), as it does when a process ends")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -217,21 +224,3 @@ def launched() -> Iterator[Processes]:
     finally:
         if whole or by == "gloo":  # NCCL would wait for processes that ended
             dist.destroy_process_group()
-
-
-def _outlined(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Pickle a value without its tensors; return the pickle and the tensors, in the order of the value.
-
-    Tensors pickled with the object would take ten times as long, and CUDA tensors arrive on the sender's device.
-    """
-    file, tensors = BytesIO(), list[Tensor]()
-
-    class Writer(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> Any:
-            if not isinstance(obj, Tensor):
-                return None
-            tensors.append(obj)
-            return tuple(obj.shape), obj.dtype, obj.device.type
-
-    Writer(file).dump(value)
-    return file.getvalue(), tensors

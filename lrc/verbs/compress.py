@@ -16,14 +16,7 @@ from lrc.allocation.curves import as_curves
 from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
 from lrc.calibration.enough import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
-from lrc.compression.finish import (
-    copied_files,
-    logit_scale,
-    refit_records,
-    sizes,
-    target_records,
-    write_checkpoint,
-)
+from lrc.compression import finish
 from lrc.compression.loop import Compressor
 from lrc.compression.refit import doubts
 from lrc.estimate.memory import ASSUMED_SAMPLES
@@ -90,7 +83,7 @@ def compress(
     setup.processes.agree(work.settings)
     setup.warn(work.warnings)
     source = job.model.path
-    read = [*job.reader.files, *copied_files(source)]
+    read = [*job.reader.files, *finish.copied_files(source)]
     opened = staging(target, work.settings, source=source, files=read, fresh=fresh, force=force)
     # Rank 0 alone has the staging folder; the other processes solve and measure with it and get its report.
     with opened if setup.processes.first else nullcontext() as own:
@@ -99,7 +92,7 @@ def compress(
         work = _compress_layers(work, stage)
         with setup.watch.stage("write"):
             manifest = {**work.settings, "warnings": work.warnings}
-            table = write_checkpoint(work.job, own, manifest) if own else {}
+            table = finish.write_checkpoint(work.job, own, manifest) if own else {}
             setup.processes.meet()
         perplexity = _evaluate(work, stage, held_out, max_windows) if held_out else []
         if own is None:
@@ -192,15 +185,11 @@ def _settings(setup: Setup, job: Job, calibration: Calibration, batch: int) -> d
             "revision": job.model.revision,
             "fingerprint": job.reader.fingerprint,
         },
-        "plan": _plan_settings(job),
+        "plan": {"source": job.draft.name, **job.plan.as_dict()},
         "calibration": moments,
         "run": run,
         "versions": versions("torch", "transformers", "safetensors", "tokenizers"),
     }
-
-
-def _plan_settings(job: Job) -> dict[str, Any]:
-    return {"source": job.draft.name, **job.plan.as_dict()}
 
 
 def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
@@ -218,7 +207,11 @@ def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
         curves = as_curves(stage.record(_ALLOCATION))
         job, cost = sized_by(work.job, sizing.jobs[0], curves.curves)
     found = {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
-    settings = {**work.settings, "allocation": found, "plan": _plan_settings(job)}
+    settings = {
+        **work.settings,
+        "allocation": found,
+        "plan": {"source": job.draft.name, **job.plan.as_dict()},
+    }
     warnings = [*dict.fromkeys([*job.plan.warnings, *work.warnings])]  # now with those about the sizes found
     return replace(work, job=job, settings=settings, warnings=warnings)
 
@@ -233,7 +226,7 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
         compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))
-    refits = refit_records(job, stage.own) if stage.own else []
+    refits = finish.refit_records(job, stage.own) if stage.own else []
     return replace(work, warnings=[*work.warnings, *doubts(refits)])
 
 
@@ -256,7 +249,7 @@ def _report(
     work: _Work, own: Staging, table: Table, perplexity: list[PerplexityChange], target: Path
 ) -> Report:
     setup, job, settings = work.setup, work.job, work.settings
-    before, after = sizes(job, own, table)
+    before, after = finish.sizes(job, own, table)
     return Report(
         model=job.model.source,
         revision=job.model.revision,
@@ -270,9 +263,9 @@ def _report(
         before=before,
         after=after,
         perplexity=perplexity,
-        targets=TypeAdapter(list[TargetRecord]).validate_python(target_records(job, own)),
-        refits=refit_records(job, own),
-        scale=logit_scale(own),
+        targets=TypeAdapter(list[TargetRecord]).validate_python(finish.target_records(job, own)),
+        refits=finish.refit_records(job, own),
+        scale=finish.logit_scale(own),
         calibration=TypeAdapter(CalibrationRecord).validate_python(settings["calibration"]),
         allocation=settings.get("allocation"),
         device=setup.device_name,

@@ -150,25 +150,17 @@ def _cached(store: Path, sizing: Sizing, blank: Sequence[Curve]) -> Curves | Non
         return None
     known = load_curves(store)
     if differences := known.differences(sizing.jobs[0].model.source, sizing.key):
+        settings = "; ".join(differences)
         raise UserError(
-            f"{store} was measured with other settings: {'; '.join(differences)}. Name another file with --curves, or "
-            "leave it out"
+            f"{store} was measured with other settings: {settings}. Name another file with --curves"
         )
     if not known.fits(blank):
-        raise UserError(
-            f"{store} is damaged: its targets, sizes or costs are not those of its key; remove it"
-        )
+        raise UserError(f"{store} is damaged: its targets, sizes or costs do not fit its key; remove it")
     return known
 
 
 def _text(
-    path: Path,
-    budget: Budget,
-    name: str,
-    known: Curves,
-    spent: Spent,
-    texts: Texts,
-    warnings: Sequence[str],
+    path: Path, budget: Budget, name: str, known: Curves, spent: Spent, texts: Texts, warnings: Sequence[str]
 ) -> str:
     """Return the plan as YAML below a comment that says how it was made."""
     job, plan, share = spent.job, spent.plan.plan, spent.job.plan.budget
