@@ -48,6 +48,11 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
+    put(partial, path)
+
+
+def put(partial: Path, path: Path) -> None:
+    """Rename a synced file to its final name in the same folder; replace any file of that name."""
     partial.replace(path)
     sync(path.parent)
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lrc.checkpoint.durable import sync, write_text
+from lrc.checkpoint.durable import put, sync, write_text
 from lrc.checkpoint.hashes import Sources, file_sha256, tensor_sha256, watching
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.errors import OutOfResources, Resumable, UserError
@@ -176,8 +176,7 @@ class Staging:
             by_tensor = {name: tensor_sha256(stored) for name, stored in read_headers([partial]).items()}
             hashes = {"sha256": whole.result(), "tensors": by_tensor}
             synced.result()
-        partial.replace(path)
-        sync(path.parent)
+        put(partial, path)
         return hashes
 
     def _checked(self, part: str) -> Path:

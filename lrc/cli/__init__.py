@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
-from lrc.cli.bench import bench_model
-from lrc.cli.check import check_model
-from lrc.cli.compare import compare_outputs
-from lrc.cli.compress import compress_model
-from lrc.cli.eval import evaluate
-from lrc.cli.inspect import inspect
-from lrc.cli.list import list_known
 from lrc.cli.options import flat
-from lrc.cli.plan import plan_model
 from lrc.cli.screen import complain, speaks
-from lrc.cli.verify import verify_output
 from lrc.errors import Paused, UserError, nearest
 from lrc.run.versions import __version__
 
 _MISTAKE, _INTERRUPTED = 2, 130  # exit codes
+_VERBS = ("compress", "eval", "compare", "plan", "bench", "check", "verify", "inspect", "list")
 _SPLIT = ("compress", "eval", "plan")  # over several processes; the first alone runs the others
 # Raised for words that do not parse. Typer has no name for it, and its module depends on typer's version.
 _Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
@@ -92,15 +85,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("compress")(flat(compress_model))
-app.command("eval")(flat(evaluate))
-app.command("compare")(flat(compare_outputs))
-app.command("plan")(flat(plan_model))
-app.command("bench")(flat(bench_model))
-app.command("check")(flat(check_model))
-app.command("verify")(flat(verify_output))
-app.command("inspect")(flat(inspect))
-app.command("list")(flat(list_known))
+for name in _VERBS:
+    app.command(name)(flat(import_module(f"lrc.cli.{name}").verb))
 
 
 def _print_version(asked: bool) -> None:

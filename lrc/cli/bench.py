@@ -50,7 +50,7 @@ class Cases:
     )
 
 
-def bench_model(
+def verb(
     model: Model,
     cases: Cases,
     place: Place,

@@ -11,7 +11,7 @@ from lrc.cli.options import AsJson, out_option
 from lrc.cli.screen import result
 
 
-def compare_outputs(
+def verb(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of lrc compress.")],
     out: Annotated[Path | None, out_option("Write an HTML page with the table and the picture.")] = None,
     as_json: AsJson = False,

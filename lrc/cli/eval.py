@@ -72,7 +72,7 @@ class Ablation:
     fresh: bool = option("Measure again, whatever results there are here.", False)
 
 
-def evaluate(
+def verb(
     windows: Windows,
     tasks: Tasks,
     ablation: Ablation,

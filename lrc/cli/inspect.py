@@ -47,7 +47,7 @@ class Blocks:
     seq_len: int | None = option("Tokens of a block.", least=2, shown="2048, or the model's limit")
 
 
-def inspect(
+def verb(
     model: Model,
     scope: Scope,
     layers: Layers,

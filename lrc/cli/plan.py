@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -11,16 +10,16 @@ from lrc.cli.options import AsJson, Calibration, Inputs, Layers, Model, option, 
 from lrc.cli.screen import result
 from lrc.errors import UserError
 
-_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kMGT])(i?)B?|B)?", re.IGNORECASE)
-_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
-
 
 def _bytes(option: str, size: str) -> int:
     """Return the bytes of ``4G``, ``500 MB``, ``1.5GiB`` or a plain number."""
-    if not (match := _SIZE.fullmatch(size.strip())):
-        raise UserError(f"{option} {size!r} is not a size; write such as 4G, 500MB, 1.5GiB or 123456789")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS.get((unit or "").lower(), 0))
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(size.strip())
+    except ValidationError:
+        message = f"{option} {size!r} is not a size; write such as 4G, 500MB, 1.5GiB or 123456789"
+        raise UserError(message) from None
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class LimitOptions:
     cap: float = option("Of each target keep at most this; at 1 it may stay whole.", 1.0)
 
 
-def plan_model(
+def verb(
     model: Model,
     budget: Budget,
     measuring: MeasuringOptions,

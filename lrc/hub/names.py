@@ -88,16 +88,7 @@ def default_text(model: str) -> str:
 
 
 def _download(repository: str, revision: str | None, allow_pickle: bool, remedy: str) -> ResolvedModel:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     what = f"{repository} at revision {revision}" if revision else repository
     try:
@@ -107,15 +98,15 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, remedy:
             allow_patterns=[*WANTED, "*.bin"] if allow_pickle else WANTED,
             ignore_patterns=UNWANTED,
         )
-    except GatedRepoError:
+    except errors.GatedRepoError:
         message = f"{what} is gated: ask for access on its page at the hub, then run `hf auth login`"
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         message = f"{repository} has no revision {revision!r}"
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         message = f"there is no folder {repository}, and no public model of that name on the Hugging Face hub"
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         message = f"{what} is not on this machine and the Hugging Face hub cannot be reached; pass a folder"
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         message = f"{what} cannot be downloaded: {error}"
     except OSError as error:
         message = f"{what} cannot be stored: {error}"

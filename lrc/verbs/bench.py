@@ -22,8 +22,6 @@ from lrc.records.benchmark import Bench, Model, Row
 from lrc.run.settings import Run, find_device, find_dtype
 from lrc.run.versions import versions
 
-NEW_TOKENS, REPEATS = 16, 10
-
 
 def bench(
     model: str | Path,
@@ -32,8 +30,8 @@ def bench(
     prefill: Sequence[tuple[int, int]] | None = None,
     decode: Sequence[tuple[int, int]] | None = None,
     modes: Sequence[str] | None = None,
-    new_tokens: int = NEW_TOKENS,
-    repeats: int = REPEATS,
+    new_tokens: int = 16,
+    repeats: int = 10,
     fuse: bool = True,
     run: Run = Run(),
 ) -> Bench:

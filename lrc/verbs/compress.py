@@ -25,7 +25,7 @@ from lrc.evaluation.folder import Loading, evaluate_folder
 from lrc.evaluation.passage import DEFAULT_SEQ_LEN, count_windows
 from lrc.hub.names import default_text
 from lrc.modules.table import Table
-from lrc.plan.job import Job
+from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
 from lrc.records.compression import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
 from lrc.report.html import html_page
@@ -57,7 +57,7 @@ def compress(
     max_windows: int | None = None,
     fresh: bool = False,
     force: bool = False,
-    beside: Sequence[str | Path] = (),
+    beside: Sequence[str | Path] | None = None,
     run: Run = Run(),
 ) -> Report:
     """Compress a checkpoint by a plan into the folder ``out`` (default: ./MODEL-PLAN) and report its size and losses.
@@ -71,13 +71,13 @@ def compress(
     """
     draft = find_draft(plan, keep, changes)
     setup = set_up(model, run)
-    job, notes = setup.job(draft), list[str]()
+    job, notes = make_job(setup.model, setup.reader, draft), list[str]()
     if plan is None and "allocate" not in (changes or {}):
         job, note = _choose_allocation(setup, job, keep, changes)
         notes.append(note)
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
-    others = read_beside([Path(each) for each in beside], job.model.source, job.reader.fingerprint)
+    others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
     held_out = _check_held_out(setup, ppl, max_windows)
     work = _prepare(setup, job, calib, notes)
     setup.processes.agree(work.settings)
@@ -135,7 +135,8 @@ def _choose_allocation(
     name, losses = "sensitivity", "measured on held-out text with each target shrunk alone"
     if not fits:
         name, losses = "fisher", "predicted from gradients"
-        job = setup.job(read_draft(BEST.model_copy(update={"allocate": name}), keep, changes))
+        draft = read_draft(BEST.model_copy(update={"allocate": name}), keep, changes)
+        job = make_job(setup.model, setup.reader, draft)
     given = f"no plan is given: method {job.plan.plan.method}, keep {job.plan.plan.keep:g}"
     return job, (
         f"{given}; the whole model {'fits' if fits else 'does not fit'} on the device, so sizes are chosen by losses "
@@ -207,11 +208,8 @@ def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
         curves = as_curves(stage.record(_ALLOCATION))
         job, cost = sized_by(work.job, sizing.jobs[0], curves.curves)
     found = {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
-    settings = {
-        **work.settings,
-        "allocation": found,
-        "plan": {"source": job.draft.name, **job.plan.as_dict()},
-    }
+    plan = {"source": job.draft.name, **job.plan.as_dict()}
+    settings = {**work.settings, "allocation": found, "plan": plan}
     warnings = [*dict.fromkeys([*job.plan.warnings, *work.warnings])]  # now with those about the sizes found
     return replace(work, job=job, settings=settings, warnings=warnings)
 
