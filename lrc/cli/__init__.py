@@ -65,9 +65,8 @@ def _in_our_words(error: Any) -> str:
     if hasattr(error, "possibilities"):  # an option that is not there
         options = (option for option in error.ctx.command.params if option.param_type_name == "option")
         known = [name for option in options for name in (*option.opts, *option.secondary_opts)]
-        return (
-            f"{error.ctx.command_path} has no option {error.option_name}; {nearest(error.option_name, known)}"
-        )
+        unknown = error.option_name
+        return f"{error.ctx.command_path} has no option {unknown}; {nearest(unknown, known)}"
     message, option = error.format_message().rstrip("."), getattr(error, "param", None)
     if option is not None and error.message:
         reasons = getattr(error.__cause__, "errors", list)()  # of pydantic, by which newer typers parse

@@ -21,9 +21,7 @@ class Cases:
     """What is timed."""
 
     panel: ClassVar = "How it is measured"
-    against: str | None = option(
-        "Another model, measured in turn, such as the original.", metavar="MODEL", first=True
-    )
+    against: str | None = option("Another model to compare with, by turns.", metavar="MODEL", first=True)
     prefill: list[tuple[int, int]] | None = option(
         "Batches of B prompts of N tokens, read at once; or none.",
         metavar="BxN[,BxN...]",
@@ -45,9 +43,7 @@ class Cases:
     )
     new_tokens: int = option("Tokens that a sample of decode writes.", 16)
     repeats: int = option("Samples of each model, in turn.", 10)
-    fuse: bool = option(
-        "Merge the products of one input in a compressed model.", True, flag="--fuse/--no-fuse"
-    )
+    fuse: bool = option("Merge products of one input, if compressed.", True, flag="--fuse/--no-fuse")
 
 
 def verb(

@@ -25,9 +25,7 @@ class Output:
     out: Path | None = option("Output folder.", flag="-o --out", shown="./MODEL-PLAN", first=True)
     fresh: bool = option("Start an unfinished run over, or resume it.", False, flag="--fresh/--resume")
     force: bool = option("Replace an output folder that is not an lrc output.", False)
-    beside: list[Path] | None = option(
-        "An earlier output of MODEL to show in report.html; may be repeated.", metavar="DIR"
-    )
+    beside: list[Path] | None = option("Earlier output to show in the report; repeatable.", metavar="DIR")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 class Windows(Texts):
     """The texts, and the windows that perplexity is measured on."""
 
-    seq_len: int | None = option(
-        "Tokens of a window.", least=2, shown="2048, or the limit of the shorter model"
-    )
+    seq_len: int | None = option("Tokens of a window.", least=2, shown="2048, or the models' limit")
     context: list[int] | None = option(
         "Several lengths of windows, a figure for each on the same part of the text; --max-windows counts those of "
         "the longest."
@@ -57,9 +55,7 @@ class Ablation:
         "map.",
         False,
     )
-    keeps: list[float] | None = option(
-        "Fractions of its weights that a target keeps.", shown="0.5,0.25,0.125"
-    )
+    keeps: list[float] | None = option("Fractions that a target keeps.", shown="0.5,0.25,0.125")
     method: str | None = option(
         "What shrinks all that it can.", metavar="NAME", shown="a3 components, whitened_svd projections"
     )

@@ -15,9 +15,7 @@ class Scope:
     """What is inspected."""
 
     panel: ClassVar = "What is inspected"
-    against: Path | None = option(
-        "The folder of an lrc output of MODEL, to compare with it.", metavar="OUT", first=True
-    )
+    against: Path | None = option("An lrc output of MODEL, to compare with it.", metavar="OUT", first=True)
     layers: str | None = option(
         "These layers alone, each by itself; -1 is the last.", metavar="N[-M],...", shown="all, by target"
     )

@@ -122,9 +122,7 @@ class Place:
 
     panel: ClassVar = "Where it runs"
     device: str | None = option("cpu, cuda or cuda:N.", shown="the first GPU if there is one")
-    dtype: str | None = option(
-        "float32, bfloat16 or float16.", shown="the checkpoint's on a GPU, float32 on a CPU"
-    )
+    dtype: str | None = option("float32, bfloat16 or float16.", shown="as stored; float32 on a CPU")
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,7 @@ class Inputs(Source):
     """How MODEL and texts are opened; fields of ``lrc.Run``."""
 
     panel: ClassVar = Calibration.panel
-    data_dir: Path | None = option(
-        "Folder with the data sets, instead of the hub.", shown="the variable LRC_DATA_DIR"
-    )
+    data_dir: Path | None = option("Folder with data sets, instead of the hub.", shown="$LRC_DATA_DIR")
 
 
 # How the text of an option becomes a list, and how a value of a type is shown in the help.

@@ -17,9 +17,9 @@ from lrc.run.launcher import place
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_FILE_WIDTH = 120  # of tables in a file or a pipe
+    from lrc.run.settings import Progress
 
-Track = Callable[[str, int], Callable[[int], object]]
+_FILE_WIDTH = 120  # of tables in a file or a pipe
 
 
 def speaks(error: Exception | None = None) -> bool:
@@ -65,7 +65,7 @@ def result(found: Any, parts: Iterable[RenderableType], as_json: bool, *files: o
 
 
 @contextmanager
-def progress(shown: bool = True) -> Iterator[Track]:
+def progress(shown: bool = True) -> Iterator[Progress]:
     """Show a bar on stderr for each stage, with rate and time left, if ``shown`` and stderr is a terminal."""
     from rich import progress as bar
 

@@ -35,9 +35,7 @@ def load(
     causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
-        raise UserError(
-            f"{folder} has no safetensors weights; allow_pickle (--allow-pickle) reads pickled ones"
-        )
+        raise UserError(f"{folder} has no safetensors weights; --allow-pickle (allow_pickle) reads others")
     read_headers(files)
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
@@ -74,6 +72,5 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> transfor
 def start_tokens(config: transformers.PreTrainedConfig) -> Iterator[int]:
     """Yield the tokens that may precede a text: the config's BOS token, then its EOS tokens."""
     ends = config.eos_token_id
-    yield from (
-        t for t in (config.bos_token_id, *(ends if isinstance(ends, list) else [ends])) if t is not None
-    )
+    tokens = [config.bos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    yield from (token for token in tokens if token is not None)

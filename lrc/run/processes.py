@@ -44,17 +44,9 @@ class Processes:
 
     def __init__(self, place: Place, store: Store | None = None) -> None:
         self.rank, self.size, self.local = place
+        self.first, self.alone = self.rank == 0, self.size == 1  # the first writes files and prints
         self._store = store
         self._parted = False  # after a failure the processes no longer meet
-
-    @property
-    def first(self) -> bool:
-        """Tell whether this process writes files and prints."""
-        return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        return self.size == 1
 
     def mine(self, items: Split) -> Split:
         """Return this process's share of items that all have: every ``size``-th one."""

@@ -65,9 +65,7 @@ def find_device(name: str | None, processes: Processes = ALONE) -> torch.device:
         raise UserError(f"there is no device {name!r} on this machine; {nearest(name, there)}")
     if name is None or name == "cuda":
         if gpus and processes.local >= len(gpus):
-            lacking = (
-                f"process {processes.local} of this machine has no GPU of its own: there are {len(gpus)}"
-            )
+            lacking = f"process {processes.local} of this machine has no GPU: there are {len(gpus)}"
             raise UserError(f"{lacking}; start one process for each GPU, or say --device cpu")
         name = gpus[processes.local] if gpus else "cpu"
     elif name in gpus and not processes.alone:

@@ -44,7 +44,7 @@ def check(job: Job) -> Check:
     warnings = list(job.plan.warnings)
     if calibration.samples == "all":
         warnings.append(
-            f"memory is for {memory.ASSUMED_SAMPLES} blocks of calibration; all of a text may be more"
+            f"memory is for {memory.ASSUMED_SAMPLES} calibration blocks; all of a text may be more"
         )
     else:
         warnings += too_few(reader.architecture, job.plan, calibration.samples, losses=allocator.losses)
@@ -59,9 +59,7 @@ def check(job: Job) -> Check:
         if SYNTHETIC in mixture.names:
             batch = min(generating_batch(job.plan.seq_len), on_device.samples)
             needed = memory.generating_memory(job, dtype, batch)
-            warnings.append(
-                f"synthetic text is written by the whole model beforehand: about {needed:,} bytes"
-            )
+            warnings.append(f"the whole model writes synthetic text beforehand: about {needed:,} bytes")
     return Check(
         model=job.model.source,
         plan=job.draft.name,

@@ -151,9 +151,7 @@ def _cached(store: Path, sizing: Sizing, blank: Sequence[Curve]) -> Curves | Non
     known = load_curves(store)
     if differences := known.differences(sizing.jobs[0].model.source, sizing.key):
         settings = "; ".join(differences)
-        raise UserError(
-            f"{store} was measured with other settings: {settings}. Name another file with --curves"
-        )
+        raise UserError(f"{store} was measured with other settings: {settings}. Use another --curves file")
     if not known.fits(blank):
         raise UserError(f"{store} is damaged: its targets, sizes or costs do not fit its key; remove it")
     return known
