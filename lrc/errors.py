@@ -19,9 +19,9 @@ class OutOfResources(Resumable):
 
 
 class ProcessEnded(OutOfResources):
-    """Another process of the run ended or no longer answers; ``told`` if yet another process reports that."""
+    """Another process of the run ended or no longer answers; ``reported`` if yet another process reports that."""
 
-    told = False
+    reported = False
 
 
 class Paused(KeyboardInterrupt):

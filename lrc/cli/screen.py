@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lrc.errors import ProcessEnded
-from lrc.run.launcher import place
+from lrc.run.launcher import own_rank
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,7 +24,7 @@ _FILE_WIDTH = 120  # of tables in a file or a pipe
 
 def speaks(error: Exception | None = None) -> bool:
     """Return whether this process prints: the first does, and any that finds another lost before all others."""
-    return not error.told if isinstance(error, ProcessEnded) else place().rank == 0
+    return not error.reported if isinstance(error, ProcessEnded) else own_rank().rank == 0
 
 
 def complain(message: str) -> None:
@@ -77,9 +77,9 @@ def progress(shown: bool = True) -> Iterator[Progress]:
             return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
     console = Console(stderr=True)
-    left = bar.TimeRemainingColumn(elapsed_when_finished=True)
+    time_left = bar.TimeRemainingColumn(elapsed_when_finished=True)
     label = bar.TextColumn("{task.description}", markup=False)
-    columns = (label, bar.BarColumn(), bar.MofNCompleteColumn(), Rate(), left)
+    columns = (label, bar.BarColumn(), bar.MofNCompleteColumn(), Rate(), time_left)
     with bar.Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bars:
 
         def track(label: str, total: int) -> Callable[[int], None]:

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lrc.errors import OutOfResources, ProcessEnded, UserError
-from lrc.run.launcher import Place, place
+from lrc.run.launcher import Rank, own_rank
 
 TIMEOUT = timedelta(minutes=10)  # the others wait while one process solves or writes alone
 AGAIN = "run the same command again: a compression goes on where it stopped"
@@ -42,11 +42,11 @@ class Processes:
     them is raised on all, ``ProcessEnded`` if one ended or does not answer.
     """
 
-    def __init__(self, place: Place, store: Store | None = None) -> None:
-        self.rank, self.size, self.local = place
+    def __init__(self, rank: Rank, store: Store | None = None) -> None:
+        self.rank, self.size, self.local = rank
         self.first, self.alone = self.rank == 0, self.size == 1  # the first writes files and prints
         self._store = store
-        self._parted = False  # after a failure the processes no longer meet
+        self._failed = False  # after a failure the processes no longer meet
 
     def mine(self, items: Split) -> Split:
         """Return this process's share of items that all have: every ``size``-th one."""
@@ -100,13 +100,13 @@ class Processes:
 
     def meet(self, failure: UserError | None = None) -> None:
         """Wait for every process; raise the first ``failure`` that any of them passes."""
-        if self.alone or self._parted:
+        if self.alone or self._failed:
             return
         failed = torch.tensor(failure is not None, dtype=torch.uint8)
         flags = [torch.zeros_like(failed) for _ in range(self.size)]
         self._try(lambda: dist.all_gather(flags, failed))
         if any(flags):
-            self._parted = True
+            self._failed = True
             failures: list[Any] = [None] * self.size
             self._try(lambda: dist.all_gather_object(failures, failure))
             raise next(each for each in failures if each is not None)
@@ -115,7 +115,7 @@ class Processes:
         """Return an error that the first process to notice another's end reports, and the later ones do not."""
         error = ProcessEnded(f"{message}; {AGAIN}")
         with suppress(RuntimeError):  # the store was on the process that ended
-            error.told = self._store is not None and self._store.add("lost", 1) > 1
+            error.reported = self._store is not None and self._store.add("lost", 1) > 1
         return error
 
     def _broadcast(self, value: Any, source: int) -> Any:
@@ -160,7 +160,7 @@ class Processes:
         try:
             exchange()
         except RuntimeError as error:  # gloo and NCCL have no error class for it
-            self._parted = True
+            self._failed = True
             # Strip the place in the backend's source before the reason, and the advice after it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise self.ended(
@@ -169,7 +169,7 @@ class Processes:
             ) from error
 
 
-ALONE = Processes(Place())
+ALONE = Processes(Rank())
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def launched() -> Iterator[Processes]:
     A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened. A
     launcher that misses a process stops the others by SIGTERM, which raises ``ProcessEnded`` here.
     """
-    here = place()
+    here = own_rank()
     if here.size == 1:
         yield ALONE
         return
@@ -193,7 +193,7 @@ def launched() -> Iterator[Processes]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the {here.size} processes of this run do not find each other: {reason}") from error
-    processes, whole = Processes(here, PrefixStore("lrc", store)), True
+    processes, connected = Processes(here, PrefixStore("lrc", store)), True
 
     def stop(*_: object) -> None:
         raise processes.ended("the launcher stopped this run (SIGTERM), as it does when a process ends")
@@ -205,14 +205,14 @@ def launched() -> Iterator[Processes]:
         signal.signal(signal.SIGTERM, before)
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends now, with its message and exit code
-        whole = isinstance(error, Exception) and not isinstance(error, ProcessEnded)
-        if whole and isinstance(error, UserError):
+        connected = isinstance(error, Exception) and not isinstance(error, ProcessEnded)
+        if connected and isinstance(error, UserError):
             processes.meet(error)
-        elif whole:
+        elif connected:
             reason = f"process {here.rank} of {here.size} failed with {type(error).__name__}: {error}"
             with suppress(UserError):
                 processes.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
         raise
     finally:
-        if whole or by == "gloo":  # NCCL would wait for processes that ended
+        if connected or by == "gloo":  # NCCL would wait for processes that ended
             dist.destroy_process_group()

@@ -33,38 +33,38 @@ def verify(folder: Path, *, trust_remote_code: bool = False, progress: Progress 
     checkpoint. Raises UserError if ``folder`` is no lrc output, or its manifest is damaged or has no hashes.
     """
     files, tensors = _read_manifest(folder)
-    there = {name: folder / name for name in files if (folder / name).is_file()}
-    damage = [Damage(name, "is missing") for name in files if name not in there]
+    present = {name: folder / name for name in files if (folder / name).is_file()}
+    damage = [Damage(name, "is missing") for name in files if name not in present]
     weights = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     damage += [Damage(name, "is not of this checkpoint") for name in weights if name not in files]
-    advance = progress("verify", len(there)) if progress else lambda done: None
+    advance = progress("verify", len(present)) if progress else lambda done: None
     changed = set[str]()
-    with hashing(there.values(), min(_THREADS, os.cpu_count() or 1)) as hashes:
-        for name, path in there.items():
+    with hashing(present.values(), min(_THREADS, os.cpu_count() or 1)) as hashes:
+        for name, path in present.items():
             if hashes[path].result() != files[name]:
                 changed.add(name)
             advance(1)
     damage += [Damage(name, _DIFFERS) for name in changed if name not in tensors]
     headers: Headers = {}
-    for name in (name for name in tensors if name in there):
+    for name in (name for name in tensors if name in present):
         try:
-            headers[name] = parse_header(there[name])
+            headers[name] = parse_header(present[name])
         except UserError as error:
-            damage.append(Damage(name, str(error).removeprefix(str(there[name])).lstrip(": ")))
+            damage.append(Damage(name, str(error).removeprefix(str(present[name])).lstrip(": ")))
             continue
         if name in changed:
-            damage += _by_tensor(there[name], headers[name], tensors[name])
-    if INDEX in there:
-        damage += _of_index(there[INDEX], headers)
-    if _CONFIG in there:
-        lost = {tensor for name in tensors if name not in headers for tensor in tensors[name]}
-        damage += _of_config(folder, headers, lost, trust_remote_code=trust_remote_code)
+            damage += _by_tensor(present[name], headers[name], tensors[name])
+    if INDEX in present:
+        damage += _of_index(present[INDEX], headers)
+    if _CONFIG in present:
+        unread = {tensor for name in tensors if name not in headers for tensor in tensors[name]}
+        damage += _of_config(folder, headers, unread, trust_remote_code=trust_remote_code)
     return Integrity(
         folder=str(folder),
         sound=not damage,
-        files=len(there),
+        files=len(present),
         tensors=sum(len(tensors[name]) for name in headers),
-        bytes=sum(path.stat().st_size for path in there.values()),
+        bytes=sum(path.stat().st_size for path in present.values()),
         damage=damage,
     )
 
@@ -114,9 +114,9 @@ def _of_index(index: Path, headers: Headers) -> Iterator[Damage]:
 
 
 def _of_config(
-    folder: Path, headers: Headers, lost: set[str], *, trust_remote_code: bool
+    folder: Path, headers: Headers, unread: set[str], *, trust_remote_code: bool
 ) -> Iterator[Damage]:
-    """Yield the tensors without the shape that config.json asks for, except those ``lost`` with their files."""
+    """Yield the tensors without the shape that config.json asks for, except those ``unread`` with their files."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         table = LrcConfig(**config.quantization_config).modules
@@ -130,7 +130,7 @@ def _of_config(
     held = {name: tensor for stored in headers.values() for name, tensor in stored.items()}
     for name, shape in expected.items():
         if name not in held:
-            if name not in lost:
+            if name not in unread:
                 yield Damage(_CONFIG, "is asked for, and no file holds it", name)
         elif held[name].shape != shape:
             found = f"has shape {list(held[name].shape)} in {held[name].file.name}"
