@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Annotated, Any, cast
 
@@ -26,9 +26,7 @@ class _Verbs(TyperGroup):
     """Report a user's mistake in one message; any other error keeps its traceback."""
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        if not args:  # asks for help
-            return super().make_context(info_name, args, *rest, **extra)
-        with _mistakes():
+        with _mistakes() if args else nullcontext():  # without words it asks for help
             return super().make_context(info_name, args, *rest, **extra)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from lrc.cli.options import AsJson, Inputs, Place, Texts, flags, option, running
+from lrc.cli.options import AsJson, Inputs, Place, Texts, calib_option, flags, option, running
 from lrc.cli.screen import note, result
 from lrc.errors import Paused, UserError
 
@@ -60,11 +60,7 @@ class Ablation:
         "What shrinks all that it can.", metavar="NAME", shown="a3 components, whitened_svd projections"
     )
     batch_size: int | None = option("Calibration blocks at once.", least=1, shown="by their length")
-    calib: str | None = option(
-        "Calibration texts, as for compress.",
-        metavar="DATA[=W],...",
-        shown="wikitext2; builtin for the built-in models",
-    )
+    calib: str | None = calib_option("wikitext2; builtin for the built-in models")
     fresh: bool = option("Measure again, whatever results there are here.", False)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from lrc.cli.options import AsJson, Inputs, Layers, Model, names, option, out_option, running
+from lrc.cli.options import AsJson, Inputs, Layers, Model, calib_option, names, option, out_option, running
 from lrc.cli.screen import result
 
 
@@ -35,12 +35,7 @@ class Blocks:
     """The calibration text."""
 
     panel: ClassVar = Inputs.panel
-    calib: str | None = option(
-        "Calibration texts, with weights or without: as for lrc eval --ppl, or synthetic, which the model itself "
-        "writes.",
-        metavar="DATA[=W],...",
-        shown="wikitext2, for a built-in its own text",
-    )
+    calib: str | None = calib_option("wikitext2, for a built-in its own text")
     samples: int = option("Blocks of calibration text.", 32, least=1)
     seq_len: int | None = option("Tokens of a block.", least=2, shown="2048, or the model's limit")
 

@@ -54,6 +54,12 @@ def option(
     )
 
 
+def calib_option(shown: str) -> Any:
+    """Make the option for calibration texts; ``shown``: the default in words."""
+    texts = "Calibration texts, weighted or not: as for lrc eval --ppl, or synthetic, which the model writes."
+    return option(texts, metavar="DATA[=W],...", shown=shown)
+
+
 def names(option: str, listed: str) -> list[str]:
     """Return the words of a list with commas. Raises UserError for an empty list."""
     if found := [name.strip() for name in listed.split(",") if name.strip()]:
@@ -142,12 +148,7 @@ class Calibration:
     """The calibration texts."""
 
     panel: ClassVar = "Where the model and the texts come from"
-    calib: str | None = option(
-        "Calibration texts instead of the plan's, with weights or without: as for --ppl, or synthetic, which the "
-        "model itself writes.",
-        metavar="DATA[=W],...",
-        shown="the plan's, else as for --ppl",
-    )
+    calib: str | None = calib_option("the plan's, else as for --ppl")
 
 
 @dataclass(frozen=True)

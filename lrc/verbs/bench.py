@@ -50,7 +50,9 @@ def bench(
     for name, number in (("--new-tokens", new_tokens), ("--repeats", repeats)):
         if number < 1:
             raise UserError(f"{name} {number}: the smallest is 1")
-    precision = find_dtype(run.dtype, place, _stored(folders[0]))
+    tensors = read_headers(sorted(folders[0].glob("*.safetensors"))).values()
+    stored = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
+    precision = find_dtype(run.dtype, place, stored)
     sides = [
         needs_of(name, folder, precision, place, trusted=run.trust_remote_code)
         for name, folder in zip(names, folders, strict=True)
@@ -88,8 +90,3 @@ def bench(
         interleaved=together,
         versions=versions("torch", "transformers"),
     )
-
-
-def _stored(folder: Path) -> torch.dtype:
-    stored = read_headers(sorted(folder.glob("*.safetensors"))).values()
-    return next((tensor.dtype for tensor in stored if tensor.dtype.is_floating_point), torch.float32)

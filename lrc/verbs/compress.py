@@ -160,7 +160,21 @@ def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -
     name, jobs = job.plan.plan.allocate, unsized(job)
     texts, batch = setup.texts(job, calib, samples=default_samples(name)), setup.batch_size(job)
     calibration, samples = texts.calibration, len(texts.calibration.blocks)
-    settings = _settings(setup, job, calibration, batch)
+    run: dict[str, Any] = {"device": setup.device.type, "dtype": setup.dtype_name, "batch_size": batch}
+    if not setup.processes.alone:  # how blocks are split decides how sums over them are rounded
+        run["processes"] = setup.processes.size
+    asked = job.plan.plan.calibration
+    moments = {**calibration.as_dict(asked.seed), "first_token": job.plan.first_token}
+    if reads_gradients(job.reader.architecture, job.plan):
+        moments["gradient_samples"] = min(asked.gradient_samples, samples)
+    source = {"source": job.model.source, "revision": job.model.revision}
+    settings: dict[str, Any] = {  # a run is resumed only if all of it is the same
+        "model": {**source, "fingerprint": job.reader.fingerprint},
+        "plan": {"source": job.draft.name, **job.plan.as_dict()},
+        "calibration": moments,
+        "run": run,
+        "versions": versions("torch", "transformers", "safetensors", "tokenizers"),
+    }
     sizing = None
     if jobs:
         device, processes = setup.device, setup.processes
@@ -169,28 +183,6 @@ def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -
     few = too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[name].losses)
     warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
     return _Work(setup, job, calibration, sizing, batch, setup.offload(job, samples), settings, warnings)
-
-
-def _settings(setup: Setup, job: Job, calibration: Calibration, batch: int) -> dict[str, Any]:
-    """Return everything that decides the output's bytes; a run is resumed only if all of it is the same."""
-    run: dict[str, Any] = {"device": setup.device.type, "dtype": setup.dtype_name, "batch_size": batch}
-    if not setup.processes.alone:  # how blocks are split decides how sums over them are rounded
-        run["processes"] = setup.processes.size
-    asked = job.plan.plan.calibration
-    moments = {**calibration.as_dict(asked.seed), "first_token": job.plan.first_token}
-    if reads_gradients(job.reader.architecture, job.plan):
-        moments["gradient_samples"] = min(asked.gradient_samples, len(calibration.blocks))
-    return {
-        "model": {
-            "source": job.model.source,
-            "revision": job.model.revision,
-            "fingerprint": job.reader.fingerprint,
-        },
-        "plan": {"source": job.draft.name, **job.plan.as_dict()},
-        "calibration": moments,
-        "run": run,
-        "versions": versions("torch", "transformers", "safetensors", "tokenizers"),
-    }
 
 
 def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:

@@ -20,7 +20,6 @@ from lrc.families import Target
 from lrc.methods import methods
 from lrc.plan.job import templates
 from lrc.plan.library import PlanLike, draft_of, read_draft
-from lrc.plan.resolve import Draft
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Components, Entry, Plan
 from lrc.plan.write import write_plan
@@ -76,7 +75,10 @@ def make_plan(
     states = States(setup.offload(jobs[-1], samples), out.parent)
     sizing = Sizing(name, jobs, keeps, texts, setup.device, setup.dtype, batch, states, setup.processes)
     setup.processes.agree(sizing.key)
-    overridden = _overridden_keep(draft, budgets)
+    overridden = []
+    if "keep" in draft.plan.model_fields_set and [budget.keep for budget in budgets] != [draft.plan.keep]:
+        asked, where = " and ".join(map(str, budgets)), draft.document.place(("keep",))
+        overridden.append(f"{where}: keep: is replaced by what is asked for, {asked}")
     few = too_few(setup.reader.architecture, jobs[0].plan, samples, losses=ALLOCATORS[name].losses)
     of_texts = [*texts.warnings, *few]
     setup.warn([*overridden, *jobs[0].plan.warnings, *of_texts])
@@ -119,14 +121,6 @@ def _check_files(plans: Sequence[Path], curves: str | Path | None) -> None:
     for plan in plans:
         if plan.exists() and _MADE not in plan.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{plan} exists and was not made by lrc plan; name another file with -o")
-
-
-def _overridden_keep(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
-    """Return a warning if the base plan has a keep and another is asked for."""
-    plan, asked = draft.plan, " and ".join(map(str, budgets))
-    if "keep" not in plan.model_fields_set or [budget.keep for budget in budgets] == [plan.keep]:
-        return []
-    return [f"{draft.document.place(('keep',))}: keep: is replaced by what is asked for, {asked}"]
 
 
 def _curves(
