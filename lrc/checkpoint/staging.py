@@ -230,9 +230,9 @@ def staging(
     with _locked(work, out):
         _recover(work, out)
         journal, parts = work / _JOURNAL, work / "parts"
-        new = json.loads(json.dumps(key))
-        old = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else {}
-        if fresh or not journal.exists():
+        resumed, new = journal.exists() and not fresh, json.loads(json.dumps(key))
+        old = json.loads(journal.read_text(encoding="utf-8")) if resumed else {}
+        if not resumed:
             journal.unlink(missing_ok=True)  # first: without it the rest is ignored
             for path in work.iterdir():
                 if path.is_dir():
