@@ -103,7 +103,7 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, remedy:
     except errors.RevisionNotFoundError:
         message = f"{repository} has no revision {revision!r}"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        message = f"there is no folder {repository}, and no public model of that name on the Hugging Face hub"
+        message = f"there is no folder and no public model {repository} on the Hugging Face hub"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         message = f"{what} is not on this machine and the Hugging Face hub cannot be reached; pass a folder"
     except errors.HfHubHTTPError as error:
