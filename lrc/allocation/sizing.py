@@ -19,7 +19,7 @@ from lrc.allocation.budget import Budget, Spent, shortfalls, spend
 from lrc.allocation.contract import Setting
 from lrc.allocation.spend import Choice, Curve, Offer
 from lrc.calibration.draw import blocks_key, digest, gradients_key
-from lrc.checkpoint.durable import write_text
+from lrc.checkpoint.durable import write_file
 from lrc.errors import UserError, nearest
 from lrc.estimate.memory import HELD_OUT_SAMPLES, measuring_memory
 from lrc.estimate.room import free_bytes, memory_advice
@@ -156,7 +156,7 @@ class Curves:
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
-        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_file(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
         """Return the fields in which another model's ``key`` differs, each with both values."""

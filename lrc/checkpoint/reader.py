@@ -38,16 +38,18 @@ class CheckpointReader:
         Raises UserError if it is no checkpoint of a supported causal language model, a file is damaged, it is quantized
         by another method than ``quantized``, or its weights are pickled without ``allow_pickle``.
         """
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         self.folder, self._trust_remote_code = folder, trust_remote_code
-        self.config_text = _read(folder / "config.json")
-        self.raw_config: dict[str, Any] = _parse(self.config_text, folder / "config.json")
+        self.raw_config, self.config_text = _read_json(folder / "config.json")
         method = self.raw_config.get("quantization_config", {}).get("quant_method", "quantized")
         if "quantization_config" in self.raw_config and method != quantized:
-            raise UserError(
-                f"{folder} is a compressed checkpoint already ({method}); name the full-precision original"
-            )
+            raise UserError(f"{folder} is compressed already ({method}); name the full-precision original")
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
-        self._check_causal()
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
+        named = self.raw_config.get("architectures") or [causal]
+        if causal not in named:
+            raise UserError(f"{folder} is a {named[0]}, not a causal language model ({causal})")
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         located = self._locate(allow_pickle)
         self._stored = {
@@ -99,26 +101,16 @@ class CheckpointReader:
         """Read all tensors outside the decoder layers, by full name."""
         return self._read(name for name in self.tensors if not name.startswith(f"{self.family.layers}."))
 
-    def _check_causal(self) -> None:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
-        named = self.raw_config.get("architectures") or [expected]
-        if expected not in named:
-            raise UserError(f"{self.folder} is a {named[0]}, not a causal language model ({expected})")
-
     def _locate(self, allow_pickle: bool) -> dict[str, StoredTensor]:
         """Find every tensor, by its name in the files."""
         for base in (_SAFETENSORS, _PICKLE):
             index, names = self.folder / f"{base}.index.json", [base]
             if index.exists():
-                names = sorted(set(_parse(_read(index), index)["weight_map"].values()))
+                names = sorted(set(_read_json(index)[0]["weight_map"].values()))
             elif not (self.folder / base).exists():
                 continue
             if base == _PICKLE and not allow_pickle:
-                raise UserError(
-                    f"{self.folder} holds only pickled weights ({names[0]}); pass --allow-pickle to read them"
-                )
+                raise UserError(f"{self.folder} has only pickled weights ({names[0]}); pass --allow-pickle")
             files = [self.folder / name for name in names]
             missing = [file.name for file in files if not file.exists()]
             if missing:
@@ -131,9 +123,7 @@ class CheckpointReader:
                 for file, tensors in self._pickles.items()
                 for name, tensor in tensors.items()
             }
-        raise UserError(
-            f"{self.folder} holds no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json"
-        )
+        raise UserError(f"{self.folder} has no weights: no {_SAFETENSORS} and no {_SAFETENSORS}.index.json")
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU by name; open each file once."""
@@ -159,20 +149,16 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # torch, pickle and zip each raise their own
-        raise UserError(
-            f"{file} cannot be read as weights alone: it is damaged or holds other objects, which lrc does not "
-            f"execute ({type(error).__name__})"
-        ) from error
+        reason = f"it is damaged or holds other objects, which lrc does not execute ({type(error).__name__})"
+        raise UserError(f"{file} cannot be read as weights alone: {reason}") from error
 
 
-def _read(path: Path) -> str:
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Return a JSON file's values and its text."""
     if not path.exists():
         raise UserError(f"{path.parent} is not a checkpoint: it has no {path.name}")
-    return path.read_text(encoding="utf-8")
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text)
+        return json.loads(text), text
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error

@@ -10,7 +10,7 @@ from lrc.cli.options import AsJson
 from lrc.cli.screen import result
 
 
-def list_known(
+def verb(
     group: Annotated[
         str | None,
         typer.Argument(

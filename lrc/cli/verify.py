@@ -12,7 +12,7 @@ from lrc.cli.screen import progress, result
 from lrc.errors import UserError
 
 
-def verify_output(
+def verb(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of an lrc output.")],
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")

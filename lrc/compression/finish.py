@@ -44,7 +44,7 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     }
     staging.write_json("config.json", config)
     for path in copied_files(job.reader.folder):
-        staging.copy(path)
+        staging.copy(path, path.name)
     scale = logit_scale(staging)
     manifest = {
         **settings,

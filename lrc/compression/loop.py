@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.checkpoint.shared import SharedStaging
-from lrc.checkpoint.staging import Staging
+from lrc.checkpoint.staging import SharedStaging, Staging
 from lrc.compression.assemble import ReducedLayer, assemble
 from lrc.compression.logit_scale import Final, LogitScale, fit_scale
 from lrc.compression.measure import LayerMeasure, Measured

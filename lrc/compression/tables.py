@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.checkpoint.shared import SharedStaging
-from lrc.checkpoint.staging import Staging
+from lrc.checkpoint.staging import SharedStaging, Staging
 from lrc.compression.assemble import store
 from lrc.compression.measure import Measured
 from lrc.compression.solve import solve

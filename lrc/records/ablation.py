@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lrc.checkpoint.durable import write_text, written
+from lrc.checkpoint.durable import write_file
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 
@@ -97,8 +97,7 @@ class Losses:
 
     def save(self, path: Path) -> None:
         """Write the file. Raises OutOfResources if that fails."""
-        with written(path):
-            write_text(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_file(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 _LOSSES = TypeAdapter(Losses)

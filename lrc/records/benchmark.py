@@ -26,7 +26,7 @@ class Row:
 
     case: Case
     ours: Measured
-    theirs: Measured | None
+    theirs: Measured | None = None
 
     @property
     def speedup(self) -> float | None:

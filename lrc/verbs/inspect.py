@@ -24,7 +24,6 @@ from lrc.verbs.setup import set_up
 from lrc.walk.stream import ModelStream
 
 KEEPS = (0.9, 0.8, 0.6, 0.4)
-SAMPLES = 32
 
 
 def inspect_model(
@@ -38,7 +37,7 @@ def inspect_model(
     tables: bool = False,
     gradients: bool = False,
     calib: DataLike | None = None,
-    samples: int = SAMPLES,
+    samples: int = 32,
     seq_len: int | None = None,
     run: Run = Run(),
 ) -> Inspection:

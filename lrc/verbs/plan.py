@@ -21,14 +21,13 @@ from lrc.allocation.sizing import (
 )
 from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts, too_few
-from lrc.checkpoint.durable import check_file, write_text, written
+from lrc.checkpoint.durable import check_file, write_file
 from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
 from lrc.families import Target
 from lrc.methods import methods
 from lrc.plan.job import templates
 from lrc.plan.library import PlanLike, draft_of, read_draft, write_plan
-from lrc.plan.resolve import Draft
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Components, Entry, Plan
 from lrc.records.planning import Planned, Planning, Strip, TableSize, cost_text, factor
@@ -83,7 +82,10 @@ def make_plan(
     states = States(setup.offload(jobs[-1], samples), out.parent)
     sizing = Sizing(name, jobs, keeps, setup.setting(jobs, texts, states))
     setup.processes.agree(sizing.key)
-    overridden = _overridden_keep(draft, budgets)
+    overridden = []
+    if "keep" in draft.plan.model_fields_set and [budget.keep for budget in budgets] != [draft.plan.keep]:
+        asked, where = " and ".join(map(str, budgets)), draft.document.place(("keep",))
+        overridden.append(f"{where}: keep: is replaced by what is asked for, {asked}")
     few = too_few(setup.reader.architecture, jobs[0].plan, samples, losses=ALLOCATORS[name].losses)
     of_texts = [*texts.warnings, *few]
     setup.warn([*overridden, *jobs[0].plan.warnings, *of_texts])
@@ -95,8 +97,7 @@ def make_plan(
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
     plans = list(zip(paths, budgets, spent, strict=True))
     for path, budget, each in plans if setup.processes.first else ():
-        with written(path):
-            write_text(path, _text(path, budget, name, known, each, texts, of_texts))
+        write_file(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(
         model=setup.model.source,
         allocation=name,
@@ -129,14 +130,6 @@ def _check_files(plans: Sequence[Path], curves: str | Path | None) -> None:
             raise UserError(f"{plan} exists and was not made by lrc plan; name another file with -o")
 
 
-def _overridden_keep(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
-    """Return a warning if the base plan has a keep and another is asked for."""
-    plan, asked = draft.plan, " and ".join(map(str, budgets))
-    if "keep" not in plan.model_fields_set or [budget.keep for budget in budgets] == [plan.keep]:
-        return []
-    return [f"{draft.document.place(('keep',))}: keep: is replaced by what is asked for, {asked}"]
-
-
 def _curves(
     setup: Setup, sizing: Sizing, blank: Sequence[Curve], store: Path | None, *, fresh: bool
 ) -> tuple[Curves, bool]:
@@ -148,8 +141,7 @@ def _curves(
     with setup.watch.stage("measure"):
         found = sizing.curves(setup.run.progress)
     if store and first:
-        with written(store):
-            found.save(store)
+        found.save(store)
     return found, True
 
 
@@ -159,25 +151,15 @@ def _cached(store: Path, sizing: Sizing, blank: Sequence[Curve]) -> Curves | Non
         return None
     known = load_curves(store)
     if differences := known.differences(sizing.jobs[0].model.source, sizing.key):
-        raise UserError(
-            f"{store} was measured with other settings: {'; '.join(differences)}. Name another file with --curves, or "
-            "leave it out"
-        )
+        settings = "; ".join(differences)
+        raise UserError(f"{store} was measured with other settings: {settings}. Use another --curves file")
     if not known.fits(blank):
-        raise UserError(
-            f"{store} is damaged: its targets, sizes or costs are not those of its key; remove it"
-        )
+        raise UserError(f"{store} is damaged: its targets, sizes or costs do not fit its key; remove it")
     return known
 
 
 def _text(
-    path: Path,
-    budget: Budget,
-    name: str,
-    known: Curves,
-    spent: Spent,
-    texts: Texts,
-    warnings: Sequence[str],
+    path: Path, budget: Budget, name: str, known: Curves, spent: Spent, texts: Texts, warnings: Sequence[str]
 ) -> str:
     """Return the plan as YAML below a comment that says how it was made."""
     job, plan, share = spent.job, spent.plan.plan, spent.job.plan.budget

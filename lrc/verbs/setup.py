@@ -17,8 +17,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.estimate.room import choose_place, known_place
 from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import ResolvedModel, default_text
-from lrc.plan.job import Job, make_job, open_checkpoint
-from lrc.plan.resolve import Draft
+from lrc.plan.job import Job, open_checkpoint
 from lrc.run.offload import ON_DEVICE, Place, States
 from lrc.run.processes import Processes
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
@@ -57,10 +56,6 @@ class Setup:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises UserError if the model has none."""
         return load_tokenizer(self.model.path, trust_remote_code=self.run.trust_remote_code)
-
-    def job(self, draft: Draft) -> Job:
-        """Resolve a plan for the model. Raises UserError with every mistake of the plan at once."""
-        return make_job(self.model, self.reader, draft)
 
     def batch_size(self, job: Job) -> int:
         """Return how many calibration blocks of a job run at once."""

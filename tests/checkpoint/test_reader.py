@@ -187,7 +187,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, r"is a compressed checkpoint already \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is compressed already \(gptq\)"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
     ],
@@ -205,7 +205,7 @@ def test_a_folder_without_config_or_weights_is_refused(tiny_checkpoint, tmp_path
         CheckpointReader(tmp_path / "empty")
     folder = tiny_checkpoint("llama")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         CheckpointReader(folder)
 
 

@@ -334,7 +334,7 @@ def test_a_tied_embedding_without_its_head_is_refused(tied, tmp_path):
     del config["quantization_config"]["modules"]["lm_head"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=r"'model.embed_tokens' is factorized and tie_word_embeddings is true"
+        UserError, match=r"'model.embed_tokens' is factorized; set tie_word_embeddings to false"
     ):
         load(folder)
 

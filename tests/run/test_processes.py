@@ -127,7 +127,7 @@ def failing(kind: str) -> str:
             while True:
                 processes.share(None)
     except (UserError, ValueError) as error:
-        missed = isinstance(error, ProcessEnded) and processes.first_to_miss()
+        missed = isinstance(error, ProcessEnded) and not error.reported
         return f"{type(error).__name__} {missed}: {error}"
 
 
