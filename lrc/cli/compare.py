@@ -23,9 +23,7 @@ def compare_outputs(
 ) -> None:
     """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""
     from lrc.checkpoint.durable import check_file, write_text, written
-    from lrc.report.compared import compared_page
-    from lrc.report.outputs import read_outputs
-    from lrc.report.tables import outputs
+    from lrc.report.outputs import compared_page, outputs_summary, read_outputs
 
     if out is not None:
         check_file("-o", out)
@@ -33,4 +31,4 @@ def compare_outputs(
     if out is not None:
         with written(out):
             write_text(out, compared_page(sources))
-    result({"sources": [source.as_dict() for source in sources]}, outputs(sources), as_json, out)
+    result({"sources": [source.as_dict() for source in sources]}, outputs_summary(sources), as_json, out)

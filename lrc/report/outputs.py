@@ -1,21 +1,26 @@
-"""Outputs grouped by their original and by text, as ``lrc compare`` and a report's page show them."""
+"""Outputs grouped by their original and by text: as a table, as a page, and as points of a report's picture."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrc.checkpoint.sizes import Size
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.records.compression import REPORT, PerplexityChange, Report, read_report
-from lrc.report.plots.cost import Point
-from lrc.report.table import grouped
+from lrc.report.page import Picture, Section, render
+from lrc.report.plots.cost import Point, cost, front
+from lrc.report.table import Cell, Table, grouped, table
+from lrc.report.tables import warning_lines
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _SAME = 1e-3  # relative difference between perplexities of a model on several machines
 
@@ -173,6 +178,77 @@ def short(labels: Sequence[str]) -> list[str]:
     alike = takewhile(lambda words: len(set(words)) == 1, zip(*parted, strict=False))
     cut = len("".join(words[0] for words in alike))
     return [label[cut:] for label in labels]
+
+
+def outputs_summary(sources: Iterable[Source]) -> Iterator[RenderableType]:
+    """Yield a table of outputs for each original."""
+    for source in sources:
+        yield source.model
+        yield outputs_table(source).on_screen()
+        for text in source.texts:
+            dense = text.dense
+            yield f"{text.text}: perplexity, {dense.windows} windows of {dense.seq_len} tokens, {dense.dtype}"
+        yield from warning_lines(source.notes)
+
+
+def outputs_table(source: Source) -> Table:
+    """Return a row for the original and one for each output."""
+    quality = {text.text: (text.dense.value, 1.0) for text in source.texts}
+    rows = [_row(source, "dense", source.before, quality) | {"keep:n:m": "100%"}]
+    for i, output in enumerate(source.outputs):
+        changes = {text.text: text.changes[i] for text in source.texts if i in text.changes}
+        quality = {text: (change.after.value, change.ratio) for text, change in changes.items()}
+        made = {
+            "keep:n:m": f"{output.report.keep:.1%}",
+            "method:m": output.method,
+            "seconds:n:m": f"{output.seconds:.1f}",
+        }
+        rows.append(_row(source, output.label, output.report.after, quality) | made)
+    return table(rows)
+
+
+def _row(
+    source: Source, label: str, size: Size, quality: Mapping[str, tuple[float, float]]
+) -> dict[str, Cell]:
+    """Return the cells of a model of a ``size`` with perplexity and its ratio to the original's, by text."""
+    row: dict[str, Cell] = {"output:w": label}
+    for text, (value, ratio) in quality.items():
+        of_text = f", {text}" if len(source.texts) > 1 else ""
+        row |= {f"{text}:n": f"{value:.4g}", f"× dense{of_text}:n": f"{ratio:.3f}"}
+    return row | {
+        "bytes:n": byte_text(size.bytes),
+        "of dense:n:m": f"{size.bytes / source.before.bytes:.3f}",
+        "KV per token:n:m": f"{size.kv_bytes_per_token:,}",
+    }
+
+
+def compared_page(sources: Sequence[Source]) -> str:
+    """Return the page of all sources, each with axes of its own."""
+    models = ", ".join(source.model for source in sources)
+    count = sum(len(source.outputs) for source in sources)
+    sentence = f"{count} output{'s' * (count != 1)} of {models}: what each takes, and what it costs."
+    if len(sources) > 1:
+        sentence += f" They come from {len(sources)} originals, and are compared within each."
+    sections = [
+        Section(
+            f"{source.model}, {byte_text(source.before.bytes)}",
+            [_picture(f"cost-{number}-{i}", source, text) for i, text in enumerate(source.texts)],
+            notes=source.notes,
+            tables=[outputs_table(source)],
+        )
+        for number, source in enumerate(sources)
+    ]
+    return render(f"Outputs of {models}", sentence, sections)
+
+
+def _picture(name: str, source: Source, text: OnText) -> Picture:
+    found = points(source, text)
+    edge = ", ".join(point.label for point in front(found))
+    caption = (
+        f"Down and left is better. No output is both smaller and better than those on the line: {edge}. "
+        f"{text.dense.windows} windows of {text.dense.seq_len} tokens, {text.dense.dtype}."
+    )
+    return Picture(cost(name, text.text, found, source.methods), caption)
 
 
 def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output]:

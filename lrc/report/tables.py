@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from lrc.records.catalogue import Item
     from lrc.records.integrity import Integrity
-    from lrc.report.outputs import Source
 
 
 def summary(report: Report) -> Iterator[RenderableType]:
@@ -55,19 +54,6 @@ def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
     if of.tasks:
         yield _tasks(of, against).on_screen()
     yield from warning_lines(comparison.notes)
-
-
-def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
-    """Yield a table of outputs for each original."""
-    from lrc.report.compared import outputs_table
-
-    for source in sources:
-        yield source.model
-        yield outputs_table(source).on_screen()
-        for text in source.texts:
-            dense = text.dense
-            yield f"{text.text}: perplexity, {dense.windows} windows of {dense.seq_len} tokens, {dense.dtype}"
-        yield from warning_lines(source.notes)
 
 
 def resolution(check: Check) -> Iterator[RenderableType]:
