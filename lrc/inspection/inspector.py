@@ -10,9 +10,8 @@ from torch import Tensor
 from lrc.compression.measure import LayerMeasure, Measured
 from lrc.compression.solve import pose
 from lrc.compression.tables import pose_outer
-from lrc.inspection.asked import Asked
 from lrc.inspection.auto import choices
-from lrc.inspection.candidates import figure
+from lrc.inspection.candidates import Asked, figure
 from lrc.inspection.fidelity import fidelity
 from lrc.inspection.output import Output
 from lrc.inspection.spectrum import conditioning, spectra

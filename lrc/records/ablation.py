@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,15 +60,6 @@ class Ablation:
     def at(self, target: str, keep: float) -> Ablated:
         """Return the result of one target at one fraction."""
         return next(r for r in self.results if (r.target, r.keep) == (target, keep))
-
-
-def ablated(target: str, method: str, keep: float, kept: float, nats: float, dense: float) -> Ablated:
-    """Return a result from the loss per token with one target shrunk, and the ``dense`` model's loss."""
-    return Ablated(target, method, keep, kept, nats, _exp(nats), _exp(nats - dense) - 1)
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan
 
 
 @dataclass(frozen=True)

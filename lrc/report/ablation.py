@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lrc.records.ablation import Ablation
 from lrc.report.plots.heatmap import heatmap
-from lrc.report.plots.theme import compact, standalone
+from lrc.report.plots.theme import standalone
 from lrc.report.table import Cell, table
 from lrc.report.tables import seconds_line, warning_lines
 
@@ -29,7 +29,7 @@ def picture(ablation: Ablation) -> str:
             [[rise / most for rise in row] for row in rises],
             [[percent(increase) for increase in row] for row in increases],
             list(ablation.targets),
-            [f"{keep:g} ({compact(1 / keep)}x)" for keep in ablation.keeps],
+            [f"{keep:g} ({1 / keep:.3g}x)" for keep in ablation.keeps],
             title=f"Rise of perplexity ({ablation.dense.value:.4g} dense), one target alone",
             below="kept of the target's weights, in all layers",
             label=f"Rise of perplexity of {ablation.model} on {ablation.dense.data} with one target alone shrunk",

@@ -56,6 +56,11 @@ class OnText:
     changes: dict[int, PerplexityChange]
 
     @property
+    def windows(self) -> str:
+        """The windows and the precision of the figures."""
+        return f"{self.dense.windows} windows of {self.dense.seq_len} tokens, {self.dense.dtype}"
+
+    @property
     def notes(self) -> list[str]:
         """Caveats of the original's figure."""
         values = [change.before.value for change in self.changes.values()]
@@ -159,15 +164,11 @@ def as_source(outputs: list[Output]) -> Source:
 
 def points(source: Source, text: OnText) -> list[Point]:
     """Return the original and its outputs on a text, under names without their common beginning."""
-    labels = short([output.label for output in source.outputs])
-    return [
-        Point("dense", source.before.bytes, text.dense.value, None),
-        *(
-            Point(labels[i], output.report.after.bytes, change.after.value, output.method)
-            for i, change in text.changes.items()
-            for output in [source.outputs[i]]
-        ),
-    ]
+    labels, found = short([output.label for output in source.outputs]), []
+    for i, change in text.changes.items():
+        output = source.outputs[i]
+        found.append(Point(labels[i], output.report.after.bytes, change.after.value, output.method))
+    return [Point("dense", source.before.bytes, text.dense.value, None), *found]
 
 
 def short(labels: Sequence[str]) -> list[str]:
@@ -185,41 +186,35 @@ def outputs_summary(sources: Iterable[Source]) -> Iterator[RenderableType]:
     for source in sources:
         yield source.model
         yield outputs_table(source).on_screen()
-        for text in source.texts:
-            dense = text.dense
-            yield f"{text.text}: perplexity, {dense.windows} windows of {dense.seq_len} tokens, {dense.dtype}"
+        yield from (f"{text.text}: perplexity, {text.windows}" for text in source.texts)
         yield from warning_lines(source.notes)
 
 
 def outputs_table(source: Source) -> Table:
     """Return a row for the original and one for each output."""
-    quality = {text.text: (text.dense.value, 1.0) for text in source.texts}
-    rows = [_row(source, "dense", source.before, quality) | {"keep:n:m": "100%"}]
+
+    def row(label: str, size: Size, quality: Mapping[str, tuple[float, float]], keep: str) -> dict[str, Cell]:
+        """Return the cells of a model, given its perplexity and the ratio to the original's by text."""
+        cells: dict[str, Cell] = {"output:w": label}
+        for text, (value, ratio) in quality.items():
+            of_text = f", {text}" if len(source.texts) > 1 else ""
+            cells |= {f"{text}:n": f"{value:.4g}", f"× dense{of_text}:n": f"{ratio:.3f}"}
+        return cells | {
+            "bytes:n": byte_text(size.bytes),
+            "of dense:n:m": f"{size.bytes / source.before.bytes:.3f}",
+            "KV per token:n:m": f"{size.kv_bytes_per_token:,}",
+            "keep:n:m": keep,
+        }
+
+    rows = [
+        row("dense", source.before, {text.text: (text.dense.value, 1.0) for text in source.texts}, "100%")
+    ]
     for i, output in enumerate(source.outputs):
         changes = {text.text: text.changes[i] for text in source.texts if i in text.changes}
         quality = {text: (change.after.value, change.ratio) for text, change in changes.items()}
-        made = {
-            "keep:n:m": f"{output.report.keep:.1%}",
-            "method:m": output.method,
-            "seconds:n:m": f"{output.seconds:.1f}",
-        }
-        rows.append(_row(source, output.label, output.report.after, quality) | made)
+        cells = row(output.label, output.report.after, quality, f"{output.report.keep:.1%}")
+        rows.append(cells | {"method:m": output.method, "seconds:n:m": f"{output.seconds:.1f}"})
     return table(rows)
-
-
-def _row(
-    source: Source, label: str, size: Size, quality: Mapping[str, tuple[float, float]]
-) -> dict[str, Cell]:
-    """Return the cells of a model of a ``size`` with perplexity and its ratio to the original's, by text."""
-    row: dict[str, Cell] = {"output:w": label}
-    for text, (value, ratio) in quality.items():
-        of_text = f", {text}" if len(source.texts) > 1 else ""
-        row |= {f"{text}:n": f"{value:.4g}", f"× dense{of_text}:n": f"{ratio:.3f}"}
-    return row | {
-        "bytes:n": byte_text(size.bytes),
-        "of dense:n:m": f"{size.bytes / source.before.bytes:.3f}",
-        "KV per token:n:m": f"{size.kv_bytes_per_token:,}",
-    }
 
 
 def compared_page(sources: Sequence[Source]) -> str:
@@ -245,42 +240,37 @@ def _picture(name: str, source: Source, text: OnText) -> Picture:
     found = points(source, text)
     edge = ", ".join(point.label for point in front(found))
     caption = (
-        f"Down and left is better. No output is both smaller and better than those on the line: {edge}. "
-        f"{text.dense.windows} windows of {text.dense.seq_len} tokens, {text.dense.dtype}."
+        "Down and left is better. No output is both smaller and better than those on the line: "
+        f"{edge}. {text.windows}."
     )
     return Picture(cost(name, text.text, found, source.methods), caption)
 
 
 def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output]:
-    once = list({folder.resolve(): folder for folder in folders}.values())
-    without = [str(folder) for folder in once if not (folder / REPORT).is_file()]
+    once = {folder.resolve(): folder for folder in folders}
+    without = [str(folder) for folder in once.values() if not (folder / REPORT).is_file()]
     if without:
         raise UserError(
             f"{option}no {REPORT} in {', '.join(without)}; lrc compress writes one into each of its outputs, {advice}"
         )
-    reports = [read_report(folder) for folder in once]
-    return [Output(*each) for each in zip(_labels(once), map(str, once), reports, strict=True)]
-
-
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """Return names of folders, as paths where several are alike."""
-    groups = grouped(folders, lambda folder: folder.resolve().name)
-    return [str(folder) if groups[folder.resolve().name][1:] else folder.resolve().name for folder in folders]
+    names = [path.name for path in once]
+    return [
+        Output(str(folder) if names.count(path.name) > 1 else path.name, str(folder), read_report(folder))
+        for path, folder in once.items()
+    ]
 
 
 def _texts(outputs: Sequence[Output]) -> Iterable[OnText]:
     """Group figures that are comparable: of the same tokens, windows, precision and protocol."""
-    found: dict[tuple[Any, ...], dict[int, PerplexityChange]] = {}
+    found: dict[tuple[str, str, int, str], dict[int, PerplexityChange]] = {}
     for i, output in enumerate(outputs):
         for change in output.report.perplexity:
             p = change.after
-            key = p.data, p.ids_sha256, p.windows, p.seq_len, p.dtype, p.protocol
+            key = p.data, f"{p.windows} × {p.seq_len}, {p.dtype}", p.protocol, p.ids_sha256
             found.setdefault(key, {}).setdefault(i, change)
-    names = [key[0] for key in found]
-    for (data, ids, count, length, dtype, protocol), changes in found.items():
-        text = f"{data}, {count} × {length}, {dtype}"
-        alike = [key for key in found if key[0] == data and key[2:5] == (count, length, dtype)]
-        if len(alike) > 1:
-            text += f", protocol {protocol}, ids {ids[:8]}"
-        name = data if names.count(data) == 1 else text
+    for (data, windows, protocol, ids), changes in found.items():
+        same_data = [key for key in found if key[0] == data]
+        name = data if len(same_data) == 1 else f"{data}, {windows}"
+        if len([key for key in same_data if key[1] == windows]) > 1:
+            name += f", protocol {protocol}, ids {ids[:8]}"
         yield OnText(name, next(iter(changes.values())).before, changes)

@@ -1,10 +1,9 @@
-"""Tables and texts of a compression's report: what it cost, the error of each target, and how it was made."""
+"""Tables of a compression: what it cost, and the error of each target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +11,7 @@ from lrc.checkpoint.sizes import Size, byte_text
 from lrc.compression.measure import Measured
 from lrc.methods.contract import Prediction
 from lrc.methods.sizes import SizeValue, size_text
-from lrc.records.compression import PerplexityChange, Report, TargetRecord
+from lrc.records.compression import PerplexityChange, TargetRecord
 from lrc.report.table import Table, grouped, table
 
 
@@ -112,80 +111,6 @@ def size_unit(target: str, size: SizeValue) -> str:
     """Return what follows the size of a target: nothing where it is a rank, or more than one number."""
     units = {"mlp": " neurons", "qk": " per head", "ov": " per head"}
     return "" if isinstance(size, tuple) else units.get(target, "")
-
-
-def refits_table(report: Report) -> Table:
-    """Return a row for each refit: its ridge, and errors before and after on all and on held-out blocks."""
-    rows = []
-    for refit in report.refits:
-        raised = "" if refit.raised is None else f", raised to {refit.raised:g}"
-        row = {"layer:n": f"{refit.layer}", "behind": refit.role, "ridge:n": f"{refit.ridge:g}{raised}"}
-        for of, errors in (("", refit.error), ("left out, ", refit.held_out)):
-            row[f"{of}before:n"] = "" if errors is None else f"{errors.before:.3g}"
-            row[f"{of}after:n"] = "" if errors is None else f"{errors.after:.3g}"
-        rows.append(row)
-    return table(
-        rows,
-        "Squared error of the compressed residual stream over the original's square, with the method's own solution "
-        "and refitted. Left out: the error on the held-out blocks, which chose the ridge, of the fit without them. "
-        "The method's solution and earlier refits have seen those blocks.",
-    )
-
-
-def stages_table(report: Report) -> Table:
-    """Return seconds by stage, with device memory where there is a device."""
-    whole = sum(report.seconds.values()) or 1.0
-    rows = []
-    for name, seconds in report.stages.items():
-        row = {"stage": name, "seconds:n": f"{seconds:.2f}", "of all:n": f"{seconds / whole:.1%}"}
-        if report.device_bytes:
-            row["device memory:n"] = byte_text(report.device_bytes.get(name, 0))
-        rows.append(row)
-    return table(rows)
-
-
-def error_note(records: Sequence[TargetRecord]) -> str:
-    """Explain the errors of a report's targets."""
-    note = (
-        "Errors are of each target alone, before the refit. Measured ones compare the original and the reduced module "
-        "on one calibration block in eight"
-    )
-    if any(r.layer is None for r in records):
-        note += "; those of an embedding and a head use counts and moments of all blocks"
-    note += ". A plain number is a relative error, root mean square over the layers, of the target's output"
-    note += (
-        " or, predicted for qk, of the attention scores." if any(r.target == "qk" for r in records) else "."
-    )
-    if any(r.predicted.metric == "kl" or r.measured.kl is not None for r in records):
-        note += (
-            " Nats KL are the divergence of the attention distribution from the original's, mean over queries, heads "
-            "and layers, measured on the first of those blocks."
-        )
-    return note
-
-
-def facts(report: Report) -> Iterator[tuple[str, str]]:
-    """Yield the settings and versions that reproduce the output, by name."""
-    record = report.calibration
-    yield "Model", report.model
-    if report.revision:
-        yield "Revision", report.revision
-    yield "Fingerprint", report.fingerprint
-    yield "Written to", report.out
-    yield "Plan", report.plan
-    if report.allocation:
-        yield "Sizes found by", listed(report.allocation)
-    yield "Calibration", listed({k: v for k, v in asdict(record).items() if k != "sources"})
-    for source in record.sources:
-        yield "Calibration text", listed(asdict(source))
-    for change in report.perplexity:
-        text = change.before
-        yield "Perplexity text", f"{text.data}, protocol {text.protocol}, ids_sha256 {text.ids_sha256}"
-    processes = f", {report.processes} processes" if report.processes > 1 else ""
-    yield "Run", f"{report.device}, layers in {report.dtype}, {report.batch_size} blocks at once{processes}"
-    yield "Hidden states", f"waiting on {report.offload}"
-    yield "Peak memory", listed({place: byte_text(size) for place, size in report.peak_bytes.items()})
-    yield "Versions", listed(report.versions)
 
 
 def listed(record: Mapping[str, Any]) -> str:

@@ -22,8 +22,7 @@ from lrc.report.table import Table, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lrc.records.catalogue import Item
-    from lrc.records.integrity import Integrity
+    from lrc.records.check import Integrity, Item
 
 
 def summary(report: Report) -> Iterator[RenderableType]:

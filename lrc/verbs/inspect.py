@@ -10,7 +10,7 @@ from pathlib import Path
 from lrc.allocation.sizing import check_keeps
 from lrc.calibration.enough import too_few
 from lrc.estimate.room import memory_advice
-from lrc.inspection.asked import base_plan, find_asked, known_methods
+from lrc.inspection.candidates import base_plan, find_asked, known_methods
 from lrc.inspection.inspector import Inspector
 from lrc.inspection.output import Output
 from lrc.plan.job import templates

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lrc.records.compression import REPORT, Report
-from lrc.report.html import html_page
+from lrc.report.compression import html_page
 from lrc.report.outputs import compared_page, read_outputs
 
 _A4 = 718  # pixels between margins of a centimetre

@@ -15,7 +15,7 @@ from lrc.compression.measure import Measured
 from lrc.compression.refit import RefitRecord, StreamError
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
-from lrc.report.markdown import report_page
+from lrc.report.compression import report_page
 from lrc.report.rows import targets_table
 from lrc.report.tables import summary
 

@@ -11,13 +11,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike
 
-from lrc.report.plots.theme import INK, MUTED, PAPER, PHONE, compact, drawing, mark, shortened, svg
+from lrc.report.plots.theme import INK, MUTED, PAPER, PHONE, SERIES, drawing, shortened, svg
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+_MARKERS = "os^DvP"  # for print in grey; with the six colours the first 36 series differ
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,20 @@ def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) ->
         axes.set_title(f"perplexity on {shortened(text, 28)}")
         edge = front(shown)
         axes.plot([p.bytes for p in edge], [p.perplexity for p in edge], color=MUTED, linewidth=1, zorder=1.5)
-        series = [(kind, kind, *mark(i), 7) for i, kind in enumerate(kinds)]
-        for kind, label, colour, marker, size in (*series, (None, "dense", INK, "*", 11)):
+        series: dict[str | None, tuple[str, str]] = {
+            kind: (SERIES[i % 6], _MARKERS[(i + i // 6) % 6]) for i, kind in enumerate(kinds)
+        }
+        for kind, (colour, marker) in {**series, None: (INK, "*")}.items():
             if of_kind := [point for point in shown if point.kind == kind]:
                 axes.plot(
                     [point.bytes for point in of_kind],
                     [point.perplexity for point in of_kind],
-                    linestyle="none",
-                    marker=marker,
-                    markersize=size,
+                    marker,
+                    markersize=7 if kind else 11,
                     markeredgecolor=PAPER,
                     markeredgewidth=1,
                     color=colour,
-                    label=label,
+                    label=kind or "dense",
                     clip_on=False,
                     zorder=3,
                 )
@@ -97,7 +99,7 @@ def _scales(axes: Axes, points: Sequence[Point]) -> None:
         room = 0.12 * (high - low) or 0.1 * high
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[Point]) -> None:
