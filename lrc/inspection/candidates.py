@@ -68,15 +68,23 @@ class Asked:
 
 def find_asked(
     architecture: Architecture,
-    known: Mapping[str, Method],
     keeps: Sequence[float],
     layers: str | None,
     names: Sequence[str] | None,
+    method_names: Sequence[str] | None,
     *,
     tables: bool,
     gradients: bool,
 ) -> Asked:
-    """Find the layers, targets and candidates of an inspection. Raises UserError for an unknown layer or target."""
+    """Find the layers, targets and candidates of an inspection; None stands for all.
+
+    Raises UserError for an unknown layer, target or method.
+    """
+    known = methods()
+    for name in method_names or ():
+        if name not in known:
+            raise UserError(f"--methods {name}: there is no such method; {nearest(name, known)}")
+    known = {name: method for name, method in known.items() if method_names is None or name in method_names}
     chosen = set(range(architecture.layers))
     if layers is not None:
         try:
@@ -98,15 +106,6 @@ def find_asked(
     found = candidates(architecture, inside, known, keeps, collected)
     found |= candidates(architecture, outside, known, keeps, TABLE_COLLECTORS)
     return Asked(known, keeps, sorted(chosen) if inside else [], inside, outside, found)
-
-
-def known_methods(names: Sequence[str] | None) -> dict[str, Method]:
-    """Return methods by name, or all without ``names``. Raises UserError for an unknown method."""
-    known = methods()
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"--methods {name}: there is no such method; {nearest(name, known)}")
-    return {name: method for name, method in known.items() if names is None or name in names}
 
 
 def base_plan(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> Plan:

@@ -80,8 +80,11 @@ class Output:
             found[target] = Solution(parts, _NOTHING, columns if target == "qk" else None)
         covered = {role for solution in found.values() for role in solution.parts}
         for role in ("o", family.mlp_output):
-            here = None if role in covered else part(role)
-            if isinstance(here, Affine) and not _same(here, canonical(family, architecture, state, role)):
+            here, original = (
+                None if role in covered else part(role),
+                canonical(family, architecture, state, role),
+            )
+            if isinstance(here, Affine) and not all(map(_same, (here.weight, here.bias), original)):
                 found[role] = Solution({role: here}, _NOTHING)
         return found
 
@@ -104,11 +107,7 @@ def _under(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def _same(part: Affine, original: tuple[Tensor, Tensor | None]) -> bool:
-    weight, bias = original
-    pairs = [(part.weight, weight)]
-    if part.bias is not None and bias is not None:
-        pairs.append((part.bias, bias))
-    elif part.bias is not bias:
-        return False
-    return all(one.shape == other.shape and bool((one == other).all()) for one, other in pairs)
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and bool((one == other).all())

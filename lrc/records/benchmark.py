@@ -91,6 +91,4 @@ class Bench:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        own = {key: value for key, value in vars(self).items() if key not in ("of", "against", "rows")}
-        models = {"of": asdict(self.of), "against": self.against and asdict(self.against)}
-        return {**own, **models, "rows": [row.as_dict() for row in self.rows], "warnings": self.warnings}
+        return {**asdict(self), "rows": [row.as_dict() for row in self.rows], "warnings": self.warnings}

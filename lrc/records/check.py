@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrc.checkpoint.sizes import Size
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.estimate.memory import Memory
 from lrc.estimate.sizes import TargetSize
 from lrc.plan.resolved import Share
@@ -58,7 +58,10 @@ class Integrity:
 
     @property
     def message(self) -> str:
-        """The damage in words: a line for a file or a tensor, at most eight for each file."""
+        """What was verified, or the damage: a line for a file or a tensor, at most eight for each file."""
+        if self.sound:
+            size = byte_text(self.bytes)
+            return f"sound: {self.folder}, {self.files} files, {self.tensors:,} tensors, {size}"
         by_file: dict[str, list[Damage]] = {}
         for damage in self.damage:
             by_file.setdefault(damage.file, []).append(damage)

@@ -21,7 +21,11 @@ _LARGEST = 1e3  # times the dense perplexity; a larger rise has the same colour
 def picture(ablation: Ablation) -> str:
     """Return the heat map of an ablation as the text of an SVG file."""
     increases = [[ablation.at(t, keep).increase for keep in ablation.keeps] for t in ablation.targets]
-    rises = [[_rise(increase) for increase in row] for row in increases]
+    # Logarithms of perplexity over the dense model's; NaN has the colour of the largest.
+    ratios = [
+        [increase + 1 if increase + 1 < _LARGEST else _LARGEST for increase in row] for row in increases
+    ]
+    rises = [[math.log(max(ratio, 1.0)) for ratio in row] for row in ratios]
     most = max(max(row) for row in rises) or 1
     return standalone(
         heatmap(
@@ -63,10 +67,3 @@ def percent(increase: float) -> str:
     if not increase < 10:  # or NaN
         return f"{increase + 1:.3g}x"
     return f"{round(100 * increase, 1) or 0.0:+.1f} %"  # no -0.0
-
-
-def _rise(increase: float) -> float:
-    """Return the logarithm of perplexity over the dense model's, from 0 to that of ``_LARGEST``."""
-    if not increase + 1 < _LARGEST:  # or NaN
-        return math.log(_LARGEST)
-    return math.log(max(increase + 1, 1.0))

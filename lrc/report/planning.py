@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from lrc.methods.sizes import size_text
 from lrc.plan.resolved import weights_of
 from lrc.records.planning import Planning, Strip, cost_text
 from lrc.report.table import Cell, table
@@ -15,7 +16,6 @@ from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-from lrc.methods.sizes import size_text
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLOURS = ("red", "dark_orange", "yellow", "green")

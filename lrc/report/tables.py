@@ -13,7 +13,7 @@ from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import TaskScore
 from lrc.methods.sizes import size_text
 from lrc.records.benchmark import Bench
-from lrc.records.check import Check
+from lrc.records.check import Check, Item
 from lrc.records.comparison import Comparison, Evaluated
 from lrc.records.compression import Report
 from lrc.report.rows import cost_table, listed, size_unit, targets_table
@@ -21,8 +21,6 @@ from lrc.report.table import Table, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from lrc.records.check import Integrity, Item
 
 
 def summary(report: Report) -> Iterator[RenderableType]:
@@ -124,27 +122,17 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
     yield from warning_lines(found.warnings)
 
 
-def integrity(found: Integrity) -> Iterator[RenderableType]:
-    """Yield what was verified in a sound output."""
-    yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {byte_text(found.bytes)}"
-
-
 def overview(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
     """Yield the names in every group, a row each."""
-    rows = [
-        {"group": group, "names": ", ".join(item.name for item in items)} for group, items in groups.items()
-    ]
-    yield table(rows).on_screen()
+    names = {group: ", ".join(item.name for item in items) for group, items in groups.items()}
+    yield table({"group": group, "names": each} for group, each in names.items()).on_screen()
     yield "lrc list GROUP shows one line and the source of each"
 
 
 def catalogue_table(group: str, items: Iterable[Item]) -> RenderableType:
     """Return one group: a line for each item, and its source where any has one."""
-    rows = [
-        {group: item.name, "": item.summary, **({"source": item.source} if item.source else {})}
-        for item in items
-    ]
-    return table(rows).on_screen()
+    rows = [{group: item.name, "": item.summary, "source": item.source} for item in items]
+    return table({name: cell for name, cell in row.items() if cell} for row in rows).on_screen()
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lrc.allocation.sizing import check_keeps
 from lrc.calibration.enough import too_few
 from lrc.estimate.room import memory_advice
-from lrc.inspection.candidates import base_plan, find_asked, known_methods
+from lrc.inspection.candidates import base_plan, find_asked
 from lrc.inspection.inspector import Inspector
 from lrc.inspection.output import Output
 from lrc.plan.job import templates
@@ -51,10 +51,10 @@ def inspect_model(
     UserError for every mistake that the user can fix.
     """
     keeps = check_keeps(KEEPS if keeps is None else keeps)[::-1]
-    known = known_methods(method_names)
     setup = set_up(model, run)
     reader, architecture = setup.reader, setup.reader.architecture
-    asked = find_asked(architecture, known, keeps, layers, targets, tables=tables, gradients=gradients)
+    chosen = (layers, targets, method_names)
+    asked = find_asked(architecture, keeps, *chosen, tables=tables, gradients=gradients)
     output = None
     if against is not None:
         folder, trusted = Path(against).expanduser(), run.trust_remote_code

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
-from numpy.typing import ArrayLike
 
 from lrc.report.plots.theme import INK, MUTED, PAPER, PHONE, SERIES, drawing, shortened, svg
 
@@ -108,10 +106,12 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[P
     figure.set_layout_engine("none")
     inside = axes.get_window_extent()
     at = axes.transData.transform
-    taken = [_around(at((point.bytes, point.perplexity)), 6) for point in points]
+    places = [at((point.bytes, point.perplexity)) for point in points]
+    taken = [Bbox([place, place]).padded(6) for place in places]
     for start, end in pairwise(at([(point.bytes, point.perplexity) for point in edge]) if edge else []):
         steps = 1 + round(math.dist(start, end) / 4)  # boxes along the line of the front
-        taken += [_around(start + i / steps * (end - start), 2) for i in range(steps + 1)]
+        line = [start + i / steps * (end - start) for i in range(steps + 1)]
+        taken += [Bbox([place, place]).padded(2) for place in line]
     for point in points:
         label = axes.annotate(
             shortened(point.label, 22),
@@ -141,11 +141,6 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[P
 # Pixels between a point and its label, and sides of the point, the best first.
 _GAPS = (8, 20, 34, 50)
 _SIDES = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, -0.8), (0.8, -0.8), (-0.8, 0.8))
-
-
-def _around(place: ArrayLike, half: float) -> Bbox:
-    x, y = np.asarray(place)
-    return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
 def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
