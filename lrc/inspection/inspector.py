@@ -12,8 +12,7 @@ from lrc.compression.solve import pose
 from lrc.compression.tables import pose_outer
 from lrc.inspection.auto import choices
 from lrc.inspection.candidates import Asked, figure
-from lrc.inspection.fidelity import fidelity
-from lrc.inspection.output import Output
+from lrc.inspection.output import Output, fidelity
 from lrc.inspection.spectrum import conditioning, spectra
 from lrc.methods.contract import Prediction, Problem, Solution
 from lrc.moments.gradient import GradientMoment

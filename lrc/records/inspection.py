@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lrc.methods.sizes import SizeValue
-from lrc.records.compression import json_text
 
 INSPECTION_VERSION = 2
 
@@ -156,7 +155,3 @@ class Inspection:
     warnings: list[str]
     versions: dict[str, str]
     version: int = INSPECTION_VERSION
-
-    def to_json(self) -> str:
-        """Return the record as JSON."""
-        return json_text(asdict(self))

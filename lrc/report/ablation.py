@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lrc.records.ablation import Ablation
 from lrc.report.plots.heatmap import heatmap
 from lrc.report.plots.theme import standalone
-from lrc.report.table import Cell, table
+from lrc.report.table import Cell, grouped, table
 from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ _LARGEST = 1e3  # times the dense perplexity; a larger rise has the same colour
 
 def picture(ablation: Ablation) -> str:
     """Return the heat map of an ablation as the text of an SVG file."""
-    increases = [[ablation.at(t, keep).increase for keep in ablation.keeps] for t in ablation.targets]
+    by_target = grouped(ablation.results, lambda result: result.target)
+    increases = [[result.increase for result in results] for results in by_target.values()]
     # Logarithms of perplexity over the dense model's; NaN has the colour of the largest.
     ratios = [
         [increase + 1 if increase + 1 < _LARGEST else _LARGEST for increase in row] for row in increases
@@ -32,7 +33,7 @@ def picture(ablation: Ablation) -> str:
             "ablation",
             [[rise / most for rise in row] for row in rises],
             [[percent(increase) for increase in row] for row in increases],
-            list(ablation.targets),
+            list(by_target),
             [f"{keep:g} ({1 / keep:.3g}x)" for keep in ablation.keeps],
             title=f"Rise of perplexity ({ablation.dense.value:.4g} dense), one target alone",
             below="kept of the target's weights, in all layers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from lrc.checkpoint.sizes import byte_text
 from lrc.errors import UserError
 from lrc.methods import methods
 from lrc.plan.precedence import spans
+from lrc.records.compression import json_text
 from lrc.records.inspection import Choice, Conditioning, Estimate, Inspected, Inspection
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.heatmap import heatmap
@@ -198,7 +200,7 @@ def check_folder(folder: Path) -> None:
 
 def write_inspection(found: Inspection, folder: Path) -> list[Path]:
     """Write an inspection into a folder, which is made if need be, and return the files."""
-    files = {folder / _RECORD: found.to_json(), folder / "inspect.html": inspection_page(found)}
+    files = {folder / _RECORD: json_text(asdict(found)), folder / "inspect.html": inspection_page(found)}
     with written(folder):
         folder.mkdir(exist_ok=True)
         for path, text in files.items():

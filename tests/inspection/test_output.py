@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrc.families import families
-from lrc.inspection.fidelity import overlap, product_difference
+from lrc.inspection.output import overlap, product_difference
 from lrc.records.inspection import Held
 
 ROOT = "model.layers.1."
