@@ -65,7 +65,7 @@ def bench_model(
     """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
     from lrc.checkpoint.durable import check_file, write_text, written
     from lrc.records.compression import json_text
-    from lrc.report.tables import speeds
+    from lrc.report.tables import bench_tables
     from lrc.verbs.bench import bench
 
     if out is not None:
@@ -75,4 +75,4 @@ def bench_model(
     if out is not None:
         with written(out):
             write_text(out, json_text(found.as_dict()))
-    result(found.as_dict(), speeds(found), as_json, out)
+    result(found.as_dict(), bench_tables(found), as_json, out)

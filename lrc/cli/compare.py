@@ -23,12 +23,12 @@ def compare_outputs(
 ) -> None:
     """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""
     from lrc.checkpoint.durable import check_file, write_text, written
-    from lrc.report.outputs import compared_page, outputs_summary, read_outputs
+    from lrc.report.outputs import compared_page, outputs_tables, read_outputs
 
     if out is not None:
         check_file("-o", out)
-    sources = read_outputs([folder.expanduser() for folder in folders])
+    originals = read_outputs([folder.expanduser() for folder in folders])
     if out is not None:
         with written(out):
-            write_text(out, compared_page(sources))
-    result({"sources": [source.as_dict() for source in sources]}, outputs_summary(sources), as_json, out)
+            write_text(out, compared_page(originals))
+    result({"sources": [each.as_dict() for each in originals]}, outputs_tables(originals), as_json, out)

@@ -58,7 +58,7 @@ def compress_model(
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL to a fraction of its weights, or by a plan, into a new checkpoint; and report what it cost."""
-    from lrc.report.tables import summary
+    from lrc.report.tables import compression_tables
     from lrc.verbs.compress import compress
 
     if measured.no_eval and measured.ppl is not None:
@@ -76,7 +76,7 @@ def compress_model(
             beside=output.beside or (),
             run=run,
         )
-    result(report, chain(summary(report), next_steps(report)), as_json)
+    result(report, chain(compression_tables(report), next_steps(report)), as_json)
 
 
 def next_steps(report: Report) -> Iterator[str]:

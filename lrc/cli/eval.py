@@ -89,7 +89,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL by perplexity and tasks; what it lost of another model; or what shrinking each part alone costs."""
-    from lrc.report.tables import evaluation
+    from lrc.report.tables import evaluation_tables
 
     if ablation.ablate:
         given = [*_given(windows, "context", "tokens", "streamed"), *_given(tasks, "tasks")]
@@ -111,7 +111,7 @@ def evaluate(
         note(f"evaluating {model}, the newest lrc output here")
     with running(place, inputs, as_json=as_json) as run:
         comparison = _measure(model, against, windows, tasks, run)
-    result(comparison.as_dict(), evaluation(comparison), as_json, windows.tokens)
+    result(comparison.as_dict(), evaluation_tables(comparison), as_json, windows.tokens)
 
 
 def _measure(model: str, against: str | None, windows: Windows, tasks: Tasks, run: Run) -> Comparison:

@@ -105,7 +105,7 @@ def plan_model(
 ) -> None:
     """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
     from lrc.allocation.sizing import Limits, Measuring
-    from lrc.report.planning import pictures
+    from lrc.report.planning import plan_tables
     from lrc.verbs.plan import make_plan
 
     with running(layers, inputs, as_json=as_json) as run:
@@ -118,4 +118,4 @@ def plan_model(
             out=out,
             run=run,
         )
-    result(planning, pictures(planning), as_json)
+    result(planning, plan_tables(planning), as_json)

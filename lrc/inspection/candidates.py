@@ -49,7 +49,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Selection:
     """Hold the layers, the targets ``inside`` and ``outside`` of them, and by target the candidates to estimate."""
 
     methods: Mapping[str, Method]
@@ -66,7 +66,7 @@ class Asked:
         return tuple(LayerPlan(index, chosen) for index in self.layers)
 
 
-def find_asked(
+def select(
     architecture: Architecture,
     keeps: Sequence[float],
     layers: str | None,
@@ -75,7 +75,7 @@ def find_asked(
     *,
     tables: bool,
     gradients: bool,
-) -> Asked:
+) -> Selection:
     """Find the layers, targets and candidates of an inspection; None stands for all.
 
     Raises UserError for an unknown layer, target or method.
@@ -105,7 +105,7 @@ def find_asked(
     collected = collectors() if gradients else collectors() - {GRADIENTS}
     found = candidates(architecture, inside, known, keeps, collected)
     found |= candidates(architecture, outside, known, keeps, TABLE_COLLECTORS)
-    return Asked(known, keeps, sorted(chosen) if inside else [], inside, outside, found)
+    return Selection(known, keeps, sorted(chosen) if inside else [], inside, outside, found)
 
 
 def base_plan(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> Plan:

@@ -137,7 +137,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fields of ``lrc.records.inspection.Held``, None where they are not defined."""
+    """Fields of ``lrc.records.inspection.OutputErrors``, None where they are not defined."""
 
     reconstruction: float | None = None
     data_error: float | None = None

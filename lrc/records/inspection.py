@@ -90,7 +90,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Held:
+class OutputErrors:
     """A target of an output compared with the original: as it is stored, refits included.
 
     ``reconstruction``: ‖W − W'‖ / ‖W‖ in the Frobenius norm. For qk, W is W_qᵀ W_k over all heads (rotary positions at
@@ -132,7 +132,7 @@ class Inspected:
     whitened: Spectrum
     estimates: list[Estimate]
     choices: list[Choice]
-    held: Held | None = None
+    held: OutputErrors | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lrc.checkpoint.sizes import byte_text
 from lrc.records.compression import Report, TargetRecord
-from lrc.report.outputs import Output, Source, as_source, points
+from lrc.report.outputs import Original, Output, as_original, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost
 from lrc.report.plots.kept import Row, kept
@@ -19,9 +19,9 @@ from lrc.report.table import Table, grouped, table
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
     """Return the report, with outputs of the same original ``beside`` it in the picture of the cost."""
     label = Path(report.out).name if beside else plan_name(report)
-    source = as_source([Output(label, report.out, report), *beside])
+    original = as_original([Output(label, report.out, report), *beside])
     costs, targets, *rest = report_sections(report)
-    costs = replace(costs, pictures=list(_costs(source)), notes=[*costs.notes, *source.notes])
+    costs = replace(costs, pictures=list(_costs(original)), notes=[*costs.notes, *original.notes])
     targets = replace(
         targets, pictures=list(_kept(report)), folded={"Every layer": every_table(report.targets)}
     )
@@ -190,13 +190,13 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
     yield "took", f"{sum(report.seconds.values()):,.0f} s", f"on {report.device}"
 
 
-def _costs(source: Source) -> Iterator[Picture]:
-    """Yield a picture of each text that this output, the first of the source, was measured on."""
-    for i, text in enumerate(text for text in source.texts if 0 in text.changes):
+def _costs(original: Original) -> Iterator[Picture]:
+    """Yield a picture of each text that this output, the first of the original, was measured on."""
+    for i, text in enumerate(text for text in original.texts if 0 in text.changes):
         caption = f"{text.windows}, the same for all."
-        if len(source.outputs) == 1:
+        if len(original.outputs) == 1:
             caption += " lrc compare puts other outputs beside it."
-        yield Picture(cost(f"cost-{i}", text.text, points(source, text), source.methods), caption)
+        yield Picture(cost(f"cost-{i}", text.text, points(original, text), original.methods), caption)
 
 
 def _kept(report: Report) -> Iterator[Picture]:

@@ -45,7 +45,7 @@ def tables(found: Inspection, *, by_layer: bool) -> list[Table]:
     if found.moments:
         shown.append(moments_table(found.moments, by_layer=by_layer))
     if found.against is not None:
-        shown.append(held_table(groups, found.against))
+        shown.append(output_table(groups, found.against))
     return shown
 
 
@@ -159,7 +159,7 @@ def _taken(choices: Sequence[Choice]) -> str:
     return "\n".join(lines)
 
 
-def held_table(groups: Groups, against: str) -> Table:
+def output_table(groups: Groups, against: str) -> Table:
     """Return the errors of an output by target, beside those in its manifest."""
     rows = []
     for name, each in groups.items():

@@ -45,8 +45,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class OnText:
-    """Outputs measured on the same windows in the same precision, by their index in the source.
+class TextResults:
+    """Outputs measured on the same windows in the same precision, by their index in ``Original.outputs``.
 
     ``dense``: the original's perplexity in the first of their reports.
     """
@@ -73,14 +73,14 @@ class OnText:
 
 
 @dataclass(frozen=True)
-class Source:
+class Original:
     """The outputs of one original, which its fingerprint identifies."""
 
     model: str
     fingerprint: str
     before: Size
     outputs: list[Output]
-    texts: list[OnText]
+    texts: list[TextResults]
 
     @property
     def methods(self) -> list[str]:
@@ -134,14 +134,14 @@ class Source:
         }
 
 
-def read_outputs(folders: Sequence[Path]) -> list[Source]:
+def read_outputs(folders: Sequence[Path]) -> list[Original]:
     """Read output folders and group them by their original; a folder that is named twice counts once.
 
     Raises UserError that names every folder without a report, and for a report that cannot be used.
     """
     advice = "and only those can be compared (lrc eval MODEL --against MODEL compares other models)"
     groups = grouped(_read(folders, advice), lambda output: output.report.fingerprint)
-    return [as_source(found) for found in groups.values()]
+    return [as_original(found) for found in groups.values()]
 
 
 def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[Output]:
@@ -156,19 +156,19 @@ def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[O
     return outputs
 
 
-def as_source(outputs: list[Output]) -> Source:
+def as_original(outputs: list[Output]) -> Original:
     """Group outputs of one original by text."""
     first = outputs[0].report
-    return Source(first.model, first.fingerprint, first.before, outputs, list(_texts(outputs)))
+    return Original(first.model, first.fingerprint, first.before, outputs, list(_texts(outputs)))
 
 
-def points(source: Source, text: OnText) -> list[Point]:
+def points(original: Original, text: TextResults) -> list[Point]:
     """Return the original and its outputs on a text, under names without their common beginning."""
-    labels, found = short([output.label for output in source.outputs]), []
+    labels, found = short([output.label for output in original.outputs]), []
     for i, change in text.changes.items():
-        output = source.outputs[i]
+        output = original.outputs[i]
         found.append(Point(labels[i], output.report.after.bytes, change.after.value, output.method))
-    return [Point("dense", source.before.bytes, text.dense.value, None), *found]
+    return [Point("dense", original.before.bytes, text.dense.value, None), *found]
 
 
 def short(labels: Sequence[str]) -> list[str]:
@@ -181,69 +181,69 @@ def short(labels: Sequence[str]) -> list[str]:
     return [label[cut:] for label in labels]
 
 
-def outputs_summary(sources: Iterable[Source]) -> Iterator[RenderableType]:
+def outputs_tables(originals: Iterable[Original]) -> Iterator[RenderableType]:
     """Yield a table of outputs for each original."""
-    for source in sources:
-        yield source.model
-        yield outputs_table(source).on_screen()
-        yield from (f"{text.text}: perplexity, {text.windows}" for text in source.texts)
-        yield from warning_lines(source.notes)
+    for original in originals:
+        yield original.model
+        yield outputs_table(original).on_screen()
+        yield from (f"{text.text}: perplexity, {text.windows}" for text in original.texts)
+        yield from warning_lines(original.notes)
 
 
-def outputs_table(source: Source) -> Table:
+def outputs_table(original: Original) -> Table:
     """Return a row for the original and one for each output."""
 
     def row(label: str, size: Size, quality: Mapping[str, tuple[float, float]], keep: str) -> dict[str, Cell]:
         """Return the cells of a model, given its perplexity and the ratio to the original's by text."""
         cells: dict[str, Cell] = {"output:w": label}
         for text, (value, ratio) in quality.items():
-            of_text = f", {text}" if len(source.texts) > 1 else ""
+            of_text = f", {text}" if len(original.texts) > 1 else ""
             cells |= {f"{text}:n": f"{value:.4g}", f"× dense{of_text}:n": f"{ratio:.3f}"}
         return cells | {
             "bytes:n": byte_text(size.bytes),
-            "of dense:n:m": f"{size.bytes / source.before.bytes:.3f}",
+            "of dense:n:m": f"{size.bytes / original.before.bytes:.3f}",
             "KV per token:n:m": f"{size.kv_bytes_per_token:,}",
             "keep:n:m": keep,
         }
 
     rows = [
-        row("dense", source.before, {text.text: (text.dense.value, 1.0) for text in source.texts}, "100%")
+        row("dense", original.before, {text.text: (text.dense.value, 1.0) for text in original.texts}, "100%")
     ]
-    for i, output in enumerate(source.outputs):
-        changes = {text.text: text.changes[i] for text in source.texts if i in text.changes}
+    for i, output in enumerate(original.outputs):
+        changes = {text.text: text.changes[i] for text in original.texts if i in text.changes}
         quality = {text: (change.after.value, change.ratio) for text, change in changes.items()}
         cells = row(output.label, output.report.after, quality, f"{output.report.keep:.1%}")
         rows.append(cells | {"method:m": output.method, "seconds:n:m": f"{output.seconds:.1f}"})
     return table(rows)
 
 
-def compared_page(sources: Sequence[Source]) -> str:
-    """Return the page of all sources, each with axes of its own."""
-    models = ", ".join(source.model for source in sources)
-    count = sum(len(source.outputs) for source in sources)
+def compared_page(originals: Sequence[Original]) -> str:
+    """Return the page of all originals, each with axes of its own."""
+    models = ", ".join(original.model for original in originals)
+    count = sum(len(original.outputs) for original in originals)
     sentence = f"{count} output{'s' * (count != 1)} of {models}: what each takes, and what it costs."
-    if len(sources) > 1:
-        sentence += f" They come from {len(sources)} originals, and are compared within each."
+    if len(originals) > 1:
+        sentence += f" They come from {len(originals)} originals, and are compared within each."
     sections = [
         Section(
-            f"{source.model}, {byte_text(source.before.bytes)}",
-            [_picture(f"cost-{number}-{i}", source, text) for i, text in enumerate(source.texts)],
-            notes=source.notes,
-            tables=[outputs_table(source)],
+            f"{original.model}, {byte_text(original.before.bytes)}",
+            [_picture(f"cost-{number}-{i}", original, text) for i, text in enumerate(original.texts)],
+            notes=original.notes,
+            tables=[outputs_table(original)],
         )
-        for number, source in enumerate(sources)
+        for number, original in enumerate(originals)
     ]
     return render(f"Outputs of {models}", sentence, sections)
 
 
-def _picture(name: str, source: Source, text: OnText) -> Picture:
-    found = points(source, text)
+def _picture(name: str, original: Original, text: TextResults) -> Picture:
+    found = points(original, text)
     edge = ", ".join(point.label for point in front(found))
     caption = (
         "Down and left is better. No output is both smaller and better than those on the line: "
         f"{edge}. {text.windows}."
     )
-    return Picture(cost(name, text.text, found, source.methods), caption)
+    return Picture(cost(name, text.text, found, original.methods), caption)
 
 
 def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output]:
@@ -260,7 +260,7 @@ def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output
     ]
 
 
-def _texts(outputs: Sequence[Output]) -> Iterable[OnText]:
+def _texts(outputs: Sequence[Output]) -> Iterable[TextResults]:
     """Group figures that are comparable: of the same tokens, windows, precision and protocol."""
     found: dict[tuple[str, str, int, str], dict[int, PerplexityChange]] = {}
     for i, output in enumerate(outputs):
@@ -273,4 +273,4 @@ def _texts(outputs: Sequence[Output]) -> Iterable[OnText]:
         name = data if len(same_data) == 1 else f"{data}, {windows}"
         if len([key for key in same_data if key[1] == windows]) > 1:
             name += f", protocol {protocol}, ids {ids[:8]}"
-        yield OnText(name, next(iter(changes.values())).before, changes)
+        yield TextResults(name, next(iter(changes.values())).before, changes)

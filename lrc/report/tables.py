@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def summary(report: Report) -> Iterator[RenderableType]:
+def compression_tables(report: Report) -> Iterator[RenderableType]:
     """Yield what a compression did and what it cost."""
     yield targets_table(report.targets).on_screen()
     yield cost_table(report.before, report.after, report.perplexity).on_screen()
@@ -37,7 +37,7 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield f"wrote {report.out}"
 
 
-def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
+def evaluation_tables(comparison: Comparison) -> Iterator[RenderableType]:
     """Yield perplexity and scores on tasks of one model, or of two with their ratios."""
     of, against = comparison.of, comparison.against
     yield f"model: {of.model}"
@@ -53,7 +53,7 @@ def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
     yield from warning_lines(comparison.notes)
 
 
-def resolution(check: Check) -> Iterator[RenderableType]:
+def check_tables(check: Check) -> Iterator[RenderableType]:
     """Yield sizes, bytes and memory of a plan for a model."""
     rows = [
         {
@@ -82,7 +82,7 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     yield from warning_lines(check.warnings)
 
 
-def speeds(found: Bench) -> Iterator[RenderableType]:
+def bench_tables(found: Bench) -> Iterator[RenderableType]:
     """Yield tokens per second and memory by case, of one model or of two with their ratios."""
     headings = ("model", "against")
     for title, side in zip(headings, (found.of, found.against), strict=True):
@@ -122,7 +122,7 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
     yield from warning_lines(found.warnings)
 
 
-def overview(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
+def names_table(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
     """Yield the names in every group, a row each."""
     names = {group: ", ".join(item.name for item in items) for group, items in groups.items()}
     yield table({"group": group, "names": each} for group, each in names.items()).on_screen()

@@ -10,7 +10,7 @@ from pathlib import Path
 from lrc.allocation.sizing import check_keeps
 from lrc.calibration.enough import too_few
 from lrc.estimate.room import memory_advice
-from lrc.inspection.candidates import base_plan, find_asked
+from lrc.inspection.candidates import base_plan, select
 from lrc.inspection.inspector import Inspector
 from lrc.inspection.output import Output
 from lrc.plan.job import templates
@@ -54,7 +54,7 @@ def inspect_model(
     setup = set_up(model, run)
     reader, architecture = setup.reader, setup.reader.architecture
     chosen = (layers, targets, method_names)
-    asked = find_asked(architecture, keeps, *chosen, tables=tables, gradients=gradients)
+    selected = select(architecture, keeps, *chosen, tables=tables, gradients=gradients)
     output = None
     if against is not None:
         folder, trusted = Path(against).expanduser(), run.trust_remote_code
@@ -64,8 +64,8 @@ def inspect_model(
     with setup.watch.stage("text"):
         texts = setup.texts(job, calib)
     blocks, batch = texts.calibration.blocks, setup.batch_size(job)
-    looked_at = replace(job.plan, layers=asked.plans if gradients else (), outer=())
-    names = {target.name for target in (*asked.inside, *asked.outside)}
+    looked_at = replace(job.plan, layers=selected.plans if gradients else (), outer=())
+    names = {target.name for target in (*selected.inside, *selected.outside)}
     few = too_few(architecture, looked_at, len(blocks), losses=gradients, targets=names)
     warnings = [*texts.warnings, *few]
     setup.warn(warnings)
@@ -73,12 +73,12 @@ def inspect_model(
     stream = ModelStream(reader, setup.device, setup.dtype, states)
     advice = f"--batch-size below {batch}, fewer --samples, --targets one at a time, or --device cpu"
     with memory_advice(advice):
-        inspector = Inspector(stream, asked, output, job.plan, setup.watch)
+        inspector = Inspector(stream, selected, output, job.plan, setup.watch)
         inspector.run(blocks, batch, gradients=gradients, stage=run.stage)
     return Inspection(
         model=setup.model.source,
         fingerprint=reader.fingerprint,
-        layers=asked.layers,
+        layers=selected.layers,
         keeps=list(keeps),
         gradients=gradients,
         calibration=texts.fitted_to,
