@@ -20,7 +20,7 @@ _FEWEST = 3  # samples for quartiles
 
 
 @dataclass(frozen=True)
-class Measured:
+class Timing:
     """Hold one model's result in one case.
 
     A sample is ``tokens`` tokens. ``seconds`` is the median, ``low_seconds`` and ``high_seconds`` are the quartiles
@@ -58,7 +58,7 @@ def measure(
     new_tokens: int,
     repeats: int,
     advance: Callable[[], object] = lambda: None,
-) -> list[list[Measured]]:
+) -> list[list[Timing]]:
     """Measure every model in every case, by case, then by model; the samples of a case alternate between models."""
     weights = [weigh(model) for model in models]
     found = []
@@ -81,7 +81,7 @@ def measure(
             held = cache_bytes(run.cache)
             low, median, high = _quartiles(taken)
             rows.append(
-                Measured(
+                Timing(
                     tokens=run.tokens,
                     samples=len(taken),
                     seconds=median,

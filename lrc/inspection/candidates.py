@@ -15,6 +15,7 @@ from lrc.modules import kinds
 from lrc.modules.embedding import EMBEDDING
 from lrc.moments import collectors
 from lrc.moments.gradient import GRADIENTS
+from lrc.plan.precedence import COMPONENTS
 from lrc.plan.resolved import Assignment, LayerPlan
 from lrc.plan.schema import Calibration, Plan, matched_layers
 from lrc.records.inspection import Estimate, Unit
@@ -127,18 +128,24 @@ def candidates(
     collectors: Collection[str],
 ) -> dict[str, list[Candidate]]:
     """Return by target every legal size that saves weights, of every method that can solve it with ``collectors``."""
-    return {
-        target.name: [
-            Candidate(keep, found)
-            for name, method in methods.items()
-            if (solver := _solver(method, target.name))
-            and (options := able_options(solver, collectors)) is not None
-            and solver.refuses(architecture.geometry, options) is None
-            for keep in keeps
-            if (found := _assignment(target, name, solver, keep, options))
-        ]
-        for target in targets
-    }
+    found: dict[str, list[Candidate]] = {}
+    for target in targets:
+        listed = found[target.name] = []
+        for name, method in methods.items():
+            solver = method.solver(target.name)
+            if solver is None or (target.name in COMPONENTS and solver.target == "projection"):
+                continue
+            options, rule = able_options(solver, collectors), solver.size
+            if options is None or solver.refuses(architecture.geometry, options):
+                continue
+            for keep in keeps:
+                size = rule.nearest(target, keep, options)
+                if rule.refusal(target, size, options):
+                    continue
+                if (kept := rule.weights(target, size, options)) < target.parameters:
+                    one = Assignment(target.name, name, size, options, kept, target.parameters)
+                    listed.append(Candidate(keep, one))
+    return found
 
 
 def able_options(solver: Solver, collectors: Collection[str]) -> dict[str, Any] | None:
@@ -163,24 +170,6 @@ def figure(prediction: Prediction) -> tuple[float, Unit]:
         return prediction.error, "nats of loss"
     unit: Unit = "relative error of scores" if prediction.metric == "scores" else "relative error"
     return prediction.relative, unit
-
-
-def _solver(method: Method, target: str) -> Solver | None:
-    """Return the solver of a component or the embedding itself, or of any projection."""
-    projection = target not in ("qk", "ov", "mlp", "embed")
-    return method.solvers.get(target) or (method.solvers.get("projection") if projection else None)
-
-
-def _assignment(
-    target: Target, method: str, solver: Solver, keep: float, options: dict[str, Any]
-) -> Assignment | None:
-    size = solver.size.nearest(target, keep, options)
-    if solver.size.refusal(target, size, options):
-        return None
-    kept = solver.size.weights(target, size, options)
-    if kept >= target.parameters:
-        return None
-    return Assignment(target.name, method, size, options, kept, target.parameters)
 
 
 def _steps(part: Affine | Factors) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrc.benchmark.cases import Case
-from lrc.benchmark.measure import Measured
+from lrc.benchmark.measure import Timing
 
 BENCH_VERSION = 1
 
@@ -25,8 +25,8 @@ class Row:
     """One case: our figures, those of another model if there is one, and the ratios between them."""
 
     case: Case
-    ours: Measured
-    theirs: Measured | None
+    ours: Timing
+    theirs: Timing | None
 
     @property
     def speedup(self) -> float | None:

@@ -12,8 +12,8 @@ from lrc.report.outputs import Original, Output, as_original, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost
 from lrc.report.plots.kept import Row, kept
-from lrc.report.rows import cost_table, every_table, listed, size_ends, size_span, targets_table
 from lrc.report.table import Table, grouped, table
+from lrc.report.tables import cost_table, every_table, listed, size_ends, size_span, targets_table
 
 
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:

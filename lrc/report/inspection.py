@@ -18,9 +18,8 @@ from lrc.records.compression import json_text
 from lrc.records.inspection import Choice, Conditioning, Estimate, Inspected, Inspection
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.heatmap import heatmap
-from lrc.report.rows import listed, size_span
 from lrc.report.table import Table, grouped, table
-from lrc.report.tables import seconds_line, warning_lines
+from lrc.report.tables import listed, seconds_line, size_span, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -16,8 +16,7 @@ from lrc.compression.refit import RefitRecord, StreamError
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.compression import report_page
-from lrc.report.rows import targets_table
-from lrc.report.tables import compression_tables
+from lrc.report.tables import compression_tables, targets_table
 
 
 def record(target: str, metric: Any, predicted: tuple[float, float], **measured: float) -> TargetRecord:
