@@ -53,6 +53,7 @@ class Candidate:
 class Selection:
     """Hold the layers, the targets ``inside`` and ``outside`` of them, and by target the candidates to estimate."""
 
+    architecture: Architecture
     methods: Mapping[str, Method]
     keeps: Sequence[float]
     layers: list[int]
@@ -106,7 +107,8 @@ def select(
     collected = collectors() if gradients else collectors() - {GRADIENTS}
     found = candidates(architecture, inside, known, keeps, collected)
     found |= candidates(architecture, outside, known, keeps, TABLE_COLLECTORS)
-    return Selection(known, keeps, sorted(chosen) if inside else [], inside, outside, found)
+    layers_chosen = sorted(chosen) if inside else []
+    return Selection(architecture, known, keeps, layers_chosen, inside, outside, found)
 
 
 def base_plan(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> Plan:
