@@ -57,7 +57,7 @@ def verb(
     """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
     from lrc.checkpoint.durable import check_file, write_file
     from lrc.records.compression import json_text
-    from lrc.report.tables import speeds
+    from lrc.report.tables import bench_tables
     from lrc.verbs.bench import bench
 
     if out is not None:
@@ -66,4 +66,4 @@ def verb(
         found = bench(model, **vars(cases), run=run)
     if out is not None:
         write_file(out, json_text(found.as_dict()))
-    result(found.as_dict(), speeds(found), as_json, out)
+    result(found.as_dict(), bench_tables(found), as_json, out)

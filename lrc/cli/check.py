@@ -10,10 +10,10 @@ def verb(model: Model, plan: PlanOptions, source: Source, as_json: AsJson = Fals
     """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
     from lrc.plan.job import make_job, open_checkpoint
     from lrc.plan.library import find_draft
-    from lrc.report.tables import resolution
+    from lrc.report.tables import check_tables
     from lrc.verbs.check import check
 
     draft = find_draft(**vars(plan))
     with running(source, split=False) as run:
         found = check(make_job(*open_checkpoint(model, run), draft))
-    result(found, resolution(found), as_json)
+    result(found, check_tables(found), as_json)

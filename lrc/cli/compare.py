@@ -18,13 +18,11 @@ def verb(
 ) -> None:
     """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""
     from lrc.checkpoint.durable import check_file, write_file
-    from lrc.report.compared import compared_page
-    from lrc.report.outputs import read_outputs
-    from lrc.report.tables import outputs
+    from lrc.report.outputs import compared_page, outputs_tables, read_outputs
 
     if out is not None:
         check_file("-o", out)
-    sources = read_outputs([folder.expanduser() for folder in folders])
+    originals = read_outputs([folder.expanduser() for folder in folders])
     if out is not None:
-        write_file(out, compared_page(sources))
-    result({"sources": [source.as_dict() for source in sources]}, outputs(sources), as_json, out)
+        write_file(out, compared_page(originals))
+    result({"sources": [each.as_dict() for each in originals]}, outputs_tables(originals), as_json, out)

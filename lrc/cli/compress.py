@@ -46,7 +46,7 @@ def verb(
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL to a fraction of its weights, or by a plan, into a new checkpoint; and report what it cost."""
-    from lrc.report.tables import summary
+    from lrc.report.tables import compression_tables
     from lrc.verbs.compress import compress
 
     if measured.no_eval and measured.ppl is not None:
@@ -61,7 +61,7 @@ def verb(
             max_windows=measured.max_windows,
             run=run,
         )
-    result(report, chain(summary(report), next_steps(report)), as_json)
+    result(report, chain(compression_tables(report), next_steps(report)), as_json)
 
 
 def next_steps(report: Report) -> Iterator[str]:

@@ -81,7 +81,7 @@ def verb(
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL by perplexity and tasks; what it lost of another model; or what shrinking each part alone costs."""
-    from lrc.report.tables import evaluation
+    from lrc.report.tables import evaluation_tables
 
     given = {"against": "--against"} if against else {}
     for group in (windows, tasks, ablation, inputs):
@@ -108,7 +108,7 @@ def verb(
         note(f"evaluating {model}, the newest lrc output here")
     with running(place, inputs, as_json=as_json) as run:
         comparison = _measure(model, against, windows, tasks, run)
-    result(comparison.as_dict(), evaluation(comparison), as_json, windows.tokens)
+    result(comparison.as_dict(), evaluation_tables(comparison), as_json, windows.tokens)
 
 
 def _measure(model: str, against: str | None, windows: Windows, tasks: Tasks, run: Run) -> Comparison:

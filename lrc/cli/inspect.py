@@ -50,8 +50,7 @@ def verb(
     as_json: AsJson = False,
 ) -> None:
     """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""
-    from lrc.report.inspected import inspection_tables
-    from lrc.report.inspection_page import check_folder, write_inspection
+    from lrc.report.inspection import check_folder, inspection_tables, write_inspection
     from lrc.verbs.inspect import inspect_model
 
     if out is not None:

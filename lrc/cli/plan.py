@@ -96,7 +96,7 @@ def verb(
 ) -> None:
     """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
     from lrc.allocation.sizing import Limits, Measuring
-    from lrc.report.planning import pictures
+    from lrc.report.planning import plan_tables
     from lrc.verbs.plan import make_plan
 
     with running(layers, inputs, as_json=as_json) as run:
@@ -109,4 +109,4 @@ def verb(
             out=out,
             run=run,
         )
-    result(planning, pictures(planning), as_json)
+    result(planning, plan_tables(planning), as_json)

@@ -25,7 +25,7 @@ from lrc.plan.library import draft_of
 from lrc.plan.precedence import COMPONENTS
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Calibration, Plan
-from lrc.records.ablation import Ablated, Losses, ablated
+from lrc.records.ablation import Ablated, Losses
 from lrc.run.offload import States
 from lrc.text.blocks import batched
 from lrc.walk.stream import ModelStream
@@ -140,7 +140,11 @@ class Trial:
         dense, one = known.dense.nats / known.dense.tokens, self.assignment
         nats, kept = (known.of(self.key), one.kept / one.whole) if one else (dense, 1.0)
         assert nats is not None
-        return ablated(self.target, self.method, self.keep, kept, nats, dense)
+        return Ablated(self.target, self.method, self.keep, kept, nats, _exp(nats), _exp(nats - dense) - 1)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan
 
 
 def coarse_notes(results: Sequence[Ablated]) -> list[str]:

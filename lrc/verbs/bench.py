@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from lrc.benchmark.cases import make_cases
-from lrc.benchmark.measure import measure
+from lrc.benchmark.measure import measure, weigh
 from lrc.benchmark.needs import CONVERT, fit_together, needs_of
-from lrc.benchmark.work import weigh
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.hub.loader import load
@@ -37,7 +36,7 @@ def bench(
 ) -> Bench:
     """Measure the speed and memory of a model, and of another by turns if both fit on the device.
 
-    ``prefill`` and ``decode``: pairs of batch and length. ``modes``: keys of ``lrc.benchmark.cases.MODES``. A decode
+    ``prefill`` and ``decode``: pairs of batch and length. ``modes``: some of ``lrc.benchmark.cases.MODES``. A decode
     sample generates ``new_tokens``. ``fuse`` merges products of a compressed model (``lrc.fuse``); an original runs as
     in transformers. Raises UserError for a model that is missing, cannot run, or does not fit on the device.
     """

@@ -27,8 +27,7 @@ from lrc.modules.table import Table
 from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
 from lrc.records.compression import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
-from lrc.report.html import html_page
-from lrc.report.markdown import model_card, report_page
+from lrc.report.compression import html_page, model_card, report_page
 from lrc.report.outputs import read_beside
 from lrc.run.offload import Place, States
 from lrc.run.settings import Run

@@ -16,7 +16,7 @@ from lrc.hub.names import BUILTIN, SHORT_NAMES
 from lrc.methods import Method, methods
 from lrc.modules import kinds
 from lrc.plan.library import shipped_plans
-from lrc.records.catalogue import Item
+from lrc.records.check import Item
 from lrc.text.datasets import DATASETS, SYNTHETIC
 
 _PAPER = re.compile(r"\s*\(?(arXiv:\d{4}\.\d{4,5})\)?")

@@ -30,7 +30,7 @@ from lrc.plan.job import templates
 from lrc.plan.library import PlanLike, draft_of, read_draft, write_plan
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Components, Entry, Plan
-from lrc.records.planning import Planned, Planning, Strip, TableSize, cost_text, factor
+from lrc.records.planning import LayerSizes, Planned, Planning, TableSize, cost_text, factor
 from lrc.run.offload import States
 from lrc.run.settings import Run
 from lrc.text.mixture import DataLike
@@ -194,7 +194,7 @@ def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
         cost=spent.cost,
         factor=factor(spent.cost, unit),
         strips=[
-            _strip(target, [layer.get(name) for layer in layers])
+            _layer_sizes(target, [layer.get(name) for layer in layers])
             for name, target in job.reader.architecture.targets.items()
             if any(name in layer for layer in layers)
         ],
@@ -202,7 +202,7 @@ def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
     )
 
 
-def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
+def _layer_sizes(target: Target, layers: Sequence[Assignment | None]) -> LayerSizes:
     """Return a target's sizes by layer, and the largest size that its methods have."""
     fulls = []
     for a in filter(None, layers):
@@ -211,4 +211,4 @@ def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
         fulls.append((rule.weights(target, full, a.options), full))
     _, largest = max(fulls, key=lambda each: each[0])
     sizes = [a and (a.size if a.kept < a.whole else largest) for a in layers]
-    return Strip(target.name, largest, sizes, [a.kept / a.whole if a else 1.0 for a in layers])
+    return LayerSizes(target.name, largest, sizes, [a.kept / a.whole if a else 1.0 for a in layers])

@@ -15,7 +15,7 @@ from lrc.checkpoint.headers import StoredTensor, parse_header
 from lrc.checkpoint.staging import INDEX, MANIFEST
 from lrc.errors import UserError
 from lrc.hub.quantizer import LrcConfig, replace_modules
-from lrc.records.integrity import Damage, Integrity
+from lrc.records.check import Damage, Integrity
 from lrc.run.settings import Progress
 
 _THREADS = 8

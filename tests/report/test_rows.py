@@ -15,9 +15,8 @@ from lrc.compression.measure import Measured
 from lrc.compression.refit import RefitRecord, StreamError
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
-from lrc.report.markdown import report_page
-from lrc.report.rows import targets_table
-from lrc.report.tables import summary
+from lrc.report.compression import report_page
+from lrc.report.tables import compression_tables, targets_table
 
 
 def record(target: str, metric: Any, predicted: tuple[float, float], **measured: float) -> TargetRecord:
@@ -100,7 +99,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "## Residual stream" not in report_page(replace(report, refits=[]))
     assert "Scale" not in report_page(replace(report, scale=None))
     console = Console(file=io.StringIO(), width=200)
-    console.print(*summary(report))
+    console.print(*compression_tables(report))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.11 nats KL" in shown
     assert f"scale: {scaled}" in shown

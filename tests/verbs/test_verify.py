@@ -16,7 +16,7 @@ from lrc.checkpoint import staging
 from lrc.checkpoint.headers import parse_header
 from lrc.checkpoint.staging import INDEX, MANIFEST
 from lrc.errors import UserError
-from lrc.records.integrity import Damage
+from lrc.records.check import Damage
 from lrc.verbs.verify import verify
 
 pytestmark = pytest.mark.usefixtures("without_pages")
