@@ -36,9 +36,8 @@ class LogitScale:
     def text(self) -> str:
         """Return the scale in words."""
         return (
-            f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original's, on "
-            f"{self.tokens:,} calibration tokens, which the fits have seen, {self.before:.4g} nats without and "
-            f"{self.after:.4g} with it"
+            f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original on {self.tokens:,} "
+            f"calibration tokens, which the fits have used too: {self.before:.4g} nats before, {self.after:.4g} after"
         )
 
 

@@ -17,7 +17,7 @@ from lrc.compression.logit_scale import Final, LogitScale, fit_scale
 from lrc.compression.measure import LayerMeasure, Measured
 from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_blocks
 from lrc.compression.solve import solve_layer
-from lrc.compression.tables import Outer
+from lrc.compression.tables import TableCompressor
 from lrc.methods.contract import Solution
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
@@ -45,7 +45,7 @@ def part_name(layer: int) -> str:
 
 
 @dataclass(frozen=True)
-class Passed:
+class Observed:
     """Hold the results of running an original layer: inputs of its solvers, measurement and refit.
 
     ``found``: statistics for the solvers. ``middles``: per batch, the residual stream between attention and MLP, the
@@ -57,7 +57,7 @@ class Passed:
     measured: list[Batch]
 
 
-class Kept(Observer):
+class InputRecorder(Observer):
     """Store the inputs of one module of a layer by batch, as ``keep`` returns them."""
 
     def __init__(self, index: int, path: str, keep: Callable[[Tensor], Tensor]) -> None:
@@ -92,7 +92,7 @@ class Compressor:
         self._processes = stream.processes
         self._architecture = stream.reader.architecture
         self._family = self._architecture.family
-        self._outer = Outer(stream, plan, staging, watch)
+        self._tables = TableCompressor(stream, plan, staging, watch)
         self._batches: list[Batch] = []
         # Per batch: held out of the fits, to choose ridges and the logit scale. Held-out batches come last.
         self._held: list[bool] = []
@@ -115,11 +115,11 @@ class Compressor:
         for visit, plan in zip(walk, self._plan.layers, strict=True):
             self._layer(plan, visit)
             advance()
-        head = self._outer.head(self._batches)
+        head = self._tables.head(self._batches)
         with self._watch.stage("scale"):
             scale = self._scale(head)
         with self._watch.stage("write"):
-            rest = self._outer.left(self._stream.reader.rest())
+            rest = self._tables.unreplaced(self._stream.reader.rest())
             if scale is not None:
                 rest |= _scaled(rest, self._family.final_norm, scale.value)
             record = {"table": {}, "results": [], "scale": scale and asdict(scale)}
@@ -163,19 +163,19 @@ class Compressor:
             self._write(plan.index, ReducedLayer(layer.module, {}, dict(state), {}), [], [])
             return
         self._part_streams()
-        passed = self._pass_original(visit, plan)
+        observed = self._observe_original(visit, plan)
         with self._watch.stage("solve"):
-            solutions = solve_layer(self._architecture, plan, state, passed.found, self._processes)
+            solutions = solve_layer(self._architecture, plan, state, observed.found, self._processes)
         with self._watch.stage("assemble"):
             roles = closing_roles(self._family, plan.targets) if self._refits else []
             dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
             reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, roles)
             self._stream.filled(reduced.module, reduced.state)
         with self._watch.stage("measure"):
-            measured = self._measure(layer, solutions, passed.measured)
+            measured = self._measure(layer, solutions, observed.measured)
             records = _records(plan, solutions, measured)
-            middles = passed.middles
-            del solutions, passed  # large: float64 solutions and moments
+            middles = observed.middles
+            del solutions, observed  # large: float64 solutions and moments
         with self._watch.stage("refit"):
             refits: list[RefitRecord] = []
             if self._compressed is not None:
@@ -183,13 +183,13 @@ class Compressor:
                 refits = refit.run(roles, middles, self._compressed)
         self._write(plan.index, reduced, records, refits)
 
-    def _pass_original(self, visit: Visit, plan: LayerPlan) -> Passed:
+    def _observe_original(self, visit: Visit, plan: LayerPlan) -> Observed:
         """Run the original layer on all batches, in place; copy first the batches to measure."""
         pairs = zip(self._batches, self._held, strict=True)
         measured = [replace(batch) for batch, held in pairs if held or not self._any_held]
-        middles = Kept(plan.index, self._family.half("mlp").norm, self._stream.states.keep)
+        middles = InputRecorder(plan.index, self._family.half("mlp").norm, self._stream.states.keep)
         found = visit.read(plan, self._gradients.pop(plan.index, None), *([middles] if self._refits else []))
-        return Passed(found, middles.inputs, measured)
+        return Observed(found, middles.inputs, measured)
 
     def _measure(
         self, layer: Layer, solutions: Mapping[str, Solution], batches: Sequence[Batch]
@@ -219,7 +219,7 @@ class Compressor:
 
     def _part_at_embedding(self, blocks: Tensor, ids: Sequence[Tensor]) -> None:
         """Reduce the embedding if the plan does; with refit, start the compressed stream from it."""
-        embedding = self._outer.embedding(blocks, self._batches)
+        embedding = self._tables.embedding(blocks, self._batches)
         if embedding is not None and self._refits:
             with self._watch.stage("embed"):
                 batches = self._stream.embed(ids, embedding)

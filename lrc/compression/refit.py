@@ -20,7 +20,7 @@ from lrc.families.family import Half
 from lrc.maths.linalg import damped_cholesky, data_error
 from lrc.methods.contract import Affine
 from lrc.modules import StructuredLinear
-from lrc.moments.moment import add_gram, product, whole
+from lrc.moments.moment import add_gram, mirrored, product
 from lrc.moments.observe import observe
 from lrc.run.processes import Processes
 from lrc.walk.stream import Batch, ModelStream
@@ -80,14 +80,14 @@ class RefitRecord:
         return cls(**{**record, **errors})
 
 
-def doubts(refits: Sequence[RefitRecord]) -> list[str]:
+def refit_warnings(refits: Sequence[RefitRecord]) -> list[str]:
     """Return a warning if most refits of a run gain nothing on their held-out blocks."""
     chosen = [refit.held_out for refit in refits if refit.held_out is not None]
     worse = [error for error in chosen if error.after >= error.before]
     if 2 * len(worse) <= len(chosen):
         return []
     return [
-        f"{len(worse)} of {len(chosen)} residual refits gain nothing on the calibration blocks left out of them; use "
+        f"{len(worse)} of {len(chosen)} residual refits do not lower the error on held-out calibration blocks; use "
         "more samples"
     ]
 
@@ -142,8 +142,10 @@ class LayerRefit:
                 last = half.name == "mlp"
                 goals = (batch.hidden for batch in self._batches) if last else middles
                 records.append(self._refit(half, path, goals, compressed))
-        for i, (batch, hidden, attended, _) in enumerate(self._states(compressed)):
-            out = self._stream.run(self._reduced.module, self._index, batch, hidden, attended=attended)
+        for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
+            out = self._stream.run(
+                self._reduced.module, self._index, batch, hidden, attention_output=attention_output
+            )
             compressed[i] = self._stream.states.keep(out)
         return records
 
@@ -155,9 +157,9 @@ class LayerRefit:
         linear = module.get_submodule(path)
         out, width = self._reduced.state[f"{path}.weight"].shape
         sums = RefitSum(width, out, self._stream.device)
-        for i, (batch, hidden, attended, (goal,)) in enumerate(self._states(compressed, goals)):
+        for i, (batch, hidden, attention_output, (goal,)) in enumerate(self._states(compressed, goals)):
             with observe(module, {"stream": half.norm, "x": path}, stop_at="x") as seen:
-                self._stream.run(module, self._index, batch, hidden, attended=attended)
+                self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
             x, before = self._stream.cast(seen["x"].input), seen["stream"].input
             sums.add(x, goal, before + self._apply(linear, x), self._held[i])
             if half.name == "attention":
@@ -173,9 +175,9 @@ class LayerRefit:
         """Yield each batch, its compressed stream, its attention output if cached, and its entries in ``more``."""
         linear, read = self._attended or (None, None)
         lists = [compressed, *([read] if read else []), *more]
-        for batch, (hidden, *others) in zip(self._batches, self._stream.passing(*lists), strict=True):
-            attended = self._apply(linear, others.pop(0)) if linear is not None else None
-            yield batch, hidden, attended, tuple(others)
+        for batch, (hidden, *others) in zip(self._batches, self._stream.prefetched(*lists), strict=True):
+            attention_output = self._apply(linear, others.pop(0)) if linear is not None else None
+            yield batch, hidden, attention_output, tuple(others)
 
     @torch.no_grad()
     def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
@@ -309,7 +311,7 @@ class _Sums:
 
     def means(self) -> _Means:
         return _Means(
-            whole(self.gram / self.tokens),
+            mirrored(self.gram / self.tokens),
             *(sums.double() / self.tokens for sums in (self.cross, self.x, self.r)),
             missing=float(self.missing) / self.tokens,
             size=float(self.size) / self.tokens,

@@ -50,7 +50,7 @@ class ReducedOuter:
         return stream.filled(module, state)
 
 
-class Outer:
+class TableCompressor:
     """Compress the embedding and the LM head, stage them, and return modules to run.
 
     Rank 0 solves; the other processes load its result from the staging folder.
@@ -104,7 +104,7 @@ class Outer:
                 self._write(reduced, record)
         return self._staged("lm_head").module(self._stream, "lm_head")
 
-    def left(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def unreplaced(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of ``rest`` that no reduction replaces."""
         replaced = tuple(f"{self._paths[target]}." for target in self._assigned)
         return {name: tensor for name, tensor in rest.items() if not name.startswith(replaced)}

@@ -53,8 +53,8 @@ class AttentionSum:
         self._queries = 0
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Add one sequence, with arguments as for ``attended``."""
-        q, k, p = attended(q, k, mask, self._scale)
+        """Add one sequence, with arguments as for ``sampled_attention``."""
+        q, k, p = sampled_attention(q, k, mask, self._scale)
         mean = torch.einsum("kgmn,knd->kgmd", p, k)
         weight = p.sum(dim=(1, 2))  # (kv_heads, tokens)
         self._covariance += (k * weight.unsqueeze(-1)).mT @ k - mean.flatten(1, 2).mT @ mean.flatten(1, 2)
@@ -89,7 +89,7 @@ class Sums(Protocol):
     """Running sums over sequences."""
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Add one sequence, with arguments as for ``attended``."""
+        """Add one sequence, with arguments as for ``sampled_attention``."""
 
     def reduce(self, processes: Processes) -> None:
         """Add the sums of the other processes."""
@@ -151,7 +151,9 @@ class Attention(QueryStatistic):
         self.sums = AttentionSum(heads.kv_heads, heads.head_dim, self.scale, rotary, layer.device)
 
 
-def attended(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def sampled_attention(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return some queries of one sequence, scaled, the centred keys, and the attention weights of these queries.
 
     ``q`` (heads, tokens, D) and ``k`` (kv_heads, tokens, D) are after rotary embedding. ``mask`` is the attention's

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from lrc.families import Family
-from lrc.moments.moment import add_gram, whole
+from lrc.moments.moment import add_gram, mirrored
 from lrc.run.processes import Processes
 
 GRADIENTS = "gradients"  # their name in the needs of solvers
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GradientTargets:
     """Select the moments to collect of one layer: at the outputs of ``roles``, and of the queries."""
 
     roles: frozenset[str] = frozenset()
@@ -112,7 +112,7 @@ class GradientSum:
 
     def moment(self) -> GradientMoment:
         """Return the means so far."""
-        outputs = {role: whole(total / self._tokens) for role, total in self._outputs.items()}
+        outputs = {role: mirrored(total / self._tokens) for role, total in self._outputs.items()}
         return GradientMoment(
             outputs, None if self._queries is None else self._queries / self._tokens, self._tokens
         )

@@ -26,7 +26,7 @@ from lrc.compression.finish import (
     write_checkpoint,
 )
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import doubts
+from lrc.compression.refit import refit_warnings
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
@@ -235,7 +235,7 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
         compressor = Compressor(stream, job.plan, stage, setup.watch)
         compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))
     refits = refit_records(job, stage.own) if stage.own else []
-    return replace(work, warnings=[*work.warnings, *doubts(refits)])
+    return replace(work, warnings=[*work.warnings, *refit_warnings(refits)])
 
 
 def _evaluate(

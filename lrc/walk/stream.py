@@ -208,16 +208,16 @@ class ModelStream:
         batch: Batch,
         hidden: Tensor,
         *,
-        attended: Tensor | None = None,
+        attention_output: Tensor | None = None,
         grad: bool = False,
     ) -> Tensor:
         """Return a decoder layer's output for hidden states (blocks, tokens, hidden) on any device.
 
-        ``attended``: the output of its attention, which then does not run. ``grad`` records gradients for hidden states
-        that require them.
+        ``attention_output`` replaces its attention, which then does not run. ``grad`` records gradients for hidden
+        states that require them.
         """
         call, attention = batch.calls[index], self.reader.family.attention
-        known = nullcontext() if attended is None else _given(layer, attention, attended)
+        known = nullcontext() if attention_output is None else _given(layer, attention, attention_output)
         with torch.set_grad_enabled(grad), self.precision(), known:
             out = layer(self.fetch(hidden), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(self._residual)
@@ -233,7 +233,7 @@ class ModelStream:
     ) -> None:
         """Run a decoder layer on batches, feed its observers, and store its outputs in the batches unless ``stay``."""
         paths = {path: path for observer in observers for path in observer.watched}
-        states = self.passing(batch.hidden for batch in batches)
+        states = self.prefetched(batch.hidden for batch in batches)
         for batch, (hidden,) in zip(batches, states, strict=True):
             with observe(layer, paths) as calls:
                 out = self.run(layer, index, batch, hidden)
@@ -249,7 +249,7 @@ class ModelStream:
         """Return a tensor moved to the device."""
         return send([x], self.device)()[0]
 
-    def passing(self, *lists: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    def prefetched(self, *lists: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Yield the states of each batch on the device, one of each list; the next batch is copied meanwhile."""
         ahead: Callable[[], tuple[Tensor, ...]] | None = None
         for states in zip(*lists, strict=True):

@@ -15,8 +15,8 @@ from lrc.compression.refit import (
     RefitRecord,
     RefitSum,
     StreamError,
-    doubts,
     held_out_blocks,
+    refit_warnings,
 )
 from lrc.methods.contract import Affine
 
@@ -238,6 +238,6 @@ def test_refits_that_gain_nothing_where_they_were_not_fitted_are_told() -> None:
 
     better, worse = record(0.2, 0.1), record(0.1, 0.2)
     alone = replace(better, held_out=None)
-    assert doubts([]) == doubts([alone]) == doubts([better, worse]) == []
-    (warning,) = doubts([better, worse, worse, alone])
-    assert warning.startswith("2 of 3 residual refits gain nothing")
+    assert refit_warnings([]) == refit_warnings([alone]) == refit_warnings([better, worse]) == []
+    (warning,) = refit_warnings([better, worse, worse, alone])
+    assert warning.startswith("2 of 3 residual refits do not lower the error")

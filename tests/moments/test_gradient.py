@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrc.moments.gradient import GradientSum, Wanted
+from lrc.moments.gradient import GradientSum, GradientTargets
 
 KV_HEADS, HEADS, HEAD_DIM, TOKENS = 2, 6, 4, 5
 
@@ -61,9 +61,9 @@ def test_collects_what_is_asked_for():
     sums.add({"up": normal(0, 7, 3)}, None, torch.ones(()))
     moment = sums.moment()
     assert (list(moment.outputs), moment.queries, moment.tokens) == (["up"], None, 7)
-    assert not Wanted()
-    assert Wanted(queries=True)
-    assert Wanted(frozenset({"o"}))
+    assert not GradientTargets()
+    assert GradientTargets(queries=True)
+    assert GradientTargets(frozenset({"o"}))
 
 
 def test_says_where_a_gradient_is_no_number():

@@ -31,7 +31,7 @@ from lrc.methods import methods
 from lrc.methods.contract import Affine
 from lrc.moments import collectors
 from lrc.moments.attention_samples import SAMPLES, SampleSum
-from lrc.moments.gradient import Wanted
+from lrc.moments.gradient import GradientTargets
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.processes import ALONE, Processes, launched
@@ -194,7 +194,9 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
     plan = resolved(architecture, text).layers[0]
     ids = blocks(count)
     batches = stream.embed(batched(processes.mine(ids), 2))
-    wanted = {index: Wanted(frozenset(architecture.matrices), True) for index in range(architecture.layers)}
+    wanted = {
+        index: GradientTargets(frozenset(architecture.matrices), True) for index in range(architecture.layers)
+    }
     gradients = gradient_moments(stream, ids, wanted, 2, 0)
     found = {
         f"{index} {role}": tensor for index, g in gradients.items() for role, tensor in g.outputs.items()
