@@ -12,7 +12,7 @@ from lrc.checkpoint.sizes import Size, size_of
 from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import REST, part_name, part_names
-from lrc.compression.refit import RefitRecord
+from lrc.compression.refit import REFITS, RefitRecord
 from lrc.hub.quantizer import FORMAT_VERSION
 from lrc.modules.table import Table
 from lrc.plan.job import Job
@@ -49,7 +49,7 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     manifest = {
         **settings,
         "targets": target_records(job, staging),
-        "refits": [record.as_dict() for record in refit_records(job, staging)],
+        "refits": [asdict(record) for record in refit_records(job, staging)],
         "scale": scale and asdict(scale),
         "sha256": staging.hashes(),
     }
@@ -80,7 +80,7 @@ def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
 def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
     """Return the records of all refits, layer by layer."""
     names = [part_name(layer.index) for layer in job.plan.layers]
-    return [RefitRecord.from_dict(record) for name in names for record in staging.record(name)["refits"]]
+    return REFITS.validate_python([record for name in names for record in staging.record(name)["refits"]])
 
 
 def logit_scale(staging: Staging) -> LogitScale | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lrc.families import canonical
 from lrc.methods.contract import Solution
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Observer
+from lrc.plan.resolved import Assignment
 from lrc.run.processes import Processes
 from lrc.walk.stream import ModelStream
 
@@ -26,6 +28,19 @@ class Measured:
     error: float | None = None
     reference: float | None = None
     kl: float | None = None
+
+
+def target_record(
+    assignment: Assignment, layer: int | None, solution: Solution, measured: Measured
+) -> dict[str, Any]:
+    """Return the record of a target for the manifest and the report; ``layer`` is None outside the layers."""
+    return {
+        **asdict(assignment),
+        "layer": layer,
+        "predicted": asdict(solution.predicted),
+        "numerics": dict(solution.numerics),
+        "measured": asdict(measured),
+    }
 
 
 class LayerMeasure(Observer):

@@ -21,7 +21,7 @@ from lrc.checkpoint.staging import staging
 from lrc.compression.finish import logit_scale, refit_records, target_records, write_checkpoint
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import RIDGE, RIDGES, RefitRecord, held_out_blocks
+from lrc.compression.refit import REFITS, RIDGE, RIDGES, RefitRecord, held_out_blocks
 from lrc.families import families
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
@@ -388,7 +388,7 @@ def test_stream_errors_are_those_of_every_layer(biased, out, family):
         assert record.error.after == pytest.approx(float(apart), rel=1e-3)
         assert record.error.after < record.error.before
     manifest = json.loads((run.out / "lrc.json").read_text())
-    assert [RefitRecord.from_dict(record) for record in manifest["refits"]] == run.refits
+    assert REFITS.validate_python(manifest["refits"]) == run.refits
     assert all("refit_damping" not in record for record in run.records)
 
 

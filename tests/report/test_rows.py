@@ -12,7 +12,7 @@ from rich.console import Console
 from lrc.checkpoint.sizes import Size
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import RefitRecord, StreamError
+from lrc.compression.refit import REFITS, RefitRecord, StreamError
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.markdown import report_page
@@ -95,7 +95,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "method's solution and earlier refits have seen those blocks" in page
     assert f"Scale: {scaled}0.4 nats before, 0.375 after." in page
     typed = json.loads(report.to_json())
-    assert RefitRecord.from_dict(typed["refits"][1]) == report.refits[1]
+    assert REFITS.validate_python(typed["refits"]) == report.refits
     assert typed["scale"]["value"] == 0.93
     assert "## Residual stream" not in report_page(replace(report, refits=[]))
     assert "Scale" not in report_page(replace(report, scale=None))
