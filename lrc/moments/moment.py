@@ -101,7 +101,7 @@ class Moments(Statistic):
 
     def add(self, calls: Mapping[str, Call]) -> None:
         for site, path in self._paths.items():
-            self._sums[site].add(self.layer.cast(calls[path].input), self.layer.first_token)
+            self._sums[site].add(calls[path].input.to(self.layer.dtype), self.layer.first_token)
 
     def reduce(self, processes: Processes) -> None:
         for total in self._sums.values():

@@ -45,26 +45,6 @@ def logit_rows(vocab: int) -> int:
     return max(_LOGITS // vocab, 1)
 
 
-def gradient_moments(
-    stream: ModelStream,
-    blocks: Tensor,
-    needed: Mapping[int, GradientTargets],
-    batch_size: int,
-    seed: int,
-    *,
-    layer: Callable[[int], nn.Module] | None = None,
-    every: int | None = None,
-) -> dict[int, GradientMoment]:
-    """Return gradient moments of the layers in ``needed`` from token blocks (n, tokens), offloaded as states are.
-
-    The processes of the stream split the blocks. ``seed`` and the block's number determine its labels. ``layer``
-    returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it. Raises
-    UserError if gradients are NaN or inf.
-    """
-    sweep = _Sweep(stream, blocks, batch_size, layer or (lambda index: stream.layer(index)[0]), every)
-    return sweep.run(needed, seed)
-
-
 def read_gradients(
     stream: ModelStream,
     plans: Iterable[LayerPlan],
@@ -86,21 +66,26 @@ def read_gradients(
     if not needed:
         return {}
     chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
-    return gradient_moments(stream, chosen, needed, batch_size, calibration.seed, layer=held)
+    return GradientSweep(stream, chosen, batch_size, layer=held).run(needed, calibration.seed)
 
 
-class _Sweep:
-    """One forward and backward pass, with its kept layer inputs by layer and batch."""
+class GradientSweep:
+    """One forward and backward pass over token blocks (n, tokens), which the processes of the stream split.
+
+    ``layer`` returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it.
+    """
 
     def __init__(
         self,
         stream: ModelStream,
         blocks: Tensor,
         batch_size: int,
-        layer: Callable[[int], nn.Module],
-        every: int | None,
+        *,
+        layer: Callable[[int], nn.Module] | None = None,
+        every: int | None = None,
     ) -> None:
-        self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
+        self._stream, self._architecture = stream, stream.reader.architecture
+        self._layer = layer or (lambda index: stream.layer(index)[0])
         self._batches = stream.embed(batched(stream.processes.mine(blocks), batch_size))
         self._inputs = {0: [batch.hidden for batch in self._batches]}
         for batch in self._batches:  # so that the batches do not hold the states to the end
@@ -110,6 +95,10 @@ class _Sweep:
         )
 
     def run(self, needed: Mapping[int, GradientTargets], seed: int) -> dict[int, GradientMoment]:
+        """Return the moments of the layers in ``needed``, offloaded as states are; call it once.
+
+        ``seed`` and the block's number determine its labels. Raises UserError if gradients are NaN or inf.
+        """
         last, first, found = self._architecture.layers - 1, min(needed), {}
         start = first - first % self._every
         hidden = self._forward(0, last + 1, lambda index: index >= start and index % self._every == 0)
@@ -130,14 +119,14 @@ class _Sweep:
         for index in range(first, end):
             if keep(index):
                 self._inputs[index] = hidden
-            module, finite, passed = self._layer(index), [], []
+            module, finite, outputs = self._layer(index), [], []
             for batch, (x,) in zip(self._batches, self._stream.prefetched(hidden), strict=True):
                 out = self._stream.run(module, index, batch, x)
                 finite.append(out.isfinite().all())
-                passed.append(self._stream.states.keep(out))
+                outputs.append(self._stream.states.keep(out))
             if finite and not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
-            hidden = passed
+            hidden = outputs
         return hidden
 
     def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -156,17 +145,11 @@ class _Sweep:
 
     def _back(self, index: int, gradients: list[Tensor], needed: GradientTargets) -> GradientMoment | None:
         """Propagate the gradients through a layer, in place, and return its moments if ``needed``."""
-        heads, module, inputs = self._architecture.geometry, self._layer(index), self._inputs.pop(index)
+        heads, device = self._architecture.geometry, self._stream.device
+        module, inputs = self._layer(index), self._inputs.pop(index)
         # Sorted: all processes must use the same order.
         widths = {role: self._architecture.matrices[role].rows for role in sorted(needed.roles)}
-        sums = GradientSum(
-            heads.kv_heads,
-            heads.head_dim,
-            heads.rotary != "none",
-            widths,
-            queries=needed.queries,
-            device=self._stream.device,
-        )
+        sums = GradientSum(heads, widths, queries=needed.queries, device=device)
         for i, (x, gradient) in enumerate(self._stream.prefetched(inputs, gradients)):
             gradients[i] = self._back_batch(module, index, self._batches[i], x, gradient, needed, sums)
         if not needed:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lrc.families import Heads
 from lrc.moments.gradient import GradientSum, GradientTargets
 
 KV_HEADS, HEADS, HEAD_DIM, TOKENS = 2, 6, 4, 5
@@ -35,7 +36,8 @@ def one_by_one(parts: list[tuple[torch.Tensor, torch.Tensor]], rotary: bool) -> 
 
 
 def of_outputs(rotary: bool, widths: dict[str, int], *, queries: bool) -> GradientSum:
-    return GradientSum(KV_HEADS, HEAD_DIM, rotary, widths, queries=queries, device=torch.device("cpu"))
+    heads = Heads(HEADS, KV_HEADS, HEAD_DIM, "half" if rotary else "none")
+    return GradientSum(heads, widths, queries=queries, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rotary", [True, False])

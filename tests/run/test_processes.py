@@ -37,7 +37,7 @@ from lrc.plan.resolved import ResolvedPlan
 from lrc.run.processes import ALONE, Processes, launched
 from lrc.text.blocks import batched
 from lrc.text.mixture import Calibration, Source
-from lrc.walk.backward import gradient_moments
+from lrc.walk.backward import GradientSweep
 from lrc.walk.stream import ModelStream
 from lrc.walk.walk import Walk
 
@@ -197,7 +197,7 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
     wanted = {
         index: GradientTargets(frozenset(architecture.matrices), True) for index in range(architecture.layers)
     }
-    gradients = gradient_moments(stream, ids, wanted, 2, 0)
+    gradients = GradientSweep(stream, ids, 2).run(wanted, 0)
     found = {
         f"{index} {role}": tensor for index, g in gradients.items() for role, tensor in g.outputs.items()
     }
@@ -220,8 +220,9 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
         number = next(numbers)
         refit.add(block, block + normal(number, *block.shape), block, held=number == count - 1)
     refit.reduce(processes)
-    (fit,) = processes.spread([Affine(torch.zeros(architecture.hidden, architecture.hidden))], refit.solve)
-    found["refit"] = fit.solution.weight
+    start = Affine(torch.zeros(architecture.hidden, architecture.hidden))
+    ((fitted, _),) = processes.spread([start], lambda each: refit.solve(each, 0, "o"))
+    found["refit"] = fitted.weight
     scale = fit_scale(
         Final([batch.hidden for batch in batches], stream.tail()),
         Final([batch.hidden * 1.2 for batch in batches], stream.tail()),

@@ -17,7 +17,7 @@ from lrc.families import canonical, families
 from lrc.moments.gradient import GradientMoment, GradientTargets
 from lrc.moments.observe import observe
 from lrc.text.blocks import gradient_blocks, seed_for
-from lrc.walk.backward import gradient_moments, states_held, stride
+from lrc.walk.backward import GradientSweep, states_held, stride
 from lrc.walk.stream import ModelStream
 
 CPU, SEED = torch.device("cpu"), 3
@@ -43,7 +43,7 @@ def sweep(
 ) -> dict[int, GradientMoment]:
     stream = ModelStream(CheckpointReader(folder), CPU, dtype)
     wanted = more.pop("wanted", None) or everything(folder)
-    return gradient_moments(stream, more.pop("ids", blocks()), wanted, batch, seed, **more)
+    return GradientSweep(stream, more.pop("ids", blocks()), batch, **more).run(wanted, seed)
 
 
 def tensors(found: dict[int, GradientMoment]) -> dict[str, Tensor]:
