@@ -16,7 +16,6 @@ from lrc.compression.refit import REFITS, RefitRecord
 from lrc.hub.quantizer import FORMAT_VERSION
 from lrc.modules.table import Table
 from lrc.plan.job import Job
-from lrc.plan.resolved import ResolvedPlan
 
 COPIED = (
     "generation_config.json",
@@ -32,8 +31,11 @@ COPIED = (
 
 
 def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> Table:
-    """Write the checkpoint and its manifest; return the module table."""
-    table = module_table(job.plan, job.reader.family.layers, staging)
+    """Write the checkpoint and its manifest; return the module table of the whole model, by full path."""
+    table = {path: entry for a in job.plan.outer for path, entry in staging.record(a.target)["table"].items()}
+    for layer in job.plan.layers:
+        entries = staging.record(part_name(layer.index))["table"]
+        table |= {f"{job.reader.family.layers}.{layer.index}.{path}": e for path, e in entries.items()}
     staging.assemble(part_names(job.plan))
     # The source's own text, so that other readers find their keys unchanged.
     config = json.loads(job.reader.config_text)
@@ -60,16 +62,6 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
 def copied_files(folder: Path) -> list[Path]:
     """Return the files of the source checkpoint that are copied unchanged."""
     return sorted({path for pattern in COPIED for path in folder.glob(pattern)})
-
-
-def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
-    """Return the module table of the whole model, by full path."""
-    outer = {p: e for a in plan.outer for p, e in staging.record(a.target)["table"].items()}
-    return outer | {
-        f"{layers}.{layer.index}.{path}": entry
-        for layer in plan.layers
-        for path, entry in staging.record(part_name(layer.index))["table"].items()
-    }
 
 
 def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:

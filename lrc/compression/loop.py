@@ -27,7 +27,7 @@ from lrc.run.processes import Processes
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
 from lrc.walk.backward import read_gradients
-from lrc.walk.stream import Batch, ModelStream
+from lrc.walk.stream import Batch, ModelStream, below
 from lrc.walk.walk import Visit, Walk
 
 REST = "rest"
@@ -113,7 +113,10 @@ class Compressor:
         with self._watch.stage("write"):
             rest = self._tables.unreplaced(self._stream.reader.rest())
             if scale is not None:
-                rest |= _scaled(rest, self._family.final_norm, scale.value)
+                # A scaled norm scales the logits of a head without bias.
+                for name in (f"{self._family.final_norm}.{each}" for each in ("weight", "bias")):
+                    if name in rest:
+                        rest[name] = (scale.value * rest[name].double()).to(rest[name].dtype)
             record = {"table": {}, "results": [], "scale": scale and asdict(scale)}
             self._staging.write(REST, rest, record)
 
@@ -209,9 +212,7 @@ class Compressor:
 
     def _resume(self, index: int) -> None:
         """Run the compressed stream through a layer that an earlier run finished."""
-        prefix = f"{self._family.layers}.{index}."
-        tensors = self._staging.tensors(part_name(index))
-        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        state = below(self._staging.tensors(part_name(index)), f"{self._family.layers}.{index}")
         table = self._staging.record(part_name(index))["table"]
         module = copy.deepcopy(self._stream.skeletons[index])
         apply_table(module, table, self._family)
@@ -228,9 +229,3 @@ class Compressor:
             tensors = {prefix + name: tensor for name, tensor in reduced.state.items()}
             record = {"table": reduced.table, "results": results, "refits": [asdict(r) for r in refits]}
             self._staging.write(part_name(index), tensors, record)
-
-
-def _scaled(rest: Mapping[str, Tensor], norm: str, scale: float) -> dict[str, Tensor]:
-    """Return the tensors of a norm times ``scale``, which scales the logits of a head without bias."""
-    names = [name for name in (f"{norm}.weight", f"{norm}.bias") if name in rest]
-    return {name: (scale * rest[name].double()).to(rest[name].dtype) for name in names}

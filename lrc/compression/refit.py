@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from pydantic import TypeAdapter
@@ -105,7 +105,7 @@ class LayerRefit:
         self._stream, self._index, self._reduced = stream, index, reduced
         self._batches, self._held = batches, held
         # Attention's output projection and its inputs by batch. The refit does not change them: attention runs once.
-        self._attended: tuple[nn.Module, list[Tensor]] | None = None
+        self._attention: tuple[nn.Module, list[Tensor]] | None = None
 
     def run(
         self, roles: Sequence[str], middles: Sequence[Tensor], compressed: list[Tensor]
@@ -139,11 +139,22 @@ class LayerRefit:
         for i, (batch, hidden, attention_output, (goal,)) in enumerate(self._states(compressed, goals)):
             with observe(module, {"stream": half.norm, "x": path}, stop_at="x") as seen:
                 self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
-            x, before = self._stream.cast(seen["x"].input), seen["stream"].input
+            x, before = seen["x"].input.to(self._stream.dtype), seen["stream"].input
             sums.add(x, goal, before + self._apply(linear, x), self._held[i])
             if half.name == "attention":
                 read.append(self._stream.states.keep(x))
-        record = self._replace(path, sums, half.output)
+        # Replace the linear in the layer's tensors and in its module.
+        reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        sums.reduce(processes)
+        start = Affine(reduced.state[weight], reduced.state.get(bias))
+        # On one process, so that all have the same bits.
+        solve = partial(sums.solve, layer=self._index, role=half.output)
+        ((fitted, record),) = processes.spread([start], solve)
+        reduced.state[weight] = fitted.weight.to(dtype)
+        if fitted.bias is not None:
+            reduced.state[bias] = fitted.bias.to(dtype)
+        self._stream.filled(module, reduced.state)
         if read:
             self._attention = linear, read
         return record
@@ -152,7 +163,7 @@ class LayerRefit:
         self, compressed: Sequence[Tensor], *more: Iterable[Tensor]
     ) -> Iterator[tuple[Batch, Tensor, Tensor | None, tuple[Tensor, ...]]]:
         """Yield each batch, its compressed stream, its attention output if cached, and its entries in ``more``."""
-        linear, read = self._attended or (None, None)
+        linear, read = self._attention or (None, None)
         lists = [compressed, *([read] if read else []), *more]
         for batch, (hidden, *others) in zip(self._batches, self._stream.prefetched(*lists), strict=True):
             attention_output = self._apply(linear, others.pop(0)) if linear is not None else None
@@ -162,20 +173,6 @@ class LayerRefit:
     def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
         with self._stream.precision():
             return linear(x)
-
-    def _replace(self, path: str, sums: RefitSum, role: str) -> RefitRecord:
-        """Replace the linear at ``path`` by its refit, in the layer's tensors and in its module."""
-        reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        sums.reduce(processes)
-        start = Affine(reduced.state[weight], reduced.state.get(bias))
-        # On one process, so that all have the same bits.
-        ((fitted, record),) = processes.spread([start], lambda each: sums.solve(each, self._index, role))
-        reduced.state[weight] = fitted.weight.to(dtype)
-        if fitted.bias is not None:
-            reduced.state[bias] = fitted.bias.to(dtype)
-        self._stream.filled(reduced.module, reduced.state)
-        return record
 
     def _linear(self, role: str) -> str | None:
         """Return the path of the last linear in a role's module, or None if it does not end in one."""

@@ -16,14 +16,13 @@ from lrc.compression.solve import solve
 from lrc.errors import UserError
 from lrc.maths.linalg import data_error
 from lrc.methods.contract import Affine, EmbeddingProblem, Factors, ProjectionProblem, Solution
-from lrc.methods.shared.tables import table_error
-from lrc.modules.embedding import embedding_entry
-from lrc.modules.low_rank import LowRankLinear
+from lrc.methods.shared.pairs import table_error
+from lrc.modules.low_rank import EMBEDDING, LowRankLinear
 from lrc.modules.table import Table, build
 from lrc.moments.moment import Moment, MomentSum
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.stopwatch import Stopwatch
-from lrc.walk.stream import Batch, ModelStream
+from lrc.walk.stream import Batch, ModelStream, below
 from lrc.walk.walk import Walk
 
 OuterProblem = EmbeddingProblem | ProjectionProblem
@@ -44,9 +43,8 @@ class ReducedOuter:
             return None
         with torch.device("meta"):
             module = build(self.table[paths[target]], torch.empty(0))
-        start = f"{paths[self.target]}."  # a tied head has the embedding's tensors
-        state = {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
-        return stream.filled(module, state)
+        # A tied head has the embedding's tensors.
+        return stream.filled(module, below(self.tensors, paths[self.target]))
 
 
 class TableCompressor:
@@ -64,7 +62,6 @@ class TableCompressor:
     ) -> None:
         self._stream, self._staging, self._watch = stream, staging, watch
         self._architecture = stream.reader.architecture
-        self._paths = stream.reader.family.outer
         self._assigned = {assignment.target: assignment for assignment in plan.outer}
 
     def embedding(self, blocks: Tensor, batches: Sequence[Batch]) -> nn.Module | None:
@@ -96,7 +93,7 @@ class TableCompressor:
 
     def unreplaced(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of ``rest`` that no reduction replaces."""
-        replaced = tuple(f"{self._paths[target]}." for target in self._assigned)
+        replaced = tuple(f"{self._stream.reader.family.outer[target]}." for target in self._assigned)
         return {name: tensor for name, tensor in rest.items() if not name.startswith(replaced)}
 
     def _final_ahead(self, batches: Sequence[Batch]) -> Moment:
@@ -161,7 +158,7 @@ def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
         return ReducedOuter(target, {path: entry}, {f"{path}.{name}": t for name, t in stored.items()})
     a, b = (part.tensors[name].to(dtype) for name in ("A", "B"))
     rank, width = a.shape
-    table: Table = {path: embedding_entry(len(b), width, rank)}
+    table: Table = {path: {"kind": EMBEDDING, "tokens": len(b), "width": width, "rank": rank}}
     tensors = {f"{path}.weight": a.new_empty(0), f"{path}.A.weight": a, f"{path}.B.weight": b}
     if stream.reader.architecture.tied:
         table[head] = LowRankLinear.entry({"A": a, "B": b}, bias=False)
@@ -178,7 +175,7 @@ def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
     norm, total = stream.final_norm(), MomentSum(stream.reader.architecture.hidden, stream.device)
     for hidden in states:
         with stream.precision():
-            total.add(stream.cast(norm(stream.fetch(hidden))))
+            total.add(norm(stream.fetch(hidden)).to(stream.dtype))
     total.reduce(stream.processes)
     moment = total.moment()
     if not bool(moment.second.diagonal().isfinite().all()):

@@ -11,7 +11,7 @@ from lrc.families import Architecture, Target
 from lrc.methods import Method
 from lrc.methods.contract import Affine, Factors, Prediction, Problem, Solver
 from lrc.modules import kinds
-from lrc.modules.embedding import EMBEDDING
+from lrc.modules.low_rank import EMBEDDING
 from lrc.plan.resolved import Assignment
 from lrc.records.inspection import Estimate, Unit
 

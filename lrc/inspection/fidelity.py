@@ -22,9 +22,8 @@ from lrc.methods.contract import (
     QKProblem,
     Solution,
 )
-from lrc.methods.shared.pairs import input_moment
+from lrc.methods.shared.pairs import input_moment, table_error
 from lrc.methods.shared.scores import by_head
-from lrc.methods.shared.tables import table_error
 from lrc.modules.low_rank import LowRankLinear
 from lrc.moments.moment import Moment
 

@@ -17,7 +17,7 @@ from lrc.errors import UserError
 from lrc.families import canonical
 from lrc.hub.quantizer import METHOD, LrcConfig
 from lrc.methods.contract import Affine, Factors, Prediction, Solution
-from lrc.modules.embedding import EMBEDDING
+from lrc.modules.low_rank import EMBEDDING
 from lrc.modules.table import Table
 from lrc.records.compression import TargetRecord
 

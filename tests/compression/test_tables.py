@@ -25,7 +25,7 @@ from lrc.errors import UserError
 from lrc.families import family_of
 from lrc.hub.names import ASSETS, ResolvedModel
 from lrc.methods import methods
-from lrc.modules.embedding import FactorizedEmbedding
+from lrc.modules.low_rank import FactorizedEmbedding
 from lrc.moments import collectors
 from lrc.plan.document import Document
 from lrc.plan.job import Job, templates
