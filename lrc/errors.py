@@ -19,7 +19,9 @@ class OutOfResources(Resumable):
 
 
 class ProcessEnded(OutOfResources):
-    """Another process of the run ended or no longer answers."""
+    """Another process of the run ended or no longer answers; ``reported`` if yet another process reports that."""
+
+    reported = False
 
 
 class Paused(KeyboardInterrupt):

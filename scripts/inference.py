@@ -30,8 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lrc.benchmark.cases import make_cases, parse_shapes
-from lrc.benchmark.measure import measure
-from lrc.benchmark.work import weigh
+from lrc.benchmark.measure import measure, weigh
 from lrc.compression.assemble import assemble
 from lrc.families import Architecture, family_of
 from lrc.families.family import describe
@@ -49,7 +48,6 @@ from lrc.run.settings import DTYPES
 LOW_RANK = ("svd", "two_sided_svd", "whitened_svd")  # of single projections; components are a3's
 FUSIONS: dict[str, Callable[[PreTrainedModel], object]] = {
     "none": unfuse,
-    "first": lambda model: fuse(model, batched=False),
     "both": fuse,
 }
 

@@ -255,7 +255,9 @@ def _compress(
     name: str, model: Path, data: str, samples: int, seq_len: int, cold: bool, device: str
 ) -> list[str]:
     """The cells of one whole command: its wall time and what its report says."""
-    from lrc.plan.job import prepare
+    import lrc
+    from lrc.plan.job import make_job, open_checkpoint
+    from lrc.plan.library import read_draft
     from lrc.verbs.check import check
 
     way = WAYS[name]
@@ -266,7 +268,7 @@ def _compress(
         (plan := Path(scratch) / "plan.yaml").write_text(
             yaml.safe_dump(_plan(way, data, samples, seq_len)), encoding="utf-8"
         )
-        checked = check(prepare(model, plan))
+        checked = check(make_job(*open_checkpoint(model, lrc.Run()), read_draft(plan)))
         if cold:
             _drop(model)
         out = Path(scratch) / "out"

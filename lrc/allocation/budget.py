@@ -74,19 +74,18 @@ def spend(budget: Budget, job: Job, offers: Sequence[Offer]) -> Spent:
         )
     if budget.size is not None:
         return _spend_bytes(budget.size, job, offers)
-    cached = [each for each in offers if each.curve.target in ("qk", "ov")]
-    kept = cached if budget.kv_cache is not None else []
-    rest = [offer for offer in offers if offer not in kept]
-    spent = (
-        _spend_cache(budget.kv_cache, job, kept) if budget.kv_cache is not None else Allocation((), 0, 0.0)
-    )
-    whole = job.plan.budget.whole
-    fixed = whole - sum(offer.whole.weights for offer in offers) + spent.weights
-    if budget.keep is None:
-        bought = Allocation(tuple(offer.whole for offer in rest), 0, 0.0)
-    else:
-        bought = _spend_weights(budget.keep, whole, fixed, rest)
-    return _sized(job, [*kept, *rest], (*spent.choices, *bought.choices), spent.cost + bought.cost)
+    cached: list[Offer] = []
+    cache = Allocation((), 0, 0.0)
+    if budget.kv_cache is not None:
+        cached = [each for each in offers if each.curve.target in ("qk", "ov")]
+        cache = _spend_cache(budget.kv_cache, job, cached)
+    rest = [offer for offer in offers if offer not in cached]
+    bought = Allocation(tuple(offer.whole for offer in rest), 0, 0.0)
+    if budget.keep is not None:
+        whole = job.plan.budget.whole
+        fixed = whole - sum(offer.whole.weights for offer in offers) + cache.weights
+        bought = _spend_share(f"a keep of {budget.keep:g}", budget.keep, whole, fixed, rest, "weights")
+    return _sized(job, [*cached, *rest], (*cache.choices, *bought.choices), cache.cost + bought.cost)
 
 
 def shortfalls(budget: Budget, spent: Spent) -> list[str]:
@@ -114,12 +113,6 @@ def _cache_share(spent: Spent) -> float:
     return 1 - sum(1 - width / heads.head_dim for width in widths) / (2 * heads.layers)
 
 
-def _spend_weights(keep: float, whole: int, fixed: int, offers: Sequence[Offer]) -> Allocation:
-    least, most = (fixed + sum(each) for each in _ends(offers, "weights"))
-    limit = _limit(f"a keep of {keep:g}", keep, whole, least, most)
-    return allocate(offers, limit - fixed)
-
-
 def _spend_cache(fraction: float, job: Job, offers: Sequence[Offer]) -> Allocation:
     """Spend the cache's width on qk and ov."""
     heads = job.reader.architecture
@@ -129,28 +122,24 @@ def _spend_cache(fraction: float, job: Job, offers: Sequence[Offer]) -> Allocati
         )
     whole = 2 * heads.head_dim * heads.layers
     fixed = whole - sum(offer.whole.width for offer in offers)
-    least, most = (fixed + sum(each) for each in _ends(offers, "width"))
     narrower = any(offer.curve.target == "qk" for offer in offers)
     wide = "" if narrower else " without narrower keys (components: qk)"
-    limit = _limit(f"a KV cache of {fraction:g}{wide}", fraction, whole, least, most)
-    return allocate(offers, limit - fixed, "width")
+    return _spend_share(f"a KV cache of {fraction:g}{wide}", fraction, whole, fixed, offers, "width")
 
 
-def _ends(offers: Sequence[Offer], currency: Currency) -> tuple[list[int], list[int]]:
-    """Return what each offer's smallest and largest choice take."""
-    return [offer.smallest(currency) for offer in offers], [offer.largest(currency) for offer in offers]
-
-
-def _limit(asked: str, fraction: float, whole: int, least: int, most: int) -> int:
-    """Return ``fraction`` of ``whole``; UserError if sizes from ``least`` to ``most`` cannot meet it."""
+def _spend_share(
+    asked: str, fraction: float, whole: int, fixed: int, offers: Sequence[Offer], currency: Currency
+) -> Allocation:
+    """Spend ``fraction`` of ``whole``, of which ``fixed`` is spent. Raises UserError if no sizes meet it."""
     limit = math.floor(fraction * whole + 1e-6)  # 0.7 * 10 is a little less than 7
+    least, most = (fixed + sum(end(o.prices(currency)) for o in offers) for end in (min, max))
     if limit < least:
         smallest = math.ceil(least / whole * 1e4) / 1e4
         raise UserError(f"{asked} cannot be met; the smallest that can is {smallest:g}: {_SMALLER}")
     if most < limit * (1 - _SHORT):
         largest = math.floor(most / whole * 1e4) / 1e4
         raise UserError(f"{asked} cannot be met; the largest that can is {largest:g}: raise --cap")
-    return limit
+    return allocate(offers, limit - fixed, currency)
 
 
 def _spend_bytes(limit: int, job: Job, offers: Sequence[Offer]) -> Spent:
@@ -158,7 +147,7 @@ def _spend_bytes(limit: int, job: Job, offers: Sequence[Offer]) -> Spent:
     whole = output_size(_sized(job, offers, [offer.whole for offer in offers], 0.0).job).bytes
     if limit > whole:
         raise UserError(f"{limit:,} bytes are more than the whole model, which has {whole:,}: ask for fewer")
-    lowest = sum(offer.smallest("bytes") for offer in offers)
+    lowest = sum(min(offer.prices("bytes")) for offer in offers)
     budget = sum(offer.whole.bytes for offer in offers)
     least = allocate(offers, lowest, "bytes")
     smallest = output_size(_sized(job, offers, least.choices, least.cost).job).bytes
@@ -174,13 +163,16 @@ def _spend_bytes(limit: int, job: Job, offers: Sequence[Offer]) -> Spent:
 
 
 def _sized(job: Job, offers: Sequence[Offer], choices: Sequence[Choice], cost: float) -> Spent:
-    """Return the job with new sizes; targets at full size stay whole."""
+    """Return the job with new sizes, without the targets that stay whole."""
     pairs = zip(offers, choices, strict=True)
     bought = {(o.curve.layer, o.curve.target): (choice.size, choice.weights) for o, choice in pairs}
 
     def resized(layer: int | None, assignments: Sequence[Assignment]) -> tuple[Assignment, ...]:
         found = [(a, *bought[layer, a.target]) for a in assignments]
         return tuple(replace(a, size=size, kept=kept) for a, size, kept in found)
+
+    def shrunk(assignments: Sequence[Assignment]) -> tuple[Assignment, ...]:
+        return tuple(a for a in assignments if a.kept < a.whole)
 
     shared = {a.target: a for a in resized(None, job.plan.unsized(None))}
     plan = replace(
@@ -190,14 +182,5 @@ def _sized(job: Job, offers: Sequence[Offer], choices: Sequence[Choice], cost: f
         ),
         outer=tuple(shared.get(a.target, a) for a in job.plan.outer),
     )
-    return Spent(replace(job, plan=_shrunk(plan)), plan, cost)
-
-
-def _shrunk(plan: ResolvedPlan) -> ResolvedPlan:
-    """Return the plan without the targets that stay whole."""
-    layers = (replace(layer, assignments=tuple(filter(_saves, layer.assignments))) for layer in plan.layers)
-    return replace(plan, layers=tuple(layers), outer=tuple(filter(_saves, plan.outer)))
-
-
-def _saves(assignment: Assignment) -> bool:
-    return assignment.kept < assignment.whole
+    layers = tuple(replace(layer, assignments=shrunk(layer.assignments)) for layer in plan.layers)
+    return Spent(replace(job, plan=replace(plan, layers=layers, outer=shrunk(plan.outer))), plan, cost)

@@ -10,29 +10,27 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lrc.allocation.contract import Advance, Costs, Setting, blank_curves
+from lrc.allocation.contract import Advance, Setting
 from lrc.allocation.spend import Curve
 from lrc.compression.solve import pose, solve
 from lrc.compression.tables import pose_outer, store_outer
 from lrc.errors import UserError
 from lrc.evaluation.tokens import token_nll
 from lrc.families import Architecture
-from lrc.methods.contract import Solution
-from lrc.moments.gradient import GradientMoment
-from lrc.moments.statistic import Found
+from lrc.methods.contract import Problem, Solution
 from lrc.plan.resolved import Assignment
 from lrc.text.blocks import batched
 from lrc.walk.stream import Batch
-from lrc.walk.walk import Visit, Walk
+from lrc.walk.walk import Walk
 
 
-def costs(setting: Setting, advance: Advance) -> Costs:
+def costs(setting: Setting, curves: Sequence[Curve], advance: Advance) -> tuple[list[Curve], float]:
     """Return the rise of the loss from each target alone at each of its sizes.
 
     Raises UserError if a loss is not finite.
     """
     measuring = Sensitivity(setting)
-    return Costs(measuring.curves(advance), "nats", measuring.loss)
+    return measuring.curves(curves, advance), measuring.loss
 
 
 def passes(architecture: Architecture, curves: Sequence[Curve]) -> int:
@@ -71,13 +69,12 @@ class Sensitivity:
         self._tail = stream.tail()
         self.loss = self._loss((self._through(0, batch) for batch in self._held), "of the model as it is")
 
-    def curves(self, advance: Advance) -> list[Curve]:
-        """Return the plans' ``blank_curves`` with measured costs.
+    def curves(self, blank: Sequence[Curve], advance: Advance) -> list[Curve]:
+        """Return curves with measured costs.
 
         ``advance`` is called with the layers run, ``passes`` in all. Raises UserError if a loss is not finite.
         """
         setting, found = self._setting, []
-        blank = blank_curves(self._architecture, setting.plans)
         gradients = setting.gradients(self._stream, self._layers.__getitem__)
 
         def held(index: int) -> tuple[nn.Module, Mapping[str, Tensor]]:
@@ -85,48 +82,38 @@ class Sensitivity:
 
         for visit in Walk(self._stream, self._batches, first_token=setting.first_token, load=held):
             if here := [curve for curve in blank if curve.layer == visit.index]:
-                found += self._layer_curves(visit, gradients.pop(visit.index, None), here, advance)
+                known = visit.read(setting.at_all_sizes(visit.index), gradients.pop(visit.index, None))
+                state = self._states[visit.index]
+                problem = partial(pose, self._architecture, state=state, found=known)
+                found += self._measured(here, problem, partial(self._alone, visit.index), advance)
             self._stream.advance(self._layers[visit.index], visit.index, self._held)
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
             problems = pose_outer(self._stream, targets, blocks, self._batches)
-
-            def table(assignment: Assignment) -> Solution:
-                return solve(problems[assignment.target], assignment)
-
-            found += self._measured(tables, table, self._table_alone, advance)
+            found += self._measured(tables, problems.__getitem__, self._table_alone, advance)
         return found
-
-    def _layer_curves(
-        self, visit: Visit, gradients: GradientMoment | None, blank: Sequence[Curve], advance: Advance
-    ) -> list[Curve]:
-        index = visit.index
-        found = visit.read(self._setting.at_all_sizes(index), gradients)
-        return self._measured(
-            blank, partial(self._solution, index, found), partial(self._alone, index), advance
-        )
 
     def _measured(
         self,
         curves: Sequence[Curve],
-        solution: Callable[[Assignment], Solution],
+        problem: Callable[[str], Problem],
         alone: Callable[[str, Solution], float],
         advance: Advance,
     ) -> list[Curve]:
         """Return the curves with costs; ``alone`` returns the loss with one target compressed."""
+
+        def solution(assignment: Assignment) -> Solution:
+            return solve(problem(assignment.target), assignment)
+
         found = []
         for curve in curves:
-            asked, nats = self._setting.asked(curve.layer), []
-            assignments = [asked[curve.target, size] for size in curve.sizes]
+            known, nats = self._setting.assignments(curve.layer), []
+            assignments = [known[curve.target, size] for size in curve.sizes]
             for solved in self._setting.processes.spread(assignments, solution):
                 nats.append(alone(curve.target, solved) - self.loss)
                 advance(_layers_run(self._architecture, curve))
             found.append(replace(curve, costs=tuple(nats)))
         return found
-
-    def _solution(self, index: int, found: Found, assignment: Assignment) -> Solution:
-        problem = pose(self._architecture, assignment.target, self._states[index], found)
-        return solve(problem, assignment)
 
     def _alone(self, index: int, _: str, solution: Solution) -> float:
         """Return the nats per held-out token with one target of one layer compressed."""

@@ -1,34 +1,40 @@
-"""Measure what sizes cost and spend budgets, for ``lrc plan`` and for plans with ``allocate:``."""
+"""Measure what sizes cost, cache it in a file and spend budgets, for ``lrc plan`` and for plans with ``allocate:``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.budget import Budget, Spent, shortfalls, spend
-from lrc.allocation.contract import Advance, Setting
-from lrc.allocation.curves import Curves, plan_sha256
+from lrc.allocation.contract import Setting
 from lrc.allocation.spend import Choice, Curve, Offer
-from lrc.calibration.draw import Texts, blocks_key, gradients_key
-from lrc.errors import OutOfResources, UserError, nearest
+from lrc.calibration.draw import blocks_key, digest, gradients_key
+from lrc.checkpoint.durable import write_file
+from lrc.errors import UserError, nearest
 from lrc.estimate.memory import HELD_OUT_SAMPLES, measuring_memory
-from lrc.estimate.room import free_bytes
+from lrc.estimate.room import free_bytes, memory_advice
 from lrc.families import Target
 from lrc.methods.sizes import Options, SizeRule, SizeValue
+from lrc.plan.document import dotted
 from lrc.plan.job import Job, templates
+from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.schema import Plan
-from lrc.run.offload import ON_DEVICE, States
-from lrc.run.processes import ALONE, Processes
 from lrc.run.versions import versions
 from lrc.walk.needs import reads_gradients, solver_of
 
 Progress = Callable[[str, int], Callable[[int], object]]
 
+FORMAT = 5  # of files of curves
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
 _EXACT = 1e-9  # rounding error of products such as 0.7 * 10
 
@@ -70,12 +76,6 @@ class Limits:
                 f"--floor {self.floor:g} is below the smallest fraction measured; put it into --keeps {_listed(keeps)}"
             )
 
-    @property
-    def barring(self) -> list[str]:
-        """Limits that exclude larger sizes, as options of ``lrc plan``."""
-        steps = [f"--round {self.round_to}"] if (self.round_to or 1) > 1 else []
-        return [*steps, *([f"--cap {self.cap:g}"] if self.cap < 1 else [])]
-
     def on(self, curve: Curve, rule: SizeRule, target: Target, options: Options, dtype: torch.dtype) -> Offer:
         """Return the sizes of a curve that a budget may buy. Raises UserError if the limits allow none."""
 
@@ -101,7 +101,7 @@ class Measuring:
     ``allocate``: one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's, else sensitivity). ``keeps``:
     fractions of each target to measure. ``held_out``: text of which sensitivity reads the first ``samples`` blocks
     (default: wikitext2:validation; for built-in models the part of builtin:train that calibration does not draw).
-    ``curves``: the file that caches the costs (default: beside the plan, named by ``lrc.allocation.curves.file_name``).
+    ``curves``: the file that caches the costs (default: beside the plan, named by ``lrc.allocation.sizing.file_name``).
     ``fresh``: ignore the cached costs.
     """
 
@@ -138,99 +138,151 @@ class Measuring:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Curves of a model with costs in ``unit``; ``key`` holds everything that determines them.
+
+    ``model``: the name that the user gave. ``loss``: the original model's nats per held-out token, if measured.
+    """
+
+    model: str
+    key: dict[str, Any]
+    unit: str
+    loss: float | None
+    curves: list[Curve]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the curves as JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_file(path, json.dumps(self.as_dict(), indent=1) + "\n")
+
+    def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
+        """Return the fields in which another model's ``key`` differs, each with both values."""
+        there, here = (
+            {**k, "model": f"{m} {k.get('model')}"} for m, k in ((self.model, self.key), (model, key))
+        )
+        names = [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]
+        texts = [f"{name} (there {there.get(name)}, here {here.get(name)})" for name in names]
+        return [re.sub(r"([0-9a-f]{8})[0-9a-f]{56}", r"\1…", text) for text in texts]
+
+    def fits(self, blank: Sequence[Curve]) -> bool:
+        """Return whether these are the ``blank`` curves with a finite cost at every size."""
+        bare, expected = ([replace(curve, costs=()) for curve in curves] for curves in (self.curves, blank))
+        return bare == expected and all(
+            len(curve.costs) == len(curve.sizes) and all(map(math.isfinite, curve.costs))
+            for curve in self.curves
+        )
+
+
+_CURVES = TypeAdapter(Curves)
+
+
+def file_name(model: str, key: Mapping[str, Any]) -> str:
+    """Return the file name of curves: model, allocation and a hash of the key."""
+    return f"{model}.{key['allocation']}.{digest(key)}.curves.json"
+
+
+def load_curves(path: Path) -> Curves:
+    """Read a file of ``Curves.save``. Raises UserError for any other file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "format" not in found:
+            raise ValueError("no mapping with a format")
+        if found["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {found['format']!r}, this version of lrc reads {FORMAT}; remove it, or name "
+                "another with --curves"
+            )
+        return as_curves(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{dotted(first['loc'])}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise UserError(
+        f"{path} holds no curves of lrc plan ({reason}); remove it, or name another with --curves"
+    )
+
+
+def as_curves(values: Mapping[str, Any]) -> Curves:
+    """Return the curves of ``Curves.as_dict``. Raises pydantic's ValidationError for other values."""
+    return _CURVES.validate_json(json.dumps(values), strict=True)
+
+
+def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
+    """Return a hash of the targets, methods and options in and outside the layers, ignoring sizes."""
+    found = {
+        (-1 if index is None else index, a.target, a.method, json.dumps(a.options, sort_keys=True))
+        for plan in plans
+        for index in (None, *range(len(plan.layers)))
+        for a in plan.unsized(index)
+    }
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Sizing:
     """An allocation by name with its inputs; ``jobs`` hold the base plan at each of ``keeps``, ascending."""
 
     name: str
     jobs: Sequence[Job]
     keeps: Sequence[float]
-    texts: Texts
-    device: torch.device
-    dtype: torch.dtype
-    batch_size: int
-    states: States = ON_DEVICE
-    processes: Processes = ALONE
+    setting: Setting
 
     @property
     def key(self) -> dict[str, Any]:
         """Everything that determines the curves, as JSON values."""
-        allocator, texts, blocks = ALLOCATORS[self.name], self.texts, self.texts.calibration.blocks
+        allocator, setting, plan = ALLOCATORS[self.name], self.setting, self.setting.plans[0]
+        texts, blocks = setting.texts, setting.texts.calibration.blocks
         key: dict[str, Any] = {
             "allocation": self.name,
-            "model": self.jobs[0].reader.fingerprint,
-            "base plan": plan_sha256([job.plan for job in self.jobs]),
+            "model": setting.reader.fingerprint,
+            "base plan": plan_sha256(setting.plans),
         }
         if allocator.keeps:
             key["keeps"] = list(self.keeps)
         if allocator.holds != "nothing":
-            key |= {"calibration": blocks_key(blocks), "dtype": str(self.dtype).removeprefix("torch.")}
-            key["first token"] = self.jobs[0].plan.first_token
-            if allocator.losses or any(
-                reads_gradients(job.reader.architecture, job.plan) for job in self.jobs
-            ):
-                key["gradients"] = gradients_key(blocks, self.jobs[0].plan.plan.calibration)
+            key |= {"calibration": blocks_key(blocks), "dtype": str(setting.dtype).removeprefix("torch.")}
+            key["first token"] = plan.first_token
+            architecture = setting.reader.architecture
+            if allocator.losses or any(reads_gradients(architecture, each) for each in setting.plans):
+                key["gradients"] = gradients_key(blocks, plan.plan.calibration)
         if texts.held_blocks is not None:
             key["held-out"] = blocks_key(texts.held_blocks)
         return key | {"versions": versions("torch", "transformers")}
 
     def curves(self, progress: Progress | None) -> Curves:
         """Measure what sizes cost. Raises UserError if the device lacks memory."""
-        allocator, job = ALLOCATORS[self.name], self.jobs[0]
-        plans = [job.plan for job in self.jobs]
+        allocator, setting = ALLOCATORS[self.name], replace(self.setting, losses=ALLOCATORS[self.name].losses)
         if allocator.holds == "model":
             self._check_memory()
-        advance: Advance = _unseen
-        if progress and allocator.holds != "nothing":
-            architecture = job.reader.architecture
-            advance = progress("measure", allocator.steps(architecture, blank_curves(self.name, self.jobs)))
-        setting = Setting(
-            job.reader,
-            plans,
-            self.texts,
-            self.device,
-            self.dtype,
-            self.batch_size,
-            allocator.losses,
-            self.states,
-            self.processes,
-        )
-        try:
-            costs = allocator.costs(setting, advance)
-        except torch.cuda.OutOfMemoryError as error:
-            advice = f"--batch-size below {self.batch_size}, or fewer calibration samples"
-            raise OutOfResources(f"the GPU is out of memory; try {advice}") from error
-        return Curves(job.model.source, self.key, costs.unit, costs.loss, costs.curves)
+        steps = allocator.steps(setting.reader.architecture, blank_curves(self.name, self.jobs))
+        measures = allocator.holds != "nothing"
+        advance = progress("measure", steps) if progress and measures else lambda done: None
+        with memory_advice(f"--batch-size below {setting.batch_size}, or fewer calibration samples"):
+            curves, loss = allocator.curves(setting, advance)
+        return Curves(self.jobs[0].model.source, self.key, allocator.unit, loss, curves)
 
     def _check_memory(self) -> None:
         """Raise UserError if the whole model and the measurement do not fit on the device."""
-        held = self.texts.held_blocks
-        needed = measuring_memory(
-            self.jobs[-1],
-            self.dtype,
-            self.batch_size,
-            len(self.texts.calibration.blocks),
-            0 if held is None else len(held),
-            self.states.place,
-        )
-        if needed > (free := free_bytes(self.device)):
-            others = "energy, which holds" if self.jobs[0].plan.shared else "fisher, or by energy, which hold"
+        setting, held = self.setting, self.setting.texts.held_blocks
+        counts = len(setting.texts.calibration.blocks), 0 if held is None else len(held)
+        place = setting.states.place
+        needed = measuring_memory(self.jobs[-1], setting.dtype, setting.batch_size, *counts, place)
+        if needed > (free := free_bytes(setting.device)):
+            others = "energy, which holds" if setting.plans[0].shared else "fisher, or by energy, which hold"
             raise UserError(
-                f"measuring {self.name} holds the whole model on {self.device}: it needs about {needed:,} bytes, and "
-                f"{free:,} are free. Allocate by {others} one layer at a time; or try a smaller --batch-size, "
+                f"measuring {self.name} holds the whole model on {setting.device}: it needs about {needed:,} bytes, "
+                f"and {free:,} are free. Allocate by {others} one layer at a time; or try a smaller --batch-size, "
                 "--dtype bfloat16, --offload host or fewer calibration samples"
             )
 
 
 def blank_curves(name: str, jobs: Sequence[Job]) -> list[Curve]:
     """Return an allocation's curves without costs. Raises UserError if it does not support the plan."""
-    allocator, tables = ALLOCATORS[name], jobs[0].plan.shared
-    if allocator.losses and tables:
-        able = ", ".join(other for other in ALLOCATORS if not ALLOCATORS[other].losses)
-        raise UserError(
-            f"allocation {name!r} is of gradients, which are taken in the layers alone: it finds no size for "
-            f"{' and '.join(tables)}. These do: {able}; or write a size there"
-        )
-    return allocator.blank(jobs[0].reader.architecture, [job.plan for job in jobs])
+    return ALLOCATORS[name].blank(jobs[0].reader.architecture, [job.plan for job in jobs])
 
 
 def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Spent:
@@ -239,22 +291,25 @@ def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Sp
     Adds a warning to the plan if over 0.2 % of the budget stays unspent. Raises UserError naming the smallest or
     largest possible budget if this one cannot be met.
     """
-    spent = spend(budget, job, [_offer(curve, job, limits) for curve in curves])
+    reader, offers = job.reader, list[Offer]()
+    targets = reader.architecture.targets | reader.architecture.outer
+    for curve in curves:
+        (one,) = (a for a in job.plan.unsized(curve.layer) if a.target == curve.target)
+        offers.append(limits.on(curve, solver_of(one).size, targets[one.target], one.options, reader.dtype))
+    spent = spend(budget, job, offers)
     short = shortfalls(budget, spent)
     if not short:
         return spent
-    barring = [*limits.barring, *([f"--kv-cache {budget.kv_cache:g}"] if budget.kv_cache is not None else [])]
-    within = f" within {' '.join(barring)}" if barring else ""
+    options = (
+        ("--round", limits.round_to, (limits.round_to or 1) > 1),
+        ("--cap", limits.cap, limits.cap < 1),
+        ("--kv-cache", budget.kv_cache, budget.kv_cache is not None),
+    )
+    excluding = " ".join(f"{option} {value:g}" for option, value, excludes in options if excludes)
+    within = f" within {excluding}" if excluding else ""
     warning = f"{', '.join(short)}: the rest does not pay for the next larger size of any target{within}"
     plan = replace(spent.job.plan, warnings=(*spent.job.plan.warnings, warning))
     return replace(spent, job=replace(spent.job, plan=plan))
-
-
-def _offer(curve: Curve, job: Job, limits: Limits) -> Offer:
-    architecture = job.reader.architecture
-    (one,) = [a for a in job.plan.unsized(curve.layer) if a.target == curve.target]
-    target = (architecture.targets | architecture.outer)[one.target]
-    return limits.on(curve, solver_of(one).size, target, one.options, job.reader.dtype)
 
 
 def default_samples(name: str) -> int | None:
@@ -288,7 +343,3 @@ def sized_by(job: Job, smallest: Job, curves: Sequence[Curve]) -> tuple[Job, flo
 
 def _listed(fractions: Sequence[float]) -> str:
     return ",".join(f"{fraction:g}" for fraction in fractions)
-
-
-def _unseen(done: int) -> None:
-    """Ignore progress."""

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+from scipy.optimize import isotonic_regression
 
 from lrc.methods.sizes import SizeValue
 
@@ -56,23 +57,9 @@ class Offer:
     choices: tuple[Choice, ...]
     whole: Choice
 
-    def ascending(self, currency: Currency) -> list[Choice]:
-        """Return the choices in ascending price; of equal prices only the choice of most weights."""
-        best = {price(each, currency): each for each in sorted(self.choices, key=lambda each: each.weights)}
-        return [best[taken] for taken in sorted(best)]
-
-    def smallest(self, currency: Currency = "weights") -> int:
-        """Return the lowest price of a choice."""
-        return min(price(each, currency) for each in self.choices)
-
-    def largest(self, currency: Currency = "weights") -> int:
-        """Return the highest price of a choice."""
-        return max(price(each, currency) for each in self.choices)
-
-
-def price(choice: Choice, currency: Currency) -> int:
-    """Return what a choice takes of a budget, in the budget's currency."""
-    return getattr(choice, currency)
+    def prices(self, currency: Currency) -> list[int]:
+        """Return what each choice takes of a budget."""
+        return [getattr(choice, currency) for choice in self.choices]
 
 
 @dataclass(frozen=True)
@@ -93,18 +80,22 @@ def allocate(offers: Sequence[Offer], budget: int, currency: Currency = "weights
     """Return the choices of least total cost that take at most ``budget``, assuming that costs add up.
 
     Bisection finds one Lagrange multiplier, a price per weight or byte, for all offers. The rest of the budget then
-    goes, step by step, where it saves most. ``budget`` must be at least the sum of the offers' ``smallest``.
+    goes, step by step, where it saves most. ``budget`` must be at least the sum of the offers' lowest prices.
     """
-    least = sum(offer.smallest(currency) for offer in offers)
+    least = sum(min(offer.prices(currency)) for offer in offers)
     assert budget >= least, f"a budget of {budget} {currency} is below the smallest sizes, which take {least}"
     choices = [_Choices(offer, currency) for offer in offers]
     low, high = 0.0, 1e-12
-    while _spent(choices, high) > budget:
+
+    def best(price: float) -> list[int]:
+        return [int((choice.costs + price * choice.taken).argmin()) for choice in choices]
+
+    while _taken(choices, best(high)) > budget:
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _spent(choices, middle) > budget else (low, middle)
-    chosen = [choice.best(high) for choice in choices]
+        low, high = (middle, high) if _taken(choices, best(middle)) > budget else (low, middle)
+    chosen = best(high)
     _spend_rest(choices, chosen, budget - _taken(choices, chosen))
     return Allocation(
         tuple(c.choices[i] for c, i in zip(choices, chosen, strict=True)),
@@ -113,37 +104,23 @@ def allocate(offers: Sequence[Offer], budget: int, currency: Currency = "weights
     )
 
 
-def not_rising(values: Sequence[float]) -> list[float]:
-    """Return the least-squares fit that never rises nor falls below 0, by pooling adjacent violators.
-
-    More weights can only help, so a rise is measurement noise.
-    """
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        total, count = float(value), 1
-        while pools and pools[-1][0] / pools[-1][1] < total / count:
-            before, members = pools.pop()
-            total, count = total + before, count + members
-        pools.append((total, count))
-    return [max(total / count, 0.0) for total, count in pools for _ in range(count)]
-
-
 class _Choices:
-    """Choices of one offer in ascending price, with interpolated costs."""
+    """Choices of one offer in ascending price, with interpolated costs; of equal prices the one of most weights."""
 
     def __init__(self, offer: Offer, currency: Currency) -> None:
-        curve, self.choices = offer.curve, offer.ascending(currency)
-        self.taken = torch.tensor([price(each, currency) for each in self.choices])
-        # Costs grow with the square of the removed share, so their roots are interpolated linearly.
-        roots = torch.tensor([*not_rising(curve.costs), 0.0], dtype=torch.float64).sqrt()
+        priced = sorted(
+            zip(offer.prices(currency), offer.choices, strict=True), key=lambda each: each[1].weights
+        )
+        curve, by_price = offer.curve, dict(priced)
+        self.choices = [by_price[price] for price in sorted(by_price)]
+        self.taken = torch.tensor(sorted(by_price))
+        # More weights can only help, so a rise is measurement noise.
+        costs = isotonic_regression(curve.costs, increasing=False).x.clip(min=0)
         # Factors with nearly as many weights as their matrix still cost something: only full-size factors are exact.
-        points = torch.tensor([*curve.weights, curve.exact], dtype=torch.float64)
         weights = [curve.exact if each == offer.whole else each.weights for each in self.choices]
-        self.costs = _interpolate(torch.tensor(weights, dtype=torch.float64), points, roots).square()
-
-    def best(self, price: float) -> int:
-        """Return the index of the choice of least cost at a price per weight or byte."""
-        return int((self.costs + price * self.taken).argmin())
+        # Costs grow with the square of the removed share, so their roots are interpolated linearly.
+        roots = np.interp(weights, [*curve.weights, curve.exact], [*np.sqrt(costs), 0.0])
+        self.costs = torch.from_numpy(roots).square()
 
     def move(self, at: int, left: int) -> tuple[float, int] | None:
         """Return the saving per weight and the index of the best larger choice that adds at most ``left``.
@@ -163,10 +140,6 @@ def _taken(choices: Sequence[_Choices], chosen: Sequence[int]) -> int:
     return sum(int(choice.taken[at]) for choice, at in zip(choices, chosen, strict=True))
 
 
-def _spent(choices: Sequence[_Choices], price: float) -> int:
-    return _taken(choices, [choice.best(price) for choice in choices])
-
-
 def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> None:
     """Raise sizes in place with the ``left`` budget, each time by the move that saves most per weight."""
     moves: list[tuple[float, int, int]] = []
@@ -184,10 +157,3 @@ def _spend_rest(choices: Sequence[_Choices], chosen: list[int], left: int) -> No
             left -= added
             chosen[number] = to
         offer(number)
-
-
-def _interpolate(x: Tensor, points: Tensor, values: Tensor) -> Tensor:
-    """Interpolate linearly between (points, values); points ascend, x lies within them."""
-    right = torch.searchsorted(points, x).clamp(1, len(points) - 1)
-    share = (x - points[right - 1]) / (points[right] - points[right - 1])
-    return values[right - 1] + share * (values[right] - values[right - 1])

@@ -12,11 +12,8 @@ import torch
 from lrc.errors import UserError, nearest
 
 Phase = Literal["prefill", "decode"]
-MODES = {
-    "eager": "as transformers runs it",
-    "compile": "with torch.compile; on a GPU decode is also captured in a CUDA graph",
-    "graphs": "decode captured in a CUDA graph; GPU only",
-}
+# As transformers runs it; with torch.compile and, for decode on a GPU, a CUDA graph; decode alone in a CUDA graph.
+MODES = ("eager", "compile", "graphs")
 _PREFILL_BATCHES, _PREFILL_TOKENS = (1, 8), 2048
 _DECODE_BATCHES, _DECODE_TOKENS = (1, 32), 512
 

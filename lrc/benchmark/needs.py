@@ -36,10 +36,6 @@ class Needs:
         tokens = case.length if case.phase == "prefill" else 1
         return case.batch * (case.length * self.kv + tokens * self.activations + self.logits)
 
-    def alone(self, case: Case) -> int:
-        """Return the bytes of a case if no other model is loaded."""
-        return self.weights + self.beside(case)
-
 
 def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, *, trusted: bool) -> Needs:
     """Estimate what a checkpoint needs when it runs in ``dtype``; activations are the peak inside one layer.
@@ -83,7 +79,7 @@ def fit_together(sides: Sequence[Needs], cases: Sequence[Case], device: torch.de
     room = int(_SHARE * free)
     for side in sides:
         for case in cases:
-            if (needed := side.alone(case)) > room:
+            if (needed := side.weights + side.beside(case)) > room:
                 raise UserError(
                     f"the benchmark of {side.name} needs about {needed:,} bytes on {device} for {case.phase} "
                     f"{case.shape} ({side.weights:,} of weights); {free:,} are free, of which it takes {_SHARE:.0%}; "

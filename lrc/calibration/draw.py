@@ -1,22 +1,25 @@
-"""The calibration and held-out texts that a run draws, and their part in the key of a cached measurement."""
+"""The calibration and held-out texts of a run, warnings about too few tokens, and the keys of cached measurements."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lrc.families import Architecture
 from lrc.plan.job import Job
+from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.schema import Calibration as Settings
 from lrc.text.blocks import gradient_blocks, ids_sha256
 from lrc.text.datasets import DATASETS
 from lrc.text.mixture import Calibration
 from lrc.text.source import Text, read_text
+from lrc.walk.needs import gradients_needed
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,34 @@ def gradients_key(blocks: Tensor, settings: Settings) -> str:
 def digest(key: Mapping[str, Any]) -> str:
     """Return eight hex digits of a key's hash, for a file name."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def too_few(
+    architecture: Architecture,
+    plan: ResolvedPlan,
+    samples: int,
+    *,
+    losses: bool = False,
+    targets: Collection[str] | None = None,
+) -> list[str]:
+    """Return warnings if ``samples`` calibration blocks have too few tokens for moments of activations or gradients.
+
+    ``losses``: gradients of every target are read, as by an allocation by predicted losses. ``targets``: those with
+    moments (default: those that the plan assigns).
+    """
+    if targets is None:
+        targets = {a.target for layer in plan.layers for a in layer.assignments}
+        targets |= {assignment.target for assignment in plan.outer}
+    inside = [architecture.targets[target] for target in targets if target in architecture.targets]
+    widths = [architecture.matrices[role].columns for target in inside for role in target.matrices]
+    width = max([0, *widths, architecture.hidden if len(inside) < len(targets) else 0])
+    found = []
+    if (tokens := samples * plan.seq_len) < width:
+        found.append(f"calibration has {tokens} tokens for moments of {width} dimensions; use more samples")
+    asked = plan.plan.calibration.gradient_samples
+    wanted = [gradients_needed(architecture, layer, losses=losses) for layer in plan.layers]
+    width = max((architecture.matrices[role].rows for want in wanted for role in want.roles), default=0)
+    if (tokens := min(asked, samples) * plan.seq_len) < width:
+        more = "gradient_samples" if asked < samples else "samples"
+        found.append(f"gradients are of {tokens} tokens for moments of {width} dimensions; use more {more}")
+    return found

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lrc.errors import UserError
 from lrc.estimate.memory import generating_memory
-from lrc.estimate.room import free_bytes
+from lrc.estimate.room import free_bytes, memory_advice
 from lrc.hub.loader import load, start_tokens
 from lrc.plan.job import Job
 from lrc.run.processes import ALONE, Processes
@@ -61,11 +61,8 @@ def synthesize(
         steps = -(-len(run.processes.mine(range(count))) // batch) * seq_len
         advance = run.stage("generate", steps)
         try:
-            blocks = write_blocks(model, start, count, seq_len, seed, batch, advance, run.processes)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU is out of memory while the model writes; try --batch-size below {batch}"
-            ) from error
+            with memory_advice(f"--batch-size below {batch}"):
+                blocks = write_blocks(model, start, count, seq_len, seed, batch, advance, run.processes)
         finally:
             # Models hold references to themselves, so only the collector frees the memory.
             del model

@@ -37,6 +37,12 @@ def written(path: Path) -> Iterator[None]:
         raise OutOfResources(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a text file as ``write_text`` does; raise OutOfResources if that fails."""
+    with written(path):
+        write_text(path, text)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file that appears under its name only when whole."""
     partial = path.with_name(f"{path.name}.partial")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -24,18 +24,26 @@ _THREADS = 2  # as fast as most disks; the other cores are for the run
 Stamp = list[int]
 
 
-class Stopped(Exception):
-    """Raised in a hashing thread whose result is no longer needed."""
-
-
 def file_sha256(path: Path, stop: Event | None = None) -> str:
-    """Return the SHA-256 of a file in hexadecimal; raise Stopped once ``stop`` is set."""
+    """Return the SHA-256 of a file in hexadecimal; raise CancelledError once ``stop`` is set."""
     return _sha256(path, 0, path.stat().st_size, stop)
 
 
 def tensor_sha256(stored: StoredTensor) -> str:
     """Return the first 32 hexadecimal digits of the SHA-256 of a tensor's stored values."""
-    return _sha256(stored.file, stored.offset, stored.bytes, None)[:_TENSOR_DIGITS]
+    return _sha256(stored.file, stored.offset, stored.bytes)[:_TENSOR_DIGITS]
+
+
+def _sha256(path: Path, start: int, length: int, stop: Event | None = None) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, max(length, 1))))
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while length and (count := stream.readinto(buffer[:length])):
+            if stop is not None and stop.is_set():
+                raise CancelledError
+            digest.update(buffer[:count])
+            length -= count
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -50,56 +58,50 @@ def hashing(files: Iterable[Path], threads: int) -> Iterator[dict[Path, Future[s
 
 
 class Sources:
-    """Hold the source files of one run by name; made by ``watching``."""
+    """Hold the source files of one run by name, with their hashes in the background and in the ``journal``."""
 
     def __init__(
         self,
         files: Mapping[str, Path],
-        stamps: dict[str, Stamp],
+        stamps: Mapping[str, Stamp],
         hashes: Mapping[Path, Future[str]],
         journal: Path,
     ) -> None:
-        self._files, self._stamps, self._hashes, self._journal = files, stamps, hashes, journal
+        self._files, self._stamps, self._hashes, self._journal = files, dict(stamps), hashes, journal
         self._known: dict[str, str] = {}
         if journal.exists():
             noted = json.loads(journal.read_text(encoding="utf-8"))
             self._known = noted["sha256"]
             for name in sorted({*self._known} ^ {*files}):
                 raise _changed(name)
-            for name, stamp in stamps.items():
-                if noted["stamps"][name] != stamp:
-                    self._compare(name, self._found(name))
+            self._compare({name: self._hash(name) for name in files if noted["stamps"][name] != stamps[name]})
 
     def settle(self) -> dict[str, str]:
         """Wait until every file is hashed and in the journal; return the hashes by file name.
 
         Raises Resumable for a file that has changed since this run, or the run that it resumes, began.
         """
-        found = {name: self._found(name) for name in self._files}
-        touched = {name: stamp for name in found if (stamp := self._stamp(name)) != self._stamps[name]}
+        hashes = {name: self._hash(name) for name in self._files}
+        stamps = {name: _stamp(file) for name, file in self._files.items()}
+        touched = [name for name in stamps if stamps[name] != self._stamps[name]]
         if not self._known:
             for name in touched:  # the hash may be of the old bytes, the tensors of the new ones
-                raise _changed(str(self._files[name]))
-            write_text(self._journal, json.dumps({"sha256": found, "stamps": self._stamps}))
-            self._known = found
-        for name, sha256 in found.items():
-            self._compare(name, sha256)
-        for name, stamp in touched.items():
-            self._compare(name, file_sha256(self._files[name]))
-            self._stamps[name] = stamp
-        return found
+                raise _changed(self._files[name])
+            write_text(self._journal, json.dumps({"sha256": hashes, "stamps": stamps}))
+            self._known = hashes
+        self._compare(hashes)
+        self._compare({name: file_sha256(self._files[name]) for name in touched})
+        self._stamps = stamps
+        return hashes
 
-    def _found(self, name: str) -> str:
+    def _hash(self, name: str) -> str:
         with _readable(self._files[name]):
             return self._hashes[self._files[name]].result()
 
-    def _stamp(self, name: str) -> Stamp:
-        with _readable(self._files[name]):
-            return _stamp(self._files[name])
-
-    def _compare(self, name: str, sha256: str) -> None:
-        if self._known[name] != sha256:
-            raise _changed(str(self._files[name]))
+    def _compare(self, hashes: Mapping[str, str]) -> None:
+        for name, sha256 in hashes.items():
+            if self._known[name] != sha256:
+                raise _changed(self._files[name])
 
 
 @contextmanager
@@ -124,24 +126,13 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _stamp(file: Path) -> Stamp:
     """Return a file's size and its times in nanoseconds, which every write changes."""
-    status = file.stat()
+    with _readable(file):
+        status = file.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _changed(what: str) -> Resumable:
+def _changed(file: Path | str) -> Resumable:
     return Resumable(
-        f"{what} has changed since the run began; restore it and run the same command again, "
+        f"{file} has changed since the run began; restore it and run the same command again, "
         "or pass --fresh to start over"
     )
-
-
-def _sha256(path: Path, start: int, length: int, stop: Event | None) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, max(length, 1))))
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        while length and (count := stream.readinto(buffer[:length])):
-            if stop is not None and stop.is_set():
-                raise Stopped
-            digest.update(buffer[:count])
-            length -= count
-    return digest.hexdigest()

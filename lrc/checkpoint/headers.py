@@ -63,9 +63,8 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
         tensors, size = parse_header(file), file.stat().st_size
         for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
             if stored.end > size:
-                raise UserError(
-                    f"{file} is cut short: tensor {name!r} ends at byte {stored.end}, the file has {size}"
-                )
+                where = f"tensor {name!r} ends at byte {stored.end}, the file has {size}"
+                raise UserError(f"{file} is cut short: {where}")
         found |= tensors
     return found
 
@@ -77,11 +76,9 @@ def check_shapes(expected: Mapping[str, Shape], stored: Mapping[str, StoredTenso
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"the checkpoint lacks the tensor {missing[0]!r}{more}")
     for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise UserError(
-                f"{stored[name].file}: tensor {name!r} has shape {list(stored[name].shape)}, "
-                f"config.json says {list(shape)}"
-            )
+        if (found := stored[name]).shape != shape:
+            shapes = f"shape {list(found.shape)}, config.json says {list(shape)}"
+            raise UserError(f"{found.file}: tensor {name!r} has {shapes}")
 
 
 def parse_header(file: Path) -> dict[str, StoredTensor]:
@@ -93,9 +90,7 @@ def parse_header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length + 8 > size:
-            raise UserError(
-                f"{file} is cut short or is no safetensors file: its header is longer than the file"
-            )
+            raise UserError(f"{file} is cut short or is no safetensors file: its header is too long")
         try:
             header = json.loads(stream.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -108,12 +103,10 @@ def _stored(name: str, entry: Mapping[str, Any], file: Path, values: int) -> Sto
     """Parse one entry of a header; the file's values start at byte ``values``."""
     (first, end), shape = map(int, entry["data_offsets"]), tuple(map(int, entry["shape"]))
     if entry["dtype"] not in DTYPES:
-        raise UserError(
-            f"{file}: tensor {name!r} is stored as {entry['dtype']}; lrc reads {', '.join(DTYPES)}"
-        )
+        known = ", ".join(DTYPES)
+        raise UserError(f"{file}: tensor {name!r} is stored as {entry['dtype']}; lrc reads {known}")
     stored = StoredTensor(shape, DTYPES[entry["dtype"]], file, values + first)
     if first < 0 or end - first != stored.bytes:
-        raise UserError(
-            f"{file} is damaged: its header says that tensor {name!r} of shape {list(shape)} has {end - first} bytes"
-        )
+        wrong = f"tensor {name!r} of shape {list(shape)} has {end - first} bytes"
+        raise UserError(f"{file} is damaged: its header says that {wrong}")
     return stored

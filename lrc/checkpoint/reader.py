@@ -41,17 +41,20 @@ class CheckpointReader:
         tensor is missing or has another shape than the config says, the checkpoint is quantized by another method than
         ``quantized``, or its weights are pickled without ``allow_pickle``.
         """
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         self.folder, self._trust_remote_code = folder, trust_remote_code
         self.raw_config = read_json(folder / "config.json")
         self._check_quantization(quantized)
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
-        self._check_causal()
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
+        architectures = self.raw_config.get("architectures") or [causal]
+        if causal not in architectures:
+            raise UserError(f"{folder} is a {architectures[0]}, not a causal language model ({causal})")
         named = self.raw_config.pop("transformers_weights", None)  # outputs have their weights in other files
         weights = weight_files(folder, named if quantized is None else None)
         if weights.pickled and not allow_pickle:
-            raise UserError(
-                f"{folder} holds only pickled weights ({weights.name}); pass --allow-pickle to read them"
-            )
+            raise UserError(f"{folder} has only pickled weights ({weights.name}); pass --allow-pickle")
         self._pickles = {file: _unpickle(file) for file in weights.files} if weights.pickled else {}
         located = _of_pickles(self._pickles) if weights.pickled else read_headers(weights.files)
         self.warnings = [
@@ -120,14 +123,6 @@ class CheckpointReader:
         """Read all tensors outside the decoder layers, by full name."""
         return self._read(name for name in self.tensors if not name.startswith(f"{self.family.layers}."))
 
-    def _check_causal(self) -> None:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
-        named = self.raw_config.get("architectures") or [expected]
-        if expected not in named:
-            raise UserError(f"{self.folder} is a {named[0]}, not a causal language model ({expected})")
-
     def _check_quantization(self, expected: str | None) -> None:
         found = self.raw_config.get("quantization_config")
         if found is None:  # transformers reads null as no quantization
@@ -135,7 +130,7 @@ class CheckpointReader:
         method = found.get("quant_method", "quantized") if isinstance(found, dict) else repr(found)
         if method != expected:
             raise UserError(
-                f"{self.folder} is a compressed checkpoint already ({method}); name the full-precision original"
+                f"{self.folder} is compressed already ({method}); name the full-precision original"
             )
 
     def _match(self, located: Mapping[str, StoredTensor]) -> None:
@@ -198,10 +193,8 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # torch, pickle and zip each raise their own
-        raise UserError(
-            f"{file} cannot be read as weights alone: it is damaged or holds other objects, which lrc does not "
-            f"execute ({type(error).__name__})"
-        ) from error
+        reason = f"it is damaged or holds other objects, which lrc does not execute ({type(error).__name__})"
+        raise UserError(f"{file} cannot be read as weights alone: {reason}") from error
 
 
 def _of_pickles(pickles: Mapping[Path, Mapping[str, Tensor]]) -> dict[str, StoredTensor]:

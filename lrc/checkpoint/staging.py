@@ -27,6 +27,7 @@ from lrc.checkpoint.hashes import Sources, file_sha256, tensor_sha256, watching
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.errors import OutOfResources, Resumable, UserError
 from lrc.run.offload import on_host
+from lrc.run.processes import Processes
 
 _SINGLE_FILE_BYTES = 2 * 1024**3
 MANIFEST = "lrc.json"
@@ -64,8 +65,7 @@ class Staging:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Return the tensors of a finished part; raise Resumable if its file is damaged."""
-        self._check(part)
-        return load_file(self._file(part))
+        return load_file(self._checked(part))
 
     def headers(self, part: str) -> dict[str, StoredTensor]:
         self.settle(part)
@@ -100,21 +100,23 @@ class Staging:
         Replaces what a killed run assembled. Raises Resumable for a damaged part.
         """
         self.settle()
-        for part in parts:
-            self._check(part)
+        files = [self._checked(part) for part in parts]
         with _space(self.out):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir()
-            if sum(self._file(part).stat().st_size for part in parts) <= _SINGLE_FILE_BYTES:
-                merged = {n: tensor for part in parts for n, tensor in load_file(self._file(part)).items()}
+            if sum(file.stat().st_size for file in files) <= _SINGLE_FILE_BYTES:
+                merged = {name: tensor for file in files for name, tensor in load_file(file).items()}
                 self._weights = {"model.safetensors": self._save(merged, self.folder / "model.safetensors")}
                 return
-            names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-            for part, name in zip(parts, names, strict=True):
-                _link(self._file(part), self.folder / name)
+            for number, (part, file) in enumerate(zip(parts, files, strict=True), 1):
+                name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+                try:
+                    os.link(file, self.folder / name)
+                except OSError:  # a file system without hard links
+                    self.copy(file, name)
                 self._weights[name] = self._noted(part)
-        stored = read_headers(self.folder / name for name in names)
+        stored = read_headers(self.folder / name for name in self._weights)
         weight_map = {key: tensor.file.name for key, tensor in sorted(stored.items())}
         total = sum(tensor.bytes for tensor in stored.values())
         self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -127,11 +129,11 @@ class Staging:
         with _space(self.out):
             write_text(self.folder / name, text)
 
-    def copy(self, path: Path) -> None:
-        """Copy a file of the source checkpoint, such as the tokenizer's."""
+    def copy(self, path: Path, name: str) -> None:
+        """Copy a file into the checkpoint, such as the source's tokenizer."""
         with _space(self.out):
-            shutil.copyfile(path, self.folder / path.name)
-            sync(self.folder / path.name)
+            shutil.copyfile(path, self.folder / name)
+            sync(self.folder / name)
 
     def hashes(self) -> dict[str, Any]:
         """Return the SHA-256 of the source's and the output's files so far, and of the output's tensors by file.
@@ -177,27 +179,45 @@ class Staging:
         put(partial, path)
         return hashes
 
-    def _check(self, part: str) -> None:
-        """Raise Resumable if an earlier run's part is damaged."""
+    def _checked(self, part: str) -> Path:
+        """Return the file of a finished part; raise Resumable if an earlier run's is damaged."""
         self.settle(part)
         file = self._file(part)
         if part not in self._sound and file_sha256(file) != self._noted(part)["sha256"]:
-            raise Resumable(
-                f"{file} is damaged; delete it and run the same command again to make this part anew, or pass --fresh "
-                "to start over"
-            )
+            remedy = "delete it and run the same command again, or pass --fresh to start over"
+            raise Resumable(f"{file} is damaged; {remedy}")
         self._sound.add(part)
+        return file
+
+
+class SharedStaging:
+    """Hold the finished parts of a run, the same on all processes; ``own`` is the folder on rank 0, None elsewhere."""
+
+    def __init__(self, own: Staging | None, processes: Processes) -> None:
+        self.own, self._processes = own, processes
+        self.folder: Path = processes.share(own and own.folder)  # type: ignore[assignment]
+        self.scratch: Path = processes.share(own and own.scratch)  # type: ignore[assignment]
+
+    def has(self, part: str) -> bool:
+        """Tell whether this run, or the run that it resumes, finished a part."""
+        return bool(self._processes.share(self.own and self.own.has(part)))
+
+    def record(self, part: str) -> dict[str, Any]:
+        return self._processes.share(self.own.record(part) if self.own else {})
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Return the tensors of a finished part, on the CPU."""
+        return self._processes.share(self.own.tensors(part) if self.own else {})
+
+    def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Store a part; every process calls this with the same part."""
+        if self.own:
+            self.own.write(part, tensors, record)
 
 
 @contextmanager
 def staging(
-    out: Path,
-    key: Mapping[str, Any],
-    *,
-    source: Path,
-    files: Iterable[Path] = (),
-    fresh: bool,
-    force: bool,
+    out: Path, key: Mapping[str, Any], *, source: Path, files: Iterable[Path] = (), fresh: bool, force: bool
 ) -> Iterator[Staging]:
     """Open the staging folder of ``out`` for one run; ``key`` is everything that decides the result.
 
@@ -210,12 +230,18 @@ def staging(
     with _locked(work, out):
         _recover(work, out)
         journal, parts = work / _JOURNAL, work / "parts"
-        if fresh or not journal.exists():
-            _clear(work)
-        elif changed := _changed(json.loads(journal.read_text(encoding="utf-8")), key):
-            if (
-                "model" not in changed
-            ):  # changed weights change synthetic text too, and have their own message
+        resumed, new = journal.exists() and not fresh, json.loads(json.dumps(key))
+        old = json.loads(journal.read_text(encoding="utf-8")) if resumed else {}
+        if not resumed:
+            journal.unlink(missing_ok=True)  # first: without it the rest is ignored
+            for path in work.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        elif changed := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
+            # Changed weights change synthetic text too, and have their own message.
+            if "model" not in changed:
                 with watching(source, files, work / _SOURCES):
                     pass
             raise UserError(
@@ -225,7 +251,9 @@ def staging(
         with _space(out):
             write_text(journal, json.dumps(key))
             parts.mkdir(exist_ok=True)
-        _sweep(parts)
+        for path in parts.iterdir():  # what a killed run did not finish
+            if not path.with_suffix(".json").exists() or path.suffix not in (".json", ".safetensors"):
+                path.unlink()
         try:
             # Sources close before the writer: a part that still waits for their hashes is dropped, others are finished.
             with ThreadPoolExecutor(1) as writer, watching(source, files, work / _SOURCES) as sources:
@@ -250,18 +278,11 @@ def check_output(out: Path, *, source: Path, force: bool) -> None:
     if out.is_file():
         raise UserError(f"cannot write {out}: it is a file; choose another --out")
     if out.exists() and not (out / MANIFEST).is_file() and not force:
-        raise UserError(
-            f"{out} exists and is not an lrc output; choose another --out, or pass --force to replace it"
-        )
+        raise UserError(f"{out} exists and is not an lrc output; choose another --out or pass --force")
     if source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"cannot replace {out}: it is, or holds, the model that is being compressed")
     if out.exists() and Path.cwd().resolve().is_relative_to(out.resolve()):
         raise UserError(f"cannot replace {out}: it is, or holds, the current folder")
-
-
-def _changed(old: Any, new: Mapping[str, Any]) -> list[str]:
-    plain = json.loads(json.dumps(new))
-    return sorted(name for name in {*old, *plain} if old.get(name) != plain.get(name))
 
 
 @contextmanager
@@ -275,9 +296,8 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
         except FileNotFoundError:  # another run has just finished and removed the folder
             continue
         except Timeout:
-            raise UserError(
-                f"another run is writing {out} (it holds {work}); wait for it or choose another --out"
-            ) from None
+            message = f"another run is writing {out} (it holds {work}); wait for it or choose another --out"
+            raise UserError(message) from None
         with held:
             yield
             return
@@ -293,22 +313,6 @@ def _recover(work: Path, out: Path) -> None:
             retired.rename(out)
 
 
-def _clear(work: Path) -> None:
-    (work / _JOURNAL).unlink(missing_ok=True)  # first: without it the rest is ignored
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
-
-
-def _sweep(parts: Path) -> None:
-    """Remove the files of parts that a killed run did not finish."""
-    for path in parts.iterdir():
-        if not path.with_suffix(".json").exists() or path.suffix not in (".json", ".safetensors"):
-            path.unlink()
-
-
 def _discard(work: Path) -> None:
     """Remove a staging folder; rename it first, as the next run may start before the last file is removed."""
     shutil.rmtree(_doomed(work), ignore_errors=True)
@@ -320,14 +324,6 @@ def _doomed(work: Path) -> Path:
     return work.with_name(f"{work.name}.old")
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        sync(target)
-
-
 @contextmanager
 def _space(out: Path) -> Iterator[None]:
     """Raise OutOfResources if the disk is full; finished parts stay."""
@@ -336,7 +332,6 @@ def _space(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         for code, (what, remedy) in _FULL.items():
             if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
-                raise OutOfResources(
-                    f"{what}: {out.parent.resolve()}; {remedy} and run the same command again"
-                ) from error
+                message = f"{what}: {out.parent.resolve()}; {remedy} and run the same command again"
+                raise OutOfResources(message) from error
         raise

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
-from lrc.cli.bench import bench_model
-from lrc.cli.check import check_model
-from lrc.cli.compare import compare_outputs
-from lrc.cli.compress import compress_model
-from lrc.cli.eval import evaluate
-from lrc.cli.inspect import inspect
-from lrc.cli.list import list_known
 from lrc.cli.options import flat
-from lrc.cli.plan import plan_model
-from lrc.cli.processes import INTERRUPTED, MISTAKE, speaks
-from lrc.cli.screen import complain
-from lrc.cli.verify import verify_output
+from lrc.cli.screen import complain, speaks
 from lrc.errors import Paused, UserError, nearest
 from lrc.run.versions import __version__
 
+_MISTAKE, _INTERRUPTED = 2, 130  # exit codes
+_VERBS = ("compress", "eval", "compare", "plan", "bench", "check", "verify", "inspect", "list")
 _SPLIT = ("compress", "eval", "plan")  # over several processes; the first alone runs the others
 # Raised for words that do not parse. Typer has no name for it, and its module depends on typer's version.
 _Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
@@ -33,9 +26,7 @@ class _Verbs(TyperGroup):
     """Report a user's mistake in one message; any other error keeps its traceback."""
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        if not args:  # asks for help
-            return super().make_context(info_name, args, *rest, **extra)
-        with _mistakes():
+        with _mistakes() if args else nullcontext():  # without words it asks for help
             return super().make_context(info_name, args, *rest, **extra)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -54,7 +45,7 @@ class _Verbs(TyperGroup):
             then = "run the same command again to go on" if resumes else "the same command starts over"
             if speaks():
                 complain(f"interrupted; {then}")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(_INTERRUPTED) from None
 
 
 @contextmanager
@@ -64,7 +55,7 @@ def _mistakes() -> Iterator[None]:
     except (UserError, _Unparsed) as error:
         if speaks(error):
             complain(str(error) if isinstance(error, UserError) else _in_our_words(error))
-        raise typer.Exit(MISTAKE) from None
+        raise typer.Exit(_MISTAKE) from None
 
 
 def _in_our_words(error: Any) -> str:
@@ -72,9 +63,8 @@ def _in_our_words(error: Any) -> str:
     if hasattr(error, "possibilities"):  # an option that is not there
         options = (option for option in error.ctx.command.params if option.param_type_name == "option")
         known = [name for option in options for name in (*option.opts, *option.secondary_opts)]
-        return (
-            f"{error.ctx.command_path} has no option {error.option_name}; {nearest(error.option_name, known)}"
-        )
+        unknown = error.option_name
+        return f"{error.ctx.command_path} has no option {unknown}; {nearest(unknown, known)}"
     message, option = error.format_message().rstrip("."), getattr(error, "param", None)
     if option is not None and error.message:
         reasons = getattr(error.__cause__, "errors", list)()  # of pydantic, by which newer typers parse
@@ -92,15 +82,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("compress")(flat(compress_model))
-app.command("eval")(flat(evaluate))
-app.command("compare")(flat(compare_outputs))
-app.command("plan")(flat(plan_model))
-app.command("bench")(flat(bench_model))
-app.command("check")(flat(check_model))
-app.command("verify")(flat(verify_output))
-app.command("inspect")(flat(inspect))
-app.command("list")(flat(list_known))
+for name in _VERBS:
+    app.command(name)(flat(import_module(f"lrc.cli.{name}").verb))
 
 
 def _print_version(asked: bool) -> None:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import typer
-
-from lrc.cli.options import AsJson, Model, Place, Source, names, option, running
+from lrc.cli.options import AsJson, Model, Place, Source, names, option, out_option, running
 from lrc.cli.screen import result
 
 
@@ -23,9 +21,7 @@ class Cases:
     """What is timed."""
 
     panel: ClassVar = "How it is measured"
-    against: str | None = option(
-        "Another model, measured in turn, such as the original.", metavar="MODEL", first=True
-    )
+    against: str | None = option("Another model to compare with, by turns.", metavar="MODEL", first=True)
     prefill: list[tuple[int, int]] | None = option(
         "Batches of B prompts of N tokens, read at once; or none.",
         metavar="BxN[,BxN...]",
@@ -47,25 +43,21 @@ class Cases:
     )
     new_tokens: int = option("Tokens that a sample of decode writes.", 16)
     repeats: int = option("Samples of each model, in turn.", 10)
-    fuse: bool = option(
-        "Merge the products of one input in a compressed model.", True, flag="--fuse/--no-fuse"
-    )
+    fuse: bool = option("Merge products of one input, if compressed.", True, flag="--fuse/--no-fuse")
 
 
-def bench_model(
+def verb(
     model: Model,
     cases: Cases,
     place: Place,
     source: Source,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the figures as JSON too.")
-    ] = None,
+    out: Annotated[Path | None, out_option("Write the figures as JSON too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
-    from lrc.checkpoint.durable import check_file, write_text, written
+    from lrc.checkpoint.durable import check_file, write_file
     from lrc.records.compression import json_text
-    from lrc.report.tables import speeds
+    from lrc.report.tables import bench_tables
     from lrc.verbs.bench import bench
 
     if out is not None:
@@ -73,6 +65,5 @@ def bench_model(
     with running(place, source, as_json=as_json, split=False) as run:
         found = bench(model, **vars(cases), run=run)
     if out is not None:
-        with written(out):
-            write_text(out, json_text(found.as_dict()))
-    result(found.as_dict(), speeds(found), as_json, out)
+        write_file(out, json_text(found.as_dict()))
+    result(found.as_dict(), bench_tables(found), as_json, out)

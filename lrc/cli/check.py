@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from lrc.cli.options import AsJson, Model, PlanOptions, Source, running
 from lrc.cli.screen import result
-from lrc.errors import UserError
 
 
-def check_model(model: Model, plan: PlanOptions, source: Source, as_json: AsJson = False) -> None:
+def verb(model: Model, plan: PlanOptions, source: Source, as_json: AsJson = False) -> None:
     """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
-    if plan == PlanOptions():
-        raise UserError(
-            f"say which plan, such as --plan a3-2x or --keep 0.8; to verify an output: lrc verify {model}"
-        )
     from lrc.plan.job import make_job, open_checkpoint
     from lrc.plan.library import find_draft
-    from lrc.report.tables import resolution
+    from lrc.report.tables import check_tables
     from lrc.verbs.check import check
 
     draft = find_draft(**vars(plan))
     with running(source, split=False) as run:
         found = check(make_job(*open_checkpoint(model, run), draft))
-    result(found, resolution(found), as_json)
+    result(found, check_tables(found), as_json)

@@ -7,30 +7,22 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.options import AsJson
+from lrc.cli.options import AsJson, out_option
 from lrc.cli.screen import result
 
 
-def compare_outputs(
+def verb(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of lrc compress.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--out", metavar="FILE", help="Write an HTML page with the table and the picture."
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("Write an HTML page with the table and the picture.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""
-    from lrc.checkpoint.durable import check_file, write_text, written
-    from lrc.report.compared import compared_page
-    from lrc.report.outputs import read_outputs
-    from lrc.report.tables import outputs
+    from lrc.checkpoint.durable import check_file, write_file
+    from lrc.report.outputs import compared_page, outputs_tables, read_outputs
 
     if out is not None:
         check_file("-o", out)
-    sources = read_outputs([folder.expanduser() for folder in folders])
+    originals = read_outputs([folder.expanduser() for folder in folders])
     if out is not None:
-        with written(out):
-            write_text(out, compared_page(sources))
-    result({"sources": [source.as_dict() for source in sources]}, outputs(sources), as_json, out)
+        write_file(out, compared_page(originals))
+    result({"sources": [each.as_dict() for each in originals]}, outputs_tables(originals), as_json, out)

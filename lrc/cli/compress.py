@@ -9,17 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from lrc.cli.options import (
-    AsJson,
-    Calibration,
-    Inputs,
-    Layers,
-    Model,
-    PlanOptions,
-    Texts,
-    option,
-    running,
-)
+from lrc.cli.options import AsJson, Calibration, Inputs, Layers, Model, PlanOptions, Texts, option, running
 from lrc.cli.screen import result
 from lrc.errors import UserError
 
@@ -33,11 +23,9 @@ class Output:
 
     panel: ClassVar = "The output"
     out: Path | None = option("Output folder.", flag="-o --out", shown="./MODEL-PLAN", first=True)
-    resume: bool = option("Resume an unfinished run, or start it over.", True, flag="--resume/--fresh")
+    fresh: bool = option("Start an unfinished run over, or resume it.", False, flag="--fresh/--resume")
     force: bool = option("Replace an output folder that is not an lrc output.", False)
-    beside: list[Path] | None = option(
-        "An earlier output of MODEL to show in report.html; may be repeated.", metavar="DIR"
-    )
+    beside: list[Path] | None = option("Earlier output to show in the report; repeatable.", metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class Measured(Texts):
     no_eval: bool = option("Do not measure perplexity.", False)
 
 
-def compress_model(
+def verb(
     model: Model,
     plan: PlanOptions,
     output: Output,
@@ -58,7 +46,7 @@ def compress_model(
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL to a fraction of its weights, or by a plan, into a new checkpoint; and report what it cost."""
-    from lrc.report.tables import summary
+    from lrc.report.tables import compression_tables
     from lrc.verbs.compress import compress
 
     if measured.no_eval and measured.ppl is not None:
@@ -67,16 +55,13 @@ def compress_model(
         report = compress(
             model,
             **vars(plan),
-            out=output.out,
+            **vars(output),
             calib=calibration.calib,
             ppl=[] if measured.no_eval else measured.ppl,
             max_windows=measured.max_windows,
-            fresh=not output.resume,
-            force=output.force,
-            beside=output.beside or (),
             run=run,
         )
-    result(report, chain(summary(report), next_steps(report)), as_json)
+    result(report, chain(compression_tables(report), next_steps(report)), as_json)
 
 
 def next_steps(report: Report) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from lrc.cli.options import AsJson, Inputs, Place, Texts, flags, option, running
+from lrc.cli.options import AsJson, Inputs, Place, Texts, calib_option, flags, option, running
 from lrc.cli.screen import note, result
 from lrc.errors import Paused, UserError
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 class Windows(Texts):
     """The texts, and the windows that perplexity is measured on."""
 
-    seq_len: int | None = option(
-        "Tokens of a window.", least=2, shown="2048, or the limit of the shorter model"
-    )
+    seq_len: int | None = option("Tokens of a window.", least=2, shown="2048, or the models' limit")
     context: list[int] | None = option(
         "Several lengths of windows, a figure for each on the same part of the text; --max-windows counts those of "
         "the longest."
@@ -57,22 +55,16 @@ class Ablation:
         "map.",
         False,
     )
-    keeps: list[float] | None = option(
-        "Fractions of its weights that a target keeps.", shown="0.5,0.25,0.125"
-    )
+    keeps: list[float] | None = option("Fractions that a target keeps.", shown="0.5,0.25,0.125")
     method: str | None = option(
         "What shrinks all that it can.", metavar="NAME", shown="a3 components, whitened_svd projections"
     )
     batch_size: int | None = option("Calibration blocks at once.", least=1, shown="by their length")
-    calib: str | None = option(
-        "Calibration texts, as for compress.",
-        metavar="DATA[=W],...",
-        shown="wikitext2; builtin for the built-in models",
-    )
+    calib: str | None = calib_option("wikitext2; builtin for the built-in models")
     fresh: bool = option("Measure again, whatever results there are here.", False)
 
 
-def evaluate(
+def verb(
     windows: Windows,
     tasks: Tasks,
     ablation: Ablation,
@@ -89,21 +81,26 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL by perplexity and tasks; what it lost of another model; or what shrinking each part alone costs."""
-    from lrc.report.tables import evaluation
+    from lrc.report.tables import evaluation_tables
+
+    given = {"against": "--against"} if against else {}
+    for group in (windows, tasks, ablation, inputs):
+        given |= {f.name: flags(f)[-1] for f in fields(group) if getattr(group, f.name) != f.default}
+
+    def refuse(*options: str, why: str) -> None:
+        if found := [flag for name, flag in given.items() if name in options]:
+            raise UserError(f"{' and '.join(found)}: no effect {why}")
 
     if ablation.ablate:
-        given = [*_given(windows, "context", "tokens", "streamed"), *_given(tasks, "tasks")]
-        _refuse([*(["--against"] if against else []), *given], "with --ablate; leave it out")
+        refuse("against", "context", "tokens", "streamed", "tasks", why="with --ablate; leave it out")
         _ablate(model, windows, ablation, (place, inputs), as_json)
         return
-    given = _given(ablation, "keeps", "method", "batch_size", "calib", "fresh")
-    _refuse(given, "without --ablate; leave it out")
+    refuse("keeps", "method", "batch_size", "calib", "fresh", why="without --ablate; leave it out")
     if tasks.tasks is None:
-        _refuse(_given(tasks, "tasks_dir"), "without --tasks; name tasks, or leave it out")
+        refuse("tasks_dir", why="without --tasks; name tasks, or leave it out")
     elif windows.ppl is None:
-        of_texts = _given(windows, "seq_len", "context", "max_windows", "tokens")
         why = "with --tasks alone; name a text with --ppl, or leave it out"
-        _refuse([*of_texts, *_given(inputs, "data_dir")], why)
+        refuse("seq_len", "context", "max_windows", "tokens", "data_dir", why=why)
     if model is None:
         from lrc.verbs.evaluate import newest_output
 
@@ -111,7 +108,7 @@ def evaluate(
         note(f"evaluating {model}, the newest lrc output here")
     with running(place, inputs, as_json=as_json) as run:
         comparison = _measure(model, against, windows, tasks, run)
-    result(comparison.as_dict(), evaluation(comparison), as_json, windows.tokens)
+    result(comparison.as_dict(), evaluation_tables(comparison), as_json, windows.tokens)
 
 
 def _measure(model: str, against: str | None, windows: Windows, tasks: Tasks, run: Run) -> Comparison:
@@ -120,11 +117,10 @@ def _measure(model: str, against: str | None, windows: Windows, tasks: Tasks, ru
 
     if windows.seq_len is not None and windows.context is not None:
         raise UserError("--seq-len and --context contradict each other; write all lengths into --context")
-    comparison = Comparison(Evaluated(model, []), Evaluated(against, []) if against else None)
-    score, streamed = None, windows.streamed
+    comparison, score = Comparison(Evaluated(model, []), Evaluated(against, []) if against else None), None
     if tasks.tasks is not None:
         models = [model, *([against] if against else [])]
-        score = prepare_tasks(models, tasks.tasks, tasks_dir=tasks.tasks_dir, streamed=streamed, run=run)
+        score = prepare_tasks(models, **vars(tasks), streamed=windows.streamed, run=run)
     if tasks.tasks is None or windows.ppl is not None:
         how: dict[str, Any] = {**vars(windows), "seq_len": windows.context or windows.seq_len, "run": run}
         del how["context"]
@@ -136,11 +132,7 @@ def _measure(model: str, against: str | None, windows: Windows, tasks: Tasks, ru
 
 
 def _ablate(
-    model: str | None,
-    windows: Windows,
-    asked: Ablation,
-    groups: tuple[Place, Inputs],
-    as_json: bool,
+    model: str | None, windows: Windows, asked: Ablation, groups: tuple[Place, Inputs], as_json: bool
 ) -> None:
     from lrc.report.ablation import ablation_table
     from lrc.verbs.ablate import ablate
@@ -167,17 +159,3 @@ def _ablate(
         raise Paused from error
     files = [*([ablation.file] if ablation.measured else []), ablation.picture]
     result(ablation, ablation_table(ablation), as_json, *files)
-
-
-def _given(group: Any, *names: str) -> list[str]:
-    return [
-        flags(each)[-1]
-        for each in fields(group)
-        if each.name in names and getattr(group, each.name) != each.default
-    ]
-
-
-def _refuse(given: list[str], why: str) -> None:
-    """Raise UserError for options that were given and have no effect."""
-    if given:
-        raise UserError(f"{' and '.join(given)}: no effect {why}")

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import typer
-
-from lrc.cli.options import AsJson, Inputs, Layers, Model, names, option, running
+from lrc.cli.options import AsJson, Inputs, Layers, Model, calib_option, names, option, out_option, running
 from lrc.cli.screen import result
 
 
@@ -17,9 +15,7 @@ class Scope:
     """What is inspected."""
 
     panel: ClassVar = "What is inspected"
-    against: Path | None = option(
-        "The folder of an lrc output of MODEL, to compare with it.", metavar="OUT", first=True
-    )
+    against: Path | None = option("An lrc output of MODEL, to compare with it.", metavar="OUT", first=True)
     layers: str | None = option(
         "These layers alone, each by itself; -1 is the last.", metavar="N[-M],...", shown="all, by target"
     )
@@ -39,31 +35,22 @@ class Blocks:
     """The calibration text."""
 
     panel: ClassVar = Inputs.panel
-    calib: str | None = option(
-        "Calibration texts, with weights or without: as for lrc eval --ppl, or synthetic, which the model itself "
-        "writes.",
-        metavar="DATA[=W],...",
-        shown="wikitext2, for a built-in its own text",
-    )
+    calib: str | None = calib_option("wikitext2, for a built-in its own text")
     samples: int = option("Blocks of calibration text.", 32, least=1)
     seq_len: int | None = option("Tokens of a block.", least=2, shown="2048, or the model's limit")
 
 
-def inspect(
+def verb(
     model: Model,
     scope: Scope,
     layers: Layers,
     text: Blocks,
     inputs: Inputs,
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="Write inspect.json and inspect.html there."),
-    ] = None,
+    out: Annotated[Path | None, out_option("Write inspect.json and inspect.html there.", None)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""
-    from lrc.report.inspected import inspection_tables
-    from lrc.report.inspection_page import check_folder, write_inspection
+    from lrc.report.inspection import check_folder, inspection_tables, write_inspection
     from lrc.verbs.inspect import inspect_model
 
     if out is not None:

@@ -10,7 +10,7 @@ from lrc.cli.options import AsJson
 from lrc.cli.screen import result
 
 
-def list_known(
+def verb(
     group: Annotated[
         str | None,
         typer.Argument(
@@ -21,9 +21,9 @@ def list_known(
     as_json: AsJson = False,
 ) -> None:
     """List methods, allocations, families, kinds, plans, data sets or models, each with one line and its source."""
-    from lrc.report.tables import catalogue_table, overview
+    from lrc.report.tables import catalogue_table, names_table
     from lrc.verbs.list import catalogue
 
     found = catalogue(group)
-    parts = overview(found) if group is None else [catalogue_table(group, found[group])]
+    parts = names_table(found) if group is None else [catalogue_table(group, found[group])]
     result({name: [vars(item) for item in items] for name, items in found.items()}, parts, as_json)

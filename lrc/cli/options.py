@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_h
 
 import typer
 
-from lrc.cli.processes import processes
 from lrc.cli.screen import progress, quiet, warn
 from lrc.errors import UserError
 
@@ -24,6 +23,11 @@ Model = Annotated[
     typer.Argument(help="A folder, a hub id, a short name (llama-7b) or a built-in (tiny-gpt2, tiny-llama)."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def out_option(help: str, metavar: str | None = "FILE") -> Any:
+    """Make the option ``-o`` of a verb: a file or folder for its result."""
+    return typer.Option("-o", "--out", metavar=metavar, help=help)
 
 
 def option(
@@ -50,6 +54,12 @@ def option(
     )
 
 
+def calib_option(shown: str) -> Any:
+    """Make the option for calibration texts; ``shown``: the default in words."""
+    texts = "Calibration texts, weighted or not: as for lrc eval --ppl, or synthetic, which the model writes."
+    return option(texts, metavar="DATA[=W],...", shown=shown)
+
+
 def names(option: str, listed: str) -> list[str]:
     """Return the words of a list with commas. Raises UserError for an empty list."""
     if found := [name.strip() for name in listed.split(",") if name.strip()]:
@@ -57,25 +67,15 @@ def names(option: str, listed: str) -> list[str]:
     raise UserError(f"{option} {listed!r} is empty; name something, or leave it out")
 
 
-def lengths(option: str, listed: str) -> list[int]:
-    """Return the whole numbers of a list with commas. Raises UserError for any other word."""
-    return [
-        _number(int, option, listed, word, "a whole number", "512,1024") for word in names(option, listed)
-    ]
-
-
-def fractions(option: str, listed: str) -> list[float]:
+def _numbers(kind: type, what: str, option: str, listed: str) -> list[Any]:
     """Return the numbers of a list with commas. Raises UserError for any other word."""
-    return [
-        _number(float, option, listed, word, "a number", "0.8 or 0.8,0.6") for word in names(option, listed)
-    ]
-
-
-def _number(kind: Callable[[str], Any], option: str, listed: str, word: str, what: str, example: str) -> Any:
-    try:
-        return kind(word)
-    except ValueError:
-        raise UserError(f"{option} {listed}: {word!r} is not {what}; write such as {example}") from None
+    found = []
+    for word in names(option, listed):
+        try:
+            found.append(kind(word))
+        except ValueError:
+            raise UserError(f"{option} {listed}: {word!r} is not {what}") from None
+    return found
 
 
 def _changes(option: str, entries: Sequence[str]) -> dict[str, Any]:
@@ -128,9 +128,7 @@ class Place:
 
     panel: ClassVar = "Where it runs"
     device: str | None = option("cpu, cuda or cuda:N.", shown="the first GPU if there is one")
-    dtype: str | None = option(
-        "float32, bfloat16 or float16.", shown="the checkpoint's on a GPU, float32 on a CPU"
-    )
+    dtype: str | None = option("float32, bfloat16 or float16.", shown="as stored; float32 on a CPU")
 
 
 @dataclass(frozen=True)
@@ -150,12 +148,7 @@ class Calibration:
     """The calibration texts."""
 
     panel: ClassVar = "Where the model and the texts come from"
-    calib: str | None = option(
-        "Calibration texts instead of the plan's, with weights or without: as for --ppl, or synthetic, which the "
-        "model itself writes.",
-        metavar="DATA[=W],...",
-        shown="the plan's, else as for --ppl",
-    )
+    calib: str | None = calib_option("the plan's, else as for --ppl")
 
 
 @dataclass(frozen=True)
@@ -173,13 +166,15 @@ class Inputs(Source):
     """How MODEL and texts are opened; fields of ``lrc.Run``."""
 
     panel: ClassVar = Calibration.panel
-    data_dir: Path | None = option(
-        "Folder with the data sets, instead of the hub.", shown="the variable LRC_DATA_DIR"
-    )
+    data_dir: Path | None = option("Folder with data sets, instead of the hub.", shown="$LRC_DATA_DIR")
 
 
 # How the text of an option becomes a list, and how a value of a type is shown in the help.
-_READ: dict[Any, Callable[[str, Any], Any]] = {list[str]: names, list[int]: lengths, list[float]: fractions}
+_READ: dict[Any, Callable[[str, Any], Any]] = {
+    list[str]: names,
+    list[int]: partial(_numbers, int, "a whole number; write such as 512,1024"),
+    list[float]: partial(_numbers, float, "a number; write such as 0.8 or 0.8,0.6"),
+}
 _METAVAR = {list[str]: "NAME[,NAME]", list[int]: "N[,N...]", list[float]: "F[,F...]", float: "F", Path: "DIR"}
 
 
@@ -192,21 +187,17 @@ def flat(verb: Callable[..., None]) -> Callable[..., None]:
         if not is_dataclass(kinds[name]):
             parameters.append(parameter)
             continue
-        group, types = kinds[name], get_type_hints(kinds[name])
-        groups[name] = group
-        for each in fields(group):
-            how, kind, bare = (
-                each.metadata,
-                types[each.name],
-                (*get_args(types[each.name]), types[each.name])[0],
-            )
+        groups[name], types = kinds[name], get_type_hints(kinds[name])
+        for each in fields(groups[name]):
+            how, kind = each.metadata, types[each.name]
+            bare = (*get_args(kind), kind)[0]  # without None
             if read := how["read"] or _READ.get(bare):
                 readers[each.name] = partial(read, flags(each)[-1])
                 kind = list[str] | None if bare == dict[str, Any] else str | None
             made = typer.Option(
                 *flags(each),
                 metavar=how["metavar"] or _METAVAR.get(bare),
-                rich_help_panel=None if how["first"] else group.panel,
+                rich_help_panel=None if how["first"] else groups[name].panel,
                 **how["typer"],
             )
             annotation = Annotated[kind, made]
@@ -238,10 +229,10 @@ def running(*groups: Any, as_json: bool = False, split: bool = True, **given: An
 
     A verb that is not ``split`` runs in one process.
     """
-    from lrc.run.processes import ALONE
+    from lrc.run.processes import ALONE, launched
     from lrc.run.settings import Run
 
     for group in groups:
         given |= vars(group)
-    with processes() if split else nullcontext(ALONE) as joined, progress(joined.first) as track:
+    with launched() if split else nullcontext(ALONE) as joined, progress(joined.first) as track:
         yield Run(**given, progress=track, warn=None if as_json else warn, processes=joined)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import typer
-
-from lrc.cli.options import AsJson, Calibration, Inputs, Layers, Model, option, running
+from lrc.cli.options import AsJson, Calibration, Inputs, Layers, Model, option, out_option, running
 from lrc.cli.screen import result
 from lrc.errors import UserError
-
-_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kMGT])(i?)B?|B)?", re.IGNORECASE)
-_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def _bytes(option: str, size: str) -> int:
     """Return the bytes of ``4G``, ``500 MB``, ``1.5GiB`` or a plain number."""
-    if not (match := _SIZE.fullmatch(size.strip())):
-        raise UserError(f"{option} {size!r} is not a size; write such as 4G, 500MB, 1.5GiB or 123456789")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS.get((unit or "").lower(), 0))
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(size.strip())
+    except ValidationError:
+        message = f"{option} {size!r} is not a size; write such as 4G, 500MB, 1.5GiB or 123456789"
+        raise UserError(message) from None
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,8 @@ class MeasuringOptions:
         metavar="DATA",
         shown="wikitext2:validation; for the built-in models what calibration leaves of builtin:train",
     )
-    samples: int | None = option(
-        "Blocks of it, from the start.", flag="--held-out-samples", least=1, shown="8"
-    )
-    keeps: list[float] | None = option(
-        "Fractions of each target at which to find its cost.", shown="0.9,0.75,0.6,0.45,0.3"
-    )
+    samples: int | None = option("Its first blocks.", flag="--held-out-samples", least=1, shown="8")
+    keeps: list[float] | None = option("Fractions to find the cost at.", shown="0.9,0.75,0.6,0.45,0.3")
     curves: Path | None = option(
         "Curves of what sizes cost: used again where FILE is there, else written to it.",
         metavar="FILE",
@@ -90,7 +83,7 @@ class LimitOptions:
     cap: float = option("Of each target keep at most this; at 1 it may stay whole.", 1.0)
 
 
-def plan_model(
+def verb(
     model: Model,
     budget: Budget,
     measuring: MeasuringOptions,
@@ -98,14 +91,12 @@ def plan_model(
     layers: Layers,
     calibration: Calibration,
     inputs: Inputs,
-    out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="FILE", help="The plan; NAME-F.yaml for several keeps.")
-    ] = Path("plan.yaml"),
+    out: Annotated[Path, out_option("The plan; NAME-F.yaml for several keeps.")] = Path("plan.yaml"),
     as_json: AsJson = False,
 ) -> None:
     """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
     from lrc.allocation.sizing import Limits, Measuring
-    from lrc.report.planning import pictures
+    from lrc.report.planning import plan_tables
     from lrc.verbs.plan import make_plan
 
     with running(layers, inputs, as_json=as_json) as run:
@@ -118,4 +109,4 @@ def plan_model(
             out=out,
             run=run,
         )
-    result(planning, pictures(planning), as_json)
+    result(planning, plan_tables(planning), as_json)

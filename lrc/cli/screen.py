@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from lrc.cli.processes import speaks
+from lrc.errors import ProcessEnded
+from lrc.run.launcher import own_rank
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from lrc.run.settings import Progress
+
 _FILE_WIDTH = 120  # of tables in a file or a pipe
 
-Track = Callable[[str, int], Callable[[int], object]]
+
+def speaks(error: Exception | None = None) -> bool:
+    """Return whether this process prints: the first does, and any that finds another lost before all others."""
+    return not error.reported if isinstance(error, ProcessEnded) else own_rank().rank == 0
 
 
 def complain(message: str) -> None:
@@ -59,7 +65,7 @@ def result(found: Any, parts: Iterable[RenderableType], as_json: bool, *files: o
 
 
 @contextmanager
-def progress(shown: bool = True) -> Iterator[Track]:
+def progress(shown: bool = True) -> Iterator[Progress]:
     """Show a bar on stderr for each stage, with rate and time left, if ``shown`` and stderr is a terminal."""
     from rich import progress as bar
 
@@ -71,9 +77,9 @@ def progress(shown: bool = True) -> Iterator[Track]:
             return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
     console = Console(stderr=True)
-    left = bar.TimeRemainingColumn(elapsed_when_finished=True)
+    time_left = bar.TimeRemainingColumn(elapsed_when_finished=True)
     label = bar.TextColumn("{task.description}", markup=False)
-    columns = (label, bar.BarColumn(), bar.MofNCompleteColumn(), Rate(), left)
+    columns = (label, bar.BarColumn(), bar.MofNCompleteColumn(), Rate(), time_left)
     with bar.Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bars:
 
         def track(label: str, total: int) -> Callable[[int], None]:

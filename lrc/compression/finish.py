@@ -11,11 +11,10 @@ from lrc.checkpoint.sizes import Size, size_of
 from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import REST, part_name, part_names
-from lrc.compression.refit import RefitRecord
+from lrc.compression.refit import REFITS, RefitRecord
 from lrc.hub.quantizer import FORMAT_VERSION, NOTICE
 from lrc.modules.table import Table
 from lrc.plan.job import Job
-from lrc.plan.resolved import ResolvedPlan
 
 COPIED = (
     "generation_config.json",
@@ -31,8 +30,11 @@ COPIED = (
 
 
 def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> Table:
-    """Write the checkpoint and its manifest; return the module table."""
-    table = module_table(job.plan, job.reader.family.layers, staging)
+    """Write the checkpoint and its manifest; return the module table of the whole model, by full path."""
+    table = {path: entry for a in job.plan.outer for path, entry in staging.record(a.target)["table"].items()}
+    for layer in job.plan.layers:
+        entries = staging.record(part_name(layer.index))["table"]
+        table |= {f"{job.reader.family.layers}.{layer.index}.{path}": e for path, e in entries.items()}
     staging.assemble(part_names(job.plan))
     quantization = {"quant_method": "lrc", "format_version": FORMAT_VERSION, "modules": table}
     # The source's own keys, so that other readers find them unchanged.
@@ -41,12 +43,12 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
         "config.json", {**source, "transformers_weights": NOTICE, "quantization_config": quantization}
     )
     for path in copied_files(job.reader.folder):
-        staging.copy(path)
+        staging.copy(path, path.name)
     scale = logit_scale(staging)
     manifest = {
         **settings,
         "targets": target_records(job, staging),
-        "refits": [record.as_dict() for record in refit_records(job, staging)],
+        "refits": [asdict(record) for record in refit_records(job, staging)],
         "scale": scale and asdict(scale),
         "sha256": staging.hashes(),
     }
@@ -59,16 +61,6 @@ def copied_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in COPIED for path in folder.glob(pattern)})
 
 
-def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
-    """Return the module table of the whole model, by full path."""
-    outer = {p: e for a in plan.outer for p, e in staging.record(a.target)["table"].items()}
-    return outer | {
-        f"{layers}.{layer.index}.{path}": entry
-        for layer in plan.layers
-        for path, entry in staging.record(part_name(layer.index))["table"].items()
-    }
-
-
 def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
     """Return the records of all targets: first outside the layers, then layer by layer."""
     return [record for name in part_names(job.plan) for record in staging.record(name)["results"]]
@@ -77,7 +69,7 @@ def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
 def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
     """Return the records of all refits, layer by layer."""
     names = [part_name(layer.index) for layer in job.plan.layers]
-    return [RefitRecord.from_dict(record) for name in names for record in staging.record(name)["refits"]]
+    return REFITS.validate_python([record for name in names for record in staging.record(name)["refits"]])
 
 
 def logit_scale(staging: Staging) -> LogitScale | None:

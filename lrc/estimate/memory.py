@@ -13,15 +13,17 @@ import torch
 
 from lrc.compression.logit_scale import CHUNK_BYTES
 from lrc.compression.refit import held_out_blocks
-from lrc.estimate.workspace import refit_widths, refit_work, solve_work
+from lrc.estimate.sizes import inner_width
 from lrc.families import Architecture
+from lrc.maths.linalg import column_part
+from lrc.methods.contract import Shapes
 from lrc.moments.attention import QUERIES
 from lrc.moments.attention_samples import SAMPLES
 from lrc.plan.job import Job
 from lrc.plan.resolved import LayerPlan
 from lrc.run.offload import Place
 from lrc.walk.backward import logit_rows, states_held, stride
-from lrc.walk.needs import collectors_needed, gradients_needed, sites_needed
+from lrc.walk.needs import collectors_needed, gradients_needed, sites_needed, solver_of
 
 HELD_OUT_SAMPLES = 8  # default number of held-out blocks to measure sizes on
 ASSUMED_SAMPLES = 128  # for `samples: all`, as the text is not read yet
@@ -101,7 +103,7 @@ class _Run:
         if not layer.assignments:
             return streams
         between = self.stream(self.samples) if self.refits else 0
-        width = refit_widths(self.architecture, layer).get("attention", 0) if self.refits else 0
+        width = _refit_widths(self.architecture, layer).get("attention", 0) if self.refits else 0
         read = width * self.samples * self.job.plan.seq_len * self.dtype.itemsize
         return streams + between + self.stream(self.held_out) + read
 
@@ -224,13 +226,34 @@ def _layer(run: _Run, layer: LayerPlan) -> int:
         rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
         reduced += (rest + kept + len(layer.assignments) * architecture.layer_parameters) * each
     scores = 20 * architecture.heads * run.job.plan.seq_len**2 if layer.targets & {"qk"} else 0
+    solves = []
+    for a in layer.assignments:  # in float64
+        shapes = Shapes(architecture.targets[a.target], architecture.geometry, sampled)
+        solves.append(solver_of(a).memory(shapes, a.size, a.options))
     work = [
         2 * moments + gradient + activations,
-        moments + gradient + 8 * kept + max(solve_work(architecture, a, sampled) for a in layer.assignments),
+        moments + gradient + 8 * kept + max(solves),
         moments + gradient + reduced + activations + scores,
     ]
-    if run.refits:  # a batch and its sums, then the fit
-        for n in refit_widths(architecture, layer).values():
-            sums = 12 * n * (n + architecture.hidden) + activations
-            work.append(reduced + max(refit_work(architecture, n), sums))
+    if run.refits:
+        hidden, biased = architecture.hidden, architecture.matrices[architecture.family.mlp_output].bias
+        for n in _refit_widths(architecture, layer).values():
+            sums = 12 * n * (n + hidden) + activations  # of a batch
+            # Float32 sums and means of fitted and held-out blocks, and float64 ridge regressions: the moment, centred
+            # if there is a bias, damped and factored.
+            fit = 16 * n**2 + 8 * hidden * n
+            fit += 8 * ((3 if biased else 2) * n**2 + column_part(n) + 6 * hidden * n)
+            work.append(reduced + max(fit, sums))
     return run.weights + max(work)
+
+
+def _refit_widths(architecture: Architecture, layer: LayerPlan) -> dict[str, int]:
+    """Return the input width of each refitted linear, by the half of the layer that it ends."""
+    inner = {a.target: inner_width(architecture, a) for a in layer.assignments}
+    family = architecture.family
+    by_component = {
+        "attention": architecture.heads * inner.get("ov", architecture.head_dim),
+        "mlp": inner.get("mlp", architecture.matrices[family.mlp_output].columns),
+    }
+    touched = [half for half in family.halves if layer.targets & half.targets]
+    return {half.name: inner.get(half.output, by_component[half.name]) for half in touched}

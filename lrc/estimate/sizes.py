@@ -71,23 +71,18 @@ def output_size(job: Job) -> Size:
             qk, v = (widths.get(name, reader.architecture.head_dim) for name in ("qk", "ov"))
             table[prefix + family.attention] = attention_entry(qk, v, False)
     size = size_of(tensors.values(), reader.architecture, reader.dtype, table)
-    return replace(size, bytes=size.bytes + _packed(job))
+    targets, beyond = reader.architecture.targets | reader.architecture.outer, 0
+    for a in (*job.plan.outer, *(a for layer in job.plan.layers for a in layer.assignments)):
+        # kept weights may take other bytes than equally many weights in the checkpoint's precision
+        taken = solver_of(a).size.bytes(targets[a.target], a.size, a.options, reader.dtype)
+        beyond += taken - a.kept * reader.dtype.itemsize
+    return replace(size, bytes=size.bytes + beyond)
 
 
 def inner_width(architecture: Architecture, assignment: Assignment) -> int:
     """Return the inner dimension that an assignment leaves."""
     target = (architecture.targets | architecture.outer)[assignment.target]
     return solver_of(assignment).size.inner(target, assignment.size)
-
-
-def _packed(job: Job) -> int:
-    """Return the bytes of the kept weights beyond those of equally many weights in the checkpoint's precision."""
-    architecture, dtype, beyond = job.reader.architecture, job.reader.dtype, 0
-    targets = architecture.targets | architecture.outer
-    for a in (*job.plan.outer, *(a for layer in job.plan.layers for a in layer.assignments)):
-        taken = solver_of(a).size.bytes(targets[a.target], a.size, a.options, dtype)
-        beyond += taken - a.kept * dtype.itemsize
-    return beyond
 
 
 def _replaced(architecture: Architecture, layer: LayerPlan) -> set[str]:

@@ -57,7 +57,7 @@ class StreamedModel:
         for visit in Walk(stream, batches):
             visit.observe()
         tail = stream.tail()
-        for (hidden,) in stream.passing(batch.hidden for batch in batches):
+        for (hidden,) in stream.prefetched(batch.hidden for batch in batches):
             yield tail(hidden)
 
     def _stream(self, states: States) -> ModelStream:

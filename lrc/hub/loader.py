@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lrc.checkpoint.headers import read_headers
@@ -32,7 +25,7 @@ def load(
     allow_pickle: bool = False,
     fuse: bool = False,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Load a model in eval mode; ``model`` is a folder, a hub id, a short name or a built-in.
 
     ``fuse`` applies ``lrc.fuse`` for faster inference; ``kwargs`` go to ``from_pretrained``. Raises UserError for an
@@ -42,13 +35,11 @@ def load(
     causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
-        raise UserError(
-            f"{folder} has no safetensors weights; pickled ones are read only with allow_pickle (--allow-pickle)"
-        )
+        raise UserError(f"{folder} has no safetensors weights; --allow-pickle (allow_pickle) reads others")
     read_headers(files)
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
     if fuse:
         merge(loaded)
     return loaded
@@ -57,32 +48,29 @@ def load(
 def causal_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Read a model's config; raise UserError if it cannot be used or is of no causal language model."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         if "custom code" in str(error) and not trust_remote_code:
-            raise UserError(
-                f"{folder} needs Python code that it ships; pass --trust-remote-code if you trust that code"
-            ) from error
+            message = f"{folder} needs Python code that it ships; pass --trust-remote-code if you trust it"
+            raise UserError(message) from error
         raise UserError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
     if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{folder} is a {config.model_type} model, not a causal language model")
     return config
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer in a checkpoint's folder; raise UserError if there is none that works."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers, tokenizers and sentencepiece each raise their own
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(
-            f"{folder} has no tokenizer that works ({reason}); copy the model's tokenizer.json into it"
-        ) from error
+        message = f"{folder} has no tokenizer that works ({reason}); copy the model's tokenizer.json into it"
+        raise UserError(message) from error
 
 
-def start_tokens(config: PreTrainedConfig) -> Iterator[int]:
+def start_tokens(config: transformers.PreTrainedConfig) -> Iterator[int]:
     """Yield the tokens that may precede a text: the config's BOS token, then its EOS tokens."""
     ends = config.eos_token_id
-    yield from (
-        t for t in (config.bos_token_id, *(ends if isinstance(ends, list) else [ends])) if t is not None
-    )
+    tokens = [config.bos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    yield from (token for token in tokens if token is not None)

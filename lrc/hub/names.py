@@ -75,9 +75,8 @@ def resolve_model(
         return _download(SHORT_NAMES.get(name, name), revision, allow_pickle, remedy)
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"there is no folder {name}")
-    raise UserError(
-        f"unknown model {name!r}; {nearest(name, (*SHORT_NAMES, *BUILTIN))}, or a folder, or org/name"
-    )
+    known = nearest(name, (*SHORT_NAMES, *BUILTIN))
+    raise UserError(f"unknown model {name!r}; {known}, or a folder, or org/name")
 
 
 def default_text(model: str) -> str:
@@ -89,16 +88,7 @@ def default_text(model: str) -> str:
 
 
 def _download(repository: str, revision: str | None, allow_pickle: bool, remedy: str) -> ResolvedModel:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     what = f"{repository} at revision {revision}" if revision else repository
     try:
@@ -108,17 +98,15 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, remedy:
             allow_patterns=[*WANTED, "*.bin"] if allow_pickle else WANTED,
             ignore_patterns=UNWANTED,
         )
-    except GatedRepoError:
+    except errors.GatedRepoError:
         message = f"{what} is gated: ask for access on its page at the hub, then run `hf auth login`"
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         message = f"{repository} has no revision {revision!r}"
-    except (RepositoryNotFoundError, HFValidationError):
-        message = (
-            f"there is no folder {repository} here, and no public model {repository} on the Hugging Face hub"
-        )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        message = f"there is no folder and no public model {repository} on the Hugging Face hub"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         message = f"{what} is not on this machine and the Hugging Face hub cannot be reached; pass a folder"
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         message = f"{what} cannot be downloaded: {error}"
     except OSError as error:
         message = f"{what} cannot be stored: {error}"

@@ -10,19 +10,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.checkpoint.headers import Shape, check_shapes, read_headers
 from lrc.errors import UserError
 from lrc.families import Family, family_of
-from lrc.modules.embedding import FACTORS
+from lrc.modules.low_rank import FACTORS
 from lrc.modules.table import Table, apply_table
 
 if TYPE_CHECKING:
@@ -44,10 +39,8 @@ class LrcConfig(QuantizationConfigMixin):
         if modules is None or not isinstance(format_version, int):
             raise UserError("config.json: quantization_config needs `modules` and a whole `format_version`")
         if format_version > FORMAT_VERSION:
-            raise UserError(
-                f"the checkpoint has format version {format_version}, this lrc reads up to {FORMAT_VERSION}; "
-                "pip install --upgrade lrc"
-            )
+            known = f"format version {format_version}, this lrc reads up to {FORMAT_VERSION}"
+            raise UserError(f"the checkpoint has {known}; pip install --upgrade lrc")
         self.__dict__.update(others)
         self.quant_method: Any = METHOD
         self.format_version = format_version
@@ -63,7 +56,7 @@ class LrcQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Remove the notice from the config: called before transformers looks for files."""
         if getattr(config, "transformers_weights", None) == NOTICE:
-            del config.transformers_weights
+            vars(config).pop("transformers_weights")
         return config
 
     def _process_model_before_weight_loading(
@@ -84,7 +77,11 @@ class LrcQuantizer(HfQuantizer):
                     raise UserError(f"the checkpoint lacks the tensor {name!r}")
         # transformers accepts only a dict where the config is used again.
         model.config.quantization_config = self.quantization_config.to_dict()
-        _unflag(model)
+        # An ordinary float model from here on: `half`, adapters and training refuse quantized ones.
+        model.is_quantized = False  # type: ignore[attr-defined]
+        for name in ("quantization_method", "hf_quantizer"):
+            vars(model).pop(name, None)
+        vars(model.config).pop("_is_quantized", None)
         model._get_static_cache_init_shape = _no_early_cache  # type: ignore[method-assign]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -99,25 +96,20 @@ def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
     Raises UserError if the table does not fit the model.
     """
     family = family_of(model.config.model_type)
-    apply_table(model, _local_table(model, table, family), family)
-    tied = getattr(model.config, "tie_word_embeddings", False) and hasattr(model, family.head)
+    factorized = [path for path in (family.head, family.embedding) if path in table]
+    if len(factorized) == 1 and getattr(model.config, "tie_word_embeddings", False):
+        raise UserError(f"config.json: {factorized[0]!r} is factorized; set tie_word_embeddings to false")
+    # Base models have no prefix, other tasks no LM head.
+    prefix = f"{family.prefix}." if model.base_model is model else ""
+    has_head = hasattr(model, family.head)
+    local = {p.removeprefix(prefix): entry for p, entry in table.items() if p != family.head or has_head}
+    apply_table(model, local, family)
+    tied = getattr(model.config, "tie_word_embeddings", False) and has_head
     if tied and family.embedding in table:  # tie the factors instead of the weights
         keys = {f"{family.head}.{name}": f"{family.embedding}.{name}" for name in FACTORS}
         model._tied_weights_keys = keys  # type: ignore[assignment]
         model.all_tied_weights_keys = dict(keys)
     return {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
-
-
-def _local_table(model: PreTrainedModel, table: Table, family: Family) -> Table:
-    """Return the table by this model's paths: base models have no prefix, other tasks no LM head."""
-    factorized = [path for path in (family.head, family.embedding) if path in table]
-    if len(factorized) == 1 and getattr(model.config, "tie_word_embeddings", False):
-        raise UserError(
-            f"config.json: {factorized[0]!r} is factorized and tie_word_embeddings is true; set it to false"
-        )
-    prefix = f"{family.prefix}." if model.base_model is model else ""
-    has_head = hasattr(model, family.head)
-    return {p.removeprefix(prefix): entry for p, entry in table.items() if p != family.head or has_head}
 
 
 def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]:
@@ -131,22 +123,14 @@ def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]
     }
 
 
-def _unflag(model: PreTrainedModel) -> None:
-    """Mark the model as an ordinary float model: ``half``, adapters and training refuse quantized ones."""
-    model.is_quantized = False  # type: ignore[attr-defined]
-    vars(model).pop("quantization_method", None)
-    vars(model).pop("hf_quantizer", None)
-    vars(model.config).pop("_is_quantized", None)
-
-
 def _no_early_cache() -> None:
     """Give no shapes: layers differ, so a static cache takes its shapes from the first keys and values."""
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:
-    register_quantizer(METHOD)(LrcQuantizer)
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-    register_quantization_config(METHOD)(LrcConfig)
+if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.register_quantizer(METHOD)(LrcQuantizer)
+if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+    auto.register_quantization_config(METHOD)(LrcConfig)
 
 
 def _full_name(name: str, family: Family) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lrc.allocation.contract import Advance, Setting
-from lrc.allocation.problems import Posed, each_posed
+from lrc.allocation.contract import Advance, LayerProblems, Setting, for_each_layer
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.solve import solve
 from lrc.errors import UserError, nearest
@@ -26,7 +25,7 @@ from lrc.plan.library import draft_of
 from lrc.plan.precedence import COMPONENTS
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Calibration, Plan
-from lrc.records.ablation import Ablated, Losses, ablated
+from lrc.records.ablation import Ablated, Losses
 from lrc.run.offload import States
 from lrc.text.blocks import batched
 from lrc.walk.stream import ModelStream
@@ -57,25 +56,25 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
     texts = [[replace(batch) for batch in batches] for _ in setting.plans]
     del batches  # frees the states before the first layer
 
-    def look(posed: Posed) -> None:
-        index = posed.layer
+    def look(layer: LayerProblems) -> None:
+        index = layer.layer
         assert index is not None, "an ablation plan leaves what is outside the layers alone"
 
         def solution(assignment: Assignment | None) -> Solution | None:
-            return solve(posed.problems[assignment.target], assignment) if assignment else None
+            return solve(layer.problems[assignment.target], assignment) if assignment else None
 
         assigned = [next(iter(plan.unsized(index)), None) for plan in setting.plans]
         for own, solved in zip(texts, processes.spread(assigned, solution), strict=True):
             if solved is None:
-                layer = text.materialize(index, posed.state)
+                module = text.materialize(index, layer.state)
             else:
-                layer = setting.reduced(text, index, posed.state, solved)
-            text.advance(layer, index, own)
+                module = setting.reduced(text, index, layer.state, solved)
+            text.advance(module, index, own)
 
-    each_posed(setting, look, advance)
+    for_each_layer(setting, look, advance)
     tail, found = text.tail(), []
     for own in texts:
-        arriving = text.passing(batch.hidden for batch in own)
+        arriving = text.prefetched(batch.hidden for batch in own)
         nats = sum(
             float(token_nll(tail(states), one).double().sum())
             for (states,), one in zip(arriving, ids, strict=True)
@@ -141,7 +140,11 @@ class Trial:
         dense, one = known.dense.nats / known.dense.tokens, self.assignment
         nats, kept = (known.of(self.key), one.kept / one.whole) if one else (dense, 1.0)
         assert nats is not None
-        return ablated(self.target, self.method, self.keep, kept, nats, dense)
+        return Ablated(self.target, self.method, self.keep, kept, nats, _exp(nats), _exp(nats - dense) - 1)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan
 
 
 def coarse_notes(results: Sequence[Ablated]) -> list[str]:

@@ -1,4 +1,4 @@
-"""List the methods and sizes that apply to a target, and estimate what each would lose."""
+"""Check what an inspection is asked for, list the methods and sizes that apply, and estimate what each would lose."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from lrc.compression.solve import solve
+from lrc.errors import UserError, nearest
 from lrc.families import Architecture, Target
-from lrc.methods import Method
+from lrc.methods import Method, methods
 from lrc.methods.contract import Affine, Factors, Prediction, Problem, Solver
 from lrc.modules import kinds
-from lrc.modules.embedding import EMBEDDING
-from lrc.plan.resolved import Assignment
+from lrc.modules.low_rank import EMBEDDING
+from lrc.moments import collectors
+from lrc.moments.gradient import GRADIENTS
+from lrc.plan.precedence import COMPONENTS
+from lrc.plan.resolved import Assignment, LayerPlan
+from lrc.plan.schema import Calibration, Plan, matched_layers
 from lrc.records.inspection import Estimate, Unit
 
 TABLE_COLLECTORS = frozenset({"moments"})  # what is collected outside the layers
@@ -44,6 +49,79 @@ class Candidate:
         )
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Hold the layers, the targets ``inside`` and ``outside`` of them, and by target the candidates to estimate."""
+
+    architecture: Architecture
+    methods: Mapping[str, Method]
+    keeps: Sequence[float]
+    layers: list[int]
+    inside: list[Target]
+    outside: list[Target]
+    candidates: Mapping[str, list[Candidate]]
+
+    @property
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """All candidates of the targets, for each layer."""
+        chosen = tuple(one.assignment for target in self.inside for one in self.candidates[target.name])
+        return tuple(LayerPlan(index, chosen) for index in self.layers)
+
+
+def select(
+    architecture: Architecture,
+    keeps: Sequence[float],
+    layers: str | None,
+    names: Sequence[str] | None,
+    method_names: Sequence[str] | None,
+    *,
+    tables: bool,
+    gradients: bool,
+) -> Selection:
+    """Find the layers, targets and candidates of an inspection; None stands for all.
+
+    Raises UserError for an unknown layer, target or method.
+    """
+    known = methods()
+    for name in method_names or ():
+        if name not in known:
+            raise UserError(f"--methods {name}: there is no such method; {nearest(name, known)}")
+    known = {name: method for name, method in known.items() if method_names is None or name in method_names}
+    chosen = set(range(architecture.layers))
+    if layers is not None:
+        try:
+            chosen = matched_layers(layers, architecture.layers)
+        except ValueError as error:
+            raise UserError(f"--layers {layers}: {error}") from None
+    there = architecture.targets | architecture.outer
+    for name in names or ():
+        if name == "lm_head" and architecture.tied:
+            raise UserError(
+                "--targets lm_head: the head of this model is its embedding; name embed, which is both"
+            )
+        if name not in there:
+            model = architecture.family.model_type
+            raise UserError(f"--targets {name}: {model} has no target {name!r}; {nearest(name, there)}")
+    inside = [t for name, t in architecture.targets.items() if names is None or name in names]
+    outside = [t for name, t in architecture.outer.items() if (tables if names is None else name in names)]
+    collected = collectors() if gradients else collectors() - {GRADIENTS}
+    found = candidates(architecture, inside, known, keeps, collected)
+    found |= candidates(architecture, outside, known, keeps, TABLE_COLLECTORS)
+    layers_chosen = sorted(chosen) if inside else []
+    return Selection(architecture, known, keeps, layers_chosen, inside, outside, found)
+
+
+def base_plan(architecture: Architecture, samples: int, seq_len: int | None, *, gradients: bool) -> Plan:
+    """Return a plan whose solvers read moments at all sites, and ``gradients`` of all projections if asked for."""
+    if seq_len is not None and not 2 <= seq_len <= architecture.positions:
+        raise UserError(
+            f"--seq-len {seq_len}: the model reads 2 to {architecture.positions} tokens at once; the nearest is "
+            f"{min(max(seq_len, 2), architecture.positions)}"
+        )
+    calibration = Calibration(samples=samples, gradient_samples=samples, seq_len=seq_len)
+    return Plan(method="two_sided_svd" if gradients else "whitened_svd", calibration=calibration)
+
+
 def candidates(
     architecture: Architecture,
     targets: Iterable[Target],
@@ -52,18 +130,24 @@ def candidates(
     collectors: Collection[str],
 ) -> dict[str, list[Candidate]]:
     """Return by target every legal size that saves weights, of every method that can solve it with ``collectors``."""
-    return {
-        target.name: [
-            Candidate(keep, found)
-            for name, method in methods.items()
-            if (solver := _solver(method, target.name))
-            and (options := able_options(solver, collectors)) is not None
-            and solver.refuses(architecture.geometry, options) is None
-            for keep in keeps
-            if (found := _assignment(target, name, solver, keep, options))
-        ]
-        for target in targets
-    }
+    found: dict[str, list[Candidate]] = {}
+    for target in targets:
+        listed = found[target.name] = []
+        for name, method in methods.items():
+            solver = method.solver(target.name)
+            if solver is None or (target.name in COMPONENTS and solver.target == "projection"):
+                continue
+            options, rule = able_options(solver, collectors), solver.size
+            if options is None or solver.refuses(architecture.geometry, options):
+                continue
+            for keep in keeps:
+                size = rule.nearest(target, keep, options)
+                if rule.refusal(target, size, options):
+                    continue
+                if (kept := rule.weights(target, size, options)) < target.parameters:
+                    one = Assignment(target.name, name, size, options, kept, target.parameters)
+                    listed.append(Candidate(keep, one))
+    return found
 
 
 def able_options(solver: Solver, collectors: Collection[str]) -> dict[str, Any] | None:
@@ -88,24 +172,6 @@ def figure(prediction: Prediction) -> tuple[float, Unit]:
         return prediction.error, "nats of loss"
     unit: Unit = "relative error of scores" if prediction.metric == "scores" else "relative error"
     return prediction.relative, unit
-
-
-def _solver(method: Method, target: str) -> Solver | None:
-    """Return the solver of a component or the embedding itself, or of any projection."""
-    projection = target not in ("qk", "ov", "mlp", "embed")
-    return method.solvers.get(target) or (method.solvers.get("projection") if projection else None)
-
-
-def _assignment(
-    target: Target, method: str, solver: Solver, keep: float, options: dict[str, Any]
-) -> Assignment | None:
-    size = solver.size.nearest(target, keep, options)
-    if solver.size.refusal(target, size, options):
-        return None
-    kept = solver.size.weights(target, size, options)
-    if kept >= target.parameters:
-        return None
-    return Assignment(target.name, method, size, options, kept, target.parameters)
 
 
 def _steps(part: Affine | Factors) -> int:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
 from lrc.compression.measure import LayerMeasure, Measured
 from lrc.compression.solve import pose
 from lrc.compression.tables import pose_outer
-from lrc.inspection.asked import Asked
 from lrc.inspection.auto import choices
-from lrc.inspection.candidates import figure
-from lrc.inspection.fidelity import fidelity
-from lrc.inspection.output import Output
+from lrc.inspection.candidates import Selection, figure
+from lrc.inspection.output import Output, fidelity
 from lrc.inspection.spectrum import conditioning, spectra
 from lrc.methods.contract import Prediction, Problem, Solution
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.moment import Moment, Moments, site_of
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
-from lrc.records.inspection import Conditioning, Held, Inspected
+from lrc.records.inspection import Conditioning, Inspected, OutputErrors
 from lrc.run.settings import Progress
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
@@ -29,6 +27,7 @@ from lrc.walk.stream import ModelStream
 from lrc.walk.walk import Visit, Walk
 
 
+@dataclass
 class Inspector:
     """One walk through a model; ``targets`` and ``moments`` hold the results so far.
 
@@ -36,73 +35,73 @@ class Inspector:
     taken; its layers are ignored.
     """
 
-    def __init__(
-        self, stream: ModelStream, asked: Asked, output: Output | None, plan: ResolvedPlan, watch: Stopwatch
-    ) -> None:
-        self._stream, self._asked, self._output, self._plan, self._watch = stream, asked, output, plan, watch
-        self._architecture = stream.reader.architecture
-        self.targets: list[Inspected] = []
-        self.moments: list[Conditioning] = []
+    stream: ModelStream
+    selection: Selection
+    output: Output | None
+    plan: ResolvedPlan
+    watch: Stopwatch
+    targets: list[Inspected] = field(default_factory=list)
+    moments: list[Conditioning] = field(default_factory=list)
 
     def run(self, blocks: Tensor, batch_size: int, *, gradients: bool, stage: Progress) -> None:
-        """Inspect everything asked for, on token blocks (n, tokens); ``stage`` starts the progress."""
-        asked, stream = self._asked, self._stream
-        advance = stage("inspect", len(asked.layers) + bool(asked.outside))
-        plans = {plan.index: plan for plan in asked.plans}
+        """Inspect everything selected, on token blocks (n, tokens); ``stage`` starts the progress."""
+        selected, stream = self.selection, self.stream
+        advance = stage("inspect", len(selected.layers) + bool(selected.outside))
+        plans = {plan.index: plan for plan in selected.plans}
         swept: dict[int, GradientMoment] = {}
         if gradients:
-            with self._watch.stage("gradients"):
+            with self.watch.stage("gradients"):
                 swept = read_gradients(
-                    stream, plans.values(), self._plan.plan.calibration, blocks, batch_size, losses=True
+                    stream, plans.values(), self.plan.plan.calibration, blocks, batch_size, losses=True
                 )
-        with self._watch.stage("embed"):
+        with self.watch.stage("embed"):
             batches = stream.embed(batched(blocks, batch_size))
-        end = self._architecture.layers if asked.outside else max(asked.layers, default=-1) + 1
-        for visit in Walk(stream, batches, end=end, first_token=self._plan.first_token, watch=self._watch):
+        end = selected.architecture.layers if selected.outside else max(selected.layers, default=-1) + 1
+        for visit in Walk(stream, batches, end=end, first_token=self.plan.first_token, watch=self.watch):
             if (plan := plans.get(visit.index)) is not None:
                 self._layer(visit, plan, swept.pop(visit.index, None))
                 advance(1)
-        if asked.outside:
-            names, solutions = [target.name for target in asked.outside], {}
-            with self._watch.stage("observe"):
+        if selected.outside:
+            names, solutions = [target.name for target in selected.outside], {}
+            with self.watch.stage("observe"):
                 problems = pose_outer(stream, names, blocks, batches)
-            if self._output:
-                with self._watch.stage("against"):
-                    stored = {name: self._output.outer(name) for name in names}
+            if self.output:
+                with self.watch.stage("against"):
+                    stored = {name: self.output.outer(name) for name in names}
                 solutions = {name: solution for name, solution in stored.items() if solution}
-            self._look(None, problems, solutions, {})
+            self._record(None, problems, solutions, {})
             advance(1)
 
     def _layer(self, visit: Visit, plan: LayerPlan, gradients: GradientMoment | None) -> None:
-        names, layer = [target.name for target in self._asked.inside], visit.layer
+        names, layer = [target.name for target in self.selection.inside], visit.layer
         solutions, observers = dict[str, Solution](), list[LayerMeasure]()
-        if self._output:
-            with self._watch.stage("against"):
-                stored = self._output.layer(layer.index, layer.state)
+        if self.output:
+            with self.watch.stage("against"):
+                stored = self.output.layer(layer.index, layer.state)
                 solutions = {name: solution for name, solution in stored.items() if name in names}
-                observers = [LayerMeasure(self._stream, layer, solutions)] if solutions else []
+                observers = [LayerMeasure(self.stream, layer, solutions)] if solutions else []
         found = visit.read(plan, gradients, *observers, targets=names)
         measured = observers.pop().result() if observers else {}  # and frees the reduced layers
-        with self._watch.stage("spectra"):
+        with self.watch.stage("spectra"):
             self._condition(layer.index, found[Moments.name])
-        problems = {name: pose(self._architecture, name, layer.state, found) for name in names}
-        self._look(layer.index, problems, solutions, measured)
+        problems = {name: pose(self.selection.architecture, name, layer.state, found) for name in names}
+        self._record(layer.index, problems, solutions, measured)
 
     def _condition(self, layer: int, moments: Mapping[str, Moment]) -> None:
         """Record the conditioning of a layer's moments by target, centred where the projection has a bias."""
-        family = self._architecture.family
-        roles = {role for target in self._asked.inside for role in target.matrices}
+        family = self.selection.architecture.family
+        roles = {role for target in self.selection.inside for role in target.matrices}
         at = {site_of(family, target): moment for target, moment in moments.items()}
         read = dict.fromkeys(
             (family.site(role), matrix.bias)
-            for role, matrix in self._architecture.matrices.items()
+            for role, matrix in self.selection.architecture.matrices.items()
             if role in roles
         )
         self.moments += [
             conditioning(layer, site, at[site], centred=bias) for site, bias in read if site in at
         ]
 
-    def _look(
+    def _record(
         self,
         layer: int | None,
         problems: Mapping[str, Problem],
@@ -110,20 +109,20 @@ class Inspector:
         measured: Mapping[str, Measured],
     ) -> None:
         """Record spectra, estimates and choices of problems by target, and how close the output's solutions are."""
-        held, asked = dict[str, Held](), self._asked
+        held, selected = dict[str, OutputErrors](), self.selection
         if solutions:
-            with self._watch.stage("against"):
+            with self.watch.stage("against"):
                 held = {
                     name: self._compare(layer, name, problems[name], solution, measured.get(name, Measured()))
                     for name, solution in solutions.items()
                 }
-        with self._watch.stage("solve"):
+        with self.watch.stage("solve"):
             estimates = {
-                name: [one.estimate(problem) for one in asked.candidates[name]]
+                name: [one.estimate(problem) for one in selected.candidates[name]]
                 for name, problem in problems.items()
             }
-        chosen = choices(self._architecture, asked.keeps, estimates, asked.methods)
-        with self._watch.stage("spectra"):
+        chosen = choices(selected.architecture, selected.keeps, estimates, selected.methods)
+        with self.watch.stage("spectra"):
             for name, problem in problems.items():
                 plain, whitened = spectra(problem)
                 self.targets.append(
@@ -132,14 +131,14 @@ class Inspector:
 
     def _compare(
         self, layer: int | None, target: str, problem: Problem, solution: Solution, measured: Measured
-    ) -> Held:
+    ) -> OutputErrors:
         """Compare what the output stores for a target with the original."""
-        assert self._output is not None
-        record = self._output.records.get((layer, target))
+        assert self.output is not None
+        record = self.output.records.get((layer, target))
         error, unit = figure(record.predicted) if record else (None, None)
-        told = record.measured if record else Measured()
-        whole = (self._architecture.targets | self._architecture.outer)[target].parameters
-        return Held(
+        recorded = record.measured if record else Measured()
+        whole = (self.selection.architecture.targets | self.selection.architecture.outer)[target].parameters
+        return OutputErrors(
             method=record.method if record else "refit",
             size=record.size if record else None,
             kept=record.kept if record else whole,
@@ -148,7 +147,7 @@ class Inspector:
             measured=_relative(measured),
             kl=measured.kl,
             recorded_predicted=error,
-            recorded_measured=_relative(told) if told.kl is None else told.kl,
+            recorded_measured=_relative(recorded) if recorded.kl is None else recorded.kl,
             recorded_unit=unit,
         )
 

@@ -124,7 +124,7 @@ def _read(text: str, source: str) -> tuple[Any, _Reader]:
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise UserError(f"{source}: not a plan: nested too deeply") from error
+        raise UserError(f"{source}: not a plan: nested too deeply, or an anchor contains itself") from error
 
 
 def _nested(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
@@ -164,23 +164,16 @@ class _Reader:
         self.loader = loader
         self.lines: dict[Path, int] = {(): 1}
         self.mistakes: set[tuple[int, str]] = set()
-        self.open: list[yaml.Node] = []
 
     def value(self, node: yaml.Node, path: Path) -> Any:
-        if node in self.open:
-            raise yaml.MarkedYAMLError(problem="an anchor that contains itself", problem_mark=node.start_mark)
-        self.open.append(node)
         if isinstance(node, yaml.MappingNode):
-            value = self.mapping(node, path)
-        elif isinstance(node, yaml.SequenceNode):
-            value = [self.item(child, child, (*path, i)) for i, child in enumerate(node.value)]
-        else:
-            try:
-                value = self.loader.construct_object(node)
-            except ValueError as error:  # such as the date 2026-13-45
-                raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
-        self.open.pop()
-        return value
+            return self.mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.item(child, child, (*path, i)) for i, child in enumerate(node.value)]
+        try:
+            return self.loader.construct_object(node)
+        except ValueError as error:  # such as the date 2026-13-45
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
     def item(self, marked: yaml.Node, node: yaml.Node, path: Path) -> Any:
         line = self.lines[path] = marked.start_mark.line + 1

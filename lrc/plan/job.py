@@ -10,7 +10,6 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.hub.names import ResolvedModel, resolve_model
 from lrc.methods import methods
 from lrc.moments import collectors
-from lrc.plan.library import PlanLike, read_draft
 from lrc.plan.resolve import Draft, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.settings import Run
@@ -45,12 +44,6 @@ def make_job(model: ResolvedModel, reader: CheckpointReader, draft: Draft) -> Jo
     return Job(model, reader, draft, replace(found, warnings=(*reader.warnings, *found.warnings)))
 
 
-def prepare(model: str | Path, plan: PlanLike, run: Run = Run()) -> Job:
-    """Find a model and a plan, and resolve the plan. Raises UserError for a missing model or plan, and for mistakes."""
-    draft = read_draft(plan)
-    return make_job(*open_checkpoint(model, run), draft)
-
-
 def templates(
     model: ResolvedModel, reader: CheckpointReader, draft: Draft, keeps: Sequence[float]
 ) -> list[Job]:
@@ -61,9 +54,8 @@ def templates(
     """
     found = []
     for keep in keeps:
-        resolved = resolve(
-            draft.keeping(keep), reader.architecture, methods(), collectors(), finder="the allocation"
-        )
+        kept = replace(draft, plan=draft.plan.model_copy(update={"keep": keep}))
+        resolved = resolve(kept, reader.architecture, methods(), collectors(), finder="the allocation")
         if fixed := [a.target for a in resolved.outer if a.target not in resolved.shared]:
             source, names = draft.document.source, " and ".join(fixed)
             unmeasured = f"{source}: the cost of {names} is not measured, so predictions leave it out"

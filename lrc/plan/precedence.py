@@ -51,21 +51,13 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedRule:
     """A rule with the layers it matches and its valid entries by path."""
 
     path: Path
     rule: Rule
     layers: set[int]
     entries: Mapping[Path, Entry]
-
-
-@dataclass(frozen=True)
-class LayerWishes:
-    """What a plan asks for one layer, and by path a warning where an entry leaves a part of a component whole."""
-
-    wishes: list[Wish]
-    left_whole: dict[Path, str]
 
 
 class Levels:
@@ -77,7 +69,7 @@ class Levels:
         self.shared = self._sound(("components",), plan.components.entries())
         self.shared |= self._sound(("projections",), plan.projections.entries())
         self._refuse_overlaps(combinations(self.shared, 2), "")
-        placed = [self._place(i, rule) for i, rule in enumerate(plan.layers) if rule]
+        placed = (self._place(i, rule) for i, rule in enumerate(plan.layers) if rule)
         self.rules = [rule for rule in placed if rule]
         self._refuse_clashes()
 
@@ -88,35 +80,40 @@ class Levels:
             paths += [path, *((*path, key) for key in ("keep", *entry.own))]
         return [path for path in paths if path in self.document.places]
 
-    def layer(self, index: int) -> LayerWishes:
-        """Return what the plan asks for one layer."""
+    def layer(self, index: int) -> tuple[list[Wish], dict[Path, str]]:
+        """Return what the plan asks for one layer, and by path a warning where an entry leaves projections whole."""
         start = base = self._top(index)
         rules = [placed for placed in self.rules if index in placed.layers]
         for placed in rules:
             base = self._override(base, placed.path, placed.rule, index)
         wishes: dict[str, Wish] = {}
         for component in COMPONENTS:
-            whole_component = replace(base, target=component)
-            if whole_component.solver(self.methods) or base.method not in self.methods:
-                self._overlay(wishes, self._unnamed(whole_component))
+            wish = replace(base, target=component)
+            solver = wish.solver(self.methods)
+            if solver and solver.rotary and self.architecture.family.rotary != "none":
+                wish = replace(wish, method=solver.rotary)
+            if solver or base.method not in self.methods:
+                self._overlay(wishes, wish)
         replaced: list[tuple[Wish, Wish]] = []
         if base.method_path == start.method_path:
             for path, entry in self.shared.items():
                 wish = self._wish(base, path, entry, index)
-                if base.keep_path != start.keep_path:
-                    wish = self._resized(wish, base)
+                if base.keep_path != start.keep_path:  # a rule sizes the layer in place of the entry
+                    solver = wish.solver(self.methods)
+                    own = {key: wish.own[key] for key in wish.own if not solver or key != solver.size.word}
+                    wish = replace(wish, keep=base.keep, keep_path=base.keep_path, own=own)
                 replaced += self._overlay(wishes, wish)
         for placed in rules:
             for path, entry in placed.entries.items():
                 replaced += self._overlay(wishes, self._wish(base, path, entry, index))
         covered = {role for target in wishes for role in self._roles(target)}
-        left_whole = {}
+        warnings = {}
         for old, new in replaced:
             roles = sorted(self._roles(old.target) - covered)
             if roles and (old.keep < 1 or old.own):
                 stays = f"{' and '.join(roles)} stay{'' if roles[1:] else 's'} whole"
-                left_whole[new.path] = f"takes the place of all of {old.target}, so {stays}"
-        return LayerWishes(list(wishes.values()), left_whole)
+                warnings[new.path] = f"takes the place of all of {old.target}, so {stays}"
+        return list(wishes.values()), warnings
 
     def outer(self, *, unsized: bool) -> list[Wish]:
         """Return what the plan asks for outside the layers.
@@ -170,7 +167,7 @@ class Levels:
                 self.document.mistake(path, f"{model} has no projection {target!r}; {known}")
         return found
 
-    def _place(self, position: int, rule: Rule) -> Placed | None:
+    def _place(self, position: int, rule: Rule) -> PlacedRule | None:
         path: Path = ("layers", position)
         entries = self._sound(path, rule.entries())
         if list(self.document.values["layers"][position]) == ["match"]:
@@ -178,7 +175,7 @@ class Levels:
                 path, "says nothing of its layers; add keep, method or an entry such as mlp"
             )
         try:
-            return Placed(path, rule, matched_layers(rule.match, self.architecture.layers), entries)
+            return PlacedRule(path, rule, matched_layers(rule.match, self.architecture.layers), entries)
         except ValueError as error:
             self.document.mistake((*path, "match"), str(error))
             return None
@@ -221,34 +218,20 @@ class Levels:
             wish = replace(wish, keep=self.depth(level.keep, index), keep_path=(*path, "keep"))
         return wish
 
-    def _resized(self, wish: Wish, base: Wish) -> Wish:
-        """Return a wish with the keep of the whole layer in place of its own size."""
-        solver = wish.solver(self.methods)
-        own = {key: value for key, value in wish.own.items() if not solver or key != solver.size.word}
-        return replace(wish, keep=base.keep, keep_path=base.keep_path, own=own)
-
-    def _unnamed(self, wish: Wish) -> Wish:
-        """Return a wish for a component that no entry names, by the method for rotary positions if there is one."""
-        solver = wish.solver(self.methods)
-        if solver is None or solver.rotary is None or self.architecture.family.rotary == "none":
-            return wish
-        return replace(wish, method=solver.rotary)
-
-    def _expand(self, wish: Wish) -> list[Wish]:
-        """Return a wish, or one for each projection of a component that its method solves by projections."""
-        method = self.methods.get(wish.method)
-        solvers = method.solvers if method else {}
-        if wish.target not in COMPONENTS or wish.target in solvers or "projection" not in solvers:
-            return [wish]
-        return [replace(wish, target=role) for role in self.architecture.family.component(wish.target)]
-
     def _overlay(self, wishes: dict[str, Wish], new: Wish) -> list[tuple[Wish, Wish]]:
-        """Put a wish over others; return each replaced wish with the one in its place."""
-        replaced = []
-        for wish in self._expand(new):
+        """Put a wish over others; return each replaced wish with the one in its place.
+
+        A component is split into its projections if only those have a solver in its method.
+        """
+        method, targets, replaced = self.methods.get(new.method), [new.target], []
+        solvers = method.solvers if method else {}
+        if new.target in COMPONENTS and new.target not in solvers and "projection" in solvers:
+            targets = self.architecture.family.component(new.target)
+        for target in targets:
+            wish = replace(new, target=target)
             roles = self._roles(wish.target)
-            replaced += [(wishes.pop(target), wish) for target in list(wishes) if self._roles(target) & roles]
-            wishes[wish.target] = wish
+            replaced += [(wishes.pop(other), wish) for other in list(wishes) if self._roles(other) & roles]
+            wishes[target] = wish
         return replaced
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from lrc.errors import nearest
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lrc.errors import as_text_number, nearest
 from lrc.families import Architecture
 from lrc.methods.contract import Solver
-from lrc.methods.sizes import SizeValue, size_text
+from lrc.methods.sizes import size_text
 from lrc.plan.document import Document, Path, dotted, read_document
-from lrc.plan.options import read_options
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.plan.schema import Plan, read_plan
-from lrc.plan.unsized import refuse_no_budget, refuse_sizes
+from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan, read_plan
 
 MAX_SEQ_LEN = 2048  # default tokens of a calibration block, unless the model reads fewer
 # Default weight of the first token: one per this many tokens of a block.
@@ -35,10 +36,6 @@ class Draft:
     text: str = ""
     name: str = ""
     stem: str = ""
-
-    def keeping(self, keep: float) -> Draft:
-        """Return this draft with another ``keep``."""
-        return replace(self, plan=self.plan.model_copy(update={"keep": keep}))
 
 
 def parse_plan(text: str, source: str) -> Draft:
@@ -63,24 +60,29 @@ def resolve(
     plan, document, count = draft.plan, draft.document, architecture.layers
     levels = Levels(plan, document, architecture, methods)
     order = list(architecture.targets)
-    assigner = _Assigner(document, architecture, methods, collectors)
+    assigner = _Assigner(document, architecture, methods, set(collectors))
     if plan.allocate != "uniform":
         finder = finder or f"allocate {plan.allocate}"
-        refuse_no_budget(plan, document)
+        if isinstance(plan.keep, tuple):
+            message = (
+                f"allocate {plan.allocate} shares out one fraction over all layers; write one, such as 0.8"
+            )
+            document.mistake(("keep",), message)
+        elif plan.keep == 1:
+            message = f"{plan.allocate} has nothing to share out; write a keep below 1"
+            document.mistake(("allocate",), message)
     if finder:
-        refuse_sizes(plan, document, methods, finder)
+        _refuse_sizes(plan, document, methods, finder)
     layers = []
     for index in range(count):
-        asked = levels.layer(index)
-        wishes = sorted(asked.wishes, key=lambda wish: order.index(wish.target))
+        wishes, warnings = levels.layer(index)
+        wishes.sort(key=lambda wish: order.index(wish.target))
         assignments = [assigner.assign(wish, index) for wish in wishes]
         layers.append(LayerPlan(index, tuple(a for a in assignments if a)))
-        for path, message in asked.left_whole.items():
+        for path, message in warnings.items():
             assigner.warn(path, message, index)
-    moments = {"moments"} & set(collectors)
-    outside = _Assigner(document, architecture, methods, moments, " outside the layers")
     wishes = levels.outer(unsized=bool(finder))
-    outer = tuple(found for wish in wishes if (found := outside.assign(wish)))
+    outer = tuple(found for wish in wishes if (found := assigner.assign(wish)))
     if not outer and not any(layer.assignments for layer in layers):
         for index in range(count):
             assigner.warn(("keep",), "every layer stays whole", index)
@@ -102,31 +104,29 @@ def resolve(
         seq_len=seq_len,
         first_token=plan.calibration.first_token or max(1, seq_len // TOKENS_PER_FIRST),
         whole=count * architecture.layer_parameters,
-        warnings=(*assigner.warnings(), *outside.warnings()),
+        warnings=assigner.warnings(),
         outer=outer,
         tables={wish.target: architecture.outer[wish.target].parameters for wish in wishes},
         shared=tuple(wish.target for wish in wishes if not wish.sized(methods)),
     )
 
 
+@dataclass
 class _Assigner:
     """Check wishes against their solvers and find their sizes."""
 
-    def __init__(
-        self,
-        document: Document,
-        architecture: Architecture,
-        methods: Methods,
-        collectors: Collection[str],
-        where: str = "",
-    ) -> None:
-        self.document, self.architecture = document, architecture
-        self.methods, self.collectors, self.where = methods, collectors, where
-        self.used: set[Path] = set()
-        self.warned: dict[tuple[Path, str], list[int]] = {}
+    document: Document
+    architecture: Architecture
+    methods: Methods
+    collectors: set[str]
+    used: set[Path] = field(default_factory=set)
+    warned: dict[tuple[Path, str], list[int]] = field(default_factory=dict)
 
     def assign(self, wish: Wish, index: int | None = None) -> Assignment | None:
-        """Return the assignment for a wish; None if the target stays whole or the wish is a mistake."""
+        """Return the assignment for a wish in a layer (None: outside the layers).
+
+        Return None if the target stays whole or the wish is a mistake.
+        """
         self.used |= {wish.path, wish.method_path, *((*wish.path, key) for key in wish.own)}
         solver = self._solver(wish)
         if solver is None:
@@ -134,35 +134,35 @@ class _Assigner:
             return None
         targets = self.architecture.targets | self.architecture.outer
         target, word = targets[wish.target], solver.size.word
-        options, wrong = read_options(wish.own, solver)
+        options, wrong = _read_options(wish.own, solver)
         for key, message in wrong.items():
             self.document.mistake((*wish.path, key), message)
-        path = (*wish.path, word) if word in wish.own else wish.keep_path
+        own = wish.own.get(word)
+        path = wish.keep_path if own is None else (*wish.path, word)
         self.used.add(path)
-        if word in wish.own and wish.keep_path == (*wish.path, "keep"):
+        if own is not None and wish.keep_path == (*wish.path, "keep"):
             self.document.mistake(path, "contradicts keep of the same entry; write one of the two")
-        if word not in wish.own and wish.keep == 1:
+        if own is None and wish.keep == 1:
             return None
-        self._check_needs(wish, solver, options)
-        if word in wish.own:
-            size = self._read(solver, wish.own[word], path)
-        else:
-            size = solver.size.nearest(target, wish.keep, options)
-        if size is None:
+        self._check_needs(wish, solver, options, inside=index is not None)
+        try:
+            rule = solver.size
+            size = rule.nearest(target, wish.keep, options) if own is None else rule.read(own)
+        except ValueError as error:
+            self.document.mistake(path, str(error))
             return None
-        if refusal := solver.size.refusal(target, size, options):
-            place = path if word in wish.own or not wish.own else wish.path
+        if refusal := rule.refusal(target, size, options):
+            place = path if own is not None or not wish.own else wish.path
             self.document.mistake(place, refusal if wish.target in place else f"{wish.target}: {refusal}")
             return None
-        kept = solver.size.weights(target, size, options)
+        kept = rule.weights(target, size, options)
         if kept < target.parameters:
             return Assignment(wish.target, wish.method, size, options, kept, target.parameters)
-        if word not in wish.own:
+        if own is None:
             self.warn(path, f"{wish.keep:g} of {wish.target} is nearest to all of it; it stays whole", index)
         elif wish.target not in COMPONENTS:
-            self.warn(
-                path, f"{word} {size_text(size)} saves nothing for {wish.target}; it stays dense", index
-            )
+            size = f"{word} {size_text(size)}"
+            self.warn(path, f"{size} saves nothing for {wish.target}; it stays dense", index)
         return None
 
     def warn(self, path: Path, message: str, index: int | None) -> None:
@@ -172,15 +172,12 @@ class _Assigner:
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings by line; each lists its layers unless it is about all."""
         every = list(range(self.architecture.layers))
-        told = [
-            (
-                self.document.line(path),
-                f"{self.document.place(path)}: {dotted(path)}: {message}"
-                + ("" if layers in (every, []) else f" (layers {spans(layers)})"),
-            )
-            for (path, message), layers in self.warned.items()
-        ]
-        return tuple(message for _, message in sorted(told))
+        found = []
+        for (path, message), layers in self.warned.items():
+            where = "" if layers in (every, []) else f" (layers {spans(layers)})"
+            text = f"{self.document.place(path)}: {dotted(path)}: {message}{where}"
+            found.append((self.document.line(path), text))
+        return tuple(text for _, text in sorted(found))
 
     def _solver(self, wish: Wish) -> Solver | None:
         """Return a wish's solver; None if the method is unknown or has none for the target."""
@@ -190,41 +187,78 @@ class _Assigner:
             return None
         solver = wish.solver(self.methods)
         if solver is None and (wish.own or wish.keep < 1):
-            kind = wish.target if wish.target in COMPONENTS else "projection"
+            target = wish.target if wish.target in COMPONENTS else f"{wish.target}, a single projection"
             able = [name for name, method in self.methods.items() if method.solver(wish.target)]
-            has = ", ".join(self.methods[wish.method].solvers)
-            named = wish.target if kind == wish.target else f"{wish.target}, a single projection"
-            self.document.mistake(
-                wish.path,
-                f"method {wish.method!r} is for {has}, not for {named}; {nearest(wish.method, able)}",
-            )
+            message = f"is for {', '.join(self.methods[wish.method].solvers)}, not for {target}"
+            hint = nearest(wish.method, able)
+            self.document.mistake(wish.path, f"method {wish.method!r} {message}; {hint}")
         return solver
 
-    def _check_needs(self, wish: Wish, solver: Solver, options: dict[str, Any]) -> None:
-        missing = sorted(set(solver.needs) - set(self.collectors))
-        if missing:
-            others = [
-                name
-                for name, method in self.methods.items()
-                if (other := method.solver(wish.target)) and set(other.needs) <= set(self.collectors)
-            ]
-            needs = f"{wish.method!r} needs {', '.join(missing)}, which lrc does not collect yet{self.where}"
+    def _check_needs(self, wish: Wish, solver: Solver, options: dict[str, Any], *, inside: bool) -> None:
+        """Note a mistake for statistics that lrc does not collect, and for a model that the solver refuses."""
+        known = self.collectors if inside else self.collectors & {"moments"}
+        uncollected = f"which lrc does not collect yet{'' if inside else ' outside the layers'}"
+        if missing := sorted(set(solver.needs) - known):
+            solvers = {name: method.solver(wish.target) for name, method in self.methods.items()}
+            others = [name for name, other in solvers.items() if other and set(other.needs) <= known]
+            message = f"{wish.method!r} needs {', '.join(missing)}, {uncollected}"
             self.document.mistake(
-                wish.method_path, f"{needs}; these do without: {', '.join(others) or 'none'}"
+                wish.method_path, f"{message}; these do without: {', '.join(others) or 'none'}"
             )
-        elif brought := sorted(solver.collectors(options) - set(self.collectors)):
-            needs = (
-                f"these options of {wish.method!r} need {', '.join(brought)}, which lrc does not collect yet"
-            )
-            self.document.mistake(wish.path or wish.method_path, needs)
+        elif missing := sorted(solver.collectors(options) - known):
+            message = f"these options of {wish.method!r} need {', '.join(missing)}, {uncollected}"
+            self.document.mistake(wish.path or wish.method_path, message)
         if refusal := solver.refuses(self.architecture.geometry, options):
             self.document.mistake(
                 wish.path or wish.method_path, f"{wish.method!r} cannot do this model: {refusal}"
             )
 
-    def _read(self, solver: Solver, value: Any, path: Path) -> SizeValue | None:
+
+def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str) -> None:
+    """Note as a mistake every size that a plan sets in its layers, below the top level; ``finder`` finds them."""
+    words = {solver.size.word for method in methods.values() for solver in method.solvers.values()}
+    rules = {("layers", i): rule for i, rule in enumerate(plan.layers) if rule}
+    inside = {name: entry for name, entry in plan.projections.entries().items() if name not in OUTSIDE}
+    sections: dict[Path, dict[str, Entry]] = {
+        ("components",): plan.components.entries(),
+        ("projections",): inside,
+        **{path: rule.entries() for path, rule in rules.items()},
+    }
+    entries = {(*path, name): entry for path, section in sections.items() for name, entry in section.items()}
+    sizes = [(*path, word) for path, entry in entries.items() for word in words & entry.own.keys()]
+    sizes += [(*path, "keep") for path, each in (entries | rules).items() if each.keep not in (None, 1)]
+    for path in sizes:
+        document.mistake(
+            path, f"is a size, which {finder} finds; leave it out, or write {WHOLE} for what stays whole"
+        )
+
+
+def _read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return every option of a solver with the entry's value or the default, and the mistakes by key."""
+    known, wrong = solver.options, {}
+    values = {name: option.default for name, option in known.items()}
+    for key, value in own.items():
+        if key == solver.size.word:
+            continue
+        if key not in known:
+            wrong[key] = f"unknown key; {nearest(key, {'keep', 'method', solver.size.word, *known})}"
+            continue
         try:
-            return solver.size.read(value)
-        except ValueError as error:
-            self.document.mistake(path, str(error))
-            return None
+            values[key] = _adapter(known[key].annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            wrong[key] = _option_mistake(value, known[key].annotation, error)
+    return values, wrong
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def _option_mistake(value: Any, annotation: Any, error: ValidationError) -> str:
+    if get_origin(annotation) is Literal:
+        return f"{value!r} is not known; {nearest(str(value), map(str, get_args(annotation)))}"
+    if number := as_text_number(value):
+        return number
+    reason = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+    return f"{value!r} is not legal: it {reason}"

@@ -6,7 +6,6 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,7 +20,7 @@ from pydantic import (
 
 from lrc.errors import as_text_number, nearest
 from lrc.plan.document import Document, Path
-from lrc.text.spec import Data, Misplaced, check_data
+from lrc.text.mixture import Data, Misplaced, check_data
 
 WHOLE = "keep-all"
 OUTSIDE = ("embed", "lm_head")  # projections outside the decoder layers
@@ -54,28 +53,10 @@ def _samples(value: object) -> int | str:
     return "all" if value == "all" else _COUNT.validate_python(value, strict=True)
 
 
-def _no_steps(steps: int) -> int:
-    if steps > 0:
-        raise ValueError(f"healing is not built yet ({steps} steps); use 0")
-    return steps
-
-
 def _format(value: object) -> int:
     if value != 1 or isinstance(value, bool | float):
         raise ValueError(f"format {value!r} is not known to this version of lrc; it reads format 1")
     return 1
-
-
-RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
-
-
-def _match(value: object) -> str:
-    for part in str(value).split(","):
-        if not RANGE.fullmatch(part.strip()):
-            raise ValueError(
-                f'{part.strip()!r} names no layers; write such as "0-1", 3, "0,2,5-7" or -1 for the last'
-            )
-    return str(value)
 
 
 Keep = Annotated[float | tuple[float, float], PlainValidator(_keep)]
@@ -86,6 +67,10 @@ class Strict(BaseModel):
     """A section of a plan: no unknown keys, no conversions, no later changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def entries(self) -> dict[str, Entry]:
+        """Return the entries by target."""
+        return {name: value for name, value in self if isinstance(value, Entry)}
 
 
 class Entry(Strict):
@@ -114,16 +99,7 @@ class Entry(Strict):
         return self.model_extra or {}
 
 
-class Entries(Strict):
-    """Entries by target."""
-
-    def entries(self) -> dict[str, Entry]:
-        """Return the entries that the plan has."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in fields.items() if isinstance(value, Entry)}
-
-
-class Components(Entries):
+class Components(Strict):
     """Entries by component."""
 
     qk: Entry | None = None
@@ -131,7 +107,7 @@ class Components(Entries):
     mlp: Entry | None = None
 
 
-class Roles(Entries):
+class Roles(Strict):
     """Entries by projection of a decoder layer."""
 
     q: Entry | None = None
@@ -155,7 +131,7 @@ class Projections(Roles):
 class Rule(Roles, Components):
     """What differs in the layers that ``match``: ``keep`` and ``method`` of the whole layer, and entries."""
 
-    match: Annotated[str, PlainValidator(_match)]
+    match: Annotated[str, PlainValidator(str)]
     keep: Keep | None = None
     method: Text | None = None
 
@@ -166,13 +142,16 @@ def matched_layers(match: str, count: int) -> set[int]:
     Raises ValueError if the text names no layers or a layer that does not exist.
     """
     found = set()
-    for part in _match(match).split(","):
-        low, high = RANGE.fullmatch(part.strip()).groups()  # type: ignore[union-attr]
-        ends = [int(low), int(low if high is None else high)]
-        for end in ends:
+    for part in match.split(","):
+        if not (ends := re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part.strip())):
+            raise ValueError(
+                f'{part.strip()!r} names no layers; write such as "0-1", 3, "0,2,5-7" or -1 for the last'
+            )
+        first, last = (int(end or ends[1]) for end in ends.groups())
+        for end in (first, last):
             if not -count <= end < count:
                 raise ValueError(f"there is no layer {end}; the model has {count} layers, 0 to {count - 1}")
-        first, last = (end % count for end in ends)
+        first, last = first % count, last % count
         if first > last:
             raise ValueError(f"{part.strip()!r} matches no layer; it runs from {first} down to {last}")
         found.update(range(first, last + 1))
@@ -195,12 +174,6 @@ class Calibration(Strict):
     seed: int = Field(default=0, ge=0)
 
 
-class Heal(Strict):
-    """Training after the compression."""
-
-    steps: Annotated[int, Field(ge=0), AfterValidator(_no_steps)] = 0
-
-
 class Plan(Strict):
     """A plan, made in Python as in YAML. Raises UserError with every mistake at once.
 
@@ -218,7 +191,6 @@ class Plan(Strict):
     refit: Literal["residual", "none"] = "residual"
     scale: Literal["fitted", "none"] | None = None
     calibration: Calibration = Calibration()
-    heal: Heal = Heal()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -251,7 +223,6 @@ SECTIONS: dict[Path, type[Strict]] = {
     ("components",): Components,
     ("projections",): Projections,
     ("calibration",): Calibration,
-    ("heal",): Heal,
 }
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from lrc.checkpoint.durable import write_text, written
+from lrc.checkpoint.durable import write_file
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 
@@ -53,24 +52,6 @@ class Ablation:
     peak_bytes: dict[str, int]
     warnings: list[str]
 
-    @property
-    def targets(self) -> dict[str, str]:
-        """The method of each target, in order."""
-        return {result.target: result.method for result in self.results}
-
-    def at(self, target: str, keep: float) -> Ablated:
-        """Return the result of one target at one fraction."""
-        return next(r for r in self.results if (r.target, r.keep) == (target, keep))
-
-
-def ablated(target: str, method: str, keep: float, kept: float, nats: float, dense: float) -> Ablated:
-    """Return a result from the loss per token with one target shrunk, and the ``dense`` model's loss."""
-    return Ablated(target, method, keep, kept, nats, _exp(nats), _exp(nats - dense) - 1)
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -87,6 +68,7 @@ class Loss:
 class Losses:
     """Losses measured under a ``key``; ``dense``: of the model as it is."""
 
+    format: int = field(default=_FORMAT, kw_only=True)
     key: dict[str, Any]
     dense: Perplexity | None = None
     losses: list[Loss] = field(default_factory=list)
@@ -97,11 +79,7 @@ class Losses:
 
     def save(self, path: Path) -> None:
         """Write the file. Raises OutOfResources if that fails."""
-        with written(path):
-            write_text(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
-
-
-_LOSSES = TypeAdapter(Losses)
+        write_file(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def load_losses(path: Path, key: Mapping[str, Any]) -> Losses | None:
@@ -109,10 +87,10 @@ def load_losses(path: Path, key: Mapping[str, Any]) -> Losses | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.pop("format", None) == _FORMAT and found.get("key") == key:
-            return _LOSSES.validate_json(json.dumps(found))
-    except (OSError, ValueError, ValidationError):
+        found = TypeAdapter(Losses).validate_json(path.read_bytes())
+        if (found.format, found.key) == (_FORMAT, key):
+            return found
+    except (OSError, ValueError):
         pass
     raise UserError(
         f"{path} holds no results of lrc eval --ablate for what its name says; remove it, or pass --fresh"

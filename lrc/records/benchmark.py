@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrc.benchmark.cases import Case
-from lrc.benchmark.measure import Measured
+from lrc.benchmark.measure import Timing
 
 BENCH_VERSION = 1
 
@@ -25,8 +25,8 @@ class Row:
     """One case: our figures, those of another model if there is one, and the ratios between them."""
 
     case: Case
-    ours: Measured
-    theirs: Measured | None
+    ours: Timing
+    theirs: Timing | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -91,6 +91,4 @@ class Bench:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        own = {key: value for key, value in vars(self).items() if key not in ("of", "against", "rows")}
-        models = {"of": asdict(self.of), "against": self.against and asdict(self.against)}
-        return {**own, **models, "rows": [row.as_dict() for row in self.rows], "warnings": self.warnings}
+        return {**asdict(self), "rows": [row.as_dict() for row in self.rows], "warnings": self.warnings}

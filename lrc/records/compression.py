@@ -152,41 +152,34 @@ class Report:
         """Return the record as JSON."""
         return json_text(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str, source: str = REPORT) -> Report:
-        """Read ``to_json``. Raises UserError that names ``source`` for another version or damage."""
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{source} is damaged, it is not JSON: {error}") from error
-        version = record.get("version") if isinstance(record, dict) else None
-        if version != REPORT_VERSION:
-            found = "no version" if version is None else f"version {version!r}"
-            raise UserError(
-                f"{source} has {found} of the report; this lrc reads version {REPORT_VERSION}: compress again, or read "
-                "it with the lrc that wrote it"
-            )
-        try:
-            return REPORTS.validate_python(record)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"{source} is damaged at {place}: {first['msg']}") from error
-
 
 REPORTS: TypeAdapter[Report] = TypeAdapter(Report)
 
 
 def read_report(folder: str | Path) -> Report:
-    """Read the report of an output folder. Raises UserError if there is none, or it cannot be used."""
+    """Read the report of an output folder. Raises UserError if there is none, or it has another version or damage."""
     path = Path(folder) / REPORT
     try:
-        text = path.read_text(encoding="utf-8")
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} has no {REPORT}, which lrc compress writes into its outputs") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    return Report.from_json(text, str(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, it is not JSON: {error}") from error
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != REPORT_VERSION:
+        found = "no version" if version is None else f"version {version!r}"
+        raise UserError(
+            f"{path} has {found} of the report; this lrc reads version {REPORT_VERSION}: compress again, or read "
+            "it with the lrc that wrote it"
+        )
+    try:
+        return REPORTS.validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged at {place}: {first['msg']}") from error
 
 
 def json_text(value: Any) -> str:

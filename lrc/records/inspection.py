@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lrc.methods.sizes import SizeValue
-from lrc.records.compression import json_text
 
 INSPECTION_VERSION = 2
 
@@ -91,7 +90,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Held:
+class OutputErrors:
     """A target of an output compared with the original: as it is stored, refits included.
 
     ``reconstruction``: ‖W − W'‖ / ‖W‖ in the Frobenius norm. For qk, W is W_qᵀ W_k over all heads (rotary positions at
@@ -133,7 +132,7 @@ class Inspected:
     whitened: Spectrum
     estimates: list[Estimate]
     choices: list[Choice]
-    held: Held | None = None
+    held: OutputErrors | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,3 @@ class Inspection:
     warnings: list[str]
     versions: dict[str, str]
     version: int = INSPECTION_VERSION
-
-    def to_json(self) -> str:
-        """Return the record as JSON."""
-        return json_text(asdict(self))

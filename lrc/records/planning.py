@@ -9,7 +9,7 @@ from lrc.methods.sizes import SizeValue, size_text
 
 
 @dataclass(frozen=True)
-class Strip:
+class LayerSizes:
     """Sizes of one target by layer; None where the plan keeps the target whole.
 
     ``keeps``: the share of its weights that each layer keeps.
@@ -56,7 +56,7 @@ class Planned:
     kv_bytes_per_token: int
     cost: float
     factor: float | None
-    strips: list[Strip]
+    strips: list[LayerSizes]
     tables: list[TableSize]
 
 

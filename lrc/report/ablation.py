@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lrc.records.ablation import Ablation
 from lrc.report.plots.heatmap import heatmap
-from lrc.report.plots.theme import compact, standalone
-from lrc.report.table import Cell, table
+from lrc.report.plots.theme import standalone
+from lrc.report.table import Cell, grouped, table
 from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
@@ -20,16 +20,21 @@ _LARGEST = 1e3  # times the dense perplexity; a larger rise has the same colour
 
 def picture(ablation: Ablation) -> str:
     """Return the heat map of an ablation as the text of an SVG file."""
-    increases = [[ablation.at(t, keep).increase for keep in ablation.keeps] for t in ablation.targets]
-    rises = [[_rise(increase) for increase in row] for row in increases]
+    by_target = grouped(ablation.results, lambda result: result.target)
+    increases = [[result.increase for result in results] for results in by_target.values()]
+    # Logarithms of perplexity over the dense model's; NaN has the colour of the largest.
+    ratios = [
+        [increase + 1 if increase + 1 < _LARGEST else _LARGEST for increase in row] for row in increases
+    ]
+    rises = [[math.log(max(ratio, 1.0)) for ratio in row] for row in ratios]
     most = max(max(row) for row in rises) or 1
     return standalone(
         heatmap(
             "ablation",
             [[rise / most for rise in row] for row in rises],
             [[percent(increase) for increase in row] for row in increases],
-            list(ablation.targets),
-            [f"{keep:g} ({compact(1 / keep)}x)" for keep in ablation.keeps],
+            list(by_target),
+            [f"{keep:g} ({1 / keep:.3g}x)" for keep in ablation.keeps],
             title=f"Rise of perplexity ({ablation.dense.value:.4g} dense), one target alone",
             below="kept of the target's weights, in all layers",
             label=f"Rise of perplexity of {ablation.model} on {ablation.dense.data} with one target alone shrunk",
@@ -63,10 +68,3 @@ def percent(increase: float) -> str:
     if not increase < 10:  # or NaN
         return f"{increase + 1:.3g}x"
     return f"{round(100 * increase, 1) or 0.0:+.1f} %"  # no -0.0
-
-
-def _rise(increase: float) -> float:
-    """Return the logarithm of perplexity over the dense model's, from 0 to that of ``_LARGEST``."""
-    if not increase + 1 < _LARGEST:  # or NaN
-        return math.log(_LARGEST)
-    return math.log(max(increase + 1, 1.0))

@@ -1,21 +1,26 @@
-"""Outputs grouped by their original and by text, as ``lrc compare`` and a report's page show them."""
+"""Outputs grouped by their original and by text: as a table, as a page, and as points of a report's picture."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrc.checkpoint.sizes import Size
+from lrc.checkpoint.sizes import Size, byte_text
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.records.compression import REPORT, PerplexityChange, Report, read_report
-from lrc.report.plots.cost import Point
-from lrc.report.table import grouped
+from lrc.report.page import Picture, Section, render
+from lrc.report.plots.cost import Point, cost, front
+from lrc.report.table import Cell, Table, grouped, table
+from lrc.report.tables import warning_lines
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _SAME = 1e-3  # relative difference between perplexities of a model on several machines
 
@@ -40,8 +45,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class OnText:
-    """Outputs measured on the same windows in the same precision, by their index in the source.
+class TextResults:
+    """Outputs measured on the same windows in the same precision, by their index in ``Original.outputs``.
 
     ``dense``: the original's perplexity in the first of their reports.
     """
@@ -49,6 +54,11 @@ class OnText:
     text: str
     dense: Perplexity
     changes: dict[int, PerplexityChange]
+
+    @property
+    def windows(self) -> str:
+        """The windows and the precision of the figures."""
+        return f"{self.dense.windows} windows of {self.dense.seq_len} tokens, {self.dense.dtype}"
 
     @property
     def notes(self) -> list[str]:
@@ -63,14 +73,14 @@ class OnText:
 
 
 @dataclass(frozen=True)
-class Source:
+class Original:
     """The outputs of one original, which its fingerprint identifies."""
 
     model: str
     fingerprint: str
     before: Size
     outputs: list[Output]
-    texts: list[OnText]
+    texts: list[TextResults]
 
     @property
     def methods(self) -> list[str]:
@@ -124,14 +134,14 @@ class Source:
         }
 
 
-def read_outputs(folders: Sequence[Path]) -> list[Source]:
+def read_outputs(folders: Sequence[Path]) -> list[Original]:
     """Read output folders and group them by their original; a folder that is named twice counts once.
 
     Raises UserError that names every folder without a report, and for a report that cannot be used.
     """
     advice = "and only those can be compared (lrc eval MODEL --against MODEL compares other models)"
     groups = grouped(_read(folders, advice), lambda output: output.report.fingerprint)
-    return [as_source(found) for found in groups.values()]
+    return [as_original(found) for found in groups.values()]
 
 
 def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[Output]:
@@ -146,23 +156,19 @@ def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[O
     return outputs
 
 
-def as_source(outputs: list[Output]) -> Source:
+def as_original(outputs: list[Output]) -> Original:
     """Group outputs of one original by text."""
     first = outputs[0].report
-    return Source(first.model, first.fingerprint, first.before, outputs, list(_texts(outputs)))
+    return Original(first.model, first.fingerprint, first.before, outputs, list(_texts(outputs)))
 
 
-def points(source: Source, text: OnText) -> list[Point]:
+def points(original: Original, text: TextResults) -> list[Point]:
     """Return the original and its outputs on a text, under names without their common beginning."""
-    labels = short([output.label for output in source.outputs])
-    return [
-        Point("dense", source.before.bytes, text.dense.value, None),
-        *(
-            Point(labels[i], output.report.after.bytes, change.after.value, output.method)
-            for i, change in text.changes.items()
-            for output in [source.outputs[i]]
-        ),
-    ]
+    labels, found = short([output.label for output in original.outputs]), []
+    for i, change in text.changes.items():
+        output = original.outputs[i]
+        found.append(Point(labels[i], output.report.after.bytes, change.after.value, output.method))
+    return [Point("dense", original.before.bytes, text.dense.value, None), *found]
 
 
 def short(labels: Sequence[str]) -> list[str]:
@@ -175,36 +181,96 @@ def short(labels: Sequence[str]) -> list[str]:
     return [label[cut:] for label in labels]
 
 
+def outputs_tables(originals: Iterable[Original]) -> Iterator[RenderableType]:
+    """Yield a table of outputs for each original."""
+    for original in originals:
+        yield original.model
+        yield outputs_table(original).on_screen()
+        yield from (f"{text.text}: perplexity, {text.windows}" for text in original.texts)
+        yield from warning_lines(original.notes)
+
+
+def outputs_table(original: Original) -> Table:
+    """Return a row for the original and one for each output."""
+
+    def row(label: str, size: Size, quality: Mapping[str, tuple[float, float]], keep: str) -> dict[str, Cell]:
+        """Return the cells of a model, given its perplexity and the ratio to the original's by text."""
+        cells: dict[str, Cell] = {"output:w": label}
+        for text, (value, ratio) in quality.items():
+            of_text = f", {text}" if len(original.texts) > 1 else ""
+            cells |= {f"{text}:n": f"{value:.4g}", f"× dense{of_text}:n": f"{ratio:.3f}"}
+        return cells | {
+            "bytes:n": byte_text(size.bytes),
+            "of dense:n:m": f"{size.bytes / original.before.bytes:.3f}",
+            "KV per token:n:m": f"{size.kv_bytes_per_token:,}",
+            "keep:n:m": keep,
+        }
+
+    rows = [
+        row("dense", original.before, {text.text: (text.dense.value, 1.0) for text in original.texts}, "100%")
+    ]
+    for i, output in enumerate(original.outputs):
+        changes = {text.text: text.changes[i] for text in original.texts if i in text.changes}
+        quality = {text: (change.after.value, change.ratio) for text, change in changes.items()}
+        cells = row(output.label, output.report.after, quality, f"{output.report.keep:.1%}")
+        rows.append(cells | {"method:m": output.method, "seconds:n:m": f"{output.seconds:.1f}"})
+    return table(rows)
+
+
+def compared_page(originals: Sequence[Original]) -> str:
+    """Return the page of all originals, each with axes of its own."""
+    models = ", ".join(original.model for original in originals)
+    count = sum(len(original.outputs) for original in originals)
+    sentence = f"{count} output{'s' * (count != 1)} of {models}: what each takes, and what it costs."
+    if len(originals) > 1:
+        sentence += f" They come from {len(originals)} originals, and are compared within each."
+    sections = [
+        Section(
+            f"{original.model}, {byte_text(original.before.bytes)}",
+            [_picture(f"cost-{number}-{i}", original, text) for i, text in enumerate(original.texts)],
+            notes=original.notes,
+            tables=[outputs_table(original)],
+        )
+        for number, original in enumerate(originals)
+    ]
+    return render(f"Outputs of {models}", sentence, sections)
+
+
+def _picture(name: str, original: Original, text: TextResults) -> Picture:
+    found = points(original, text)
+    edge = ", ".join(point.label for point in front(found))
+    caption = (
+        "Down and left is better. No output is both smaller and better than those on the line: "
+        f"{edge}. {text.windows}."
+    )
+    return Picture(cost(name, text.text, found, original.methods), caption)
+
+
 def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output]:
-    once = list({folder.resolve(): folder for folder in folders}.values())
-    without = [str(folder) for folder in once if not (folder / REPORT).is_file()]
+    once = {folder.resolve(): folder for folder in folders}
+    without = [str(folder) for folder in once.values() if not (folder / REPORT).is_file()]
     if without:
         raise UserError(
             f"{option}no {REPORT} in {', '.join(without)}; lrc compress writes one into each of its outputs, {advice}"
         )
-    reports = [read_report(folder) for folder in once]
-    return [Output(*each) for each in zip(_labels(once), map(str, once), reports, strict=True)]
+    names = [path.name for path in once]
+    return [
+        Output(str(folder) if names.count(path.name) > 1 else path.name, str(folder), read_report(folder))
+        for path, folder in once.items()
+    ]
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """Return names of folders, as paths where several are alike."""
-    groups = grouped(folders, lambda folder: folder.resolve().name)
-    return [str(folder) if groups[folder.resolve().name][1:] else folder.resolve().name for folder in folders]
-
-
-def _texts(outputs: Sequence[Output]) -> Iterable[OnText]:
+def _texts(outputs: Sequence[Output]) -> Iterable[TextResults]:
     """Group figures that are comparable: of the same tokens, windows, precision and protocol."""
-    found: dict[tuple[Any, ...], dict[int, PerplexityChange]] = {}
+    found: dict[tuple[str, str, int, str], dict[int, PerplexityChange]] = {}
     for i, output in enumerate(outputs):
         for change in output.report.perplexity:
             p = change.after
-            key = p.data, p.ids_sha256, p.windows, p.seq_len, p.dtype, p.protocol
+            key = p.data, f"{p.windows} × {p.seq_len}, {p.dtype}", p.protocol, p.ids_sha256
             found.setdefault(key, {}).setdefault(i, change)
-    names = [key[0] for key in found]
-    for (data, ids, count, length, dtype, protocol), changes in found.items():
-        text = f"{data}, {count} × {length}, {dtype}"
-        alike = [key for key in found if key[0] == data and key[2:5] == (count, length, dtype)]
-        if len(alike) > 1:
-            text += f", protocol {protocol}, ids {ids[:8]}"
-        name = data if names.count(data) == 1 else text
-        yield OnText(name, next(iter(changes.values())).before, changes)
+    for (data, windows, protocol, ids), changes in found.items():
+        same_data = [key for key in found if key[0] == data]
+        name = data if len(same_data) == 1 else f"{data}, {windows}"
+        if len([key for key in same_data if key[1] == windows]) > 1:
+            name += f", protocol {protocol}, ids {ids[:8]}"
+        yield TextResults(name, next(iter(changes.values())).before, changes)

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from lrc.methods.sizes import size_text
 from lrc.plan.resolved import weights_of
-from lrc.records.planning import Planning, Strip, cost_text
+from lrc.records.planning import LayerSizes, Planning, cost_text
 from lrc.report.table import Cell, table
 from lrc.report.tables import seconds_line, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-from lrc.methods.sizes import size_text
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLOURS = ("red", "dark_orange", "yellow", "green")
 
 
-def pictures(planning: Planning) -> Iterator[RenderableType]:
+def plan_tables(planning: Planning) -> Iterator[RenderableType]:
     """Yield every plan, a row for each target, and then what the costs were measured on."""
     for plan in planning.plans:
         cost = cost_text(plan.cost, planning.unit)
@@ -41,7 +41,7 @@ def pictures(planning: Planning) -> Iterator[RenderableType]:
     yield from warning_lines(planning.warnings)
 
 
-def _row(strip: Strip) -> dict[str, Cell]:
+def _row(strip: LayerSizes) -> dict[str, Cell]:
     sizes = [strip.full if size is None else size for size in strip.sizes]
     _, least = min(zip(strip.keeps, sizes, strict=True), key=lambda each: each[0])
     numbers = [size for size in sizes if isinstance(size, int)]

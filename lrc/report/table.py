@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -17,16 +18,10 @@ Cell: TypeAlias = "str | Text"  # with colours on a terminal alone
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; ``kind`` ``n`` holds numbers, flush right, ``w`` words that wrap; ``minor``: not on a phone."""
+    """A heading and CSS classes: ``n`` numbers, flush right, ``w`` words that wrap; ``m``: not on a phone."""
 
     heading: str
-    kind: str
-    minor: bool
-
-    @property
-    def classes(self) -> str:
-        """CSS classes of its cells."""
-        return f"{self.kind} {'m' * self.minor}".strip()
+    classes: str
 
 
 @dataclass(frozen=True)
@@ -43,8 +38,8 @@ class Table:
 
         screen = Screen(title=self.caption or None, title_justify="left")
         for column in self.columns:
-            numbers = column.kind == "n"
-            screen.add_column(column.heading, justify="right" if numbers else "left", overflow="fold")
+            justify = "right" if "n" in column.classes else "left"
+            screen.add_column(column.heading, justify=justify, overflow="fold")
         for row in self.rows:
             screen.add_row(*row)
         return screen
@@ -65,9 +60,8 @@ def table(rows: Iterable[Mapping[str, Cell]], caption: str = "") -> Table:
     found, columns = list(rows), []
     headings = list(dict.fromkeys(heading for row in found for heading in row))
     for heading in headings:
-        name = heading.removesuffix(":m")
-        kind = name[-1] if name.endswith((":n", ":w")) else ""
-        columns.append(Column(name[:-2] if kind else name, kind, minor=name != heading))
+        name, *classes = re.split(":(?=[nwm]$|[nw]:m$)", heading)
+        columns.append(Column(name, " ".join(classes)))
     return Table(columns, [[row.get(heading, "") for heading in headings] for row in found], caption)
 
 

@@ -1,33 +1,32 @@
-"""Results as tables on a terminal."""
+"""Results as tables: of a compression for every page, and of all other verbs for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from lrc.benchmark.measure import Measured
-from lrc.checkpoint.sizes import byte_text
+from lrc.benchmark.measure import Timing
+from lrc.checkpoint.sizes import Size, byte_text
+from lrc.compression.measure import Measured
 from lrc.evaluation.bootstrap import RESAMPLES, Estimate
 from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import TaskScore
-from lrc.methods.sizes import size_text
+from lrc.methods.contract import Prediction
+from lrc.methods.sizes import SizeValue, size_text
 from lrc.records.benchmark import Bench
-from lrc.records.check import Check
+from lrc.records.check import Check, Item
 from lrc.records.comparison import Comparison, Evaluated
-from lrc.records.compression import Report
-from lrc.report.rows import cost_table, listed, size_unit, targets_table
-from lrc.report.table import Table, table
+from lrc.records.compression import PerplexityChange, Report, TargetRecord
+from lrc.report.table import Table, grouped, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lrc.records.catalogue import Item
-    from lrc.records.integrity import Integrity
-    from lrc.report.outputs import Source
 
-
-def summary(report: Report) -> Iterator[RenderableType]:
+def compression_tables(report: Report) -> Iterator[RenderableType]:
     """Yield what a compression did and what it cost."""
     yield targets_table(report.targets).on_screen()
     yield cost_table(report.before, report.after, report.perplexity).on_screen()
@@ -41,7 +40,114 @@ def summary(report: Report) -> Iterator[RenderableType]:
     yield f"wrote {report.out}"
 
 
-def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
+def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange] = ()) -> Table:
+    """Return parameters, bytes, cache and perplexity before and after."""
+
+    def row(name: str, old: str, new: str, ratio: float) -> dict[str, str]:
+        return {":w": name, "before:n": old, "after:n": new, "ratio:n": f"{ratio:.3f}"}
+
+    rows = [
+        row(name, shown(old), shown(new), new / old)
+        for name, shown, old, new in (
+            ("parameters", "{:,}".format, before.parameters, after.parameters),
+            ("bytes", byte_text, before.bytes, after.bytes),
+            ("KV cache, bytes per token", "{:,}".format, before.kv_bytes_per_token, after.kv_bytes_per_token),
+        )
+    ]
+    for change in perplexity:
+        old, new = change.before, change.after
+        label = f"perplexity, {old.data} ({old.windows} × {old.seq_len} tokens, {old.dtype})"
+        rows.append(row(label, f"{old.value:.4g}", f"{new.value:.4g}", change.ratio))
+        if old.bits_per_byte is not None and new.bits_per_byte is not None:
+            ratio = new.bits_per_byte / old.bits_per_byte if old.bits_per_byte else math.nan
+            bits = f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}"
+            rows.append(row(f"bits per byte, {old.data}", *bits, ratio))
+    return table(rows)
+
+
+def targets_table(records: Iterable[TargetRecord]) -> Table:
+    """Return a row for each target, method and metric of its prediction, over the layers.
+
+    Relative errors are root mean squares over the layers, nats their means.
+    """
+    groups = grouped(records, lambda record: (record.target, record.method, record.predicted.metric))
+    return table(
+        {
+            "target": target,
+            **_outcome(some),
+            "method": method,
+            "layers:n:m": f"{sum(r.layer is not None for r in some)}",
+        }
+        for (target, method, _), some in groups.items()
+    )
+
+
+def every_table(records: Iterable[TargetRecord]) -> Table:
+    """Return a row for each target of each layer, with options and numerics."""
+    return table(
+        {
+            "layer:n": "" if r.layer is None else f"{r.layer}",
+            "target": r.target,
+            **_outcome([r]),
+            "method": r.method,
+            "options:w": listed(r.options),
+            "numerics:w": listed({name: f"{value:.3g}" for name, value in r.numerics.items()}),
+        }
+        for r in records
+    )
+
+
+def _outcome(records: Sequence[TargetRecord]) -> dict[str, str]:
+    (predicted, measured), ends = _errors(records), size_ends(records)
+    return {
+        "predicted error:n": predicted,
+        "measured error:n": measured,
+        "kept:n": f"{sum(r.kept for r in records) / sum(r.whole for r in records):.1%}",
+        "size:n:m": size_span(*ends) + size_unit(records[0].target, ends[1]),
+    }
+
+
+def _errors(records: Sequence[TargetRecord]) -> tuple[str, str]:
+    """Return predicted and measured error of records of one metric; the latter is empty if nothing was measured."""
+    metric, measured = records[0].predicted.metric, [r.measured for r in records]
+    if unit := {"kl": "nats KL", "loss": "nats of loss"}.get(metric):
+        predicted = f"{fmean(r.predicted.error for r in records):.2g} {unit}"
+    else:
+        predicted = f"{_relative([r.predicted for r in records]):.4f}"
+    kl = [m.kl for m in measured if m.kl is not None]
+    if len(kl) == len(measured):
+        return predicted, f"{fmean(kl):.2g} nats KL"
+    return predicted, f"{_relative(measured):.4f}" if all(m.error is not None for m in measured) else ""
+
+
+def size_span(smallest: SizeValue, largest: SizeValue) -> str:
+    """Return a size, or the smallest and the largest."""
+    ends = [size_text(smallest), *([size_text(largest)] if largest != smallest else [])]
+    return "-".join(ends)
+
+
+def size_ends(records: Iterable[TargetRecord]) -> tuple[SizeValue, SizeValue]:
+    """Return the sizes that keep the fewest and the most weights."""
+    ordered = sorted(records, key=lambda record: record.kept)
+    return ordered[0].size, ordered[-1].size
+
+
+def size_unit(target: str, size: SizeValue) -> str:
+    """Return what follows the size of a target: nothing where it is a rank, or more than one number."""
+    units = {"mlp": " neurons", "qk": " per head", "ov": " per head"}
+    return "" if isinstance(size, tuple) else units.get(target, "")
+
+
+def listed(record: Mapping[str, Any]) -> str:
+    """Return names and values in a line, without those that are None."""
+    return ", ".join(f"{name} {value}" for name, value in record.items() if value is not None)
+
+
+def _relative(errors: Iterable[Prediction | Measured]) -> float:
+    return fmean(e.error / e.reference if e.error and e.reference else 0.0 for e in errors) ** 0.5
+
+
+def evaluation_tables(comparison: Comparison) -> Iterator[RenderableType]:
     """Yield perplexity and scores on tasks of one model, or of two with their ratios."""
     of, against = comparison.of, comparison.against
     yield f"model: {of.model}"
@@ -57,20 +163,7 @@ def evaluation(comparison: Comparison) -> Iterator[RenderableType]:
     yield from warning_lines(comparison.notes)
 
 
-def outputs(sources: Iterable[Source]) -> Iterator[RenderableType]:
-    """Yield a table of outputs for each original."""
-    from lrc.report.compared import outputs_table
-
-    for source in sources:
-        yield source.model
-        yield outputs_table(source).on_screen()
-        for text in source.texts:
-            dense = text.dense
-            yield f"{text.text}: perplexity, {dense.windows} windows of {dense.seq_len} tokens, {dense.dtype}"
-        yield from warning_lines(source.notes)
-
-
-def resolution(check: Check) -> Iterator[RenderableType]:
+def check_tables(check: Check) -> Iterator[RenderableType]:
     """Yield sizes, bytes and memory of a plan for a model."""
     rows = [
         {
@@ -99,7 +192,7 @@ def resolution(check: Check) -> Iterator[RenderableType]:
     yield from warning_lines(check.warnings)
 
 
-def speeds(found: Bench) -> Iterator[RenderableType]:
+def bench_tables(found: Bench) -> Iterator[RenderableType]:
     """Yield tokens per second and memory by case, of one model or of two with their ratios."""
     headings = ("model", "against")
     for title, side in zip(headings, (found.of, found.against), strict=True):
@@ -139,27 +232,17 @@ def speeds(found: Bench) -> Iterator[RenderableType]:
     yield from warning_lines(found.warnings)
 
 
-def integrity(found: Integrity) -> Iterator[RenderableType]:
-    """Yield what was verified in a sound output."""
-    yield f"sound: {found.folder}, {found.files} files, {found.tensors:,} tensors, {byte_text(found.bytes)}"
-
-
-def overview(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
+def names_table(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
     """Yield the names in every group, a row each."""
-    rows = [
-        {"group": group, "names": ", ".join(item.name for item in items)} for group, items in groups.items()
-    ]
-    yield table(rows).on_screen()
+    names = {group: ", ".join(item.name for item in items) for group, items in groups.items()}
+    yield table({"group": group, "names": each} for group, each in names.items()).on_screen()
     yield "lrc list GROUP shows one line and the source of each"
 
 
 def catalogue_table(group: str, items: Iterable[Item]) -> RenderableType:
     """Return one group: a line for each item, and its source where any has one."""
-    rows = [
-        {group: item.name, "": item.summary, **({"source": item.source} if item.source else {})}
-        for item in items
-    ]
-    return table(rows).on_screen()
+    rows = [{group: item.name, "": item.summary, "source": item.source} for item in items]
+    return table({name: cell for name, cell in row.items() if cell} for row in rows).on_screen()
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:
@@ -261,7 +344,7 @@ def _bits(p: Perplexity) -> str:
     return f"{p.value:.5g}{bits}"
 
 
-def _speed(side: Measured) -> str:
+def _speed(side: Timing) -> str:
     value = side.tokens_per_second
     spread = "" if side.spread is None else f" ±{side.spread / 2:.1%}"
     return (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}") + spread

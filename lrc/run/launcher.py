@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
+class Rank(NamedTuple):
     """Hold this process's rank, the number of processes, and its rank on its own machine."""
 
     rank: int = 0
@@ -14,7 +14,7 @@ class Place(NamedTuple):
     local: int = 0
 
 
-def place() -> Place:
-    """Return this process's place; a single process without a launcher."""
+def own_rank() -> Rank:
+    """Return this process's rank; a single process without a launcher."""
     words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    return Place(*map(int, words)) if all(word.isdecimal() for word in words) else Place()
+    return Rank(*map(int, words)) if all(word.isdecimal() for word in words) else Rank()

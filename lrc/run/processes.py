@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -23,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lrc.errors import OutOfResources, ProcessEnded, UserError
-from lrc.run.launcher import Place, place
+from lrc.run.launcher import Rank, own_rank
 
 TIMEOUT = timedelta(minutes=10)  # the others wait while one process solves or writes alone
 AGAIN = "run the same command again: a compression goes on where it stopped"
@@ -41,19 +42,11 @@ class Processes:
     them is raised on all, ``ProcessEnded`` if one ended or does not answer.
     """
 
-    def __init__(self, place: Place, store: Store | None = None) -> None:
-        self.rank, self.size, self.local = place
+    def __init__(self, rank: Rank, store: Store | None = None) -> None:
+        self.rank, self.size, self.local = rank
+        self.first, self.alone = self.rank == 0, self.size == 1  # the first writes files and prints
         self._store = store
-        self._parted = False  # after a failure the processes no longer meet
-
-    @property
-    def first(self) -> bool:
-        """Tell whether this process writes files and prints."""
-        return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        return self.size == 1
+        self._failed = False  # after a failure the processes no longer meet
 
     def mine(self, items: Split) -> Split:
         """Return this process's share of items that all have: every ``size``-th one."""
@@ -101,34 +94,35 @@ class Processes:
         """Raise UserError on all processes if one would run with other settings than the first."""
         theirs = self.share(settings)
         if others := [name for name in {**theirs, **settings} if theirs.get(name) != settings.get(name)]:
-            raise UserError(
-                f"process {self.rank} would run with another {' and '.join(others)} than process 0; all have to see "
-                "the same files and libraries"
-            )
+            differing = f"process {self.rank} would run with another {' and '.join(others)} than process 0"
+            raise UserError(f"{differing}; all processes need the same files and libraries")
         self.meet()
 
     def meet(self, failure: UserError | None = None) -> None:
         """Wait for every process; raise the first ``failure`` that any of them passes."""
-        if self.alone or self._parted:
+        if self.alone or self._failed:
             return
         failed = torch.tensor(failure is not None, dtype=torch.uint8)
         flags = [torch.zeros_like(failed) for _ in range(self.size)]
         self._try(lambda: dist.all_gather(flags, failed))
         if any(flags):
-            self._parted = True
+            self._failed = True
             failures: list[Any] = [None] * self.size
             self._try(lambda: dist.all_gather_object(failures, failure))
             raise next(each for each in failures if each is not None)
 
-    def first_to_miss(self) -> bool:
-        """Tell whether this is the first process to notice that another ended; it prints the error."""
-        try:
-            return self._store is None or self._store.add("lost", 1) == 1
-        except RuntimeError:  # the store was on the process that ended
-            return True
+    def ended(self, message: str) -> ProcessEnded:
+        """Return an error that the first process to notice another's end reports, and the later ones do not."""
+        error = ProcessEnded(f"{message}; {AGAIN}")
+        with suppress(RuntimeError):  # the store was on the process that ended
+            error.reported = self._store is not None and self._store.add("lost", 1) > 1
+        return error
 
     def _broadcast(self, value: Any, source: int) -> Any:
-        """Send a value's outline, then its tensors in order."""
+        """Send a value's pickle without its tensors, then the tensors in order.
+
+        Tensors pickled with the object would take ten times as long, and CUDA tensors arrive on the sender's device.
+        """
         if self.alone:
             return value
 
@@ -137,95 +131,88 @@ class Processes:
                 self._try(lambda: dist.broadcast(tensor.view(-1).view(torch.uint8), source))
             return tensor
 
-        sends = self.rank == source
-        outline, tensors = _outlined(value) if sends else (b"", [])
-        held = [outline]
-        self._try(lambda: dist.broadcast_object_list(held, source))
-        for tensor in tensors:
-            exchange(tensor.contiguous())
+        tensors: list[Tensor] = []
+
+        class Writer(pickle.Pickler):
+            def persistent_id(self, obj: Any) -> Any:
+                if not isinstance(obj, Tensor):
+                    return None
+                tensors.append(obj.contiguous())
+                return tuple(obj.shape), obj.dtype, obj.device.type
 
         class Reader(pickle.Unpickler):
             def persistent_load(self, pid: tuple[Any, torch.dtype, str]) -> Tensor:
                 shape, dtype, device = pid
                 return exchange(torch.empty(shape, dtype=dtype, device=device))
 
-        return value if sends else Reader(BytesIO(held[0])).load()
+        outline = BytesIO()
+        if self.rank == source:
+            Writer(outline).dump(value)
+        held = [outline.getvalue()]
+        self._try(lambda: dist.broadcast_object_list(held, source))
+        if self.rank != source:
+            return Reader(BytesIO(held[0])).load()
+        for tensor in tensors:
+            exchange(tensor)
+        return value
 
     def _try(self, exchange: Callable[[], object]) -> None:
         try:
             exchange()
         except RuntimeError as error:  # gloo and NCCL have no error class for it
-            self._parted = True
+            self._failed = True
             # Strip the place in the backend's source before the reason, and the advice after it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
-            raise ProcessEnded(
+            raise self.ended(
                 f"another of the {self.size} processes of this run ended, or did not answer for "
-                f"{TIMEOUT.seconds // 60} minutes (process {self.rank}: {reason}); {AGAIN}"
+                f"{TIMEOUT.seconds // 60} minutes (process {self.rank}: {reason})"
             ) from error
 
 
-ALONE = Processes(Place())
+ALONE = Processes(Rank())
 
 
 @contextmanager
 def launched() -> Iterator[Processes]:
     """Connect the processes that a launcher started until the context closes; ``ALONE`` without a launcher.
 
-    A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened.
+    A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened. A
+    launcher that misses a process stops the others by SIGTERM, which raises ``ProcessEnded`` here.
     """
-    here = place()
+    here = own_rank()
     if here.size == 1:
         yield ALONE
         return
     # After a restart the store holds addresses of processes that ended.
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise UserError(
-            "a launcher's restarts are not supported; leave --max-restarts at 0 and start the command again"
-        )
+        raise UserError("lrc supports no restarts by a launcher: use --max-restarts 0 and start again")
     by = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(by, store=store, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the {here.size} processes of this run do not find each other: {str(error).splitlines()[0]}"
-        ) from error
-    processes, whole = Processes(here, PrefixStore("lrc", store)), True
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the {here.size} processes of this run do not find each other: {reason}") from error
+    processes, connected = Processes(here, PrefixStore("lrc", store)), True
+
+    def stop(*_: object) -> None:
+        raise processes.ended("the launcher stopped this run (SIGTERM), as it does when a process ends")
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield processes
         processes.meet()
-    except ProcessEnded:
-        whole = False
-        raise
-    except UserError as error:
-        processes.meet(error)
-        raise
-    except Exception as error:
-        reason = f"process {here.rank} of {here.size} failed with {type(error).__name__}: {error}"
-        with suppress(UserError):
-            processes.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
-        raise
-    except BaseException:
-        whole = False
+        signal.signal(signal.SIGTERM, before)
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends now, with its message and exit code
+        connected = isinstance(error, Exception) and not isinstance(error, ProcessEnded)
+        if connected and isinstance(error, UserError):
+            processes.meet(error)
+        elif connected:
+            reason = f"process {here.rank} of {here.size} failed with {type(error).__name__}: {error}"
+            with suppress(UserError):
+                processes.meet(OutOfResources(f"{reason}; its traceback is on its stderr; {AGAIN}"))
         raise
     finally:
-        if whole or by == "gloo":  # NCCL would wait for processes that ended
+        if connected or by == "gloo":  # NCCL would wait for processes that ended
             dist.destroy_process_group()
-
-
-def _outlined(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Pickle a value without its tensors; return the pickle and the tensors, in the order of the value.
-
-    Tensors pickled with the object would take ten times as long, and CUDA tensors arrive on the sender's device.
-    """
-    file, tensors = BytesIO(), list[Tensor]()
-
-    class Writer(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> Any:
-            if not isinstance(obj, Tensor):
-                return None
-            tensors.append(obj)
-            return tuple(obj.shape), obj.dtype, obj.device.type
-
-    Writer(file).dump(value)
-    return file.getvalue(), tensors

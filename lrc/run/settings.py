@@ -65,15 +65,11 @@ def find_device(name: str | None, processes: Processes = ALONE) -> torch.device:
         raise UserError(f"there is no device {name!r} on this machine; {nearest(name, there)}")
     if name is None or name == "cuda":
         if gpus and processes.local >= len(gpus):
-            raise UserError(
-                f"process {processes.local} of this machine has no GPU of its own: there are {len(gpus)}; start "
-                "as many processes as there are GPUs, or say --device cpu"
-            )
+            lacking = f"process {processes.local} of this machine has no GPU: there are {len(gpus)}"
+            raise UserError(f"{lacking}; start one process for each GPU, or say --device cpu")
         name = gpus[processes.local] if gpus else "cpu"
     elif name in gpus and not processes.alone:
-        raise UserError(
-            f"--device {name} is one GPU for {processes.size} processes; say cuda, and each has its own"
-        )
+        raise UserError(f"--device {name} is one GPU for {processes.size} processes; use --device cuda")
     device = torch.device(name)
     if device.type == "cuda":
         # Compiled kernels run on the current device, wherever their tensors are.

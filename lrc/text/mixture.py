@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lrc.errors import UserError
+from lrc.errors import UserError, as_text_number
 from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize, windows
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.source import check_text, read_text
-from lrc.text.spec import Data, DataLike, check_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Data = str | tuple[str, ...] | dict[str, float]
+DataLike = str | Sequence[str] | Mapping[str, float]  # accepted from callers as Data
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,47 @@ def read_mixture(data: DataLike) -> Mixture:
     return Mixture((checked,) if isinstance(checked, str) else checked, None)
 
 
+class Misplaced(ValueError):
+    """Errors inside a value, by key or position."""
+
+    def __init__(self, places: Mapping[str | int, str]) -> None:
+        super().__init__("; ".join(f"{place}: {message}" for place, message in places.items()))
+        self.places = places
+
+
+def check_data(value: object) -> Data:
+    """Return a value as calibration texts; of weights only the ratios count.
+
+    Raises Misplaced for an empty or repeated name and for a weight that is not above 0, and ValueError for a value that
+    names no text.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, Mapping | list | tuple) and value:
+        wrong: dict[str | int, str] = {}
+        for place, name in enumerate(value):
+            if not isinstance(name, str) or not name.strip():
+                wrong[str(name) if isinstance(value, Mapping) else place] = f"{name!r} is not a name"
+            elif isinstance(value, Mapping):
+                wrong[name] = _wrong_weight(value[name])
+            elif name in value[:place]:
+                wrong[place] = f"{name!r} is written twice"
+        if wrong := {place: message for place, message in wrong.items() if message}:
+            raise Misplaced(wrong)
+        return dict(value) if isinstance(value, Mapping) else tuple(value)
+    raise ValueError(
+        f"{value!r} names no text; write such as wikitext2, [wikitext2, c4] or {{wikitext2: 2, c4: 1}}"
+    )
+
+
+def _wrong_weight(weight: object) -> str:
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        return as_text_number(weight) or f"{weight!r} is not a number; a weight is above 0, such as 2"
+    if not (weight > 0 and math.isfinite(weight)):
+        return f"a weight of {weight} draws no blocks; write a number above 0, or leave the text out"
+    return ""
+
+
 def shares(samples: int, weights: Sequence[Fraction]) -> list[int]:
     """Split samples in proportion to weights by largest remainder (ties: the earlier source), at least one each.
 
@@ -229,7 +273,11 @@ def _parsed(data: str) -> object:
     """Parse a string into the value that a plan would have."""
     if _is_file(data):
         return data
-    pairs = [_pair(part.strip()) for part in data.split(",")]
+    pairs: list[tuple[str, str | None]] = []
+    for part in (part.strip() for part in data.split(",")):
+        name, equals, weight = part.rpartition("=")
+        weighted = equals and not _is_file(part)
+        pairs.append((name.strip(), weight.strip()) if weighted else (part, None))
     names = [name for name, _ in pairs]
     for place, name in enumerate(names):
         if name in names[:place]:
@@ -243,13 +291,6 @@ def _parsed(data: str) -> object:
             "comma, name only this file, or write {NAME: 2, ...} in a plan"
         )
     return names if names[1:] else names[0]
-
-
-def _pair(part: str) -> tuple[str, str | None]:
-    if "=" not in part or _is_file(part):
-        return part, None
-    name, _, weight = part.rpartition("=")
-    return name.strip(), weight.strip()
 
 
 def _number(word: str) -> float | str:

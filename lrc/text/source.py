@@ -1,23 +1,31 @@
-"""Find and read the text that a name or a path stands for."""
+"""Find and read the text that a name or a path stands for: plain, JSON lines or Parquet, compressed or not.
+
+Errors name the file, and the line and byte where text cannot be read.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
+import lzma
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from lrc.errors import UserError, nearest
 from lrc.text.datasets import DATASETS, SYNTHETIC, DataSet, Split
-from lrc.text.files import holds_documents, read_documents, read_plain
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DATA_DIR_VARIABLE = "LRC_DATA_DIR"
 Use = Literal["calibration", "evaluation"]
 
+_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 _FILE_SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".parquet", ".xz", ".gz")
 
 
@@ -58,9 +66,13 @@ def read_text(spec: str, use: Use, data_dir: Path | None = None) -> Text:
     """
     name, _, split = spec.partition(":")
     if name in DATASETS:
-        return _read_dataset(DATASETS[name], split, use, _data_dir(data_dir))
+        folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+        if folder and not Path(folder).is_dir():
+            giver = "--data-dir" if data_dir else DATA_DIR_VARIABLE
+            raise UserError(f"{folder}, given by {giver}, is not a folder")
+        return _read_dataset(DATASETS[name], split, use, Path(folder) if folder else None)
     path = _path(spec, use)
-    text = "\n\n".join(read_documents(path, "text")) if holds_documents(path) else read_plain(path)
+    text = "\n\n".join(_read_documents(path, "text")) if _holds_documents(path) else _read_plain(path)
     return _text(spec, None, text, str(path), ())
 
 
@@ -111,9 +123,9 @@ def _read_dataset(data_set: DataSet, asked: str, use: Use, data_dir: Path | None
 
 
 def _local_rows(data_set: DataSet, split: Split, path: Path) -> list[str]:
-    if holds_documents(path):
-        return read_documents(path, data_set.column, split.documents)
-    text = read_plain(path)
+    if _holds_documents(path):
+        return _read_documents(path, data_set.column, split.documents)
+    text = _read_plain(path)
     if data_set.lines == "none":
         return [text]
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -147,13 +159,6 @@ def _hub_rows(data_set: DataSet, hub: str, name: str, data_dir: Path | None) -> 
         ) from error
 
 
-def _data_dir(given: Path | None) -> Path | None:
-    folder = given or os.environ.get(DATA_DIR_VARIABLE)
-    if folder and not Path(folder).is_dir():
-        raise UserError(f"{folder}, given by {'--data-dir' if given else DATA_DIR_VARIABLE}, is not a folder")
-    return Path(folder) if folder else None
-
-
 def _text(name: str, split: str | None, text: str, origin: str, notes: tuple[str, ...]) -> Text:
     if not text.strip():
         raise UserError(f"{origin} is empty: it holds no text")
@@ -162,3 +167,91 @@ def _text(name: str, split: str | None, text: str, origin: str, notes: tuple[str
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
         raise UserError(f"{origin}: character {error.start} is half of a surrogate pair, not text") from None
     return Text(name, split, text, digest, origin, notes)
+
+
+def _read_plain(path: Path) -> str:
+    """Read a UTF-8 text file, ``.xz`` and ``.gz`` decompressed; raise UserError if it is binary or cannot be read."""
+    with _opened(path) as file:
+        return _decode(file.read(), path)
+
+
+def _read_documents(path: Path, column: str, limit: int | None = None) -> list[str]:
+    """Read ``column`` of the first ``limit`` rows of a JSON-lines or Parquet file.
+
+    Raises UserError if the file cannot be read, and for a line that is not JSON or has no text in ``column``.
+    """
+    rows = _parquet_rows if path.suffix == ".parquet" else _json_rows
+    return list(islice(rows(path, column), limit))
+
+
+def _holds_documents(path: Path) -> bool:
+    """Tell by a file's name whether it holds rows rather than plain text."""
+    inner = path.with_suffix("") if path.suffix in _OPENERS else path
+    return inner.suffix in (".jsonl", ".json", ".parquet")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a file in it, or pass --data-dir {path}") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _decode(data: bytes, path: Path, line: int = 1, start: int = 0) -> str:
+    """Decode ``data``, which begins at byte ``start`` and line ``line`` of the file."""
+
+    def place(at: int) -> str:
+        newlines = data.count(b"\n", 0, at)
+        return f"byte {start + at} (line {line + newlines})"
+
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise UserError(f"{path} is not a text file: NUL at {place(nul)}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at {place(error.start)}") from None
+
+
+def _json_rows(path: Path, column: str) -> Iterator[str]:
+    start = 0
+    with _opened(path) as file:
+        for number, raw in enumerate(file, 1):
+            line = _decode(raw, path, number, start)
+            start += len(raw)
+            if line.strip():
+                yield _json_field(line, column, f"{path}, line {number}")
+
+
+def _json_field(line: str, column: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected an object with a field {column!r}, found {type(row).__name__}")
+    if not isinstance(row.get(column), str):
+        raise UserError(f"{place}: no text in field {column!r}; fields: {', '.join(sorted(row)) or 'none'}")
+    return row[column]
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    with _opened(path) as file:
+        try:
+            table = ParquetFile(file)
+            names = table.schema_arrow.names
+            if column not in names:
+                raise UserError(f"{path}: no column {column!r}; columns: {', '.join(names)}")
+            for batch in table.iter_batches(columns=[column]):
+                yield from batch[column].to_pylist()
+        except ArrowException as error:
+            raise UserError(f"{path} cannot be read as parquet: {error}") from error

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lrc.allocation.contract import Setting
 from lrc.allocation.sizing import check_keeps
 from lrc.calibration.draw import Texts, blocks_key, digest, gradients_key
-from lrc.checkpoint.durable import write_text, written
+from lrc.checkpoint.durable import write_file
 from lrc.errors import UserError
 from lrc.estimate.room import memory_advice
 from lrc.evaluation.folder import Loading, loaded
@@ -18,14 +16,15 @@ from lrc.evaluation.passage import Passage, choose_seq_lens, passages
 from lrc.evaluation.perplexity import measure
 from lrc.hub.names import default_text
 from lrc.inspection.ablation import Trial, choose_targets, coarse_notes, losses
+from lrc.plan.job import Job
 from lrc.plan.precedence import COMPONENTS
 from lrc.records.ablation import Ablation, Loss, Losses, load_losses
 from lrc.report.ablation import picture
 from lrc.run.offload import States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
+from lrc.text.mixture import DataLike
 from lrc.text.source import read_text
-from lrc.text.spec import DataLike
 from lrc.verbs.setup import Setup, set_up
 
 KEEPS = (0.5, 0.25, 0.125)
@@ -66,7 +65,16 @@ def ablate(
     text = read_text(ppl or default_text(setup.model.source), "evaluation", run.data_folder)
     (passage,) = passages(setup.tokenizer, [text], [length], max_windows)
     texts = setup.texts(trials[0].job, calib)
-    key = _key(setup, trials[0], passage, texts)
+    blocks, plan = texts.calibration.blocks, trials[0].job.plan
+    key = {  # everything that decides a result
+        "model": setup.reader.fingerprint,
+        "text": blocks_key(passage.cut),
+        "calibration": blocks_key(blocks),
+        "first token": plan.first_token,
+        "gradients": gradients_key(blocks, plan.plan.calibration),
+        "dtype": setup.dtype_name,
+        "versions": versions("torch", "transformers"),
+    }
     setup.processes.agree(key)
     first, file = setup.processes.first, folder / f"{setup.model.name}.ablation.{digest(key)}.json"
     found = load_losses(file, key) if first and not fresh else None
@@ -80,7 +88,7 @@ def ablate(
         ]
         for inside in (True, False)
     ]
-    for known in _measure(setup, trials[0], missing, passage, texts, cached, folder):
+    for known in _measure(setup, trials[0].job, missing, passage, texts, cached, folder):
         if first:
             known.save(file)
     assert known.dense is not None
@@ -99,28 +107,13 @@ def ablate(
         warnings=[*dict.fromkeys([*passage.notes, *texts.warnings]), *coarse_notes(results)],
     )
     if first:
-        with written(drawn := Path(ablation.picture)):
-            write_text(drawn, picture(ablation))
+        write_file(Path(ablation.picture), picture(ablation))
     return ablation
-
-
-def _key(setup: Setup, trial: Trial, passage: Passage, texts: Texts) -> dict[str, Any]:
-    """Return everything that decides a result."""
-    blocks, plan = texts.calibration.blocks, trial.job.plan
-    return {
-        "model": setup.reader.fingerprint,
-        "text": blocks_key(passage.cut),
-        "calibration": blocks_key(blocks),
-        "first token": plan.first_token,
-        "gradients": gradients_key(blocks, plan.plan.calibration),
-        "dtype": setup.dtype_name,
-        "versions": versions("torch", "transformers"),
-    }
 
 
 def _measure(
     setup: Setup,
-    first: Trial,
+    job: Job,
     groups: list[list[Trial]],
     passage: Passage,
     texts: Texts,
@@ -129,7 +122,7 @@ def _measure(
 ) -> Iterator[Losses]:
     """Measure the original, unless its loss is cached, and each group of trials; yield all results after each."""
     advance = setup.run.stage("ablate", setup.reader.architecture.layers * sum(map(bool, groups)))
-    batch = setup.batch_size(first.job)
+    batch = setup.batch_size(job)
     advice = f"{f'--batch-size below {batch}, ' if batch > 1 else ''}a shorter --seq-len, or --device cpu"
     with memory_advice(advice):
         if known.dense is None:
@@ -139,18 +132,9 @@ def _measure(
                     dense = measure(models[0], passage, setup.tokenizer, Run(processes=setup.processes))
             known = replace(known, dense=dense)
             yield known
-        states = States(setup.offload(first.job, len(texts.calibration.blocks)), folder)
+        states = States(setup.offload(job, len(texts.calibration.blocks)), folder)
         for trials in filter(None, groups):
-            setting = Setting(
-                setup.reader,
-                [trial.job.plan for trial in trials],
-                texts,
-                setup.device,
-                setup.dtype,
-                batch,
-                states=states,
-                processes=setup.processes,
-            )
+            setting = setup.setting([trial.job for trial in trials], texts, states)
             with setup.watch.stage("ablate"):
                 nats = losses(setting, passage.cut, folder, advance)
             costs = [Loss(**trial.key, nats=value) for trial, value in zip(trials, nats, strict=True)]

@@ -8,16 +8,9 @@ import torch
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import unsized
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import too_few
 from lrc.checkpoint.sizes import size_of
-from lrc.estimate.memory import (
-    ASSUMED_SAMPLES,
-    HELD_OUT_SAMPLES,
-    Memory,
-    estimate_memory,
-    generating_memory,
-    measuring_memory,
-)
+from lrc.estimate import memory
 from lrc.estimate.sizes import output_size, target_sizes
 from lrc.plan.job import Job
 from lrc.records.check import Check
@@ -39,17 +32,20 @@ def check(job: Job) -> Check:
     dtype = find_dtype(None, gpu, reader.dtype)
     batch, allocator = default_batch(gpu.type, job.plan.seq_len), ALLOCATORS[name]
 
-    def memory_with(place: Place) -> Memory:
-        found = estimate_memory(job, dtype, batch, place, losses=allocator.losses)
+    def memory_with(place: Place) -> memory.Memory:
+        found = memory.estimate_memory(job, dtype, batch, place, losses=allocator.losses)
         if allocator.holds != "model":
             return found
-        held = measuring_memory(jobs[-1], dtype, batch, found.samples, HELD_OUT_SAMPLES, place)
+        samples = found.samples, memory.HELD_OUT_SAMPLES
+        held = memory.measuring_memory(jobs[-1], dtype, batch, *samples, place)
         return replace(found, peak=max(found.peak, held))
 
-    memory = memory_with("device")
+    on_device = memory_with("device")
     warnings = list(job.plan.warnings)
     if calibration.samples == "all":
-        warnings.append(f"memory is for {ASSUMED_SAMPLES} blocks of calibration; all of a text may be more")
+        warnings.append(
+            f"memory is for {memory.ASSUMED_SAMPLES} calibration blocks; all of a text may be more"
+        )
     else:
         warnings += too_few(reader.architecture, job.plan, calibration.samples, losses=allocator.losses)
     if jobs:
@@ -61,10 +57,9 @@ def check(job: Job) -> Check:
         mixture = read_mixture(calibration.data)
         mixture.check(calibration.samples)
         if SYNTHETIC in mixture.names:
-            needed = generating_memory(job, dtype, min(generating_batch(job.plan.seq_len), memory.samples))
-            warnings.append(
-                f"synthetic text is written by the whole model beforehand: about {needed:,} bytes"
-            )
+            batch = min(generating_batch(job.plan.seq_len), on_device.samples)
+            needed = memory.generating_memory(job, dtype, batch)
+            warnings.append(f"the whole model writes synthetic text beforehand: about {needed:,} bytes")
     return Check(
         model=job.model.source,
         plan=job.draft.name,
@@ -73,7 +68,7 @@ def check(job: Job) -> Check:
         before=size_of(reader.tensors.values(), reader.architecture, reader.dtype, {}),
         after=output_size(job),
         targets=target_sizes(job),
-        memory=memory,
+        memory=on_device,
         least_memory=memory_with("host"),
         warnings=warnings,
     )

@@ -12,40 +12,29 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from lrc.allocation import ALLOCATORS
-from lrc.allocation.curves import as_curves
-from lrc.allocation.sizing import KEEPS, Sizing, default_samples, sized_by, unsized
-from lrc.calibration.enough import too_few
-from lrc.checkpoint.shared import SharedStaging
-from lrc.checkpoint.staging import Staging, check_output, staging
-from lrc.compression.finish import (
-    copied_files,
-    logit_scale,
-    refit_records,
-    sizes,
-    target_records,
-    write_checkpoint,
-)
+from lrc.allocation.sizing import KEEPS, Sizing, as_curves, default_samples, sized_by, unsized
+from lrc.calibration.draw import too_few
+from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
+from lrc.compression import finish
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import doubts
+from lrc.compression.refit import refit_warnings
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
 from lrc.evaluation.passage import DEFAULT_SEQ_LEN, count_windows
 from lrc.hub.names import default_text
 from lrc.modules.table import Table
-from lrc.plan.job import Job
+from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
 from lrc.records.compression import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
-from lrc.report.html import html_page
-from lrc.report.markdown import model_card, report_page
+from lrc.report.compression import html_page, model_card, report_page
 from lrc.report.outputs import read_beside
 from lrc.run.offload import Place, States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
 from lrc.text.blocks import tokenize
-from lrc.text.mixture import Calibration
+from lrc.text.mixture import Calibration, DataLike
 from lrc.text.source import read_text
-from lrc.text.spec import DataLike
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream
@@ -65,7 +54,7 @@ def compress(
     max_windows: int | None = None,
     fresh: bool = False,
     force: bool = False,
-    beside: Sequence[str | Path] = (),
+    beside: Sequence[str | Path] | None = None,
     run: Run = Run(),
 ) -> Report:
     """Compress a checkpoint by a plan into the folder ``out`` (default: ./MODEL-PLAN) and report its size and losses.
@@ -79,19 +68,19 @@ def compress(
     """
     draft = find_draft(plan, keep, changes)
     setup = set_up(model, run)
-    job, notes = setup.job(draft), list[str]()
+    job, notes = make_job(setup.model, setup.reader, draft), list[str]()
     if plan is None and "allocate" not in (changes or {}):
         job, note = _choose_allocation(setup, job, keep, changes)
         notes.append(note)
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
-    others = read_beside([Path(each) for each in beside], job.model.source, job.reader.fingerprint)
+    others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
     held_out = _check_held_out(setup, ppl, max_windows)
     work = _prepare(setup, job, calib, notes)
     setup.processes.agree(work.settings)
     setup.warn(work.warnings)
     source = job.model.path
-    read = [*job.reader.files, *copied_files(source)]
+    read = [*job.reader.files, *finish.copied_files(source)]
     opened = staging(target, work.settings, source=source, files=read, fresh=fresh, force=force)
     # Rank 0 alone has the staging folder; the other processes solve and measure with it and get its report.
     with opened if setup.processes.first else nullcontext() as own:
@@ -100,7 +89,7 @@ def compress(
         work = _compress_layers(work, stage)
         with setup.watch.stage("write"):
             manifest = {**work.settings, "warnings": work.warnings}
-            table = write_checkpoint(work.job, own, manifest) if own else {}
+            table = finish.write_checkpoint(work.job, own, manifest) if own else {}
             setup.processes.meet()
         perplexity = _evaluate(work, stage, held_out, max_windows) if held_out else []
         if own is None:
@@ -143,7 +132,8 @@ def _choose_allocation(
     name, losses = "sensitivity", "measured on held-out text with each target shrunk alone"
     if not fits:
         name, losses = "fisher", "predicted from gradients"
-        job = setup.job(read_draft(BEST.model_copy(update={"allocate": name}), keep, changes))
+        draft = read_draft(BEST.model_copy(update={"allocate": name}), keep, changes)
+        job = make_job(setup.model, setup.reader, draft)
     given = f"no plan is given: method {job.plan.plan.method}, keep {job.plan.plan.keep:g}"
     return job, (
         f"{given}; the whole model {'fits' if fits else 'does not fit'} on the device, so sizes are chosen by losses "
@@ -167,41 +157,28 @@ def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -
     name, jobs = job.plan.plan.allocate, unsized(job)
     texts, batch = setup.texts(job, calib, samples=default_samples(name)), setup.batch_size(job)
     calibration, samples = texts.calibration, len(texts.calibration.blocks)
-    settings = _settings(setup, job, calibration, batch)
-    sizing = None
-    if jobs:
-        device, processes = setup.device, setup.processes
-        sizing = Sizing(name, jobs, sorted(KEEPS), texts, device, setup.dtype, batch, processes=processes)
-        settings["allocation"] = sizing.key
-    few = too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[name].losses)
-    warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
-    return _Work(setup, job, calibration, sizing, batch, setup.offload(job, samples), settings, warnings)
-
-
-def _settings(setup: Setup, job: Job, calibration: Calibration, batch: int) -> dict[str, Any]:
-    """Return everything that decides the output's bytes; a run is resumed only if all of it is the same."""
     run: dict[str, Any] = {"device": setup.device.type, "dtype": setup.dtype_name, "batch_size": batch}
     if not setup.processes.alone:  # how blocks are split decides how sums over them are rounded
         run["processes"] = setup.processes.size
     asked = job.plan.plan.calibration
     moments = {**calibration.as_dict(asked.seed), "first_token": job.plan.first_token}
     if reads_gradients(job.reader.architecture, job.plan):
-        moments["gradient_samples"] = min(asked.gradient_samples, len(calibration.blocks))
-    return {
-        "model": {
-            "source": job.model.source,
-            "revision": job.model.revision,
-            "fingerprint": job.reader.fingerprint,
-        },
-        "plan": _plan_settings(job),
+        moments["gradient_samples"] = min(asked.gradient_samples, samples)
+    source = {"source": job.model.source, "revision": job.model.revision}
+    settings: dict[str, Any] = {  # a run is resumed only if all of it is the same
+        "model": {**source, "fingerprint": job.reader.fingerprint},
+        "plan": {"source": job.draft.name, **job.plan.as_dict()},
         "calibration": moments,
         "run": run,
         "versions": versions("torch", "transformers", "safetensors", "tokenizers"),
     }
-
-
-def _plan_settings(job: Job) -> dict[str, Any]:
-    return {"source": job.draft.name, **job.plan.as_dict()}
+    sizing = None
+    if jobs:
+        sizing = Sizing(name, jobs, sorted(KEEPS), setup.setting(jobs, texts))
+        settings["allocation"] = sizing.key
+    few = too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[name].losses)
+    warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
+    return _Work(setup, job, calibration, sizing, batch, setup.offload(job, samples), settings, warnings)
 
 
 def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
@@ -212,14 +189,16 @@ def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
     if not work.sizing:
         return work
     with work.setup.watch.stage("measure sizes"):
-        sizing = replace(work.sizing, states=States(work.offload, stage.scratch))
+        setting = replace(work.sizing.setting, states=States(work.offload, stage.scratch))
+        sizing = replace(work.sizing, setting=setting)
         if not stage.has(_ALLOCATION):
             stage.write(_ALLOCATION, {}, sizing.curves(work.setup.run.progress).as_dict())
             gc.collect()
         curves = as_curves(stage.record(_ALLOCATION))
         job, cost = sized_by(work.job, sizing.jobs[0], curves.curves)
     found = {**curves.key, "unit": curves.unit, "cost": cost, "loss": curves.loss}
-    settings = {**work.settings, "allocation": found, "plan": _plan_settings(job)}
+    plan = {"source": job.draft.name, **job.plan.as_dict()}
+    settings = {**work.settings, "allocation": found, "plan": plan}
     warnings = [*dict.fromkeys([*job.plan.warnings, *work.warnings])]  # now with those about the sizes found
     return replace(work, job=job, settings=settings, warnings=warnings)
 
@@ -234,8 +213,8 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
         compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))
-    refits = refit_records(job, stage.own) if stage.own else []
-    return replace(work, warnings=[*work.warnings, *doubts(refits)])
+    refits = finish.refit_records(job, stage.own) if stage.own else []
+    return replace(work, warnings=[*work.warnings, *refit_warnings(refits)])
 
 
 def _evaluate(
@@ -257,7 +236,7 @@ def _report(
     work: _Work, own: Staging, table: Table, perplexity: list[PerplexityChange], target: Path
 ) -> Report:
     setup, job, settings = work.setup, work.job, work.settings
-    before, after = sizes(job, own, table)
+    before, after = finish.sizes(job, own, table)
     return Report(
         model=job.model.source,
         revision=job.model.revision,
@@ -271,9 +250,9 @@ def _report(
         before=before,
         after=after,
         perplexity=perplexity,
-        targets=TypeAdapter(list[TargetRecord]).validate_python(target_records(job, own)),
-        refits=refit_records(job, own),
-        scale=logit_scale(own),
+        targets=TypeAdapter(list[TargetRecord]).validate_python(finish.target_records(job, own)),
+        refits=finish.refit_records(job, own),
+        scale=finish.logit_scale(own),
         calibration=TypeAdapter(CalibrationRecord).validate_python(settings["calibration"]),
         allocation=settings.get("allocation"),
         device=setup.device_name,

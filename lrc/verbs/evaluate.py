@@ -84,9 +84,9 @@ def evaluate_against(
 
 def prepare_tasks(
     models: Sequence[str | Path],
-    tasks: str | Sequence[str],
+    tasks: Sequence[str],
     *,
-    tasks_dir: str | Path | None = None,
+    tasks_dir: Path | None = None,
     streamed: bool | None = None,
     run: Run = Run(),
 ) -> Callable[[], list[list[TaskScore]]]:
@@ -99,8 +99,7 @@ def prepare_tasks(
         raise UserError("--tasks runs in one process; start the command without a launcher")
     folders = [_folder(model, replace(run, revision=None) if i else run) for i, model in enumerate(models)]
     loading = find_loading(run, streamed)
-    names = [tasks] if isinstance(tasks, str) else tasks
-    found = Tasks(names, None if tasks_dir is None else Path(tasks_dir))
+    found = Tasks(tasks, tasks_dir)
     for folder in folders:
         found.check(folder, loading)
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrc.allocation.sizing import check_keeps
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import too_few
 from lrc.estimate.room import memory_advice
-from lrc.inspection.asked import base_plan, find_asked, known_methods
+from lrc.inspection.candidates import base_plan, select
 from lrc.inspection.inspector import Inspector
 from lrc.inspection.output import Output
 from lrc.plan.job import templates
@@ -19,12 +19,11 @@ from lrc.records.inspection import Inspection
 from lrc.run.offload import States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
-from lrc.text.spec import DataLike
+from lrc.text.mixture import DataLike
 from lrc.verbs.setup import set_up
 from lrc.walk.stream import ModelStream
 
 KEEPS = (0.9, 0.8, 0.6, 0.4)
-SAMPLES = 32
 
 
 def inspect_model(
@@ -38,7 +37,7 @@ def inspect_model(
     tables: bool = False,
     gradients: bool = False,
     calib: DataLike | None = None,
-    samples: int = SAMPLES,
+    samples: int = 32,
     seq_len: int | None = None,
     run: Run = Run(),
 ) -> Inspection:
@@ -51,10 +50,10 @@ def inspect_model(
     UserError for every mistake that the user can fix.
     """
     keeps = check_keeps(KEEPS if keeps is None else keeps)[::-1]
-    known = known_methods(method_names)
     setup = set_up(model, run)
     reader, architecture = setup.reader, setup.reader.architecture
-    asked = find_asked(architecture, known, keeps, layers, targets, tables=tables, gradients=gradients)
+    chosen = (layers, targets, method_names)
+    selected = select(architecture, keeps, *chosen, tables=tables, gradients=gradients)
     output = None
     if against is not None:
         folder, trusted = Path(against).expanduser(), run.trust_remote_code
@@ -64,8 +63,8 @@ def inspect_model(
     with setup.watch.stage("text"):
         texts = setup.texts(job, calib)
     blocks, batch = texts.calibration.blocks, setup.batch_size(job)
-    looked_at = replace(job.plan, layers=asked.plans if gradients else (), outer=())
-    names = {target.name for target in (*asked.inside, *asked.outside)}
+    looked_at = replace(job.plan, layers=selected.plans if gradients else (), outer=())
+    names = {target.name for target in (*selected.inside, *selected.outside)}
     few = too_few(architecture, looked_at, len(blocks), losses=gradients, targets=names)
     warnings = [*texts.warnings, *few]
     setup.warn(warnings)
@@ -73,12 +72,12 @@ def inspect_model(
     stream = ModelStream(reader, setup.device, setup.dtype, states)
     advice = f"--batch-size below {batch}, fewer --samples, --targets one at a time, or --device cpu"
     with memory_advice(advice):
-        inspector = Inspector(stream, asked, output, job.plan, setup.watch)
+        inspector = Inspector(stream, selected, output, job.plan, setup.watch)
         inspector.run(blocks, batch, gradients=gradients, stage=run.stage)
     return Inspection(
         model=setup.model.source,
         fingerprint=reader.fingerprint,
-        layers=asked.layers,
+        layers=selected.layers,
         keeps=list(keeps),
         gradients=gradients,
         calibration=texts.fitted_to,

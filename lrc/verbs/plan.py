@@ -8,26 +8,32 @@ from pathlib import Path
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.budget import Budget, Spent, read_budgets
-from lrc.allocation.curves import Curves, file_name, load_curves
-from lrc.allocation.sizing import Limits, Measuring, Sizing, blank_curves, buy, default_samples
+from lrc.allocation.sizing import (
+    Curves,
+    Limits,
+    Measuring,
+    Sizing,
+    blank_curves,
+    buy,
+    default_samples,
+    file_name,
+    load_curves,
+)
 from lrc.allocation.spend import Curve
-from lrc.calibration.draw import Texts
-from lrc.calibration.enough import too_few
-from lrc.checkpoint.durable import check_file, write_text, written
+from lrc.calibration.draw import Texts, too_few
+from lrc.checkpoint.durable import check_file, write_file
 from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
 from lrc.families import Target
 from lrc.methods import methods
 from lrc.plan.job import templates
-from lrc.plan.library import PlanLike, draft_of, read_draft
-from lrc.plan.resolve import Draft
+from lrc.plan.library import PlanLike, draft_of, read_draft, write_plan
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Components, Entry, Plan
-from lrc.plan.write import write_plan
-from lrc.records.planning import Planned, Planning, Strip, TableSize, cost_text, factor
+from lrc.records.planning import LayerSizes, Planned, Planning, TableSize, cost_text, factor
 from lrc.run.offload import States
 from lrc.run.settings import Run
-from lrc.text.spec import DataLike
+from lrc.text.mixture import DataLike
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import solver_of
 
@@ -72,11 +78,14 @@ def make_plan(
     for budget in budgets:  # before the measurement, as some budgets cannot be met
         buy(budget, jobs[0], blank, limits)
     texts = setup.texts(jobs[0], calib, measuring.held_out, measuring.samples or default_samples(name))
-    samples, batch = len(texts.calibration.blocks), setup.batch_size(jobs[0])
+    samples = len(texts.calibration.blocks)
     states = States(setup.offload(jobs[-1], samples), out.parent)
-    sizing = Sizing(name, jobs, keeps, texts, setup.device, setup.dtype, batch, states, setup.processes)
+    sizing = Sizing(name, jobs, keeps, setup.setting(jobs, texts, states))
     setup.processes.agree(sizing.key)
-    overridden = _overridden_keep(draft, budgets)
+    overridden = []
+    if "keep" in draft.plan.model_fields_set and [budget.keep for budget in budgets] != [draft.plan.keep]:
+        asked, where = " and ".join(map(str, budgets)), draft.document.place(("keep",))
+        overridden.append(f"{where}: keep: is replaced by what is asked for, {asked}")
     few = too_few(setup.reader.architecture, jobs[0].plan, samples, losses=ALLOCATORS[name].losses)
     of_texts = [*texts.warnings, *few]
     setup.warn([*overridden, *jobs[0].plan.warnings, *of_texts])
@@ -88,8 +97,7 @@ def make_plan(
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
     plans = list(zip(paths, budgets, spent, strict=True))
     for path, budget, each in plans if setup.processes.first else ():
-        with written(path):
-            write_text(path, _text(path, budget, name, known, each, texts, of_texts))
+        write_file(path, _text(path, budget, name, known, each, texts, of_texts))
     return Planning(
         model=setup.model.source,
         allocation=name,
@@ -122,14 +130,6 @@ def _check_files(plans: Sequence[Path], curves: str | Path | None) -> None:
             raise UserError(f"{plan} exists and was not made by lrc plan; name another file with -o")
 
 
-def _overridden_keep(draft: Draft, budgets: Sequence[Budget]) -> list[str]:
-    """Return a warning if the base plan has a keep and another is asked for."""
-    plan, asked = draft.plan, " and ".join(map(str, budgets))
-    if "keep" not in plan.model_fields_set or [budget.keep for budget in budgets] == [plan.keep]:
-        return []
-    return [f"{draft.document.place(('keep',))}: keep: is replaced by what is asked for, {asked}"]
-
-
 def _curves(
     setup: Setup, sizing: Sizing, blank: Sequence[Curve], store: Path | None, *, fresh: bool
 ) -> tuple[Curves, bool]:
@@ -141,8 +141,7 @@ def _curves(
     with setup.watch.stage("measure"):
         found = sizing.curves(setup.run.progress)
     if store and first:
-        with written(store):
-            found.save(store)
+        found.save(store)
     return found, True
 
 
@@ -152,25 +151,15 @@ def _cached(store: Path, sizing: Sizing, blank: Sequence[Curve]) -> Curves | Non
         return None
     known = load_curves(store)
     if differences := known.differences(sizing.jobs[0].model.source, sizing.key):
-        raise UserError(
-            f"{store} was measured with other settings: {'; '.join(differences)}. Name another file with --curves, or "
-            "leave it out"
-        )
+        settings = "; ".join(differences)
+        raise UserError(f"{store} was measured with other settings: {settings}. Use another --curves file")
     if not known.fits(blank):
-        raise UserError(
-            f"{store} is damaged: its targets, sizes or costs are not those of its key; remove it"
-        )
+        raise UserError(f"{store} is damaged: its targets, sizes or costs do not fit its key; remove it")
     return known
 
 
 def _text(
-    path: Path,
-    budget: Budget,
-    name: str,
-    known: Curves,
-    spent: Spent,
-    texts: Texts,
-    warnings: Sequence[str],
+    path: Path, budget: Budget, name: str, known: Curves, spent: Spent, texts: Texts, warnings: Sequence[str]
 ) -> str:
     """Return the plan as YAML below a comment that says how it was made."""
     job, plan, share = spent.job, spent.plan.plan, spent.job.plan.budget
@@ -205,7 +194,7 @@ def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
         cost=spent.cost,
         factor=factor(spent.cost, unit),
         strips=[
-            _strip(target, [layer.get(name) for layer in layers])
+            _layer_sizes(target, [layer.get(name) for layer in layers])
             for name, target in job.reader.architecture.targets.items()
             if any(name in layer for layer in layers)
         ],
@@ -213,7 +202,7 @@ def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
     )
 
 
-def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
+def _layer_sizes(target: Target, layers: Sequence[Assignment | None]) -> LayerSizes:
     """Return a target's sizes by layer, and the largest size that its methods have."""
     fulls = []
     for a in filter(None, layers):
@@ -222,4 +211,4 @@ def _strip(target: Target, layers: Sequence[Assignment | None]) -> Strip:
         fulls.append((rule.weights(target, full, a.options), full))
     _, largest = max(fulls, key=lambda each: each[0])
     sizes = [a and (a.size if a.kept < a.whole else largest) for a in layers]
-    return Strip(target.name, largest, sizes, [a.kept / a.whole if a else 1.0 for a in layers])
+    return LayerSizes(target.name, largest, sizes, [a.kept / a.whole if a else 1.0 for a in layers])

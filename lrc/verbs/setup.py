@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,21 +10,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lrc.allocation.contract import Setting
 from lrc.calibration.draw import Texts, held_out_text
 from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.estimate.room import choose_place, known_place
 from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import ResolvedModel, default_text
-from lrc.plan.job import Job, make_job, open_checkpoint
-from lrc.plan.resolve import Draft
-from lrc.run.offload import Place
+from lrc.plan.job import Job, open_checkpoint
+from lrc.run.offload import ON_DEVICE, Place, States
 from lrc.run.processes import Processes
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import held_out_blocks, tokenize
-from lrc.text.mixture import about, read_mixture
-from lrc.text.spec import DataLike
+from lrc.text.mixture import DataLike, about, read_mixture
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,6 @@ class Setup:
         """The model's tokenizer. Raises UserError if the model has none."""
         return load_tokenizer(self.model.path, trust_remote_code=self.run.trust_remote_code)
 
-    def job(self, draft: Draft) -> Job:
-        """Resolve a plan for the model. Raises UserError with every mistake of the plan at once."""
-        return make_job(self.model, self.reader, draft)
-
     def batch_size(self, job: Job) -> int:
         """Return how many calibration blocks of a job run at once."""
         return self.run.batch_size or default_batch(self.device.type, job.plan.seq_len)
@@ -70,6 +65,13 @@ class Setup:
         """Return where this process keeps the hidden states of its share of ``samples`` calibration blocks."""
         asked, own = known_place(self.run.offload), len(self.processes.mine(range(samples)))
         return choose_place(asked, job, self.device, self.dtype, self.batch_size(job), own)
+
+    def setting(self, jobs: Sequence[Job], texts: Texts, states: States = ON_DEVICE) -> Setting:
+        """Return what an allocation reads: plans at several sizes, their texts, and how to run the layers."""
+        plans, batch = [job.plan for job in jobs], self.batch_size(jobs[0])
+        return Setting(
+            self.reader, plans, texts, self.device, self.dtype, batch, states=states, processes=self.processes
+        )
 
     def texts(
         self, job: Job, calib: DataLike | None, held_out: str | None = None, samples: int | None = None

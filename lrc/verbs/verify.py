@@ -15,12 +15,11 @@ from lrc.checkpoint.headers import StoredTensor, parse_header
 from lrc.checkpoint.staging import INDEX, MANIFEST
 from lrc.errors import UserError
 from lrc.hub.quantizer import LrcConfig, replace_modules
-from lrc.records.integrity import Damage, Integrity
+from lrc.records.check import Damage, Integrity
 from lrc.run.settings import Progress
 
 _THREADS = 8
 _CONFIG = "config.json"
-_WEIGHTS = ("*.safetensors", "*.bin")
 _DIFFERS = "differs from what was written"
 
 Hashes = Mapping[str, str]
@@ -34,32 +33,38 @@ def verify(folder: Path, *, trust_remote_code: bool = False, progress: Progress 
     checkpoint. Raises UserError if ``folder`` is no lrc output, or its manifest is damaged or has no hashes.
     """
     files, tensors = _read_manifest(folder)
-    there = {name: folder / name for name in files if (folder / name).is_file()}
-    damage = [Damage(name, "is missing") for name in files if name not in there]
-    weights = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
+    present = {name: folder / name for name in files if (folder / name).is_file()}
+    damage = [Damage(name, "is missing") for name in files if name not in present]
+    weights = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     damage += [Damage(name, "is not of this checkpoint") for name in weights if name not in files]
-    changed = _changed(there, files, progress)
+    advance = progress("verify", len(present)) if progress else lambda done: None
+    changed = set[str]()
+    with hashing(present.values(), min(_THREADS, os.cpu_count() or 1)) as hashes:
+        for name, path in present.items():
+            if hashes[path].result() != files[name]:
+                changed.add(name)
+            advance(1)
     damage += [Damage(name, _DIFFERS) for name in changed if name not in tensors]
     headers: Headers = {}
-    for name in (name for name in tensors if name in there):
+    for name in (name for name in tensors if name in present):
         try:
-            headers[name] = parse_header(there[name])
+            headers[name] = parse_header(present[name])
         except UserError as error:
-            damage.append(Damage(name, str(error).removeprefix(str(there[name])).lstrip(": ")))
+            damage.append(Damage(name, str(error).removeprefix(str(present[name])).lstrip(": ")))
             continue
         if name in changed:
-            damage += _by_tensor(there[name], headers[name], tensors[name])
-    if INDEX in there:
-        damage += _of_index(there[INDEX], headers)
-    if _CONFIG in there:
-        lost = {tensor for name in tensors if name not in headers for tensor in tensors[name]}
-        damage += _of_config(folder, headers, lost, trust_remote_code=trust_remote_code)
+            damage += _by_tensor(present[name], headers[name], tensors[name])
+    if INDEX in present:
+        damage += _of_index(present[INDEX], headers)
+    if _CONFIG in present:
+        unread = {tensor for name in tensors if name not in headers for tensor in tensors[name]}
+        damage += _of_config(folder, headers, unread, trust_remote_code=trust_remote_code)
     return Integrity(
         folder=str(folder),
         sound=not damage,
-        files=len(there),
+        files=len(present),
         tensors=sum(len(tensors[name]) for name in headers),
-        bytes=sum(path.stat().st_size for path in there.values()),
+        bytes=sum(path.stat().st_size for path in present.values()),
         damage=damage,
     )
 
@@ -70,26 +75,10 @@ def _read_manifest(folder: Path) -> tuple[Hashes, Mapping[str, Hashes]]:
     if not path.is_file():
         raise UserError(f"{folder} is no lrc output (it has no {MANIFEST}), so it has no hashes to verify")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, so that the rest cannot be verified: {error}") from None
-    try:
-        hashes = manifest["sha256"]
+        hashes = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         return dict(hashes["files"]), {name: dict(each) for name, each in hashes["tensors"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} has no hashes to verify the folder by, or is damaged") from None
-
-
-def _changed(there: Mapping[str, Path], files: Hashes, progress: Progress | None) -> set[str]:
-    """Return the names of files whose hash differs from the manifest."""
-    advance = progress("verify", len(there)) if progress else lambda done: None
-    changed = set[str]()
-    with hashing(there.values(), min(_THREADS, os.cpu_count() or 1)) as hashes:
-        for name, path in there.items():
-            if hashes[path].result() != files[name]:
-                changed.add(name)
-            advance(1)
-    return changed
+        raise UserError(f"{path} is damaged or has no hashes, so nothing can be verified") from None
 
 
 def _by_tensor(file: Path, stored: Mapping[str, StoredTensor], hashes: Hashes) -> Iterator[Damage]:
@@ -109,7 +98,7 @@ def _by_tensor(file: Path, stored: Mapping[str, StoredTensor], hashes: Hashes) -
 
 
 def _of_index(index: Path, headers: Headers) -> Iterator[Damage]:
-    """Yield the tensors that are not in the file that the index names; unreadable files are left out."""
+    """Yield the tensors that are not in the file that the index names."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         named = {str(name): str(file) for name, file in weight_map.items()}
@@ -118,18 +107,16 @@ def _of_index(index: Path, headers: Headers) -> Iterator[Damage]:
         return
     held = {name: file for file, stored in headers.items() for name in stored}
     for name in sorted({*named, *held}):
-        if name in held and name not in named:
-            yield Damage(index.name, f"is in {held[name]}, and the index does not name it", name)
-        elif held.get(name, named[name]) != named[name]:
-            yield Damage(index.name, f"is in {held[name]}, the index says {named[name]}", name)
-        elif name not in held and named[name] in headers:
-            yield Damage(index.name, f"is not in {named[name]}, as the index says", name)
+        found, expected = held.get(name), named.get(name)
+        if found != expected and (found or expected in headers):  # other files are missing or unreadable
+            problem = f"is in {found or 'no file'}, the index says {expected or 'in none'}"
+            yield Damage(index.name, problem, name)
 
 
 def _of_config(
-    folder: Path, headers: Headers, lost: set[str], *, trust_remote_code: bool
+    folder: Path, headers: Headers, unread: set[str], *, trust_remote_code: bool
 ) -> Iterator[Damage]:
-    """Yield the tensors without the shape that config.json asks for, except those ``lost`` with their files."""
+    """Yield the tensors without the shape that config.json asks for, except those ``unread`` with their files."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         table = LrcConfig(**config.quantization_config).modules
@@ -143,7 +130,7 @@ def _of_config(
     held = {name: tensor for stored in headers.values() for name, tensor in stored.items()}
     for name, shape in expected.items():
         if name not in held:
-            if name not in lost:
+            if name not in unread:
                 yield Damage(_CONFIG, "is asked for, and no file holds it", name)
         elif held[name].shape != shape:
             found = f"has shape {list(held[name].shape)} in {held[name].file.name}"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lrc.allocation import importance
+from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import Limits
 from lrc.allocation.spend import allocate
 from lrc.errors import UserError
@@ -106,19 +106,18 @@ def test_allocate_cuts_the_globally_sorted_directions_at_the_budget(
 ) -> None:
     folder = tiny_checkpoint(family)
     plan = setting(folder, "method: svd", losses=True)
-    found = importance.costs(plan, lambda done: None)
-    assert found.unit == "predicted nats"
-    assert found.loss is None
+    curves, loss = ALLOCATORS["importance"].curves(plan, lambda done: None)
+    assert loss is None
     expected = directions(folder, family, linear_inputs(folder), gradients(folder))
-    for curve in found.curves:
+    for curve in curves:
         scores = expected[curve.layer, curve.target]
         assert curve.sizes == tuple(range(1, len(curve.sizes) + 1))
         assert curve.weights[-1] < curve.whole <= curve.weights[-1] + curve.weights[0]
         tails = [float(scores[size:].sum()) for size in range(1, len(curve.sizes) + 1)]
         assert curve.costs == pytest.approx(tails, rel=1e-4)
     # Below a whole matrix, which is one large step at the end.
-    offers = offered(plan, found.curves, Limits(cap=0.95))
-    budget = int(keep * sum(curve.whole for curve in found.curves))
+    offers = offered(plan, curves, Limits(cap=0.95))
+    budget = int(keep * sum(curve.whole for curve in curves))
     units = {(offer.curve.layer, offer.curve.target): offer.choices[0].weights for offer in offers}
     largest = {(offer.curve.layer, offer.curve.target): offer.choices[-1].width for offer in offers}
     bought = allocate(offers, budget)
@@ -131,4 +130,4 @@ def test_allocate_cuts_the_globally_sorted_directions_at_the_budget(
 def test_components_have_no_singular_directions(tiny_checkpoint: Any, setting: Any) -> None:
     plan = setting(tiny_checkpoint("gpt2"), "layers: [{match: 1, method: svd}]")
     with pytest.raises(UserError, match=r"qk under 'a3' has none.*fisher"):
-        importance.blank(plan.reader.architecture, plan.plans)
+        ALLOCATORS["importance"].blank(plan.reader.architecture, plan.plans)

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrc.allocation import ALLOCATORS, uniform
-from lrc.allocation.contract import blank_curves
+from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import Limits
 from lrc.allocation.spend import Curve, Offer, allocate
 from lrc.errors import UserError
@@ -26,9 +25,9 @@ def test_uniform_keeps_the_same_fraction_of_everything(
     tiny_checkpoint: Any, setting: Any, offered: Any, family: str, keep: float
 ) -> None:
     plan = setting(tiny_checkpoint(family, head_dim=16) if family == "llama" else tiny_checkpoint(family), "")
-    found = uniform.costs(plan, lambda done: None)
-    budget = int(keep * sum(curve.whole for curve in found.curves))
-    offers = offered(plan, found.curves)
+    curves, _ = ALLOCATORS["uniform"].curves(plan, lambda done: None)
+    budget = int(keep * sum(curve.whole for curve in curves))
+    offers = offered(plan, curves)
     bought = allocate(offers, budget)
     # the fine ones take up what the coarsest leaves
     steps = [offer.choices[1].weights - offer.choices[0].weights for offer in offers]
@@ -70,7 +69,9 @@ def test_a_curve_ends_at_the_size_at_which_its_own_method_is_exact(
         "method: svd\nlayers: [{match: 1, method: monarch}, {match: 1, fc_in: {method: monarch, blocks: 2}}]"
     )
     plan = setting(tiny_checkpoint("gpt2"), text)
-    full = {(c.layer, c.target): c.full for c in blank_curves(plan.reader.architecture, plan.plans)}
+    full = {
+        (c.layer, c.target): c.full for c in ALLOCATORS["energy"].blank(plan.reader.architecture, plan.plans)
+    }
     assert (full[0, "q"], full[0, "fc_in"]) == (32, 32)
     assert (full[1, "q"], full[1, "fc_in"]) == (8, 16)  # of a block
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import lrc
-from lrc.allocation.contract import Setting, blank_curves
+from lrc.allocation import ALLOCATORS
+from lrc.allocation.contract import Advance, Setting
 from lrc.allocation.sensitivity import Sensitivity, passes
 from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
@@ -44,6 +45,12 @@ def sensitivity(folder: Path, held_out: Tensor, *plans: ResolvedPlan) -> Sensiti
     texts = Texts(Calibration((Source("counted", blocks, {}),), None, blocks), held_blocks=held_out)
     reader = CheckpointReader(folder)
     return Sensitivity(Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2))
+
+
+def curves_of(measuring: Sensitivity, advance: Advance) -> list[Curve]:
+    setting = measuring._setting
+    blank = ALLOCATORS["sensitivity"].blank(setting.reader.architecture, setting.plans)
+    return measuring.curves(blank, advance)
 
 
 def loss(folder: Path, held_out: Tensor) -> float:
@@ -81,7 +88,7 @@ def test_a_point_is_the_loss_of_the_saved_model(
     )
 
     measuring = sensitivity(source, held_out, resolved(CheckpointReader(source), rule))
-    (curve,) = measuring.curves(lambda done: None)
+    (curve,) = curves_of(measuring, lambda done: None)
     assert (curve.layer, curve.target, curve.sizes) == (layer, target, (size,))
     assert measuring.loss == pytest.approx(loss(source, held_out), abs=1e-6)
     expected = loss(tmp_path / "out", held_out) - loss(source, held_out)
@@ -103,7 +110,8 @@ def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
         )
         for layer in plan.layers
     )
-    curves = sensitivity(source, held_out, replace(plan, layers=full)).curves(lambda done: None)
+    measuring = sensitivity(source, held_out, replace(plan, layers=full))
+    curves = curves_of(measuring, lambda done: None)
     assert len(curves) == 6
     for curve in curves:
         assert curve.sizes == (curve.full,)
@@ -117,11 +125,11 @@ def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out)
         resolved(reader, f"keep: {keep}\n{QK}\nlayers: [{{match: 0, mlp: keep-all}}]")
         for keep in (0.3, 0.6, 0.99)
     ]
-    blank, done = blank_curves(reader.architecture, plans), []
+    blank, done = ALLOCATORS["sensitivity"].blank(reader.architecture, plans), []
     assert [(c.layer, c.target) for c in blank] == [(0, "qk"), (0, "ov"), (1, "qk"), (1, "ov"), (1, "mlp")]
     assert blank[0].sizes == (2, 4)  # at 0.99 it stays whole
     assert blank[4] == Curve(1, "mlp", (14, 29), (14 * 96, 29 * 96), (0.0, 0.0), 48, 48 * 96, 48 * 96)
-    measured = sensitivity(source, held_out, *plans).curves(done.append)
+    measured = curves_of(sensitivity(source, held_out, *plans), done.append)
     assert [replace(c, costs=(0.0,) * len(c.costs)) for c in measured] == blank
     assert sum(done) == passes(reader.architecture, blank) == 2 * 4 + 6
     assert len(done) == 10

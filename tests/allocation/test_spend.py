@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc.allocation.spend import Allocation, Choice, Curve, Offer, allocate, not_rising
+from lrc.allocation.spend import Allocation, Choice, Curve, Offer, allocate
 from lrc.methods.sizes import SizeValue
 
 
@@ -90,18 +90,6 @@ def sizes(found: Allocation) -> tuple[SizeValue, ...]:
     return tuple(choice.size for choice in found.choices)
 
 
-@given(st.lists(st.floats(-1, 3), min_size=1, max_size=7))
-def test_clean_up_is_least_squares_under_a_falling_order(values):
-    cleaned = not_rising(values)
-    assert cleaned == pytest.approx(falling(tuple(values)), abs=1e-12)
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(cleaned))
-
-
-def test_clean_up_averages_noise_and_leaves_the_rest():
-    assert not_rising([0.5, 0.25, 0.125]) == [0.5, 0.25, 0.125]
-    assert not_rising([0.5, 0.1, 0.3, -0.1]) == pytest.approx([0.5, 0.2, 0.2, 0.0])
-
-
 @pytest.mark.parametrize("budget", range(12, 73, 4))
 def test_is_optimal_where_costs_are_convex(budget):
     curves = [quadratic(0, 1.0), quadratic(1, 0.3), quadratic(2, 0.05)]
@@ -127,7 +115,7 @@ def test_is_within_one_jump_of_the_best(curves, share):
 @given(curve_lists, st.floats(0, 1))
 def test_keeps_the_budget_and_leaves_nothing_that_fits(curves, share):
     least, whole = (sum(options(c)[end][1] for c in curves) for end in (0, -1))
-    assert least == sum(curve.smallest() for curve in curves)
+    assert least == sum(min(curve.prices("weights")) for curve in curves)
     budget = least + int(share * (whole - least))
     found = allocate(curves, budget)
     chosen = []

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.allocation import predicted, sensitivity, uniform
-from lrc.allocation.contract import blank_curves, walk_steps
-from lrc.allocation.curves import plan_sha256
+from lrc.allocation import ALLOCATORS, sensitivity
+from lrc.allocation.contract import walk_steps
+from lrc.allocation.sizing import plan_sha256
 from lrc.allocation.spend import allocate
 from lrc.evaluation.perplexity import window_losses
 from lrc.methods import methods
@@ -104,14 +104,12 @@ def test_sensitivity_is_the_loss_with_the_table_replaced(
 ) -> None:
     folder = tiny_checkpoint(family, **config)
     plan = setting(folder, open_(target, method))
-    found = sensitivity.costs(
-        replace(plan, texts=replace(plan.texts, held_blocks=held_out)), lambda done: None
-    )
+    plan = replace(plan, texts=replace(plan.texts, held_blocks=held_out))
+    (curve,), dense = ALLOCATORS["sensitivity"].curves(plan, lambda done: None)
     by_hand = ByHand(folder, target, blocks)
-    (curve,) = found.curves
     assert (curve.layer, curve.target, len(curve.sizes)) == (None, target, 2)
     assert (curve.full, curve.exact, curve.whole) == (32, 32 * (256 + 32), 256 * 32)
-    assert found.loss == pytest.approx(by_hand.loss(held_out), abs=1e-6)
+    assert dense == pytest.approx(by_hand.loss(held_out), abs=1e-6)
     for size, cost in zip(curve.sizes, curve.costs, strict=True):
         expected = by_hand.loss(held_out, by_hand.reduced(method, size)) - by_hand.loss(held_out)
         assert abs(expected) > 1e-3  # else this shows nothing
@@ -125,7 +123,7 @@ def test_energy_is_the_share_of_the_output_that_is_lost(
 ) -> None:
     folder = tiny_checkpoint(family, **config)
     plan, done = setting(folder, open_(target, method)), []
-    (curve,) = predicted.energy_costs(plan, done.append).curves
+    ((curve,), _) = ALLOCATORS["energy"].curves(plan, done.append)
     by_hand, decoder = ByHand(folder, target, blocks), plan.plans[0].whole
     share = curve.whole / (decoder + curve.whole)
     expected = [share * by_hand.lost(by_hand.reduced(method, size)) for size in curve.sizes]
@@ -142,8 +140,8 @@ def test_measures_the_layers_as_without_the_tables(
     for projections in (both, "embed: {method: svd, rank: 5}"):
         plan = setting(folder, f"allocate: energy\n{rest}\nprojections: {{{projections}}}")
         plan = replace(plan, texts=replace(plan.texts, held_blocks=held_out))
-        found.append(sensitivity.costs(plan, done.append).curves)
-        blank = blank_curves(plan.reader.architecture, plan.plans)
+        found.append(ALLOCATORS["sensitivity"].curves(plan, done.append)[0])
+        blank = ALLOCATORS["sensitivity"].blank(plan.reader.architecture, plan.plans)
         assert [replace(c, costs=(0.0, 0.0)) for c in found[-1]] == blank
         assert sum(done) == sensitivity.passes(plan.reader.architecture, blank)
         done.clear()
@@ -156,7 +154,7 @@ def test_uniform_keeps_the_same_fraction_of_tables_too(
     tiny_checkpoint: Any, setting: Any, offered: Any, keep: float
 ) -> None:
     plan = setting(tiny_checkpoint("gpt2"), open_("embed", "svd", ""))
-    curves = uniform.costs(plan, lambda done: None).curves
+    curves, _ = ALLOCATORS["uniform"].curves(plan, lambda done: None)
     assert sum(curve.whole for curve in curves) == plan.plans[0].budget.whole
     offers = offered(plan, curves)
     bought = allocate(offers, int(keep * plan.plans[0].budget.whole))

@@ -89,7 +89,7 @@ def test_models_that_fit_one_at_a_time_are_measured_so(
 ) -> None:
     sides = [needs_of("", folder, torch.float32, CPU, trusted=False) for folder in pair]
     cases = [Case("prefill", 2, 8, "eager"), Case("decode", 2, 8, "eager")]
-    largest = max(side.alone(case) for side in sides for case in cases)
+    largest = max(side.weights + side.beside(case) for side in sides for case in cases)
     monkeypatch.setattr(needs, "free_bytes", lambda device: int(largest / 0.9) + 2)
     loaded: list[Path] = []
     load = benching.load
@@ -116,7 +116,7 @@ def test_a_device_that_is_too_small(pair: tuple[Path, Path], monkeypatch: pytest
             lrc.bench(pair[1], prefill=[], decode=[(case.batch, case.length)], **QUICK)
         return str(caught.value)
 
-    needed = side.alone(case)
+    needed = side.weights + side.beside(case)
     message = refused(needed - 1)
     assert f"needs about {needed:,} bytes on cpu for decode 64x32 ({side.weights:,} of weights" in message
     assert f"{needed - 1:,} are free" in message
@@ -124,9 +124,9 @@ def test_a_device_that_is_too_small(pair: tuple[Path, Path], monkeypatch: pytest
         int(word.split("x")[0]) for word in message.split() if word.endswith("x32") and word != "64x32"
     )
     assert (
-        side.alone(replace(case, batch=batch))
+        side.weights + side.beside(replace(case, batch=batch))
         <= 0.9 * (needed - 1)
-        < side.alone(replace(case, batch=batch + 1))
+        < side.weights + side.beside(replace(case, batch=batch + 1))
     )
     assert "not even --decode 1x32 fits" in refused(int(side.weights / 0.9) + 10)
     assert "the weights alone do not fit" in refused(side.weights)

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lrc.benchmark import measure as measuring
 from lrc.benchmark.cases import Case
-from lrc.benchmark.measure import measure
+from lrc.benchmark.measure import cache_bytes, measure, weigh, work_of
 from lrc.benchmark.steps import Decode, Prefill, Steps
-from lrc.benchmark.work import cache_bytes, weigh, work_of
 from lrc.modules.fused.fuse import fuse
 
 LLAMA = LlamaConfig(

@@ -11,14 +11,21 @@ import pytest
 from typer.testing import CliRunner
 
 import lrc
-from lrc.calibration.enough import too_few
+from lrc.calibration.draw import too_few
 from lrc.cli import app
-from lrc.plan.job import prepare
+from lrc.plan.job import Job, make_job, open_checkpoint
+from lrc.plan.library import read_draft
+from lrc.run.settings import Run
 from lrc.verbs.check import check
 
 TinyCheckpoint = Callable[..., Path]
 MOMENTS = "calibration has {} tokens for moments of {} dimensions; use more samples"
 GRADIENTS = "gradients are of {} tokens for moments of {} dimensions; use more {}"
+
+
+def prepare(model: str | Path, plan: str | Path) -> Job:
+    """A model and a plan resolved for it."""
+    return make_job(*open_checkpoint(model, Run()), read_draft(plan))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from threading import Event
 
 import pytest
 
 from lrc.checkpoint import hashes as module
-from lrc.checkpoint.hashes import Stopped, file_sha256, hashing, watching
+from lrc.checkpoint.hashes import file_sha256, hashing, watching
 from lrc.errors import Resumable
 
 
@@ -126,6 +127,6 @@ def test_nobody_waits_for_hashes_that_are_not_wanted_any_more(model, monkeypatch
     monkeypatch.setattr(module, "file_sha256", endless)
     with hashing([model / "one", model / "two"], threads=1) as found:
         assert started.wait(60)
-    with pytest.raises(Stopped):
+    with pytest.raises(CancelledError):
         found[model / "one"].result()
     assert found[model / "two"].cancelled()

@@ -164,7 +164,7 @@ def test_a_pickle_that_would_run_code_is_refused(tiny_checkpoint, tmp_path):
         ({"num_hidden_layers": 3}, "says 3 layers.* hold 2"),
         ({"initializer_range": None}, "config.json .*initializer_range"),
         ({"num_attention_heads": 5}, "config.json .*hidden size"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"is a compressed checkpoint already \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is compressed already \(gptq\)"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
     ],
@@ -182,7 +182,7 @@ def test_a_folder_without_config_or_weights_is_refused(tiny_checkpoint, tmp_path
         CheckpointReader(tmp_path / "empty")
     folder = tiny_checkpoint("llama")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         CheckpointReader(folder)
 
 

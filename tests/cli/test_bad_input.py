@@ -139,7 +139,7 @@ def test_a_shard_that_is_not_there(refuses: Fails, tiny_checkpoint: TinyCheckpoi
 def test_no_weights(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
     model = tiny_checkpoint("llama")
     (model / "model.safetensors").unlink()
-    assert f"{model} holds no weights; expected model.safetensors" in refuses(model)
+    assert f"{model} has no weights: no model.safetensors" in refuses(model)
 
 
 def test_a_tensor_that_is_not_there(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
@@ -162,7 +162,7 @@ def test_no_tokenizer(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
 def test_a_compressed_checkpoint(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
     model = tiny_checkpoint("llama")
     edit_config(model, quantization_config={"quant_method": "lrc"})
-    assert f"{model} is a compressed checkpoint already (lrc)" in refuses(model)
+    assert f"{model} is compressed already (lrc)" in refuses(model)
 
 
 # Code inside checkpoints
@@ -419,7 +419,7 @@ def test_gpu_out_of_memory(
     def observe(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\ndetails")
 
-    monkeypatch.setattr(Compressor, "_pass_original", observe)
+    monkeypatch.setattr(Compressor, "_layer", observe)
     message = refuses(tiny_checkpoint("gpt2"), "--batch-size", 3)
     assert "the GPU is out of memory; try --batch-size below 3" in message
     assert "details" not in message

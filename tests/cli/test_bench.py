@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.table import Table
 
 import lrc
-from lrc.report.tables import speeds
+from lrc.report.tables import bench_tables
 
 QUICK = ["--prefill", "1x8,2x8", "--decode", "2x8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
 
@@ -46,13 +46,13 @@ def test_tables_and_documents(succeeds, tiny_checkpoint, work):
 def test_quartiles_and_peaks_where_there_are_some(tiny_checkpoint):
     quick = {"prefill": [(1, 8)], "decode": [], "new_tokens": 2, "run": lrc.Run(device="cpu")}
     alone = lrc.bench(tiny_checkpoint("llama"), repeats=3, **quick)
-    parts = list(speeds(alone))
+    parts = list(bench_tables(alone))
     told = " ".join(part for part in parts if isinstance(part, str))
     assert "medians of 3 samples ± half the distance of their quartiles" in told
     speed = next(part for part in parts if isinstance(part, Table))
     assert any("±" in str(cell) for cell in speed.columns[1].cells)
     on_gpu = replace(alone.rows[0], ours=replace(alone.rows[0].ours, peak_bytes=3 * 2**30))
-    memory = [part for part in speeds(replace(alone, rows=[on_gpu])) if isinstance(part, Table)][1]
+    memory = [part for part in bench_tables(replace(alone, rows=[on_gpu])) if isinstance(part, Table)][1]
     assert [column.header for column in memory.columns] == ["case", "KV cache, model", "device peak, model"]
     assert list(memory.columns[2].cells) == ["3 GiB"]
 

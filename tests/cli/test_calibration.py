@@ -125,7 +125,7 @@ def test_mistakes_leave_nothing_behind(
 @pytest.mark.usefixtures("mixed")
 def test_check_says_what_writing_takes(succeeds: Run, model: Path) -> None:
     (warning,) = json.loads(succeeds("check", model, "--plan", "own.yaml", "--json").stdout)["warnings"]
-    assert "synthetic text is written by the whole model beforehand: about " in warning
+    assert "the whole model writes synthetic text beforehand: about " in warning
     assert json.loads(succeeds("check", model, "--plan", "half.yaml", "--json").stdout)["warnings"] == []
 
 

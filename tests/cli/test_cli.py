@@ -26,7 +26,7 @@ from lrc import __version__
 from lrc.checkpoint.staging import staging
 from lrc.cli import app, main
 from lrc.records.compression import read_report
-from lrc.report.html import html_page
+from lrc.report.compression import html_page
 from lrc.verbs.evaluate import newest_output
 
 Run = Callable[..., Result]

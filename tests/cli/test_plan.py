@@ -120,7 +120,7 @@ def test_a_file_of_curves_is_for_one_key(
     for more in ((), ("--fresh",)):
         message = fails(*model, "--calib", "other.txt", *more)
         assert "mine.json was measured with other settings: calibration (there 3 x 48 " in message
-        assert "Name another file with --curves, or leave it out" in message
+        assert "Use another --curves file" in message
     assert "dtype (there float32, here bfloat16)" in fails(*model, "--dtype", "bfloat16")
     base = (work / "base.yaml").read_text(encoding="utf-8")
     assert "calibration: {" in base

@@ -15,7 +15,7 @@ import lrc.estimate.room
 from lrc.errors import UserError
 from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import resolve_model
-from lrc.run.launcher import Place
+from lrc.run.launcher import Rank
 from lrc.run.processes import Processes
 from lrc.run.settings import Run
 from lrc.verbs.evaluate import prepare_tasks
@@ -72,7 +72,7 @@ def by_hand(model: Path | str) -> float:
 
 def test_scores_are_what_the_logits_say_and_come_again(folder: Path) -> None:
     models = ["tiny-gpt2", "tiny-llama", "tiny-gpt2"]
-    found = prepare_tasks(models, "endings", tasks_dir=folder, run=Run(device="cpu"))()
+    found = prepare_tasks(models, ["endings"], tasks_dir=folder, run=Run(device="cpu"))()
     assert found[0] == found[2]
     for model, scores in zip(models, found, strict=True):
         (score,) = scores
@@ -87,7 +87,7 @@ def test_a_task_without_metadata_has_no_version(folder: Path) -> None:
     path = folder / "endings.yaml"
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(x for x in lines if not x.startswith("metadata:")), encoding="utf-8")
-    ((score,),) = prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, run=Run(device="cpu"))()
+    ((score,),) = prepare_tasks(["tiny-gpt2"], ["endings"], tasks_dir=folder, run=Run(device="cpu"))()
     assert score.version is None
 
 
@@ -114,7 +114,7 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "--tasks and --streamed contradict" in refused("endings", streamed=True)
     assert "--tasks runs in one process" in refused(
-        "endings", run=lrc.Run(processes=Processes(Place(0, 2, 0)))
+        "endings", run=lrc.Run(processes=Processes(Rank(0, 2, 0)))
     )
     assert "no task is named" in refused()
     assert f"--tasks-dir {folder / 'none'} is not a folder" in refused("endings", tasks_dir=folder / "none")
@@ -130,9 +130,9 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_does_not_fit_whole_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lrc.estimate.room, "free_bytes", lambda device: 100_000)
     with pytest.raises(UserError, match=r"tiny-gpt2 does not fit on cpu.*--dtype bfloat16.*--whole"):
-        prepare_tasks(["tiny-gpt2"], "endings", tasks_dir=folder, run=Run(device="cpu"))
+        prepare_tasks(["tiny-gpt2"], ["endings"], tasks_dir=folder, run=Run(device="cpu"))
 
 
 def test_an_unknown_task_is_told_with_the_nearest(folder: Path) -> None:
     with pytest.raises(UserError, match=r"has no task 'endigns'; did you mean 'endings'"):
-        prepare_tasks(["tiny-gpt2"], "endigns", tasks_dir=folder, run=Run(device="cpu"))
+        prepare_tasks(["tiny-gpt2"], ["endigns"], tasks_dir=folder, run=Run(device="cpu"))

@@ -467,7 +467,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
             c["quantization_config"]["modules"].update(lm_head={"kind": "low_rank"}),
             c.update(tie_word_embeddings=True),
         ),
-        "'lm_head' is factorized and tie_word_embeddings is true",
+        "'lm_head' is factorized; set tie_word_embeddings to false",
     ),
     "no columns": (
         lambda c: c["quantization_config"]["modules"]["model.layers.0.self_attn"].update(

@@ -14,6 +14,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.inspection.output import Output
 from lrc.methods import methods
+from lrc.records.compression import json_text
 from lrc.records.inspection import Inspection
 from lrc.run.settings import Run
 
@@ -105,7 +106,7 @@ def test_waiting_on_disk_and_batches_change_nothing_that_counts(tiny_checkpoint:
 def test_the_record_is_json_with_a_version(tiny_checkpoint: Any, inspected: Any) -> None:
     folder = tiny_checkpoint("gpt2")
     found: Inspection = inspected(folder, targets=["q"], keeps=[0.5])
-    read = json.loads(found.to_json())
+    read = json.loads(json_text(asdict(found)))
     assert read["version"] == 2
     assert read["fingerprint"] == CheckpointReader(folder).fingerprint
     assert read["targets"][0]["estimates"][0]["keep"] == 0.5

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import lrc.methods
 import lrc.moments
+from lrc.allocation import ALLOCATORS
 from lrc.allocation.contract import Setting
-from lrc.allocation.predicted import energy_costs
 from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
@@ -51,7 +51,7 @@ class Peaks(Statistic):
 
     def add(self, calls):
         for target, path in self._paths.items():
-            x = self.layer.cast(calls[path].input)
+            x = calls[path].input.to(self.layer.dtype)
             self._peaks[target] = torch.maximum(self._peaks[target], x.abs().amax(dim=(0, 1)))
 
     def reduce(self, processes):
@@ -108,7 +108,7 @@ def energy(folder: Path, plan: str, blocks: Tensor) -> tuple[Setting, list[Curve
     plans = [resolve(draft, reader.architecture, methods(), collectors())]
     texts = Texts(Calibration((Source("drawn", blocks, {}),), None, blocks))
     setting = Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2)
-    return setting, energy_costs(setting, lambda done: None).curves
+    return setting, ALLOCATORS["energy"].curves(setting, lambda done: None)[0]
 
 
 def test_the_scan_finds_what_is_shipped() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from lrc.methods import methods
 from lrc.moments import collectors
+from lrc.plan.library import write_plan
 from lrc.plan.resolve import parse_plan, resolve
-from lrc.plan.write import write_plan
 
 BASE = """
 format: 1

@@ -22,7 +22,7 @@ from lrc.records.compression import (
     Report,
     TargetRecord,
 )
-from lrc.report.html import html_page
+from lrc.report.compression import html_page
 
 DENSE = Size(6_738_415_616, 13_476_831_232, 524_288)
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lrc.records.compression import Report
-from lrc.report.html import html_page
+from lrc.report.compression import html_page
 from lrc.report.outputs import Output
 
 MakeReport = Callable[..., Report]

@@ -12,23 +12,31 @@ from types import ModuleType
 import pytest
 
 from lrc.errors import UserError
-from lrc.records.inspection import Choice, Conditioning, Estimate, Held, Inspected, Inspection, Spectrum
-from lrc.report.inspected import (
+from lrc.records.inspection import (
+    Choice,
+    Conditioning,
+    Estimate,
+    Inspected,
+    Inspection,
+    OutputErrors,
+    Spectrum,
+)
+from lrc.report.inspection import (
     auto_table,
-    by_method,
     by_target,
+    check_folder,
     estimate_tables,
     heading,
-    held_table,
     inspection_tables,
     moments_table,
+    output_table,
     spectra_table,
+    write_inspection,
 )
-from lrc.report.inspection_page import check_folder, write_inspection
 
 SPECTRUM = Spectrum(8, 6.0, 2.0, 7, [1, 4, 8], [0.5, 0.9, 1.0])
 ESTIMATE = Estimate(0.6, "svd", {}, 2, 6, 10, 0.3, "relative error", 0.01, 2)
-HELD = Held("svd", 2, 6, 10, 0.5, 0.3, 0.9, 20.0, 0.3, None, 0.3, 0.31, "relative error")
+HELD = OutputErrors("svd", 2, 6, 10, 0.5, 0.3, 0.9, 20.0, 0.3, None, 0.3, 0.31, "relative error")
 ONE = Inspected(
     0,
     "q",
@@ -109,9 +117,10 @@ def test_relative_errors_fold_to_their_root_mean_square_and_nats_to_sums_or_mean
 
 def test_methods_are_named_with_options_that_are_not_their_defaults() -> None:
     options = {"metric": "output", "select": "score", "refit": "least_squares"}
-    found = by_method([replace(ESTIMATE, method="a3", options=options)])
-    assert list(found) == ["a3, metric output"]
-    assert list(by_method([replace(ESTIMATE, method="a3", options={**options, "metric": "loss"})])) == ["a3"]
+    for metric, name in (("output", "a3, metric output"), ("loss", "a3")):
+        one = replace(ESTIMATE, method="a3", options={**options, "metric": metric})
+        (row,) = estimate_tables(inspection(), {"mlp": [replace(ONE, estimates=[one])]})[0].rows
+        assert row[1] == name
 
 
 def test_auto_counts_the_layers_where_they_differ_and_has_figures_of_one() -> None:
@@ -122,10 +131,10 @@ def test_auto_counts_the_layers_where_they_differ_and_has_figures_of_one() -> No
 
 
 def test_an_output_beside_the_original() -> None:
-    (row,) = held_table(GROUPS, "out").rows
+    (row,) = output_table(GROUPS, "out").rows
     assert row == ["q", "svd", "0.3000", "0.3536", "0.5000", "0.8000", "60.0%", "2-3", "0.3000", "0.3100"]
     kl = replace(HELD, measured=None, kl=0.02, recorded_predicted=0.01, recorded_unit="nats KL")
-    (row,) = held_table({"qk": [replace(ONE, held=kl)]}, "out").rows
+    (row,) = output_table({"qk": [replace(ONE, held=kl)]}, "out").rows
     assert (row[2], *row[8:]) == ("0.02 nats KL", "0.01 nats KL", "0.31 nats KL")
 
 

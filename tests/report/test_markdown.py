@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lrc.records.compression import Report
-from lrc.report.html import html_page
-from lrc.report.markdown import model_card, report_page
-from lrc.report.rows import error_note
+from lrc.report.compression import error_note, html_page, model_card, report_page
 
 
 def test_what_matters_comes_first_and_the_plan_last(make_report: Callable[..., Report]) -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from lrc.errors import UserError
 from lrc.records.compression import REPORT, Report
-from lrc.report.compared import compared_page
-from lrc.report.outputs import points, read_beside, read_outputs, short
+from lrc.report.outputs import compared_page, points, read_beside, read_outputs, short
 
 MakeReport = Callable[..., Report]
 Written = Callable[..., list[Path]]

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from lrc.records.compression import REPORT, Report
-from lrc.report.compared import compared_page
-from lrc.report.html import html_page
-from lrc.report.outputs import read_outputs
+from lrc.report.compression import html_page
+from lrc.report.outputs import compared_page, read_outputs
 
 _A4 = 718  # pixels between margins of a centimetre
 

@@ -28,8 +28,9 @@ def test_a_report_is_read_back_as_it_was(make_report: Callable[..., Report], tmp
     assert lrc.read_report(str(tmp_path)) == report
 
 
-def test_figures_that_json_has_not_are_read_back(worst: Report) -> None:
-    found = Report.from_json(worst.to_json())
+def test_figures_that_json_has_not_are_read_back(worst: Report, tmp_path: Path) -> None:
+    (tmp_path / REPORT).write_text(worst.to_json(), encoding="utf-8")
+    found = read_report(tmp_path)
     assert found.perplexity[0].after.value == math.inf
     assert math.isnan(found.targets[5].predicted.error)
     assert isinstance(found.targets[0].numerics["rounds"], int)

@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrc.allocation import ALLOCATORS
 from lrc.allocation.contract import Setting
-from lrc.allocation.importance import costs as importance_costs
-from lrc.allocation.predicted import energy_costs, fisher_costs
-from lrc.allocation.sensitivity import costs as sensitivity_costs
 from lrc.calibration.draw import Texts
 from lrc.calibration.synthetic import write_blocks
 from lrc.checkpoint.reader import CheckpointReader
@@ -31,13 +29,13 @@ from lrc.methods import methods
 from lrc.methods.contract import Affine
 from lrc.moments import collectors
 from lrc.moments.attention_samples import SAMPLES, SampleSum
-from lrc.moments.gradient import Wanted
+from lrc.moments.gradient import GradientTargets
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.processes import ALONE, Processes, launched
 from lrc.text.blocks import batched
 from lrc.text.mixture import Calibration, Source
-from lrc.walk.backward import gradient_moments
+from lrc.walk.backward import GradientSweep
 from lrc.walk.stream import ModelStream
 from lrc.walk.walk import Walk
 
@@ -129,7 +127,7 @@ def failing(kind: str) -> str:
             while True:
                 processes.share(None)
     except (UserError, ValueError) as error:
-        missed = isinstance(error, ProcessEnded) and processes.first_to_miss()
+        missed = isinstance(error, ProcessEnded) and not error.reported
         return f"{type(error).__name__} {missed}: {error}"
 
 
@@ -194,8 +192,10 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
     plan = resolved(architecture, text).layers[0]
     ids = blocks(count)
     batches = stream.embed(batched(processes.mine(ids), 2))
-    wanted = {index: Wanted(frozenset(architecture.matrices), True) for index in range(architecture.layers)}
-    gradients = gradient_moments(stream, ids, wanted, 2, 0)
+    wanted = {
+        index: GradientTargets(frozenset(architecture.matrices), True) for index in range(architecture.layers)
+    }
+    gradients = GradientSweep(stream, ids, 2).run(wanted, 0)
     found = {
         f"{index} {role}": tensor for index, g in gradients.items() for role, tensor in g.outputs.items()
     }
@@ -218,8 +218,9 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
         number = next(numbers)
         refit.add(block, block + normal(number, *block.shape), block, held=number == count - 1)
     refit.reduce(processes)
-    (fit,) = processes.spread([Affine(torch.zeros(architecture.hidden, architecture.hidden))], refit.solve)
-    found["refit"] = fit.solution.weight
+    start = Affine(torch.zeros(architecture.hidden, architecture.hidden))
+    ((fitted, _),) = processes.spread([start], lambda each: refit.solve(each, 0, "o"))
+    found["refit"] = fitted.weight
     scale = fit_scale(
         Final([batch.hidden for batch in batches], stream.tail()),
         Final([batch.hidden * 1.2 for batch in batches], stream.tail()),
@@ -293,18 +294,18 @@ def curves(processes: Processes, folder: Path) -> Iterator[tuple[str, list[float
     reader, ids = CheckpointReader(folder), blocks(7)
     texts = Texts(Calibration((Source("drawn", ids[:4], {}),), None, ids[:4]), None, ids[4:])
     tables = "projections: {embed: {method: whitened_svd}}\n"
-    for name, costs, base, losses in (
-        ("energy", energy_costs, f"method: a3\n{tables}", False),
-        ("fisher", fisher_costs, "method: two_sided_svd\n", True),
-        ("importance", importance_costs, "method: svd\n", True),
-        ("sensitivity", sensitivity_costs, f"method: a3\n{tables}", False),
+    for name, base, losses in (
+        ("energy", f"method: a3\n{tables}", False),
+        ("fisher", "method: two_sided_svd\n", True),
+        ("importance", "method: svd\n", True),
+        ("sensitivity", f"method: a3\n{tables}", False),
     ):
         head = f"format: 1\nallocate: {name}\n"
         plans = [resolved(reader.architecture, f"{head}keep: {keep}\n{base}") for keep in (0.3, 0.6)]
         setting = Setting(reader, plans, texts, CPU, torch.float32, 2, losses, processes=processes)
         done: list[int] = []
-        found = costs(setting, done.append)
-        yield name, [cost for curve in found.curves for cost in curve.costs]
+        found, _ = ALLOCATORS[name].curves(setting, done.append)
+        yield name, [cost for curve in found for cost in curve.costs]
 
 
 def curves_of_several(folder: Path) -> dict[str, list[float]]:

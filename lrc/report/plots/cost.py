@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
-from numpy.typing import ArrayLike
 
-from lrc.report.plots.theme import INK, MUTED, PAPER, PHONE, compact, drawing, mark, shortened, svg
+from lrc.report.plots.theme import INK, MUTED, PAPER, PHONE, SERIES, drawing, shortened, svg
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+_MARKERS = "os^DvP"  # for print in grey; with the six colours the first 36 series differ
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,20 @@ def cost(name: str, text: str, points: Sequence[Point], kinds: Sequence[str]) ->
         axes.set_title(f"perplexity on {shortened(text, 28)}")
         edge = front(shown)
         axes.plot([p.bytes for p in edge], [p.perplexity for p in edge], color=MUTED, linewidth=1, zorder=1.5)
-        series = [(kind, kind, *mark(i), 7) for i, kind in enumerate(kinds)]
-        for kind, label, colour, marker, size in (*series, (None, "dense", INK, "*", 11)):
+        series: dict[str | None, tuple[str, str]] = {
+            kind: (SERIES[i % 6], _MARKERS[(i + i // 6) % 6]) for i, kind in enumerate(kinds)
+        }
+        for kind, (colour, marker) in {**series, None: (INK, "*")}.items():
             if of_kind := [point for point in shown if point.kind == kind]:
                 axes.plot(
                     [point.bytes for point in of_kind],
                     [point.perplexity for point in of_kind],
-                    linestyle="none",
-                    marker=marker,
-                    markersize=size,
+                    marker,
+                    markersize=7 if kind else 11,
                     markeredgecolor=PAPER,
                     markeredgewidth=1,
                     color=colour,
-                    label=label,
+                    label=kind or "dense",
                     clip_on=False,
                     zorder=3,
                 )
@@ -97,7 +97,7 @@ def _scales(axes: Axes, points: Sequence[Point]) -> None:
         room = 0.12 * (high - low) or 0.1 * high
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[Point]) -> None:
@@ -106,10 +106,12 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[P
     figure.set_layout_engine("none")
     inside = axes.get_window_extent()
     at = axes.transData.transform
-    taken = [_around(at((point.bytes, point.perplexity)), 6) for point in points]
+    places = [at((point.bytes, point.perplexity)) for point in points]
+    taken = [Bbox([place, place]).padded(6) for place in places]
     for start, end in pairwise(at([(point.bytes, point.perplexity) for point in edge]) if edge else []):
         steps = 1 + round(math.dist(start, end) / 4)  # boxes along the line of the front
-        taken += [_around(start + i / steps * (end - start), 2) for i in range(steps + 1)]
+        line = [start + i / steps * (end - start) for i in range(steps + 1)]
+        taken += [Bbox([place, place]).padded(2) for place in line]
     for point in points:
         label = axes.annotate(
             shortened(point.label, 22),
@@ -139,11 +141,6 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], edge: Sequence[P
 # Pixels between a point and its label, and sides of the point, the best first.
 _GAPS = (8, 20, 34, 50)
 _SIDES = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, -0.8), (0.8, -0.8), (-0.8, 0.8))
-
-
-def _around(place: ArrayLike, half: float) -> Bbox:
-    x, y = np.asarray(place)
-    return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
 def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:

@@ -18,7 +18,6 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.rcsetup import cycler
 
 PHONE = 344  # the widest picture that a phone shows without scaling
 
@@ -39,7 +38,6 @@ COLOURS = {
     "series-6": ("#6a5acd", "#b3a8ff"),
 }
 INK, MUTED, RULE, PAPER, _HEAT, *SERIES = (light for light, _ in COLOURS.values())
-MARKERS = ("o", "s", "^", "D", "v", "P")  # for print in grey
 
 # Opacity grows with the value, so that the least value is the paper, light or dark.
 HEAT = LinearSegmentedColormap.from_list("heat", [(*to_rgb(_HEAT), opacity) for opacity in (0.04, 1.0)])
@@ -52,7 +50,6 @@ _RC: dict[Any, Any] = {
     "axes.facecolor": "none",
     "axes.edgecolor": RULE,
     "axes.labelcolor": INK,
-    "axes.labelsize": 11,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.titlepad": 8,
@@ -60,24 +57,16 @@ _RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "axes.prop_cycle": cycler(color=SERIES),
     "grid.color": RULE,
     "grid.linewidth": 0.7,
-    "xtick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "xtick.labelsize": 10,
-    "ytick.color": RULE,
-    "ytick.labelcolor": MUTED,
-    "ytick.labelsize": 10,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
+    **{f"{axis}tick.color": RULE for axis in "xy"},
+    **{f"{axis}tick.labelcolor": MUTED for axis in "xy"},
+    **{f"{axis}tick.labelsize": 10 for axis in "xy"},
     "legend.frameon": False,
     "legend.fontsize": 10,
     "legend.borderpad": 0.2,
     "figure.facecolor": "none",
     "figure.dpi": 72,  # so that a point is a pixel
-    "savefig.facecolor": "none",
     "svg.fonttype": "none",
 }
 
@@ -99,36 +88,23 @@ def svg(figure: Figure, name: str, label: str) -> str:
     ``name`` is unique in the page, as ids are made from it; ``label`` describes the picture for screen readers. The
     same figure gives the same bytes.
     """
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata=nothing)
-    drawn = out.getvalue()
-    width, height = figure_size(drawn)
-    body = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]
-    body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", metadata=no_metadata)
+    _, _, body = out.getvalue().partition("<svg")[2].partition(">")
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)  # its * is the whole page
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # figure_1, axes_1: the same in every picture
     body = body.replace("'DejaVu Sans'", "system-ui, sans-serif")
     properties = {light: f"var(--{name}, {light})" for name, (light, _) in COLOURS.items()}
-    body = re.sub(
-        r'(?<= style=")[^"]*',
-        lambda style: re.sub("#[0-9a-f]{6}", lambda hit: properties.get(hit[0], hit[0]), style[0]),
-        body,
-    )
+    body = re.sub("(?<=: )#[0-9a-f]{6}", lambda hit: properties.get(hit[0], hit[0]), body)
+    width, height = 72 * figure.get_size_inches()
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
         f'data-picture="{escape(name)}" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}" style="stroke-linejoin: round; stroke-linecap: butt">'
         f"{body.strip()}"
     )
-
-
-def figure_size(drawn: str) -> tuple[float, float]:
-    """Return width and height in pixels of an ``<svg>`` element."""
-    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)
-    assert box, "an <svg> element has a viewBox"
-    return float(box[1]), float(box[2])
 
 
 def css(selector: str = ":root") -> str:
@@ -145,19 +121,6 @@ def standalone(element: str) -> str:
     opening, end, body = element.partition(">")
     style = f"<style>\n{css('svg')}svg {{ background: var(--paper) }}\n</style>\n"
     return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{end}{style}{body.rstrip()}\n'
-
-
-def compact(value: float) -> str:
-    """Return a number in few characters: 1.5M, 32k, 0.004."""
-    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
-    size, unit = next((each for each in units if abs(value) >= each[0]), (1, ""))
-    return f"{value / size:.3g}{unit}".replace("-", "−")
-
-
-def mark(number: int) -> tuple[str, str]:
-    """Return colour and marker of a series; the first 36 differ, the first 6 in both."""
-    turn, colour = divmod(number, len(SERIES))
-    return SERIES[colour], MARKERS[(colour + turn) % len(MARKERS)]
 
 
 def shortened(text: str, most: int) -> str:

@@ -1,22 +1,30 @@
-"""Tables of an inspection, by target over the layers or layer by layer."""
+"""An inspection as tables, and the files inspect.json and inspect.html."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from lrc.checkpoint.durable import check_file, write_text, written
+from lrc.checkpoint.sizes import byte_text
+from lrc.errors import UserError
 from lrc.methods import methods
 from lrc.plan.precedence import spans
+from lrc.records.compression import json_text
 from lrc.records.inspection import Choice, Conditioning, Estimate, Inspected, Inspection
-from lrc.report.rows import size_span
+from lrc.report.page import Picture, Section, render
+from lrc.report.plots.heatmap import heatmap
 from lrc.report.table import Table, grouped, table
-from lrc.report.tables import seconds_line, warning_lines
+from lrc.report.tables import listed, seconds_line, size_span, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_RECORD = "inspect.json"
 Groups = Mapping[str, Sequence[Inspected]]
 
 
@@ -36,7 +44,7 @@ def tables(found: Inspection, *, by_layer: bool) -> list[Table]:
     if found.moments:
         shown.append(moments_table(found.moments, by_layer=by_layer))
     if found.against is not None:
-        shown.append(held_table(groups, found.against))
+        shown.append(output_table(groups, found.against))
     return shown
 
 
@@ -55,12 +63,6 @@ def by_target(targets: Iterable[Inspected], *, by_layer: bool) -> dict[str, list
         return f"{each.layer} {each.target}" if by_layer and each.layer is not None else each.target
 
     return grouped(targets, name)
-
-
-def by_method(estimates: Iterable[Estimate]) -> dict[str, dict[float, list[Estimate]]]:
-    """Group estimates by method, with its options other than the defaults, and by the requested fraction."""
-    groups = grouped(estimates, lambda each: each.method + _unusual(each))
-    return {method: grouped(some, lambda each: each.keep) for method, some in groups.items()}
 
 
 def spectra_table(groups: Groups) -> Table:
@@ -128,7 +130,8 @@ def estimate_tables(found: Inspection, groups: Groups) -> list[Table]:
         rows = []
         for name, each in groups.items():
             every = [e for one in each for e in one.estimates if cell is error or e.loss is not None]
-            for method, at in by_method(every).items():
+            for method, some in grouped(every, lambda e: e.method + _unusual(e)).items():
+                at = grouped(some, lambda e: e.keep)
                 cells = {f"{keep:g}:n": cell(at[keep]) if keep in at else "" for keep in found.keeps}
                 rows.append({"target": name, "method": method, **cells})
         tables.append(table(rows, f"Predicted {what}, by kept fraction"))
@@ -155,7 +158,7 @@ def _taken(choices: Sequence[Choice]) -> str:
     return "\n".join(lines)
 
 
-def held_table(groups: Groups, against: str) -> Table:
+def output_table(groups: Groups, against: str) -> Table:
     """Return the errors of an output by target, beside those in its manifest."""
     rows = []
     for name, each in groups.items():
@@ -187,6 +190,65 @@ def held_table(groups: Groups, against: str) -> Table:
     )
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError if a folder cannot be written to. Nothing is made."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} cannot be written: it is a file; name a folder with -o")
+    check_file("-o", folder / _RECORD if folder.is_dir() else folder)
+
+
+def write_inspection(found: Inspection, folder: Path) -> list[Path]:
+    """Write an inspection into a folder, which is made if need be, and return the files."""
+    files = {folder / _RECORD: json_text(asdict(found)), folder / "inspect.html": inspection_page(found)}
+    with written(folder):
+        folder.mkdir(exist_ok=True)
+        for path, text in files.items():
+            write_text(path, text)
+    return list(files)
+
+
+def inspection_page(found: Inspection) -> str:
+    """Return an inspection as one page: tables by target, and the choices of ``auto`` layer by layer."""
+    names = list(dict.fromkeys(t.target for t in found.targets if t.layer is not None))
+    facts = [
+        ("fingerprint", found.fingerprint),
+        ("calibration", found.calibration),
+        ("device", f"{found.device}, layers run in {found.dtype}"),
+        ("seconds", listed({stage: f"{seconds:.1f}" for stage, seconds in found.seconds.items()})),
+        ("peak memory", listed({place: byte_text(size) for place, size in found.peak_bytes.items()})),
+        ("versions", listed(found.versions)),
+    ]
+    sections = [
+        Section(
+            "What was found",
+            [_ranks(found, names)] if names else [],
+            tables=tables(found, by_layer=False),
+            folded={"Layer by layer": auto_table(by_target(found.targets, by_layer=True), found.keeps)},
+        ),
+        Section("How it was made", facts=facts),
+    ]
+    return render(f"{found.model}, inspected", heading(found), sections, warnings=found.warnings)
+
+
+def _ranks(found: Inspection, names: Sequence[str]) -> Picture:
+    """Return a picture of the effective rank by layer and target."""
+    shares = {(t.layer, t.target): t.whitened.effective_rank / t.whitened.full for t in found.targets}
+    grid = [[shares.get((layer, name), 0.0) for name in names] for layer in found.layers]
+    drawn = heatmap(
+        "ranks",
+        grid,
+        [["1" if share > 0.995 else f"{share:.2f}".removeprefix("0") for share in row] for row in grid],
+        [str(layer) for layer in found.layers],
+        names,
+        title="Effective over full rank, by layer",
+        below="whitened by the moment of what is read",
+        label=f"Effective rank over full rank by layer of {', '.join(names)}",
+    )
+    return Picture(
+        drawn, "The smaller, the less a map of low rank loses of the outputs on the calibration text."
+    )
+
+
 def _unusual(estimate: Estimate) -> str:
     solvers = methods()[estimate.method].solvers.values()
     known = [{name: option.default for name, option in solver.options.items()} for solver in solvers]
@@ -210,11 +272,8 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    least, most = (_two_digits(value) for value in (min(values), max(values)))
-    return least if least == most else f"{least} to {most}"
-
-
-def _two_digits(value: float) -> str:
-    """Return such as 510 or 0.0012; a longer number in powers of ten."""
-    rounded = f"{value:.2g}"
-    return f"{float(rounded):g}" if 1e-4 <= abs(value) < 1e5 else rounded
+    """Return the ends in two digits, such as 510 or 0.0012, and longer numbers in powers of ten."""
+    ends = (f"{value:.2g}" for value in (min(values), max(values)))
+    return " to ".join(
+        dict.fromkeys(f"{float(end):g}" if 1e-4 <= abs(float(end)) < 1e5 else end for end in ends)
+    )

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrc.families import families
-from lrc.inspection.fidelity import overlap, product_difference
-from lrc.records.inspection import Held
+from lrc.inspection.output import overlap, product_difference
+from lrc.records.inspection import OutputErrors
 
 ROOT = "model.layers.1."
 
 
-def held(found: Any, find: Any, layer: int | None, target: str) -> Held:
+def held(found: Any, find: Any, layer: int | None, target: str) -> OutputErrors:
     one = find(found, layer, target).held
     assert one is not None
     return one
