@@ -86,6 +86,7 @@ class Sensitivity:
                 state = self._states[visit.index]
                 problem = partial(pose, self._architecture, state=state, found=known)
                 found += self._measured(here, problem, partial(self._alone, visit.index), advance)
+                del known, problem  # large: the moments of this layer
             self._stream.advance(self._layers[visit.index], visit.index, self._held)
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks

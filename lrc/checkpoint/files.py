@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ def _named(folder: Path, named: object) -> str:
     where = f"{folder / 'config.json'}: transformers_weights: {named!r}"
     if not isinstance(named, str) or not named.endswith((".safetensors", f".safetensors{_INDEX}")):
         raise UserError(f"{where} is no safetensors file or index")
-    if not (folder / named).resolve().is_relative_to(folder.resolve()):
+    # Not resolved: files of the hub's cache are links to another folder.
+    if not Path(os.path.abspath(folder / named)).is_relative_to(os.path.abspath(folder)):
         raise UserError(f"{where} is outside the folder of the model")
     if not (folder / named).is_file():
         raise UserError(f"{where} is not in the folder of the model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,7 +53,8 @@ class CheckpointReader:
         if causal not in architectures:
             raise UserError(f"{folder} is a {architectures[0]}, not a causal language model ({causal})")
         named = self.raw_config.pop("transformers_weights", None)  # outputs have their weights in other files
-        weights = weight_files(folder, named if quantized is None else None)
+        original = self.raw_config.get("quantization_config") is None
+        weights = weight_files(folder, named if original else None)
         if weights.pickled and not allow_pickle:
             raise UserError(f"{folder} has only pickled weights ({weights.name}); pass --allow-pickle")
         self._pickles = {file: _unpickle(file) for file in weights.files} if weights.pickled else {}
@@ -62,7 +64,7 @@ class CheckpointReader:
             for name in weights.ignored
         ]
         self._stored, self.tensors = {name: name for name in located}, located
-        if quantized is None:
+        if original:
             self._match(located)
 
     @cached_property
@@ -89,7 +91,7 @@ class CheckpointReader:
             init_empty_weights(include_buffers=False),
         ):
             return AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype or self.dtype, attn_implementation="sdpa"
+                copy.deepcopy(self.config), dtype=dtype or self.dtype, attn_implementation="sdpa"
             ).eval()
 
     @cached_property
@@ -162,7 +164,10 @@ class CheckpointReader:
             return True
         if embedding in self.tensors:
             values = self._read([head, embedding])
-            if not torch.equal(values[head].to(values[embedding].dtype), values[embedding]):
+            dtype = (
+                getattr(self.config, "dtype", None) or values[embedding].dtype
+            )  # in which transformers loads
+            if not torch.equal(values[head].to(dtype), values[embedding].to(dtype)):
                 self.config.tie_word_embeddings = self.raw_config["tie_word_embeddings"] = False
                 self.warnings.append(
                     f"{self.folder}: config.json ties {head} to {embedding}, but the files hold both with different "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -13,13 +14,12 @@ from lrc.errors import UserError
 
 def _bytes(option: str, size: str) -> int:
     """Return the bytes of ``4G``, ``500 MB``, ``1.5GiB`` or a plain number."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
+    from pydantic import ByteSize, TypeAdapter
 
-    try:
-        return TypeAdapter(ByteSize).validate_python(size.strip())
-    except ValidationError:
-        message = f"{option} {size!r} is not a size; write such as 4G, 500MB, 1.5GiB or 123456789"
-        raise UserError(message) from None
+    # pydantic reads the start of a text and ignores the rest.
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)? *(?:[kMGT]i?)?)B?", size.strip(), re.IGNORECASE)):
+        raise UserError(f"{option} {size!r} is not a size; write such as 4G, 500MB, 1.5GiB or 123456789")
+    return TypeAdapter(ByteSize).validate_python(f"{found[1]}B")
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class Compressor:
         if embedding is not None and self._refits:
             with self._watch.stage("embed"):
                 self._compressed = [batch.hidden for batch in self._stream.embed(ids, embedding)]
+        del embedding  # large: it would stay on the device during all layers
         walk = Walk(self._stream, self._batches, first_token=self._plan.first_token, watch=self._watch)
         for visit, plan in zip(walk, self._plan.layers, strict=True):
             self._layer(plan, visit)

@@ -59,6 +59,8 @@ class LrcQuantizer(HfQuantizer):
             vars(config).pop("transformers_weights")
         return config
 
+    update_tp_plan = update_attn_implementation  # called in its place by transformers before 5.18
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:

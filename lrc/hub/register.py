@@ -8,24 +8,29 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-TARGET = "transformers.quantizers.auto"
+TARGET, LOADER = "transformers.quantizers.auto", "transformers.modeling_utils"
 
 
 def install() -> None:
     """Register lrc's quantizer with transformers, without importing transformers."""
-    if TARGET in sys.modules:
+    module = sys.modules.get(TARGET)
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        # TARGET imports torch, which may call this: TARGET is half executed then, and models are loaded by LOADER.
+        sys.meta_path.insert(0, _Finder(TARGET if module is None else LOADER))
 
 
 class _Finder:
-    """Import hook that registers lrc right after ``TARGET`` is executed."""
+    """Import hook that registers lrc right after the module ``target`` is executed."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TARGET:
+        if fullname != self._target:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)

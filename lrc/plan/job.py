@@ -60,5 +60,6 @@ def templates(
             source, names = draft.document.source, " and ".join(fixed)
             unmeasured = f"{source}: the cost of {names} is not measured, so predictions leave it out"
             resolved = replace(resolved, warnings=(*resolved.warnings, unmeasured))
-        found.append(Job(model, reader, draft, resolved))
+        warnings = (*reader.warnings, *resolved.warnings)
+        found.append(Job(model, reader, draft, replace(resolved, warnings=warnings)))
     return found

@@ -47,6 +47,9 @@ class Processes:
         self.first, self.alone = self.rank == 0, self.size == 1  # the first writes files and prints
         self._store = store
         self._failed = False  # after a failure the processes no longer meet
+        self._reports: bool | None = (
+            None  # whether this process reports the end of another, once it noticed one
+        )
 
     def mine(self, items: Split) -> Split:
         """Return this process's share of items that all have: every ``size``-th one."""
@@ -114,8 +117,11 @@ class Processes:
     def ended(self, message: str) -> ProcessEnded:
         """Return an error that the first process to notice another's end reports, and the later ones do not."""
         error = ProcessEnded(f"{message}; {AGAIN}")
-        with suppress(RuntimeError):  # the store was on the process that ended
-            error.reported = self._store is not None and self._store.add("lost", 1) > 1
+        if self._reports is None:
+            self._reports = True
+            with suppress(RuntimeError):  # the store was on the process that ended
+                self._reports = self._store is None or self._store.add("lost", 1) == 1
+        error.reported = not self._reports
         return error
 
     def _broadcast(self, value: Any, source: int) -> Any:
@@ -202,7 +208,7 @@ def launched() -> Iterator[Processes]:
     try:
         yield processes
         processes.meet()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set by Python
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends now, with its message and exit code
         connected = isinstance(error, Exception) and not isinstance(error, ProcessEnded)

@@ -104,7 +104,10 @@ def ablate(
         measured=sum(map(len, missing)),
         seconds=setup.watch.seconds,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=[*dict.fromkeys([*passage.notes, *texts.warnings]), *coarse_notes(results)],
+        warnings=[
+            *dict.fromkeys([*setup.reader.warnings, *passage.notes, *texts.warnings]),
+            *coarse_notes(results),
+        ],
     )
     if first:
         write_file(Path(ablation.picture), picture(ablation))

@@ -66,7 +66,7 @@ def inspect_model(
     looked_at = replace(job.plan, layers=selected.plans if gradients else (), outer=())
     names = {target.name for target in (*selected.inside, *selected.outside)}
     few = too_few(architecture, looked_at, len(blocks), losses=gradients, targets=names)
-    warnings = [*texts.warnings, *few]
+    warnings = [*reader.warnings, *texts.warnings, *few]
     setup.warn(warnings)
     states = States(setup.offload(job, len(blocks)), Path(tempfile.gettempdir()))
     stream = ModelStream(reader, setup.device, setup.dtype, states)

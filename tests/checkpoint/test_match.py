@@ -120,6 +120,32 @@ def test_unused_tensors_are_left_out_and_named(tiny_checkpoint):
     assert "extra.weight, model.layers.2.mlp.x" in warning
 
 
+def test_a_named_file_may_be_a_link_as_in_the_cache_of_the_hub(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint("llama")
+    (folder / WEIGHTS).rename(tmp_path / "blob")
+    (folder / "named.safetensors").symlink_to(tmp_path / "blob")
+    set_config(folder, transformers_weights="named.safetensors")
+    assert_as_transformers(folder)
+
+
+def test_a_reader_of_outputs_reads_originals_alike(tiny_checkpoint):
+    """As streamed evaluation does, which takes both."""
+    folder = tiny_checkpoint("llama", tie_word_embeddings=True)
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(folder, lambda t: t.update({HEAD: t[EMBEDDING], old: torch.ones(4)}))
+    assert CheckpointReader(folder, quantized="lrc").tensors.keys() == CheckpointReader(folder).tensors.keys()
+
+
+def test_ties_are_judged_in_the_precision_of_the_config(tiny_checkpoint):
+    folder = tiny_checkpoint("llama", tie_word_embeddings=True)
+    set_config(folder, dtype="bfloat16")
+    edit(folder, lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()}))
+    reader, model = CheckpointReader(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert reader.architecture.tied
+    assert not reader.warnings
+
+
 def test_null_is_no_quantization(tiny_checkpoint):
     folder = tiny_checkpoint("llama")
     set_config(folder, quantization_config=None)

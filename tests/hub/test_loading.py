@@ -341,10 +341,24 @@ assert "lrc" not in sys.modules
     assert run(script, *folders).stdout.split() == ["mismatch"] * len(changes)
 
 
+# As when this module imports torch, and torch calls lrc's entry point.
+HALF_EXECUTED = """
+import sys, types
+from importlib.machinery import ModuleSpec
+from lrc.hub import register
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, register._Finder)]
+sys.modules[register.TARGET] = half = types.ModuleType(register.TARGET)
+half.__spec__ = ModuleSpec(register.TARGET, None)
+half.__spec__._initializing = True
+register.install()
+del sys.modules[register.TARGET]
+"""
 ORDERS = (
     "import lrc, transformers",
     "import transformers, lrc",
     "import transformers.quantizers.auto, lrc, importlib; importlib.reload(lrc)",
+    HALF_EXECUTED,
 )
 
 
@@ -365,12 +379,8 @@ for order in sys.argv[2:]:
     assert run(script, str(folder), *ORDERS).stdout.split() == ["LrcLlamaAttention"] * len(ORDERS)
 
 
-def test_import_is_light_and_quick() -> None:
-    script = (
-        "import time, sys; start = time.perf_counter(); import lrc; spent = time.perf_counter() - start\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules); print(spent)"
-    )
-    assert min(float(run(script).stdout) for _ in range(3)) < 0.05
+def test_import_is_light() -> None:
+    run("import lrc, sys; assert not {'torch', 'transformers'} & set(sys.modules)")
 
 
 @pytest.mark.parametrize(
