@@ -7,6 +7,7 @@ is an ordinary float model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrc.checkpoint.headers import Shape, check_shapes, read_headers
 from lrc.errors import UserError
 from lrc.families import Family, family_of
+from lrc.hub.resize import resize_tables
+from lrc.modules.kind import Guarded
 from lrc.modules.low_rank import FACTORS
 from lrc.modules.table import Table, apply_table
 
@@ -85,6 +88,7 @@ class LrcQuantizer(HfQuantizer):
             vars(model).pop(name, None)
         vars(model.config).pop("_is_quantized", None)
         model._get_static_cache_init_shape = _no_early_cache  # type: ignore[method-assign]
+        _list_modules(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -112,6 +116,19 @@ def replace_modules(model: PreTrainedModel, table: Table) -> dict[str, Shape]:
         model._tied_weights_keys = keys  # type: ignore[assignment]
         model.all_tied_weights_keys = dict(keys)
     return {_full_name(n, family): tuple(t.shape) for n, t in _own_tensors(model, family).items()}
+
+
+def _list_modules(model: PreTrainedModel) -> None:
+    """Tell factorized modules their entries in the config's table, so that what changes them changes these."""
+    family, table = family_of(model.config.model_type), model.config.quantization_config["modules"]
+    tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+    prefix = f"{family.prefix}." if model.base_model is model else ""
+    for path, module in model.named_modules():
+        if isinstance(module, Guarded) and (entry := table.get(prefix + path)):
+            shared = {f"{path}.A", f"{path}.B"} & tied
+            module.listed = path, {} if shared else entry
+    if {family.embedding, family.head} & table.keys():
+        model.resize_token_embeddings = MethodType(resize_tables, model)  # type: ignore[method-assign]
 
 
 def _own_tensors(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]:

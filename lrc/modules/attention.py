@@ -40,6 +40,7 @@ class ReducedAttention(SharesInput):
     rotary_columns: Tensor | None
     stock: bool = False  # True: nothing is reduced, and ``fuse`` replaced the family's own class
     num_key_value_groups: int
+    head_dim: int
     if TYPE_CHECKING:  # attributes of the class that this one is mixed into
         config: Any
         layer_idx: int
@@ -63,6 +64,7 @@ class ReducedAttention(SharesInput):
         step = STEP.get(query.device.type, 1)
         query, key, value = (_widen(x, x.shape[-1] + -x.shape[-1] % step) for x in (query, key, value))
         if past_key_values is not None:
+            self._narrow_prefix(past_key_values, key.shape[-1], value.shape[-1])
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         output = output[..., : self.v_dim].reshape(*hidden_states.shape[:-1], -1)
@@ -73,6 +75,14 @@ class ReducedAttention(SharesInput):
 
     def extra_repr(self) -> str:
         return f"qk_dim={self.qk_dim}, v_dim={self.v_dim}, rotary_columns={self.rotary_columns is not None}"
+
+    def _narrow_prefix(self, cache: Any, qk: int, v: int) -> None:
+        """Cut a trained prefix of full heads, as PEFT makes it from the config, to the widths of these heads."""
+        for held in getattr(cache, "layers", [])[self.layer_idx : self.layer_idx + 1]:
+            for name, width in (("keys", qk), ("values", v)):
+                states = getattr(held, name, None)
+                if states is not None and states.shape[-1] == self.head_dim != width:
+                    setattr(held, name, states[..., :width])
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         if self.rotary_columns is None:
@@ -100,6 +110,23 @@ class ReducedAttention(SharesInput):
         return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
+class Absent(nn.Module):
+    """Stands where a projection was that is stored split; its empty tensor makes loading without lrc fail.
+
+    Its text is part of what PEFT says where an adapter is asked for it.
+    """
+
+    weight: Tensor
+
+    def __init__(self, like: Tensor, instead: list[str]) -> None:
+        super().__init__()
+        self.register_buffer("weight", like.new_empty(0))
+        self.instead = instead
+
+    def extra_repr(self) -> str:
+        return f"stored as {', '.join(self.instead)}: name these in target_modules"
+
+
 def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family) -> None:
     """Turn a family's attention module into its reduced form in place; projections are replaced separately.
 
@@ -123,9 +150,7 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
 
     fused = {family.projections[role].module.removeprefix(f"{family.attention}.") for role in family.split}
     for name in sorted(fused - set(family.split.values())):
-        absent = nn.Module()  # its empty tensor makes loading without lrc fail
-        absent.register_buffer("weight", getattr(module, name).weight.new_empty(0))
-        setattr(module, name, absent)
+        setattr(module, name, Absent(getattr(module, name).weight, sorted(family.split.values())))
     columns = None
     if entry["rotary_columns"]:
         device = next(iter(module.state_dict().values())).device

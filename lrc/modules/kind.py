@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lrc.discovery import submodules
+from lrc.errors import UserError
+from lrc.modules.product import Product
 
 Entry = dict[str, Any]
 Held = Mapping[str, Any]  # by name a tensor, or the Factors of a nested kind
@@ -41,22 +43,74 @@ class Factors:
         return kinds()[self.kind].dense(self.tensors)
 
 
-class StructuredLinear(nn.Module):
-    """A linear map stored as factors.
+class Guarded(nn.Module):
+    """A module stored as factors, with a buffer ``weight`` of zero elements.
 
-    The zero-element buffer ``weight`` makes a load without lrc fail with a shape mismatch, instead of running random
-    weights. Model code also reads its dtype and device. ``tiny``: table entry of a small module, for contract tests.
+    The buffer makes a load without lrc fail with a shape mismatch, instead of running random weights. Model code also
+    reads its dtype and device. In a model that ``from_pretrained`` has loaded, ``weight`` reads as the whole matrix, so
+    that adapters treat the module as a dense one. ``listed`` is its path and its entry in the config's table then.
     """
+
+    listed: tuple[str, Entry] | None = None
+    shape: tuple[int, int]  # of the matrix
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # not a dense module's, which makes its weight
+        self._buffers["weight"] = torch.empty(0)
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        empty = self._buffers["weight"]
+        assert empty is not None
+        whole = self.listed is not None and not any(p.is_meta for p in self.parameters())
+        return Product(self, self.shape, empty) if whole else empty
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not isinstance(value, Product | nn.Parameter):
+            self._buffers["weight"] = value
+        elif getattr(value, "module", None) is not self:  # unloading an adapter sets a module's own
+            self.merge(value.data)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            object.__setattr__(self, name, value)  # the property's, which a module would pass by
+        else:
+            super().__setattr__(name, value)
+
+    @abstractmethod
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the matrix, detached; computed and returned in ``dtype``, by default that of the factors."""
+
+    def merge(self, value: Tensor) -> None:
+        """Change the factors so that they represent ``value``; raise UserError if they cannot."""
+        raise self.refusal()
+
+    def refusal(self) -> UserError:
+        """Return the error for a change that the factors cannot hold."""
+        path, entry = self.listed or ("", {})
+        return UserError(
+            f"{path} is stored as {entry.get('kind', 'tied factors')} and cannot hold a new weight: keep the adapter "
+            "in its own folder (save_pretrained) and load it by peft.PeftModel.from_pretrained instead of merging it; "
+            "where its method starts by changing weights, use the default init_lora_weights"
+        )
+
+
+class StructuredLinear(Guarded, nn.Linear):
+    """A linear map stored as factors; ``tiny``: table entry of a small module, for contract tests."""
 
     kind: ClassVar[str]
     factor_names: ClassVar[tuple[str, ...]]
     tiny: ClassVar[Mapping[str, Any]]
     steps: ClassVar[int] = 2  # matrix products and permutations for a token
-    weight: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(0))
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.out_features, self.in_features
+
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        factors = Factors(self.kind, {name: each.detach() for name, each in self.factors.items()})
+        return (factors.to(dtype) if dtype else factors).dense
 
     @classmethod
     @abstractmethod
@@ -82,7 +136,7 @@ class StructuredLinear(nn.Module):
     def offset(self) -> Tensor | None:
         """Return the bias (out,), or None."""
         last = self.output_linear
-        return getattr(self, "bias", None) if last is None else last.bias
+        return getattr(self if last is None else last, "bias", None)
 
     @staticmethod
     @abstractmethod
@@ -101,7 +155,7 @@ class StructuredLinear(nn.Module):
 
     @property
     @abstractmethod
-    def output_linear(self) -> nn.Linear | None:
+    def output_linear(self) -> Any:
         """Return the last linear map, which a refit may replace, or None."""
 
 

@@ -6,16 +6,51 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrc.modules.kind import Entry, Held, StructuredLinear
+from lrc.modules.kind import Entry, Guarded, Held, StructuredLinear
+from lrc.modules.product import extended
 
 EMBEDDING = "embedding"
 FACTORS = ("A.weight", "B.weight")
 
 
-class LowRankLinear(StructuredLinear):
-    """A pair of ordinary linears, ``A`` (rank, in) and ``B`` (out, rank), that adapters and quantizers find."""
+class Pair(Guarded):
+    """A matrix B A, for ``B`` (rows, rank) and ``A`` (rank, columns); a merged adapter raises the rank."""
+
+    rank: int
+    A: Any
+    B: Any
+
+    def merge(self, value: Tensor) -> None:
+        entry = self.listed[1] if self.listed else {}  # empty where both factors are tied to another module's
+        grown = extended(self.B.weight.detach(), self.A.weight.detach(), value) if entry else None
+        if grown is None:
+            raise self.refusal()
+        for factor, weight in zip((self.B, self.A), grown, strict=True):
+            factor.weight = nn.Parameter(weight, requires_grad=factor.weight.requires_grad)
+        self.rank = entry["rank"] = len(grown[1])
+
+
+class Factor(nn.Module):
+    """x ↦ W x + b; not an ``nn.Linear``, which adapters would find beside the pair that it belongs to."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def out_features(self) -> int:
+        return len(self.weight)
+
+
+class LowRankLinear(Pair, StructuredLinear):
+    """A pair of linear maps, ``A`` (rank, in) and ``B`` (out, rank)."""
 
     kind = "low_rank"
     factor_names = ("A", "B")
@@ -24,8 +59,8 @@ class LowRankLinear(StructuredLinear):
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.A = nn.Linear(in_features, rank, bias=False)
-        self.B = nn.Linear(rank, out_features, bias=bias)
+        self.A = Factor(in_features, rank, bias=False)
+        self.B = Factor(rank, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.B(self.A(x))
@@ -57,28 +92,45 @@ class LowRankLinear(StructuredLinear):
         return entry["rank"] * (entry["in"] + entry["out"])
 
     @property
-    def output_linear(self) -> nn.Linear:
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.B.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias":
+            self.B.bias = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def output_linear(self) -> nn.Module:
         return self.B
 
 
-class FactorizedEmbedding(nn.Module):
+class FactorizedEmbedding(Pair, nn.Embedding):
     """Embedding whose table is B A, for ``B`` (tokens, rank) and ``A`` (rank, width).
 
-    A tied head is a ``low_rank`` linear that shares both tensors. The zero-element buffer ``weight`` makes a load
-    without lrc fail, as in ``StructuredLinear``.
+    A tied head is a ``low_rank`` linear that shares both tensors.
     """
 
-    weight: Tensor
+    padding_idx = max_norm = None
+    norm_type, scale_grad_by_freq, sparse = 2.0, False, False
 
     def __init__(self, tokens: int, width: int, rank: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(0))
         self.num_embeddings, self.embedding_dim, self.rank = tokens, width, rank
-        self.B = nn.Embedding(tokens, rank)
-        self.A = Widening(rank, width)
+        widening = Widening(rank, width)
+        self.B, self.A = Rows(tokens, rank, widening), widening
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.num_embeddings, self.embedding_dim
+
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        b, a = (f.weight.detach().to(dtype or f.weight.dtype) for f in (self.B, self.A))
+        return b @ a
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.A(self.B(ids))
+        return self.B(ids)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
@@ -87,6 +139,18 @@ class FactorizedEmbedding(nn.Module):
     def from_entry(cls, entry: Mapping[str, Any]) -> Self:
         """Make an uninitialised module with the shapes of a table entry, on the default device and dtype."""
         return cls(entry["tokens"], entry["width"], entry["rank"])
+
+
+class Rows(nn.Module):
+    """Rows of a factorized table, widened: PEFT takes the module with a row for each token as the embedding."""
+
+    def __init__(self, tokens: int, rank: int, widening: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(tokens, rank))
+        vars(self)["widen"] = widening  # a module of the embedding, not of this one
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return vars(self)["widen"](F.embedding(ids, self.weight))
 
 
 class Widening(nn.Module):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lrc.checkpoint.sizes import byte_text
 from lrc.records.compression import Report, TargetRecord
@@ -14,6 +17,8 @@ from lrc.report.plots.cost import cost
 from lrc.report.plots.kept import Row, kept
 from lrc.report.table import Table, grouped, table
 from lrc.report.tables import cost_table, every_table, listed, size_ends, size_span, targets_table
+
+_LICENSES = {"Apache License Version 2.0": "apache-2.0", "MIT License": "mit"}
 
 
 def html_page(report: Report, beside: Sequence[Output] = ()) -> str:
@@ -135,21 +140,26 @@ def report_page(report: Report) -> str:
     return "\n".join([*lines, *_markdown(report_sections(report))]).rstrip() + "\n"
 
 
-def model_card(report: Report) -> str:
-    """Return the output's README.md: how to load the model, what it cost, the plan."""
+def model_card(report: Report, source: Path | None = None) -> str:
+    """Return the output's README.md: how to load the model, what it cost, the plan; ``source``: the model's folder."""
     costs, targets, *_, plan = report_sections(report)
     lines = [
         "---",
-        "library_name: transformers",
-        "tags: [lrc, compressed]",
+        yaml.safe_dump(_front_matter(report, source), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         f"# {report.model} compressed with lrc ({report.plan})",
         "",
+        "```sh",
+        "pip install lrc",
+        "```",
+        "",
         "```python",
         "import lrc  # registers the loader",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")',
+        'folder = "PATH OF THIS FOLDER"',
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "```",
         "",
         *_markdown([costs, targets]),
@@ -157,6 +167,36 @@ def model_card(report: Report) -> str:
         *_markdown([plan]),
     ]
     return "\n".join(lines)
+
+
+def _front_matter(report: Report, source: Path | None) -> dict[str, Any]:
+    """Return the metadata of a model card, as the hub reads it; a licence only where the source states one."""
+    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if report.revision:  # only models of the hub have one
+        found |= {"base_model": report.model}
+    return found | (_license(source) if source else {}) | {"tags": ["lrc", "compressed"]}
+
+
+def _license(source: Path) -> dict[str, Any]:
+    """Return the licence keys of a folder's README.md, else the licence whose text its LICENSE begins with."""
+    readme = _text(source / "README.md")
+    if readme.startswith("---") and readme.count("\n---") > 0:
+        try:
+            stated = yaml.safe_load(readme[3:].partition("\n---")[0])
+        except yaml.YAMLError:
+            stated = None
+        if isinstance(stated, dict) and stated.get("license"):
+            return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        words = " ".join(_text(source / name).split())
+        for title, license in _LICENSES.items():
+            if words.startswith(title):
+                return {"license": license}
+    return {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _markdown(sections: Iterable[Section]) -> list[str]:

@@ -98,7 +98,7 @@ def compress(
         own.write_file(REPORT, report.to_json())
         own.write_file("report.md", report_page(report))
         own.write_file("report.html", html_page(report, others))
-        own.write_file("README.md", model_card(report))
+        own.write_file("README.md", model_card(report, source))
         own.publish()
     return setup.processes.share(report)
 

@@ -521,3 +521,16 @@ def test_what_does_not_parse_is_told_as_every_mistake(
     assert (exit_.value.code, told.out) == (2, "")
     assert told.err.startswith(f"error: {message}")
     assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["check", "compress"])
+def test_layers_that_differ_name_tensor_and_shapes(
+    tiny_checkpoint: TinyCheckpoint, fails: Fails, verb: str
+) -> None:
+    folder = tiny_checkpoint("llama")
+    tensors = load_file(folder / "model.safetensors")
+    for role, shape in (("gate", (40, 32)), ("up", (40, 32)), ("down", (32, 40))):
+        tensors[f"model.layers.1.mlp.{role}_proj.weight"] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said = fails(verb, folder, "--plan", "../plan.yaml")
+    assert all(told in said for told in ("model.layers.1.mlp.", "_proj.weight", "40", "48"))

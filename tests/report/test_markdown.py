@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
 
 from lrc.records.compression import Report
 from lrc.report.compression import error_note, html_page, model_card, report_page
@@ -53,3 +58,36 @@ def test_stages_that_did_not_run_are_left_out(make_report: Callable[..., Report]
 def test_the_card_has_the_plan_as_it_was_written(make_report: Callable[..., Report]) -> None:
     report = make_report()
     assert f"```yaml\n{report.plan_text}```" in model_card(report)
+
+
+README = "---\nlicense: other\nlicense_name: mine\nbase_model: a/b\n---\n# A model\n"
+APACHE = "\n     Apache License\n   Version 2.0, January 2004\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "stated"),
+    [
+        ({}, {}),
+        ({"README.md": README, "LICENSE": APACHE}, {"license": "other", "license_name": "mine"}),
+        ({"README.md": "# No front matter\n", "LICENSE": APACHE}, {"license": "apache-2.0"}),
+        ({"README.md": "---\n: [broken\n---\n", "LICENSE": "MIT License\n\nCopyright"}, {"license": "mit"}),
+        ({"LICENSE": "All rights reserved"}, {}),
+    ],
+)
+@pytest.mark.parametrize("revision", [None, "0123abc"])
+def test_the_card_states_what_the_hub_reads(
+    make_report: Callable[..., Report],
+    tmp_path: Path,
+    files: dict[str, str],
+    stated: dict[str, Any],
+    revision: str | None,
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    card = model_card(make_report(model="org/name: 1", revision=revision), tmp_path)
+    _, front, body = card.split("---\n", 2)
+    base = {"base_model": "org/name: 1"} if revision else {}
+    known = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lrc", "compressed"]}
+    assert yaml.safe_load(front) == {**known, **base, **stated}
+    assert "pip install lrc" in body
+    assert "import lrc" in body

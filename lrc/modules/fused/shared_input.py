@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrc.modules.low_rank import LowRankLinear
+from lrc.modules.low_rank import Factor, LowRankLinear
 
 
 class SharedInput:
@@ -117,11 +117,9 @@ def _output_shape(member: nn.Module) -> tuple[int, int] | None:
     return (member.out_features, member.rank) if isinstance(member, LowRankLinear) else None
 
 
-def _first(member: nn.Module) -> nn.Linear:
-    """Return the linear of a member that reads the input."""
-    first = member.A if isinstance(member, LowRankLinear) else member
-    assert isinstance(first, nn.Linear)
-    return first
+def _first(member: Any) -> Any:
+    """Return the linear map of a member that reads the input."""
+    return member.A if isinstance(member, LowRankLinear) else member
 
 
 def mergeable(parent: nn.Module, names: Sequence[str]) -> bool:
@@ -133,7 +131,7 @@ def mergeable(parent: nn.Module, names: Sequence[str]) -> bool:
         if member._forward_hooks or member._forward_pre_hooks or hasattr(member, "_hf_hook"):
             return False
     if len(names) < 2 or any(
-        type(linear) is not nn.Linear or hasattr(linear, "_hf_hook") for linear in linears
+        type(linear) not in (nn.Linear, Factor) or hasattr(linear, "_hf_hook") for linear in linears
     ):
         return False
     weights = [linear.weight for linear in linears]
