@@ -31,16 +31,15 @@ COPIED = (
 )
 
 
-def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> Table:
-    """Write the checkpoint and its manifest; return the module table."""
-    table = module_table(job.plan, job.reader.family.layers, staging)
+def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> None:
+    """Write the checkpoint and its manifest."""
     staging.assemble(part_names(job.plan))
     # The source's own text, so that other readers find their keys unchanged.
     config = json.loads(job.reader.config_text)
     config["quantization_config"] = {
         "quant_method": "lrc",
         "format_version": FORMAT_VERSION,
-        "modules": table,
+        "modules": module_table(job.plan, job.reader.family.layers, staging),
     }
     staging.write_json("config.json", config)
     for path in copied_files(job.reader.folder):
@@ -54,7 +53,6 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
         "sha256": staging.hashes(),
     }
     staging.write_json(MANIFEST, manifest)
-    return table
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -89,9 +87,9 @@ def logit_scale(staging: Staging) -> LogitScale | None:
     return None if record is None else LogitScale(**record)
 
 
-def sizes(job: Job, staging: Staging, table: Table) -> tuple[Size, Size]:
+def sizes(job: Job, staging: Staging) -> tuple[Size, Size]:
     """Return the sizes of the original and of the output."""
-    reader = job.reader
+    reader, table = job.reader, module_table(job.plan, job.reader.family.layers, staging)
     written = [stored for part in part_names(job.plan) for stored in staging.headers(part).values()]
     before = size_of(reader.tensors.values(), reader.architecture, reader.dtype, {})
     return before, size_of(written, reader.architecture, reader.dtype, table)

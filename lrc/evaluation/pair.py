@@ -22,6 +22,7 @@ from lrc.evaluation.perplexity import (
     Perplexity,
     default_batch,
     measure,
+    steps,
     summarise,
     window_logits,
 )
@@ -150,7 +151,8 @@ def _compared(
 ) -> Pair:
     watch, processes = Stopwatch(models[0].device), run.processes
     mine = processes.mine(passage.cut)
-    parts = [*_batches(models, mine, run.stage(passage.data, len(mine)), watch)]
+    total = sum(steps(model, len(mine)) for model in models) - len(mine)  # a step for both models' windows
+    parts = [*_batches(models, mine, run.stage(passage.data, total), watch)]
     whole = Divergence(*(processes.gather_rows(torch.cat(column)) for column in zip(*parts, strict=True)))
     if keep:
         keep(passage, whole._asdict())
@@ -175,7 +177,9 @@ def _batches(
     none = torch.empty(0, cut.shape[1] - 1)
     yield Divergence(none, none, none, none.bool())
     with ExitStack() as stack:
-        ours, theirs = (stack.enter_context(closing(window_logits(model, cut, size))) for model in models)
+        ours, theirs = (
+            stack.enter_context(closing(window_logits(model, cut, size, advance))) for model in models
+        )
         with watch.stage("ours"), watch.stage("theirs"):
             pass  # both stages exist even without a window
         for batch in batched(cut, size):

@@ -88,11 +88,15 @@ def ablate(
         ]
         for inside in (True, False)
     ]
+    notes = [*passage.notes, *texts.warnings]
+    setup.warn(notes)
     for known in _measure(setup, trials[0].job, missing, passage, texts, cached, folder):
         if first:
             known.save(file)
     assert known.dense is not None
     results = [trial.result(known) for trial in trials]
+    warnings = [*dict.fromkeys(notes), *coarse_notes(results)]
+    setup.warn(warnings)
     ablation = Ablation(
         model=setup.model.source,
         dense=known.dense,
@@ -104,7 +108,7 @@ def ablate(
         measured=sum(map(len, missing)),
         seconds=setup.watch.seconds,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=[*dict.fromkeys([*passage.notes, *texts.warnings]), *coarse_notes(results)],
+        warnings=warnings,
     )
     if first:
         write_file(Path(ablation.picture), picture(ablation))

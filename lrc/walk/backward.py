@@ -20,6 +20,7 @@ from lrc.moments.gradient import GradientMoment, GradientSum, Wanted
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan
 from lrc.plan.schema import Calibration
+from lrc.run.settings import Progress, unseen
 from lrc.text.blocks import batched, gradient_blocks, seed_for
 from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import Batch, ModelStream
@@ -54,15 +55,16 @@ def gradient_moments(
     *,
     layer: Callable[[int], nn.Module] | None = None,
     every: int | None = None,
+    start: Progress = unseen,
 ) -> dict[int, GradientMoment]:
     """Return gradient moments of the layers in ``wanted`` from token blocks (n, tokens), offloaded as states are.
 
     The processes of the stream split the blocks. ``seed`` and the block's number determine its labels. ``layer``
-    returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it. Raises
-    UserError if gradients are NaN or inf.
+    returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it. ``start``
+    starts the progress. Raises UserError if gradients are NaN or inf.
     """
     sweep = _Sweep(stream, blocks, batch_size, layer or (lambda index: stream.layer(index)[0]), every)
-    return sweep.run(wanted, seed)
+    return sweep.run(wanted, seed, start)
 
 
 def read_gradients(
@@ -74,11 +76,12 @@ def read_gradients(
     *,
     losses: bool = False,
     held: Callable[[int], nn.Module] | None = None,
+    start: Progress = unseen,
 ) -> dict[int, GradientMoment]:
     """Return the gradient moments that the solvers need, by layer, offloaded as states are; empty if none are needed.
 
     ``calibration`` selects the blocks (n, tokens). With ``losses`` every target gets moments. ``held`` returns layers
-    that are already on the device.
+    that are already on the device. ``start`` starts the progress.
     """
     architecture = stream.reader.architecture
     wanted = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
@@ -86,7 +89,8 @@ def read_gradients(
     if not wanted:
         return {}
     chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
-    return gradient_moments(stream, chosen, wanted, batch_size, calibration.seed, layer=held)
+    seed = calibration.seed
+    return gradient_moments(stream, chosen, wanted, batch_size, seed, layer=held, start=start)
 
 
 class _Sweep:
@@ -109,17 +113,21 @@ class _Sweep:
             self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
         )
 
-    def run(self, wanted: Mapping[int, Wanted], seed: int) -> dict[int, GradientMoment]:
+    def run(self, wanted: Mapping[int, Wanted], seed: int, start: Progress) -> dict[int, GradientMoment]:
         last, first, found = self._architecture.layers - 1, min(wanted), {}
-        start = first - first % self._every
-        hidden = self._forward(0, last + 1, lambda index: index >= start and index % self._every == 0)
+        kept = range(first - first % self._every, last + 1, self._every)
+        again = sum(min(index + self._every - 1, last) - index for index in kept)
+        self._advance = start("gradients", last + 1 + again + 1 + last + 1 - first)
+        hidden = self._forward(0, last + 1, kept.__contains__)
         gradients = self._at_logits(hidden, seed)
+        self._advance(1)
         del hidden
         for index in range(last, first - 1, -1):
             if index not in self._inputs:
                 before = index - index % self._every
                 self._inputs[index] = self._forward(before, index, lambda _: True)
             moment = self._back(index, gradients, wanted.get(index, Wanted()))
+            self._advance(1)
             if moment:
                 found[index] = moment.moved(self._stream.states.keep)
         return found
@@ -138,6 +146,7 @@ class _Sweep:
             if finite and not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
             hidden = passed
+            self._advance(1)
         return hidden
 
     def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
