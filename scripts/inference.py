@@ -48,7 +48,6 @@ from lrc.run.settings import DTYPES
 LOW_RANK = ("svd", "two_sided_svd", "whitened_svd")  # of single projections; components are a3's
 FUSIONS: dict[str, Callable[[PreTrainedModel], object]] = {
     "none": unfuse,
-    "first": lambda model: fuse(model, batched=False),
     "both": fuse,
 }
 

@@ -13,7 +13,7 @@ from lrc.families import Architecture, canonical
 from lrc.families.family import ATTENTION_ROLES
 from lrc.methods.contract import Affine, Factors, Solution
 from lrc.modules import Entry, kind_of, kinds
-from lrc.modules.table import DENSE, Table, apply_table, attention_entry, dense_entry
+from lrc.modules.table import DENSE, Table, apply_table, attention_entry
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def _shape(part: Affine | Factors) -> tuple[int, int]:
 def store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
     """Return a part's table entry and its module's tensors by name."""
     if isinstance(part, Affine):
-        bias, (rows, columns) = None if part.bias is None else part.bias.to(dtype), part.weight.shape
-        tensors = {"weight": part.weight.to(dtype)} | ({} if bias is None else {"bias": bias})
-        return dense_entry(rows, columns, bias is not None), tensors
+        rows, columns = part.weight.shape
+        tensors = {"weight": part.weight, **({} if part.bias is None else {"bias": part.bias})}
+        entry = {"kind": DENSE, "in": columns, "out": rows, "bias": part.bias is not None}
+        return entry, {name: tensor.to(dtype) for name, tensor in tensors.items()}
     kind, part = kinds()[part.kind], part.to(dtype)
     entry = kind.entry(part.tensors, part.bias is not None)
     with torch.device("meta"):

@@ -12,11 +12,10 @@ from lrc.checkpoint.sizes import Size, size_of
 from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import REST, part_name, part_names
-from lrc.compression.refit import RefitRecord
+from lrc.compression.refit import REFITS, RefitRecord
 from lrc.hub.quantizer import FORMAT_VERSION
 from lrc.modules.table import Table
 from lrc.plan.job import Job
-from lrc.plan.resolved import ResolvedPlan
 
 COPIED = (
     "generation_config.json",
@@ -39,7 +38,7 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     config["quantization_config"] = {
         "quant_method": "lrc",
         "format_version": FORMAT_VERSION,
-        "modules": module_table(job.plan, job.reader.family.layers, staging),
+        "modules": module_table(job, staging),
     }
     staging.write_json("config.json", config)
     for path in copied_files(job.reader.folder):
@@ -48,7 +47,7 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     manifest = {
         **settings,
         "targets": target_records(job, staging),
-        "refits": [record.as_dict() for record in refit_records(job, staging)],
+        "refits": [asdict(record) for record in refit_records(job, staging)],
         "scale": scale and asdict(scale),
         "sha256": staging.hashes(),
     }
@@ -60,14 +59,13 @@ def copied_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in COPIED for path in folder.glob(pattern)})
 
 
-def module_table(plan: ResolvedPlan, layers: str, staging: Staging) -> Table:
+def module_table(job: Job, staging: Staging) -> Table:
     """Return the module table of the whole model, by full path."""
-    outer = {p: e for a in plan.outer for p, e in staging.record(a.target)["table"].items()}
-    return outer | {
-        f"{layers}.{layer.index}.{path}": entry
-        for layer in plan.layers
-        for path, entry in staging.record(part_name(layer.index))["table"].items()
-    }
+    table = {path: entry for a in job.plan.outer for path, entry in staging.record(a.target)["table"].items()}
+    for layer in job.plan.layers:
+        entries = staging.record(part_name(layer.index))["table"]
+        table |= {f"{job.reader.family.layers}.{layer.index}.{path}": e for path, e in entries.items()}
+    return table
 
 
 def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
@@ -78,7 +76,7 @@ def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
 def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
     """Return the records of all refits, layer by layer."""
     names = [part_name(layer.index) for layer in job.plan.layers]
-    return [RefitRecord.from_dict(record) for name in names for record in staging.record(name)["refits"]]
+    return REFITS.validate_python([record for name in names for record in staging.record(name)["refits"]])
 
 
 def logit_scale(staging: Staging) -> LogitScale | None:
@@ -89,7 +87,7 @@ def logit_scale(staging: Staging) -> LogitScale | None:
 
 def sizes(job: Job, staging: Staging) -> tuple[Size, Size]:
     """Return the sizes of the original and of the output."""
-    reader, table = job.reader, module_table(job.plan, job.reader.family.layers, staging)
+    reader, table = job.reader, module_table(job, staging)
     written = [stored for part in part_names(job.plan) for stored in staging.headers(part).values()]
     before = size_of(reader.tensors.values(), reader.architecture, reader.dtype, {})
     return before, size_of(written, reader.architecture, reader.dtype, table)

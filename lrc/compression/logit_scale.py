@@ -36,9 +36,8 @@ class LogitScale:
     def text(self) -> str:
         """Return the scale in words."""
         return (
-            f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original's, on "
-            f"{self.tokens:,} calibration tokens, which the fits have seen, {self.before:.4g} nats without and "
-            f"{self.after:.4g} with it"
+            f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original on {self.tokens:,} "
+            f"calibration tokens, which the fits have used too: {self.before:.4g} nats before, {self.after:.4g} after"
         )
 
 
@@ -49,10 +48,6 @@ class Final:
     states: Sequence[Tensor]
     logits: Callable[[Tensor], Tensor]
 
-    def chunks(self, rows: int) -> list[Tensor]:
-        """Return the states of all tokens in chunks of at most ``rows``."""
-        return [chunk for states in self.states for chunk in states.flatten(0, -2).split(rows)]
-
 
 @torch.no_grad()
 def fit_scale(original: Final, compressed: Final, vocab: int, processes: Processes = ALONE) -> LogitScale:
@@ -61,7 +56,10 @@ def fit_scale(original: Final, compressed: Final, vocab: int, processes: Process
     Newton's method, with bisection if a step leaves the bracket. Each step computes the logits again, in chunks.
     """
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
-    old, new = original.chunks(rows), compressed.chunks(rows)
+    old, new = (
+        [chunk for states in model.states for chunk in states.flatten(0, -2).split(rows)]
+        for model in (original, compressed)
+    )
     tokens, logits = processes.total(sum(len(chunk) for chunk in new)), compressed.logits
 
     def means(sums: list[Tensor]) -> list[float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from lrc.families import canonical
 from lrc.methods.contract import Solution
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Observer
+from lrc.plan.resolved import Assignment
 from lrc.run.processes import Processes
-from lrc.walk.stream import ModelStream
+from lrc.walk.stream import ModelStream, below
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,19 @@ class Measured:
     error: float | None = None
     reference: float | None = None
     kl: float | None = None
+
+
+def target_record(
+    assignment: Assignment, layer: int | None, solution: Solution, measured: Measured
+) -> dict[str, Any]:
+    """Return the record of a target for the manifest and the report; ``layer`` is None outside the layers."""
+    return {
+        **asdict(assignment),
+        "layer": layer,
+        "predicted": asdict(solution.predicted),
+        "numerics": dict(solution.numerics),
+        "measured": asdict(measured),
+    }
 
 
 class LayerMeasure(Observer):
@@ -103,23 +118,15 @@ class LayerMeasure(Observer):
 
     def _count(self, target: str, old: Tensor, new: Tensor, bias: Tensor | None) -> None:
         change, size = new.float() - old.float(), old.float() if bias is None else old.float() - bias.float()
-        self._sums[target] += torch.stack([self._total(each.square()) for each in (change, size)])
-
-    def _total(self, squares: Tensor) -> Tensor:
-        """Return the sum of squares (blocks, tokens, out), with the first token weighted."""
-        return squares.sum() + (self._first_token - 1) * squares[:, 0].sum()
+        squares = (change.square(), size.square())  # (blocks, tokens, out)
+        more = self._first_token - 1
+        self._sums[target] += torch.stack([each.sum() + more * each[:, 0].sum() for each in squares])
 
     def _attention_kl(self, reduced: nn.Module, call: Call) -> float:
         """Return the KL divergence of the attention in the first block, averaged over queries and heads."""
         path = self._architecture.family.attention
-        original = self._stream.filled(
-            copy.deepcopy(self._stream.skeletons[self.index].get_submodule(path)),
-            {
-                name.removeprefix(f"{path}."): tensor
-                for name, tensor in self._state.items()
-                if name.startswith(f"{path}.")
-            },
-        )
+        skeleton = copy.deepcopy(self._stream.skeletons[self.index].get_submodule(path))
+        original = self._stream.filled(skeleton, below(self._state, path))
         old, new = (_attention_weights(module, call) for module in (original, reduced))
         floor = torch.finfo(old.dtype).tiny  # softmax underflows to zero
         return float((old * (old.clamp_min(floor).log() - new.clamp_min(floor).log())).sum(-1).mean())

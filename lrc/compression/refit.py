@@ -8,10 +8,11 @@ expected squared error (Johnson and Lindenstrauss) and make a trial cost little 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from lrc.compression.assemble import ReducedLayer
@@ -20,7 +21,7 @@ from lrc.families.family import Half
 from lrc.maths.linalg import damped_cholesky, data_error
 from lrc.methods.contract import Affine
 from lrc.modules import StructuredLinear
-from lrc.moments.moment import add_gram, product, whole
+from lrc.moments.moment import add_gram, mirrored, product
 from lrc.moments.observe import observe
 from lrc.run.processes import Processes
 from lrc.walk.stream import Batch, ModelStream
@@ -68,43 +69,21 @@ class RefitRecord:
     error: StreamError
     held_out: StreamError | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the record as JSON values."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> RefitRecord:
-        """Return the record that ``as_dict`` was called on."""
-        held = record["held_out"]
-        errors = {"error": StreamError(**record["error"]), "held_out": held and StreamError(**held)}
-        return cls(**{**record, **errors})
+# Read back from JSON values.
+REFITS = TypeAdapter(list[RefitRecord])
 
 
-def doubts(refits: Sequence[RefitRecord]) -> list[str]:
+def refit_warnings(refits: Sequence[RefitRecord]) -> list[str]:
     """Return a warning if most refits of a run gain nothing on their held-out blocks."""
     chosen = [refit.held_out for refit in refits if refit.held_out is not None]
     worse = [error for error in chosen if error.after >= error.before]
     if 2 * len(worse) <= len(chosen):
         return []
     return [
-        f"{len(worse)} of {len(chosen)} residual refits gain nothing on the calibration blocks left out of them; use "
+        f"{len(worse)} of {len(chosen)} residual refits do not lower the error on held-out calibration blocks; use "
         "more samples"
     ]
-
-
-@dataclass(frozen=True)
-class Refit:
-    """A fitted projection, and the fields of its ``RefitRecord``."""
-
-    solution: Affine
-    ridge: float
-    raised: float | None
-    error: StreamError
-    held_out: StreamError | None
-
-    def record(self, layer: int, role: str) -> RefitRecord:
-        """Return the record of this refit."""
-        return RefitRecord(layer, role, self.ridge, self.raised, self.error, self.held_out)
 
 
 def closing_roles(family: Family, targets: Collection[str]) -> list[str]:
@@ -126,7 +105,7 @@ class LayerRefit:
         self._stream, self._index, self._reduced = stream, index, reduced
         self._batches, self._held = batches, held
         # Attention's output projection and its inputs by batch. The refit does not change them: attention runs once.
-        self._attended: tuple[nn.Module, list[Tensor]] | None = None
+        self._attention: tuple[nn.Module, list[Tensor]] | None = None
 
     def run(
         self, roles: Sequence[str], middles: Sequence[Tensor], compressed: list[Tensor]
@@ -142,8 +121,10 @@ class LayerRefit:
                 last = half.name == "mlp"
                 goals = (batch.hidden for batch in self._batches) if last else middles
                 records.append(self._refit(half, path, goals, compressed))
-        for i, (batch, hidden, attended, _) in enumerate(self._states(compressed)):
-            out = self._stream.run(self._reduced.module, self._index, batch, hidden, attended=attended)
+        for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
+            out = self._stream.run(
+                self._reduced.module, self._index, batch, hidden, attention_output=attention_output
+            )
             compressed[i] = self._stream.states.keep(out)
         return records
 
@@ -155,46 +136,43 @@ class LayerRefit:
         linear = module.get_submodule(path)
         out, width = self._reduced.state[f"{path}.weight"].shape
         sums = RefitSum(width, out, self._stream.device)
-        for i, (batch, hidden, attended, (goal,)) in enumerate(self._states(compressed, goals)):
+        for i, (batch, hidden, attention_output, (goal,)) in enumerate(self._states(compressed, goals)):
             with observe(module, {"stream": half.norm, "x": path}, stop_at="x") as seen:
-                self._stream.run(module, self._index, batch, hidden, attended=attended)
-            x, before = self._stream.cast(seen["x"].input), seen["stream"].input
+                self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
+            x, before = seen["x"].input.to(self._stream.dtype), seen["stream"].input
             sums.add(x, goal, before + self._apply(linear, x), self._held[i])
             if half.name == "attention":
                 read.append(self._stream.states.keep(x))
-        refit = self._replace(path, sums)
+        # Replace the linear in the layer's tensors and in its module.
+        reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        sums.reduce(processes)
+        start = Affine(reduced.state[weight], reduced.state.get(bias))
+        # On one process, so that all have the same bits.
+        solve = partial(sums.solve, layer=self._index, role=half.output)
+        ((fitted, record),) = processes.spread([start], solve)
+        reduced.state[weight] = fitted.weight.to(dtype)
+        if fitted.bias is not None:
+            reduced.state[bias] = fitted.bias.to(dtype)
+        self._stream.filled(module, reduced.state)
         if read:
-            self._attended = linear, read
-        return refit.record(self._index, half.output)
+            self._attention = linear, read
+        return record
 
     def _states(
         self, compressed: Sequence[Tensor], *more: Iterable[Tensor]
     ) -> Iterator[tuple[Batch, Tensor, Tensor | None, tuple[Tensor, ...]]]:
         """Yield each batch, its compressed stream, its attention output if cached, and its entries in ``more``."""
-        linear, read = self._attended or (None, None)
+        linear, read = self._attention or (None, None)
         lists = [compressed, *([read] if read else []), *more]
-        for batch, (hidden, *others) in zip(self._batches, self._stream.passing(*lists), strict=True):
-            attended = self._apply(linear, others.pop(0)) if linear is not None else None
-            yield batch, hidden, attended, tuple(others)
+        for batch, (hidden, *others) in zip(self._batches, self._stream.prefetched(*lists), strict=True):
+            attention_output = self._apply(linear, others.pop(0)) if linear is not None else None
+            yield batch, hidden, attention_output, tuple(others)
 
     @torch.no_grad()
     def _apply(self, linear: nn.Module, x: Tensor) -> Tensor:
         with self._stream.precision():
             return linear(x)
-
-    def _replace(self, path: str, sums: RefitSum) -> Refit:
-        """Replace the linear at ``path`` by its refit, in the layer's tensors and in its module."""
-        reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        sums.reduce(processes)
-        start = Affine(reduced.state[weight], reduced.state.get(bias))
-        (refit,) = processes.spread([start], sums.solve)  # on one process, so that all have the same bits
-        fitted = refit.solution
-        reduced.state[weight] = fitted.weight.to(dtype)
-        if fitted.bias is not None:
-            reduced.state[bias] = fitted.bias.to(dtype)
-        self._stream.filled(reduced.module, reduced.state)
-        return refit
 
     def _linear(self, role: str) -> str | None:
         """Return the path of the last linear in a role's module, or None if it does not end in one."""
@@ -206,19 +184,11 @@ class LayerRefit:
         return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
 
 
-def directions(out: int, device: torch.device) -> Tensor | None:
-    """Return fixed normal directions (``DIRECTIONS``, out) in float64, or None if ``out`` is no larger than that."""
-    if out <= DIRECTIONS:
-        return None
-    generator = torch.Generator(device).manual_seed(_SEED)
-    return torch.randn(DIRECTIONS, out, generator=generator, dtype=torch.float64, device=device)
-
-
 class RefitSum:
     """Sums over tokens for one refit: inputs of the projection, and the residual that its output leaves."""
 
     def __init__(self, width: int, out: int, device: torch.device) -> None:
-        self._fitted, self._held = (_Sums.zero(width, out, device) for _ in range(2))
+        self._fitted, self._held = (_Sums(width, out, device) for _ in range(2))
 
     def add(self, x: Tensor, goal: Tensor, reached: Tensor, held: bool) -> None:
         """Add inputs x (blocks, tokens, width), the original stream ``goal`` and the compressed one ``reached``.
@@ -231,10 +201,11 @@ class RefitSum:
     def reduce(self, processes: Processes) -> None:
         """Add the sums of the other processes."""
         for sums in (self._fitted, self._held):
-            sums.reduce(processes)
+            processes.sum(*sums.tensors)
+            sums.tokens = processes.total(sums.tokens)
 
-    def solve(self, start: Affine) -> Refit:
-        """Return the W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F, where ``start`` is (W₀, b₀).
+    def solve(self, start: Affine, layer: int, role: str) -> tuple[Affine, RefitRecord]:
+        """Return the W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F, where ``start`` is (W₀, b₀), and the record.
 
         The target t has t − W₀ x − b₀ = ``goal`` − ``reached``. λ is the ridge times the mean diagonal of E[x xᵀ],
         centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks when
@@ -243,77 +214,48 @@ class RefitSum:
         biased = start.bias is not None
         ridge, held_out = RIDGE, None
         if self._held.tokens:
-            fitted, held = self._fitted.means(), self._held.means()
-            some = directions(len(held.r), held.r.device)
-            fitted_in, held_in = fitted.along(some), held.along(some)
+            fitted, held = _means(self._fitted), _means(self._held)
+            fitted_in, held_in = fitted.projected(), held.projected()
             changes = {each: held_in.gained(fitted_in.change(each, biased)[0]) for each in RIDGES}
             ridge = max(changes, key=changes.__getitem__)
             error = held.error(fitted.change(ridge, biased)[0])
             held_out = StreamError(held.missing / held.size, error / held.size)
             del fitted, held, fitted_in, held_in
-        every = self._fitted.plus(self._held).means()
+        every = _means(self._fitted, self._held)
         change, damping = every.change(ridge, biased)
         bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
-        return Refit(
-            Affine(start.weight.double() + change.weight, bias),
-            ridge,
-            None if damping == ridge else damping,
-            StreamError(every.missing / every.size, every.error(change) / every.size),
-            held_out,
-        )
+        raised = None if damping == ridge else damping
+        error = StreamError(every.missing / every.size, every.error(change) / every.size)
+        record = RefitRecord(layer, role, ridge, raised, error, held_out)
+        return Affine(start.weight.double() + change.weight, bias), record
 
 
-@dataclass
 class _Sums:
     """Sums of x xᵀ, r xᵀ, x, r (float32), ‖r‖² and ‖stream‖² (float64); r is the residual."""
 
-    gram: Tensor
-    cross: Tensor
-    x: Tensor
-    r: Tensor
-    missing: Tensor
-    size: Tensor
-    tokens: int
-
-    @classmethod
-    def zero(cls, width: int, out: int, device: torch.device) -> _Sums:
+    def __init__(self, width: int, out: int, device: torch.device) -> None:
         shapes = ((width, width), (out, width), (width,), (out,))
-        gram, cross, x, r = (torch.zeros(shape, device=device) for shape in shapes)
-        missing, size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
-        return cls(gram, cross, x, r, missing, size, 0)
+        self.tensors = [torch.zeros(shape, device=device) for shape in shapes]
+        self.tensors += [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
+        self.tokens = 0
 
     def add(self, x: Tensor, goal: Tensor, reached: Tensor) -> None:
-        rows, missing = x.flatten(0, -2), (goal - reached).flatten(0, -2)
-        add_gram(self.gram, rows)
-        self.cross += product(missing, rows)
-        self.x += rows.sum(dim=0, dtype=torch.float32)
-        self.r += missing.sum(dim=0)
-        self.missing += missing.square().sum(dim=0).double().sum()
-        self.size += goal.square().sum(dim=(0, 1)).double().sum()
+        gram, cross, inputs, residuals, missing, size = self.tensors
+        rows, r = x.flatten(0, -2), (goal - reached).flatten(0, -2)
+        add_gram(gram, rows)
+        cross += product(r, rows)
+        inputs += rows.sum(dim=0, dtype=torch.float32)
+        residuals += r.sum(dim=0)
+        missing += r.square().sum(dim=0).double().sum()
+        size += goal.square().sum(dim=(0, 1)).double().sum()
         self.tokens += rows.shape[0]
 
-    def reduce(self, processes: Processes) -> None:
-        processes.sum(self.gram, self.cross, self.x, self.r, self.missing, self.size)
-        self.tokens = processes.total(self.tokens)
 
-    def plus(self, other: _Sums) -> _Sums:
-        return _Sums(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.x + other.x,
-            self.r + other.r,
-            self.missing + other.missing,
-            self.size + other.size,
-            self.tokens + other.tokens,
-        )
-
-    def means(self) -> _Means:
-        return _Means(
-            whole(self.gram / self.tokens),
-            *(sums.double() / self.tokens for sums in (self.cross, self.x, self.r)),
-            missing=float(self.missing) / self.tokens,
-            size=float(self.size) / self.tokens,
-        )
+def _means(*sums: _Sums) -> _Means:
+    tokens = sum(each.tokens for each in sums)
+    gram, *rest = (reduce(torch.add, each) for each in zip(*(each.tensors for each in sums), strict=True))
+    cross, x, r, missing, size = (each.double() / tokens for each in rest)
+    return _Means(mirrored(gram / tokens), cross, x, r, float(missing), float(size))
 
 
 @dataclass(frozen=True)
@@ -327,11 +269,14 @@ class _Means:
     missing: float
     size: float
 
-    def along(self, directions: Tensor | None) -> _Means:
-        """Return the means with r projected on directions (k, out); ``missing`` stays, so only compare gains."""
-        if directions is None:
+    def projected(self) -> _Means:
+        """Return the means with a wide r in ``DIRECTIONS`` fixed ones; ``missing`` stays, so only compare gains."""
+        if len(self.r) <= DIRECTIONS:
             return self
-        return replace(self, cross=directions @ self.cross, r=directions @ self.r)
+        generator = torch.Generator(self.r.device).manual_seed(_SEED)
+        shape = (DIRECTIONS, len(self.r))
+        some = torch.randn(shape, generator=generator, dtype=torch.float64, device=self.r.device)
+        return replace(self, cross=some @ self.cross, r=some @ self.r)
 
     def change(self, ridge: float, biased: bool) -> tuple[Affine, float]:
         """Return the D, d minimising E‖r − D x − d‖² + λ‖D‖²_F, and the damping used."""

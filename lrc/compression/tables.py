@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lrc.checkpoint.staging import SharedStaging, Staging
 from lrc.compression.assemble import store
-from lrc.compression.measure import Measured
+from lrc.compression.measure import Measured, target_record
 from lrc.compression.solve import solve
 from lrc.errors import UserError
 from lrc.maths.linalg import data_error
 from lrc.methods.contract import Affine, EmbeddingProblem, Factors, ProjectionProblem, Solution
-from lrc.methods.shared.tables import table_error
-from lrc.modules.embedding import embedding_entry
-from lrc.modules.low_rank import LowRankLinear
+from lrc.methods.shared.pairs import table_error
+from lrc.modules.low_rank import EMBEDDING, LowRankLinear
 from lrc.modules.table import Table, build
 from lrc.moments.moment import Moment, MomentSum
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.stopwatch import Stopwatch
-from lrc.walk.stream import Batch, ModelStream
+from lrc.walk.stream import Batch, ModelStream, below
 from lrc.walk.walk import Walk
 
 OuterProblem = EmbeddingProblem | ProjectionProblem
@@ -44,12 +42,11 @@ class ReducedOuter:
             return None
         with torch.device("meta"):
             module = build(self.table[paths[target]], torch.empty(0))
-        start = f"{paths[self.target]}."  # a tied head has the embedding's tensors
-        state = {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
-        return stream.filled(module, state)
+        # A tied head has the embedding's tensors.
+        return stream.filled(module, below(self.tensors, paths[self.target]))
 
 
-class Outer:
+class TableCompressor:
     """Compress the embedding and the LM head, stage them, and return modules to run.
 
     Rank 0 solves; the other processes load its result from the staging folder.
@@ -64,7 +61,6 @@ class Outer:
     ) -> None:
         self._stream, self._staging, self._watch = stream, staging, watch
         self._architecture = stream.reader.architecture
-        self._paths = stream.reader.family.outer
         self._assigned = {assignment.target: assignment for assignment in plan.outer}
 
     def embedding(self, blocks: Tensor, batches: Sequence[Batch]) -> nn.Module | None:
@@ -77,12 +73,7 @@ class Outer:
         if not self._staging.has("embed"):
             with self._watch.stage("observe"):
                 final = self._final_ahead(batches) if self._architecture.tied else None
-            if self._stream.processes.first:
-                with self._watch.stage("solve"):
-                    problem = pose_embedding(self._stream, blocks, final)
-                    met = replace(problem, frequency=_shares(blocks, problem.table))
-                    reduced, record = self._reduce("embed", problem, met)
-                self._write(reduced, record)
+            self._compress("embed", final, blocks)
         return self._staged("embed").module(self._stream, "embed")
 
     def head(self, batches: Sequence[Batch]) -> nn.Module | None:
@@ -96,16 +87,12 @@ class Outer:
         if not self._staging.has("lm_head"):
             with self._watch.stage("observe"):
                 final = final_moment(self._stream, (batch.hidden for batch in batches))
-            if self._stream.processes.first:
-                with self._watch.stage("solve"):
-                    problem = pose_head(self._stream, final)
-                    reduced, record = self._reduce("lm_head", problem, problem)
-                self._write(reduced, record)
+            self._compress("lm_head", final)
         return self._staged("lm_head").module(self._stream, "lm_head")
 
-    def left(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def unreplaced(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of ``rest`` that no reduction replaces."""
-        replaced = tuple(f"{self._paths[target]}." for target in self._assigned)
+        replaced = tuple(f"{self._stream.reader.family.outer[target]}." for target in self._assigned)
         return {name: tensor for name, tensor in rest.items() if not name.startswith(replaced)}
 
     def _final_ahead(self, batches: Sequence[Batch]) -> Moment:
@@ -115,26 +102,24 @@ class Outer:
             visit.observe()
         return final_moment(self._stream, (batch.hidden for batch in ahead))
 
-    def _reduce(
-        self, target: str, problem: OuterProblem, met: OuterProblem
-    ) -> tuple[ReducedOuter, dict[str, Any]]:
-        """Solve ``problem`` and measure the stored result on ``met``, the problem of the calibration text alone."""
-        assignment, dtype = self._assigned[target], self._stream.reader.dtype
-        solution = solve(problem, assignment)
-        record = {
-            **asdict(assignment),
-            "layer": None,
-            "predicted": asdict(solution.predicted),
-            "numerics": dict(solution.numerics),
-            "measured": asdict(_measured(met, _factors(solution), dtype)),
-        }
-        return store_outer(self._stream, solution), record
-
-    def _write(self, reduced: ReducedOuter, record: dict[str, Any]) -> None:
+    def _compress(self, target: str, final: Moment | None, blocks: Tensor | None = None) -> None:
+        """Solve a target, measure the stored result on the calibration text and stage it, on rank 0 alone."""
+        stream, assignment = self._stream, self._assigned[target]
+        if not stream.processes.first:
+            return
+        with self._watch.stage("solve"):
+            problem = _problem(stream, target, final, blocks)
+            solution = solve(problem, assignment)
+            if isinstance(problem, EmbeddingProblem) and blocks is not None:
+                problem = replace(problem, frequency=_shares(blocks, problem.table))
+            measured = _measured(problem, _factors(solution), stream.reader.dtype)
+            reduced = store_outer(stream, solution)
         with self._watch.stage("write"):
-            self._staging.write(
-                reduced.target, reduced.tensors, {"table": reduced.table, "results": [record]}
-            )
+            record = {
+                "table": reduced.table,
+                "results": [target_record(assignment, None, solution, measured)],
+            }
+            self._staging.write(target, reduced.tensors, record)
 
     def _staged(self, target: str) -> ReducedOuter:
         return ReducedOuter(target, self._staging.record(target)["table"], self._staging.tensors(target))
@@ -145,26 +130,21 @@ def pose_outer(
 ) -> dict[str, OuterProblem]:
     """Return the problems of ``targets``, from blocks (n, length) and their last hidden states ``batches``."""
     final = final_moment(stream, (batch.hidden for batch in batches))
-    shared = final if stream.reader.architecture.tied else None
-    return {
-        target: pose_head(stream, final) if target == "lm_head" else pose_embedding(stream, blocks, shared)
-        for target in targets
-    }
+    return {target: _problem(stream, target, final, blocks) for target in targets}
 
 
-def pose_embedding(stream: ModelStream, blocks: Tensor, final: Moment | None) -> EmbeddingProblem:
-    """Return the problem of the embedding, weighted by the frequency of tokens in ``blocks`` (n, length).
+def _problem(stream: ModelStream, target: str, final: Moment | None, blocks: Tensor | None) -> OuterProblem:
+    """Return the problem of a target, from the moment ``final`` of the head's inputs and blocks (n, length).
 
-    ``final``: the moment of a tied head's inputs; the head then shares the factors.
+    The embedding is weighted by the frequency of tokens; with a tied head the two share factors.
     """
-    weight = _weight(stream, "embed")
+    weight = stream.reader.rest()[f"{stream.reader.family.outer[target]}.weight"].to(stream.device)
+    if blocks is None or target == "lm_head":
+        assert final is not None
+        return ProjectionProblem("lm_head", Affine(weight), final)
     extra = torch.arange(len(weight))  # one more of each, for tokens that only other texts have
-    return EmbeddingProblem(weight, _shares(torch.cat([blocks.flatten(), extra]), weight), final)
-
-
-def pose_head(stream: ModelStream, final: Moment) -> ProjectionProblem:
-    """Return the problem of an untied head, from the moment of its inputs."""
-    return ProjectionProblem("lm_head", Affine(_weight(stream, "lm_head")), final)
+    frequency = _shares(torch.cat([blocks.flatten(), extra]), weight)
+    return EmbeddingProblem(weight, frequency, final if stream.reader.architecture.tied else None)
 
 
 def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
@@ -177,7 +157,7 @@ def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
         return ReducedOuter(target, {path: entry}, {f"{path}.{name}": t for name, t in stored.items()})
     a, b = (part.tensors[name].to(dtype) for name in ("A", "B"))
     rank, width = a.shape
-    table: Table = {path: embedding_entry(len(b), width, rank)}
+    table: Table = {path: {"kind": EMBEDDING, "tokens": len(b), "width": width, "rank": rank}}
     tensors = {f"{path}.weight": a.new_empty(0), f"{path}.A.weight": a, f"{path}.B.weight": b}
     if stream.reader.architecture.tied:
         table[head] = LowRankLinear.entry({"A": a, "B": b}, bias=False)
@@ -194,16 +174,12 @@ def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
     norm, total = stream.final_norm(), MomentSum(stream.reader.architecture.hidden, stream.device)
     for hidden in states:
         with stream.precision():
-            total.add(stream.cast(norm(stream.fetch(hidden))))
+            total.add(norm(stream.fetch(hidden)).to(stream.dtype))
     total.reduce(stream.processes)
     moment = total.moment()
     if not bool(moment.second.diagonal().isfinite().all()):
         raise UserError("the hidden states behind the last layer are NaN or inf")
     return moment
-
-
-def _weight(stream: ModelStream, target: str) -> Tensor:
-    return stream.reader.rest()[f"{stream.reader.family.outer[target]}.weight"].to(stream.device)
 
 
 def _shares(ids: Tensor, table: Tensor) -> Tensor:

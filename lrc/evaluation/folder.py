@@ -15,10 +15,12 @@ import torch
 
 from lrc.checkpoint.headers import read_headers
 from lrc.estimate.room import fits_whole
-from lrc.evaluation.perplexity import Keep, Model, Perplexity, evaluate_perplexity
+from lrc.evaluation.passage import choose_seq_lens, passages
+from lrc.evaluation.perplexity import Keep, Model, Perplexity, measure
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load, load_tokenizer
 from lrc.run.settings import Run, find_device, find_dtype
+from lrc.text.source import read_text
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,15 @@ def evaluate_folder(
     max_windows: int | None,
     keep: Keep | None = None,
 ) -> list[Perplexity]:
-    """Load a folder's model and measure its perplexity on each text, as ``evaluate_perplexity`` does."""
+    """Load a folder's model and measure its perplexity on each text, named as for ``read_text``.
+
+    Windows are of each ``seq_len``. Every process of the run loads the model and runs its share of the windows. Every
+    text is read and cut before the model runs. Raises UserError as ``read_text``, ``choose_seq_lens`` and ``passages``.
+    """
     run = loading.run
     tokenizer = load_tokenizer(path, trust_remote_code=run.trust_remote_code)
     with loaded([path], len(tokenizer), loading) as (model,):
-        return evaluate_perplexity(
-            model, tokenizer, specs, run, seq_len=seq_len, max_windows=max_windows, keep=keep
-        )
+        lengths = choose_seq_lens([("the model", model.config)], seq_len)
+        texts = [read_text(spec, "evaluation", run.data_folder) for spec in specs]
+        cut = passages(tokenizer, texts, lengths, max_windows)
+        return [measure(model, passage, tokenizer, run, keep) for passage in cut]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from lrc.errors import UserError
 from lrc.evaluation.bootstrap import FEW, Estimate, mean, percentile, ratio
@@ -87,22 +85,13 @@ class Pair:
     @property
     def notes(self) -> tuple[str, ...]:
         if self.refused is not None:
-            return (f"{self.ours.data}: {self.refused}{self._scored_bytes}",)
+            return (f"{self.ours.data}: {self.refused}",)
         if self.tokens and 1 < self.ours.windows < FEW:
             return (
                 f"{self.ours.data}: {self.ours.windows} windows are few; below {FEW} the intervals cover the true "
                 "value less often than stated",
             )
         return ()
-
-    @property
-    def _scored_bytes(self) -> str:
-        """Say how many bytes each model's bits per byte cover, if their windows differ."""
-        figures = [f for f in (self.ours, self.theirs) if f.bits_per_byte]
-        if self.same_tokens or len(figures) < 2:
-            return ""
-        sizes = (round(f.nats / math.log(2) / f.bits_per_byte) for f in figures if f.bits_per_byte)
-        return " over {:,} and {:,} bytes of the text".format(*sizes)
 
 
 def evaluate_pair(
@@ -149,10 +138,28 @@ def _compared(
     run: Run,
     keep: Keep | None,
 ) -> Pair:
+    """Run both models on a passage, one batch after another, and compare them."""
     watch, processes = Stopwatch(models[0].device), run.processes
     mine = processes.mine(passage.cut)
+    size = min(default_batch(model, passage.seq_len) for model in models)
     total = sum(steps(model, len(mine)) for model in models) - len(mine)  # a step for both models' windows
-    parts = [*_batches(models, mine, run.stage(passage.data, total), watch)]
+    advance = run.stage(passage.data, total)
+    none = torch.empty(0, passage.seq_len - 1)
+    parts = [Divergence(none, none, none, none.bool())]  # a process may have no windows
+    with ExitStack() as stack:
+        ours, theirs = (
+            stack.enter_context(closing(window_logits(model, mine, size, advance))) for model in models
+        )
+        with watch.stage("ours"), watch.stage("theirs"):
+            pass  # both stages exist even without a window
+        for batch in batched(mine, size):
+            with watch.stage("ours"):
+                logits = next(ours)
+            with watch.stage("theirs"):
+                against = next(theirs)
+            parts.append(Divergence(*(column.cpu() for column in divergence(logits, against, batch))))
+            del logits, against  # frees them before the next batch
+            advance(len(batch))
     whole = Divergence(*(processes.gather_rows(torch.cat(column)) for column in zip(*parts, strict=True)))
     if keep:
         keep(passage, whole._asdict())
@@ -167,29 +174,6 @@ def _compared(
         mean(whole.agree),
     )
     return Pair(ours, theirs, tokens)
-
-
-def _batches(
-    models: Sequence[Model], cut: Tensor, advance: Callable[[int], object], watch: Stopwatch
-) -> Iterator[Divergence]:
-    """Yield the divergence on windows (windows, n), batch by batch, on the host, after an empty one."""
-    size = min(default_batch(model, cut.shape[1]) for model in models)
-    none = torch.empty(0, cut.shape[1] - 1)
-    yield Divergence(none, none, none, none.bool())
-    with ExitStack() as stack:
-        ours, theirs = (
-            stack.enter_context(closing(window_logits(model, cut, size, advance))) for model in models
-        )
-        with watch.stage("ours"), watch.stage("theirs"):
-            pass  # both stages exist even without a window
-        for batch in batched(cut, size):
-            with watch.stage("ours"):
-                logits = next(ours)
-            with watch.stage("theirs"):
-                against = next(theirs)
-            yield Divergence(*(column.cpu() for column in divergence(logits, against, batch)))
-            del logits, against  # frees them before the next batch
-            advance(len(batch))
 
 
 def _refusal(models: Sequence[Model], sides: tuple[Passage, Passage]) -> str | None:

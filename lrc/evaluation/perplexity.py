@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from lrc.evaluation.passage import Passage, choose_seq_lens, passages
+from lrc.evaluation.passage import Passage
 from lrc.evaluation.streamed import StreamedModel
 from lrc.evaluation.tokens import token_nll
 from lrc.run.processes import Processes
 from lrc.run.settings import Run
 from lrc.text.blocks import batched, ids_sha256
-from lrc.text.source import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,27 +63,6 @@ class Perplexity:
     seconds: float
     tokens_per_second: float
     notes: tuple[str, ...] = ()
-
-
-def evaluate_perplexity(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    specs: list[str],
-    run: Run = Run(),
-    *,
-    seq_len: int | Sequence[int] | None = None,
-    max_windows: int | None = None,
-    keep: Keep | None = None,
-) -> list[Perplexity]:
-    """Measure perplexity on each text, named as for ``read_text``, in windows of each ``seq_len``.
-
-    Every process of the run needs the model and runs its share of the windows. Every text is read and cut before the
-    model runs. Raises UserError as ``read_text`` and ``passages`` do, and for windows above the model's limit.
-    """
-    lengths = choose_seq_lens([("the model", model.config)], seq_len)
-    texts = [read_text(spec, "evaluation", run.data_folder) for spec in specs]
-    cut = passages(tokenizer, texts, lengths, max_windows)
-    return [measure(model, passage, tokenizer, run, keep) for passage in cut]
 
 
 def measure(

@@ -63,7 +63,7 @@ class StreamedModel:
             visit.observe()
             advance(len(cut))
         tail = stream.tail()
-        for (hidden,) in stream.passing(batch.hidden for batch in batches):
+        for (hidden,) in stream.prefetched(batch.hidden for batch in batches):
             yield tail(hidden)
 
     def _stream(self, states: States) -> ModelStream:

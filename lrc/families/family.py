@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -278,7 +278,13 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     per_layer = [_layer_matrices(family, shapes, i, rows) for i in range(config.num_hidden_layers)]
-    _check_alike(family, per_layer)
+    for index, matrices in enumerate(per_layer):
+        for role, matrix in matrices.items():
+            if matrix != (first := per_layer[0][role]):
+                name = f"{family.layers}.{index}.{family.projections[role].module}.weight"
+                raise UserError(
+                    f"{name} is {matrix}, in layer 0 it is {first}; lrc cannot compress layers that differ in shape yet"
+                )
     tables = {role: shapes.get(f"{path}.weight", ()) for role, path in family.outer.items()}
     return Architecture(
         family=family,
@@ -293,17 +299,6 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
         tables={role: Matrix(*shape, bias=False) for role, shape in tables.items() if shape},
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
     )
-
-
-def _check_alike(family: Family, per_layer: Sequence[Mapping[str, Matrix]]) -> None:
-    for index, matrices in enumerate(per_layer):
-        for role, matrix in matrices.items():
-            if matrix != (first := per_layer[0][role]):
-                module = family.projections[role].module
-                raise UserError(
-                    f"{family.layers}.{index}.{module}.weight is {matrix}, in layer 0 it is {first}; lrc cannot "
-                    "compress layers that differ in shape yet"
-                )
 
 
 def _layer_matrices(

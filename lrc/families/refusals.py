@@ -21,11 +21,6 @@ def _refusals(family: Family, config: Any) -> Iterator[str]:
     for key, value in family.unsupported.items():
         if getattr(config, key, None) == value:
             yield f"{key}={value!r}"
-    yield from _of_layers(family, config)
-    yield from _of_attention(family, config)
-
-
-def _of_layers(family: Family, config: Any) -> Iterator[str]:
     if family.parallel:
         yield "attention and MLP in parallel, as they are refitted in turn"
     for half in family.halves:
@@ -35,15 +30,15 @@ def _of_layers(family: Family, config: Any) -> Iterator[str]:
         yield f"norms that multiply by {family.norm_offset} + w, as the logit scale and fused norms take w"
     if family.experts and (count := getattr(config, family.experts, None) or 0) > 1:
         yield f"experts ({family.experts}={count})"
-
-
-def _of_attention(family: Family, config: Any) -> Iterator[str]:
     fused = {stored.module for stored in family.projections.values() if stored.order == "by_head"}
     for module in sorted(fused):
         yield f"queries, keys and values fused head by head ({module})"
     if family.rotary == "interleaved":
         yield "rotary positions that turn neighbouring dimensions"
-    if family.rotary_share and (share := _rotary_share(family.rotary_share, config)) < 1:
+    share = getattr(config, family.rotary_share, None) if family.rotary_share else 1.0
+    if share is None:
+        share = (getattr(config, "rope_parameters", None) or {}).get(family.rotary_share, 1.0)
+    if share < 1:
         yield f"rotary positions on a part of each head ({family.rotary_share}={share:g})"
     if family.qk_norm:
         yield f"norms of queries and keys (over the {family.qk_norm})"
@@ -53,8 +48,3 @@ def _of_attention(family: Family, config: Any) -> Iterator[str]:
     window = getattr(config, family.window, None) if family.window else None
     if window is not None and window < config.max_position_embeddings:
         yield f"a sliding window ({family.window}={window})"
-
-
-def _rotary_share(key: str, config: Any) -> float:
-    found = getattr(config, key, None)
-    return (getattr(config, "rope_parameters", None) or {}).get(key, 1.0) if found is None else found

@@ -18,7 +18,7 @@ from lrc.checkpoint.headers import Shape, check_shapes, read_headers
 from lrc.checkpoint.reader import full_name
 from lrc.errors import UserError
 from lrc.families import Family, family_of
-from lrc.modules.embedding import FACTORS
+from lrc.modules.low_rank import FACTORS
 from lrc.modules.table import Table, apply_table
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
     for_each_layer(setting, look, advance)
     tail, found = text.tail(), []
     for own in texts:
-        arriving = text.passing(batch.hidden for batch in own)
+        arriving = text.prefetched(batch.hidden for batch in own)
         nats = sum(
             float(token_nll(tail(states), one).double().sum())
             for (states,), one in zip(arriving, ids, strict=True)

@@ -12,7 +12,7 @@ from lrc.families import Architecture, Target
 from lrc.methods import Method, methods
 from lrc.methods.contract import Affine, Factors, Prediction, Problem, Solver
 from lrc.modules import kinds
-from lrc.modules.embedding import EMBEDDING
+from lrc.modules.low_rank import EMBEDDING
 from lrc.moments import collectors
 from lrc.moments.gradient import GRADIENTS
 from lrc.plan.precedence import COMPONENTS

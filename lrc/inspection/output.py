@@ -33,11 +33,9 @@ from lrc.methods.contract import (
     QKProblem,
     Solution,
 )
-from lrc.methods.shared.pairs import input_moment
+from lrc.methods.shared.pairs import input_moment, table_error
 from lrc.methods.shared.scores import by_head
-from lrc.methods.shared.tables import table_error
-from lrc.modules.embedding import EMBEDDING
-from lrc.modules.low_rank import LowRankLinear
+from lrc.modules.low_rank import EMBEDDING, LowRankLinear
 from lrc.modules.table import Table
 from lrc.moments.moment import Moment
 from lrc.records.compression import TargetRecord

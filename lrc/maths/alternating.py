@@ -43,8 +43,8 @@ def shared_rows(moments: Tensor, grams: Tensor, start: Tensor) -> tuple[Maps, in
     def fitted(down: Tensor) -> Maps:
         down = _orthonormal(down, mean)
         through = moments @ down.mT.unsqueeze(1)
-        up, damping = _solve_right(through, down.unsqueeze(1) @ through)
-        return Maps(up, down, damping)
+        root = damped_cholesky(down.unsqueeze(1) @ through, damping=0.0)
+        return Maps(root.solve(through), down, root.damping)
 
     def advance(maps: Maps, stretch: float) -> Maps:
         up = maps.up
@@ -87,8 +87,8 @@ def joint_rows(weight: Tensor, c: Tensor, *starts: Tensor) -> tuple[Maps, int]:
         every = spread(down)
         through = (blocks @ every.mT).transpose(0, 1).flatten(1)  # C T̄ᵀ
         inner = (every @ through.unflatten(0, (heads, dim))).flatten(0, 1)
-        output, damping = _solve_right((read @ every.mT).transpose(0, 1).flatten(1), inner)
-        return Maps(output, down, damping)
+        root = damped_cholesky(inner, damping=0.0)
+        return Maps(root.solve((read @ every.mT).transpose(0, 1).flatten(1)), down, root.damping)
 
     def advance(maps: Maps, stretch: float) -> Maps:
         output = maps.up.unflatten(1, (heads, rank)).transpose(0, 1)  # (heads, m, r)
@@ -252,12 +252,6 @@ def _diagonal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor, float
     first = values.clamp(0.0, 1.0)
     turn = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
     return turn, first, 1 - first, sum_root.damping
-
-
-def _solve_right(right: Tensor, matrix: Tensor) -> tuple[Tensor, float]:
-    """Return ``right`` (..., m, r) times the inverse of ``matrix`` (..., r, r), and its damping if it is singular."""
-    root = damped_cholesky(matrix, damping=0.0)
-    return root.solve(right), root.damping
 
 
 def _gram_root(down: Tensor, moment: Tensor) -> Tensor:

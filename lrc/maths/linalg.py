@@ -151,11 +151,6 @@ def regress_kept(weight: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, float
     return root.solve(right), DAMPING + root.damping
 
 
-def regress_work(n: int, kept: int) -> int:
-    """Return the float64 elements of ``regress`` from ``kept`` of n inputs: C, its damped copy and what it solves."""
-    return 2 * n**2 + max(n**2, n * kept + 4 * kept**2)
-
-
 def column_part(n: int) -> int:
     """Return the elements of the columns of an (n, n) moment that are in float64 at once."""
     return min(n**2, COLUMN_BYTES // 8)
@@ -178,7 +173,9 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
         count = min(block or max(there // 64, 1), there - keep)
         score = (fitted.square().sum(dim=0) / inverse.diagonal()).masked_fill(gone, torch.inf)
         cheap = score.topk(min(2 * count, there), largest=False).indices
-        drop = cheap[_apart(inverse[cheap][:, cheap])][:count]
+        among, diagonal = inverse[cheap][:, cheap], inverse.diagonal()[cheap]
+        shared = among.square() / (diagonal * diagonal.unsqueeze(-1))  # squared partial correlations
+        drop = cheap[shared.triu(1).amax(dim=0) < _SHARED][:count]
         rows = inverse[drop]
         step = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, drop]))
         fitted.addmm_(fitted[:, drop], step, alpha=-1)
@@ -188,13 +185,6 @@ def eliminate_columns(weight: Tensor, c: Tensor, keep: int, block: int | None = 
         inverse.diagonal()[drop] = 1.0
         there -= len(drop)
     return gone.logical_not().nonzero().squeeze(-1), root.damping
-
-
-def _apart(inverse: Tensor) -> Tensor:
-    """Return which columns (n,) have a low partial correlation with every column before them, from their P (n, n)."""
-    diagonal = inverse.diagonal()
-    shared = inverse.square() / (diagonal * diagonal.unsqueeze(-1))
-    return shared.triu(1).amax(dim=0) < _SHARED
 
 
 def eliminate(gram: Tensor, keep: int) -> Tensor:

@@ -13,25 +13,22 @@ from lrc.maths.alternating import Maps, joint_rows, shared_rows
 from lrc.maths.linalg import (
     best_projector,
     column_part,
-    data_error,
     eliminate_columns,
     gram_root,
     regress,
     regress_kept,
-    regress_work,
 )
 from lrc.methods.contract import (
     Affine,
     MLPProblem,
     OVProblem,
-    Prediction,
     QKProblem,
     Shapes,
     Solution,
     solves,
 )
-from lrc.methods.shared.pairs import errors
-from lrc.methods.shared.scores import ScoreMetric, best_map, fitted_map, kept_pairs
+from lrc.methods.shared.pairs import prediction
+from lrc.methods.shared.scores import ScoreMetric, best_map, fitted_map, kept_pairs, loss_gradient
 from lrc.methods.sizes import ComponentRank
 from lrc.moments.moment import Moment
 
@@ -64,7 +61,9 @@ def _ov_memory(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
     v, o = shapes.target.matrices["v"], shapes.target.matrices["o"]
     n, kept = o.columns, shapes.heads.heads * rank
     alternating = 2 * o.rows * (n + kept) + 3 * n * kept if options.get("subspace") == "joint" else 0
-    work = regress_work(n, kept) + (2 if v.bias or o.bias else 1) * n**2 + 2 * n * kept + 3 * o.parameters
+    # C, its damped copy and what the regression solves.
+    regression = 2 * n**2 + max(n**2, n * kept + 4 * kept**2)
+    work = regression + (2 if v.bias or o.bias else 1) * n**2 + 2 * n * kept + 3 * o.parameters
     return 8 * (work + alternating + _metric_work(o, options))
 
 
@@ -165,7 +164,7 @@ def solve_ov(
     values = problem.v.weight.double().unflatten(0, (heads.kv_heads, -1))
     return Solution(
         parts={"v": Affine((p.down @ values).flatten(0, 1)), "o": Affine(output, bias)},
-        predicted=_of_output(problem, weight - output @ reduce, c, weight, moment),
+        predicted=prediction(weight, moment, weight - output @ reduce, c, problem.gradient),
         numerics=numerics,
     )
 
@@ -193,7 +192,7 @@ def _value_rows(
     """Return U (heads, D, rank) and T (kv_heads, rank, D) for C of the attention output, and the numerics."""
     heads, weight, numerics = problem.heads, problem.o.weight.double(), {}
     if metric == "loss":
-        root, numerics["gradient_damping"] = gram_root(_gradient(problem.gradient))
+        root, numerics["gradient_damping"] = gram_root(loss_gradient(problem))
         weight = root @ weight
     readers = weight.unflatten(1, (heads.heads, -1)).transpose(0, 1)
     grams = (readers.mT @ readers).unflatten(0, (-1, heads.group))
@@ -238,7 +237,7 @@ def solve_mlp(
     c = moment.second if bias is None else moment.double().centred
     read, numerics = weight, {}
     if metric == "loss":
-        root, numerics["gradient_damping"] = gram_root(_gradient(problem.gradient))
+        root, numerics["gradient_damping"] = gram_root(loss_gradient(problem))
         read = root @ weight
     if select == "obs":
         kept, numerics["elimination_damping"] = eliminate_columns(read, c, width)
@@ -260,23 +259,10 @@ def solve_mlp(
         bias = bias.double() + delta @ moment.mean.double()
     return Solution(
         parts={**inputs, problem.output_role: Affine(output, bias)},
-        predicted=_of_output(problem, delta, c, weight, moment),
+        predicted=prediction(weight, moment, delta, c, problem.gradient),
         neurons=kept,
         numerics=numerics,
     )
-
-
-def _of_output(
-    problem: OVProblem | MLPProblem, delta: Tensor, c: Tensor, weight: Tensor, moment: Moment
-) -> Prediction:
-    """Predict E‖ΔW x‖² for x of moment C, E‖W x‖² and, with gradients, the loss ½ tr(G ΔW C ΔWᵀ)."""
-    error, loss = errors(delta, c, problem.gradient)
-    return Prediction(error, data_error(weight, moment.second), "output", loss)
-
-
-def _gradient(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None, "the loss metric is solved with the gradients"
-    return gradient
 
 
 def diagonal_blocks(c: Tensor, blocks: int) -> Tensor:

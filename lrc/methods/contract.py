@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
@@ -164,17 +163,9 @@ def moment_copies(shapes: Shapes, size: Any, options: Mapping[str, Any]) -> int:
     return 8 * (4 * inputs**2 + 4 * shapes.target.parameters + 5 * min(inputs, outputs) ** 2)
 
 
-@dataclass(frozen=True)
-class Option:
-    """Hold the type and the default of a solver's option."""
-
-    annotation: Any
-    default: Any
-
-
-@dataclass(frozen=True)
+@dataclass
 class Solver:
-    """Hold one function of a method with what planning needs.
+    """Hold one function of a method with what planning needs; as a decorator, ``@solves(...)`` marks the function.
 
     ``needs``: statistics in ``lrc.moments``; ``option_needs``: those that an option's value adds. ``metric``: what the
     method minimises. ``exact``: at full size the solution equals the original map. ``refuses``: returns why a family
@@ -182,29 +173,40 @@ class Solver:
     positions, the method for each projection of the component, unless the plan names the component.
     """
 
-    solve: SolveFunction
-    target: str
+    target: Literal["projection", "embed", "qk", "ov", "mlp"]
+    _: KW_ONLY
     size: SizeRule
-    needs: tuple[str, ...]
-    option_needs: Mapping[tuple[str, Any], str]
-    metric: Metric
-    exact: bool
     paper: str
-    refuses: Refusal
-    rotary: str | None
-    memory: Memory
+    needs: tuple[str, ...] = ("moments",)
+    option_needs: Mapping[tuple[str, Any], str] = field(default_factory=dict)
+    metric: Metric = "data"
+    exact: bool = True
+    refuses: Refusal = lambda heads, options: None
+    rotary: str | None = None
+    memory: Memory = moment_copies
+    solve: SolveFunction = field(init=False)
+
+    def __call__(self, function: SolveFunction) -> SolveFunction:
+        """Mark a function as a method's solver of the target; the folder scan finds it."""
+        self.solve = function
+        function.solver = self  # type: ignore[attr-defined]
+        return function
 
     @property
-    def options(self) -> dict[str, Option]:
+    def options(self) -> dict[str, inspect.Parameter]:
         """Return the options by name: the function's keyword-only parameters."""
         hints = get_type_hints(self.solve, include_extras=True)
         parameters = inspect.signature(self.solve).parameters.values()
-        return {p.name: Option(hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        own = (p for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return {p.name: p.replace(annotation=hints[p.name]) for p in own}
 
     def collectors(self, options: Mapping[str, Any]) -> set[str]:
         """Return the names of the statistics that these options need."""
         brought = {name for (key, value), name in self.option_needs.items() if options.get(key) == value}
         return {*self.needs, *brought}
+
+
+solves = Solver
 
 
 @dataclass(frozen=True)
@@ -218,28 +220,3 @@ class Method:
     def solver(self, target: str) -> Solver | None:
         """Return the solver of a target, else of projections; an embedding is a lookup and needs its own solver."""
         return self.solvers.get(target) or (None if target == "embed" else self.solvers.get("projection"))
-
-
-def solves(
-    target: Literal["projection", "embed", "qk", "ov", "mlp"],
-    *,
-    size: SizeRule,
-    needs: tuple[str, ...] = ("moments",),
-    option_needs: Mapping[tuple[str, Any], str] = MappingProxyType({}),
-    metric: Metric = "data",
-    exact: bool = True,
-    paper: str,
-    refuses: Refusal = lambda heads, options: None,
-    rotary: str | None = None,
-    memory: Memory = moment_copies,
-) -> Callable[[SolveFunction], SolveFunction]:
-    """Mark a function as a method's solver of one target; the folder scan finds it."""
-
-    def mark(function: SolveFunction) -> SolveFunction:
-        solver = Solver(
-            function, target, size, needs, option_needs, metric, exact, paper, refuses, rotary, memory
-        )
-        function.solver = solver  # type: ignore[attr-defined]
-        return function
-
-    return mark

@@ -6,13 +6,12 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
 
 from lrc.families import Target
 from lrc.maths.linalg import DAMPING, best_pair, damped, damped_cholesky
 from lrc.methods.contract import Factors, ProjectionProblem, Solution, solves
 from lrc.methods.shared.pairs import corrected_bias, input_moment, predicted
-from lrc.methods.sizes import Options, Rank, SizeValue, ranks
+from lrc.methods.sizes import Options, Rank
 
 BLOCKS = 4
 Blocks = Annotated[int, Ge(1)]
@@ -27,13 +26,7 @@ class MonarchRank(Rank):
         return min(matrix.rows, matrix.columns) // options.get("blocks", BLOCKS)
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        return max(int(keep * target.parameters / self._unit(target, options)), 1)
-
-    def weights(self, target: Target, size: Any, options: Options) -> int:
-        return size * self._unit(target, options)
-
-    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
-        return ranks(self.full(target, options), self._unit(target, options), target.parameters, multiple)
+        return max(int(keep * target.parameters / self.unit(target, options)), 1)
 
     def refusal(self, target: Target, size: Any, options: Options) -> str | None:
         (matrix,) = target.matrices.values()
@@ -41,16 +34,14 @@ class MonarchRank(Rank):
         if blocks < 1 or matrix.rows % blocks or matrix.columns % blocks:
             divisors = [d for d in range(1, 65) if matrix.rows % d == 0 and matrix.columns % d == 0]
             return f"blocks {blocks} does not divide {matrix.rows} x {matrix.columns}; these do: {divisors}"
-        if size < 1:
-            return f"rank {size} keeps nothing; the smallest is 1"
         if size > self.full(target, options):
             return f"rank {size} is above the full rank of a block; it has {self.full(target, options)}"
         if self.weights(target, size, options) > target.parameters:
-            largest = target.parameters // self._unit(target, options)
+            largest = target.parameters // self.unit(target, options)
             return f"blocks of rank {size} are larger than the matrix itself; the largest that are not have {largest}"
-        return None
+        return super().refusal(target, size, options)
 
-    def _unit(self, target: Target, options: Options) -> int:
+    def unit(self, target: Target, options: Options) -> int:
         return target.unit * options.get("blocks", BLOCKS)
 
 
@@ -81,18 +72,15 @@ def solve_projection(
             pairs[k] = best_pair(target, rank, moment[k, k])
             found[:, k] = pairs[k][0] @ pairs[k][1]
     delta = weight - found.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    factors = {
+        "L": torch.stack([b for b, _, _ in pairs], dim=2).flatten(2, 3),  # (j, s, k·r)
+        "R": torch.stack([a.flatten(0, 1) for _, a, _ in pairs]),  # (k, j·r, p)
+    }
     return Solution(
-        parts={problem.role: Factors("monarch", _factors(pairs), corrected_bias(problem, delta))},
+        parts={problem.role: Factors("monarch", factors, corrected_bias(problem, delta))},
         predicted=predicted(problem, delta, input_moment(problem)),
         numerics={
             "damping": DAMPING,
             "block_damping": max(*(each.damping for each in roots), *(damping for *_, damping in pairs)),
         },
     )
-
-
-def _factors(pairs: list[tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
-    """Return L (j, s, k·r) and R (k, j·r, p) of the kind from the pairs (j, s, r), (j, r, p) of every column group."""
-    left = torch.stack([b for b, _, _ in pairs], dim=2).flatten(2, 3)
-    right = torch.stack([a.flatten(0, 1) for _, a, _ in pairs])
-    return {"L": left, "R": right}

@@ -74,6 +74,28 @@ class Rank(SizeRule):
             return value
         raise ValueError(as_text_number(value) or f"{value!r} is not a whole number")
 
+    def unit(self, target: Target, options: Options) -> int:
+        """Return the number of weights that each rank keeps."""
+        return target.unit
+
+    def full(self, target: Target, options: Options) -> int:
+        return target.full
+
+    def weights(self, target: Target, size: Any, options: Options) -> int:
+        return size * self.unit(target, options)
+
+    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
+        full, saving = self.full(target, options), (target.parameters - 1) // self.unit(target, options)
+        step = math.lcm(target.step, multiple or fast_step(full))
+        return list(range(step, min(full - 1, saving) + 1, step))
+
+    def refusal(self, target: Target, size: Any, options: Options) -> str | None:
+        if size < 1:
+            return f"rank {size} keeps nothing; the smallest is {target.step}"
+        if size > target.full:
+            return f"rank {size} is above the full rank; {target.name} has {target.full}"
+        return None
+
     def inner(self, target: Target, size: Any) -> int:
         return size
 
@@ -81,58 +103,34 @@ class Rank(SizeRule):
 class ComponentRank(Rank):
     """Kept inner dimension of a component: per head for qk and ov, neurons for mlp."""
 
-    def full(self, target: Target, options: Options) -> int:
-        return target.full
-
     def nearest(self, target: Target, keep: float, options: Options) -> int:
         """Return the nearest legal size, which may keep more than ``keep``."""
         step = math.lcm(target.step, fast_step(target.full))
         return min(max(round(keep * target.full / step), 1) * step, target.full)
 
-    def weights(self, target: Target, size: Any, options: Options) -> int:
-        return size * target.unit
-
-    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
-        return ranks(target.full, target.unit, target.parameters, multiple, target.step)
-
     def refusal(self, target: Target, size: Any, options: Options) -> str | None:
-        if size < 1:
-            return f"rank {size} keeps nothing; the smallest is {target.step}"
-        if size > target.full:
-            return f"rank {size} is above the full rank; {target.name} has {target.full}"
-        if size % target.step:
-            near = max(size - size % target.step, target.step)
+        reason = super().refusal(target, size, options)
+        if reason is None and size % target.step:
+            near = size - size % target.step or target.step
             legal = f"ranks of {target.name} are multiples of {target.step}, such as {near}"
             return f"rank {size} splits a rotary pair; {legal}"
-        return None
+        return reason
 
 
 class PairRank(Rank):
     """Rank of a pair of thin matrices that replaces one matrix."""
-
-    def full(self, target: Target, options: Options) -> int:
-        return target.full
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
         """Return the largest fast rank that keeps no more than ``keep``."""
         rank, step = int(keep * target.parameters / target.unit), fast_step(target.full)
         return max(rank - rank % step if rank > step else rank, 1)
 
-    def weights(self, target: Target, size: Any, options: Options) -> int:
-        return size * target.unit
-
-    def choices(self, target: Target, options: Options, multiple: int | None = None) -> list[SizeValue]:
-        return ranks(target.full, target.unit, target.parameters, multiple)
-
     def refusal(self, target: Target, size: Any, options: Options) -> str | None:
         largest = target.parameters // target.unit
-        if size < 1:
-            return f"rank {size} keeps nothing; the smallest is 1"
-        if size > target.full:
-            return f"rank {size} is above the full rank; {target.name} has {target.full}"
-        if size * target.unit > target.parameters:
+        reason = super().refusal(target, size, options)
+        if reason is None and size > largest:
             return f"a pair of rank {size} is larger than the matrix; the largest that is not is {largest}"
-        return None
+        return reason
 
 
 def fast_step(full: int) -> int:
@@ -142,15 +140,6 @@ def fast_step(full: int) -> int:
     Steps of eight are under a hundredth of a wide target's rank, but too coarse for a narrow target.
     """
     return _ALIGNED if full >= _WIDE else 1
-
-
-def ranks(full: int, unit: int, whole: int, multiple: int | None, step: int = 1) -> list[SizeValue]:
-    """Return the ranks below ``full`` that take fewer than ``whole`` weights, at ``unit`` weights per rank.
-
-    All are multiples of ``step`` and of ``multiple``, which defaults to the ``fast_step``.
-    """
-    step = math.lcm(step, multiple or fast_step(full))
-    return list(range(step, min(full - 1, (whole - 1) // unit) + 1, step))
 
 
 def size_text(size: SizeValue) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lrc.maths.linalg import best_pair
 from lrc.methods.contract import EmbeddingProblem, ProjectionProblem, Solution, solves
-from lrc.methods.shared.pairs import pair_memory, pair_solution
-from lrc.methods.shared.tables import table_solution
+from lrc.methods.shared.pairs import pair_memory, pair_solution, table_solution
 from lrc.methods.sizes import PairRank
 
 

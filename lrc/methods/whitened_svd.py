@@ -7,8 +7,7 @@ import torch
 from lrc.maths.alternating import shared_table
 from lrc.maths.linalg import best_projector
 from lrc.methods.contract import EmbeddingProblem, ProjectionProblem, Solution, solves
-from lrc.methods.shared.pairs import input_moment, pair_solution
-from lrc.methods.shared.tables import references, table_solution
+from lrc.methods.shared.pairs import input_moment, pair_solution, references, table_solution
 from lrc.methods.sizes import PairRank
 
 

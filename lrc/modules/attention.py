@@ -100,14 +100,6 @@ class ReducedAttention(SharesInput):
         return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
-class Absent(nn.Module):
-    """Placeholder for a fused projection; its empty tensor makes loading without lrc fail."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.new_empty(0))
-
-
 def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family) -> None:
     """Turn a family's attention module into its reduced form in place; projections are replaced separately.
 
@@ -131,29 +123,19 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
 
     fused = {family.projections[role].module.removeprefix(f"{family.attention}.") for role in family.split}
     for name in sorted(fused - set(family.split.values())):
-        setattr(module, name, Absent(getattr(module, name).weight))
-    columns = (
-        torch.empty(kv_heads, qk, dtype=torch.int64, device=_device(module))
-        if entry["rotary_columns"]
-        else None
-    )
-    _set_class(module, family, qk, entry["v"], columns)
+        absent = nn.Module()  # its empty tensor makes loading without lrc fail
+        absent.register_buffer("weight", getattr(module, name).weight.new_empty(0))
+        setattr(module, name, absent)
+    columns = None
+    if entry["rotary_columns"]:
+        device = next(iter(module.state_dict().values())).device
+        columns = torch.empty(kv_heads, qk, dtype=torch.int64, device=device)
+    set_class(module, family, qk, entry["v"], columns)
     module.num_key_value_groups = config.num_attention_heads // kv_heads
 
 
-def run_whole(module: Any, family: Family) -> None:
-    """Make a stock attention with unfused projections run ``ReducedAttention.forward`` at full width."""
-    _set_class(module, family, module.head_dim, module.head_dim, None)
-    module.stock = True
-
-
-def run_stock(module: Any) -> None:
-    """Undo ``run_whole``."""
-    module.__class__ = module.base
-    del module.rotary_columns, module.qk_dim, module.v_dim, module.stock
-
-
-def _set_class(module: nn.Module, family: Family, qk: Any, v: Any, columns: Tensor | None) -> None:
+def set_class(module: nn.Module, family: Family, qk: Any, v: Any, columns: Tensor | None) -> None:
+    """Make an attention with unfused projections run ``ReducedAttention.forward``."""
     module.__class__ = reduced_class(type(module), family)
     module.register_buffer("rotary_columns", columns)
     module.qk_dim, module.v_dim = qk, v
@@ -170,10 +152,6 @@ def reduced_class(base: type[nn.Module], family: Family) -> type[ReducedAttentio
 def _widen(x: Tensor, width: int) -> Tensor:
     """Pad x (..., D) with zeros to ``width``."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(iter(module.state_dict().values())).device
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -95,11 +95,6 @@ class StructuredLinear(nn.Module):
         """Return the number of weights, without the bias."""
 
     @classmethod
-    def byte_count(cls, entry: Mapping[str, Any], dtype: torch.dtype) -> int:
-        """Return the bytes of the weights in a checkpoint of ``dtype``, without the bias."""
-        return cls.parameter_count(entry) * dtype.itemsize
-
-    @classmethod
     def operations(cls, entry: Mapping[str, Any]) -> int:
         """Return the multiplications for a token; by default one for every weight."""
         return cls.parameter_count(entry)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lrc.errors import UserError, nearest
 from lrc.families import Family
 from lrc.modules.attention import ReducedAttention, reduce_attention
-from lrc.modules.embedding import EMBEDDING, FactorizedEmbedding
 from lrc.modules.kind import Entry, kind_of, kinds, with_nested
+from lrc.modules.low_rank import EMBEDDING, FactorizedEmbedding
 
 Table = dict[str, Entry]
 
@@ -59,11 +59,6 @@ def build(entry: Mapping[str, Any], like: Tensor) -> nn.Module:
         else:
             module = kind_of(entry).from_entry(entry)
     return module.to(like.dtype).to_empty(device=like.device)
-
-
-def dense_entry(rows: int, columns: int, bias: bool) -> Entry:
-    """Return the entry of a plain linear map with a weight of (rows, columns)."""
-    return {"kind": DENSE, "in": columns, "out": rows, "bias": bias}
 
 
 def attention_entry(qk: int, v: int, rotary_columns: bool) -> Entry:

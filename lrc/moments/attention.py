@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.families import canonical
+from lrc.families import Heads, canonical
 from lrc.modules.attention import turn
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Statistic
@@ -44,17 +44,16 @@ class AttentionMoment:
 class AttentionSum:
     """Running sums for an ``AttentionMoment``, over ``QUERIES`` evenly spaced queries of every sequence."""
 
-    def __init__(
-        self, kv_heads: int, head_dim: int, scale: float, rotary: bool, device: torch.device
-    ) -> None:
-        self._scale = scale
-        self._covariance = torch.zeros(kv_heads, head_dim, head_dim, device=device)
-        self._pairs = torch.zeros(kv_heads, head_dim // 2, head_dim // 2, device=device) if rotary else None
+    def __init__(self, heads: Heads, scale: float, device: torch.device) -> None:
+        self._scale, count, width = scale, heads.kv_heads, heads.head_dim
+        self._covariance = torch.zeros(count, width, width, device=device)
+        rotary = heads.rotary != "none"
+        self._pairs = torch.zeros(count, width // 2, width // 2, device=device) if rotary else None
         self._queries = 0
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Add one sequence, with arguments as for ``attended``."""
-        q, k, p = attended(q, k, mask, self._scale)
+        """Add one sequence, with arguments as for ``sampled_attention``."""
+        q, k, p = sampled_attention(q, k, mask, self._scale)
         mean = torch.einsum("kgmn,knd->kgmd", p, k)
         weight = p.sum(dim=(1, 2))  # (kv_heads, tokens)
         self._covariance += (k * weight.unsqueeze(-1)).mT @ k - mean.flatten(1, 2).mT @ mean.flatten(1, 2)
@@ -85,23 +84,10 @@ class AttentionSum:
             pairs[part] += (weighted.mT @ weighted).sum(dim=(1, 2)) - mean.mT @ mean
 
 
-class Sums(Protocol):
-    """Running sums over sequences."""
-
-    def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Add one sequence, with arguments as for ``attended``."""
-
-    def reduce(self, processes: Processes) -> None:
-        """Add the sums of the other processes."""
-
-    def moment(self) -> Any:
-        """Return the result so far."""
-
-
 class QueryStatistic(Statistic):
     """Feed ``sums`` the queries and keys of the score product, after rotary embedding; all targets share the result."""
 
-    sums: Sums
+    sums: Any  # with ``add``, ``reduce`` and ``moment`` as of ``AttentionSum``
 
     def __init__(self, layer: Layer, targets: Iterable[str]) -> None:
         super().__init__(layer, targets)
@@ -115,7 +101,7 @@ class QueryStatistic(Statistic):
 
     def add(self, calls: Mapping[str, Call]) -> None:
         call = calls[self._path]
-        x = self.layer.cast(call.input)
+        x = call.input.to(self.layer.dtype)
         q, k = (self._heads(role, x) for role in ("q", "k"))
         if self.layer.architecture.geometry.rotary != "none":
             cos, sin = (table.unsqueeze(1) for table in call.kwargs["position_embeddings"])
@@ -146,12 +132,12 @@ class Attention(QueryStatistic):
 
     def __init__(self, layer: Layer, targets: Iterable[str]) -> None:
         super().__init__(layer, targets)
-        heads = layer.architecture.geometry
-        rotary = heads.rotary != "none"
-        self.sums = AttentionSum(heads.kv_heads, heads.head_dim, self.scale, rotary, layer.device)
+        self.sums = AttentionSum(layer.architecture.geometry, self.scale, layer.device)
 
 
-def attended(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def sampled_attention(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return some queries of one sequence, scaled, the centred keys, and the attention weights of these queries.
 
     ``q`` (heads, tokens, D) and ``k`` (kv_heads, tokens, D) are after rotary embedding. ``mask`` is the attention's

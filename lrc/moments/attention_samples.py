@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.moments.attention import QueryStatistic, attended
+from lrc.moments.attention import QueryStatistic, sampled_attention
 from lrc.moments.statistic import Layer
 from lrc.run.processes import ALONE, Processes
 
@@ -36,9 +36,9 @@ class SampleSum:
         self._number, self._step, self._stride = processes.rank, processes.size, 1
 
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Add one sequence, with arguments as for ``attended``; every ``stride``-th is kept."""
+        """Add one sequence, with arguments as for ``sampled_attention``; every ``stride``-th is kept."""
         if self._number % self._stride == 0:
-            q, k, p = attended(q, k, mask, self._scale)
+            q, k, p = sampled_attention(q, k, mask, self._scale)
             covariances = []
             # One key head at a time: keys weighted by every query are large.
             for keys, weights in zip(k, p, strict=True):

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.families import Family
-from lrc.moments.moment import add_gram, whole
+from lrc.families import Family, Heads
+from lrc.moments.moment import add_gram, mirrored
 from lrc.run.processes import Processes
 
 GRADIENTS = "gradients"  # their name in the needs of solvers
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GradientTargets:
     """Select the moments to collect of one layer: at the outputs of ``roles``, and of the queries."""
 
     roles: frozenset[str] = frozenset()
@@ -74,19 +74,12 @@ class GradientSum:
     """Running sums for a ``GradientMoment``; ``widths`` are the output widths by role."""
 
     def __init__(
-        self,
-        kv_heads: int,
-        head_dim: int,
-        rotary: bool,
-        widths: Mapping[str, int],
-        *,
-        queries: bool,
-        device: torch.device,
+        self, heads: Heads, widths: Mapping[str, int], *, queries: bool, device: torch.device
     ) -> None:
-        self._kv_heads, self._head_dim, self._rotary = kv_heads, head_dim, rotary
-        side = head_dim // 2 if rotary else head_dim
+        self._heads, self._rotary = heads, heads.rotary != "none"
+        side = heads.head_dim // 2 if self._rotary else heads.head_dim
         self._outputs = {role: torch.zeros(width, width, device=device) for role, width in widths.items()}
-        self._queries = torch.zeros(kv_heads, side, side, device=device) if queries else None
+        self._queries = torch.zeros(heads.kv_heads, side, side, device=device) if queries else None
         self._tokens = 0
 
     def add(
@@ -98,8 +91,7 @@ class GradientSum:
         """
         share = scale.float().square().reciprocal()
         for role, gradient in gradients.items():
-            rows = gradient.flatten(0, -2)
-            add_gram(self._outputs[role], rows, share)
+            add_gram(self._outputs[role], gradient.flatten(0, -2), share)
         if queries is not None and self._queries is not None:
             self._queries += self._of_queries(*queries).mul_(share)
         some = next(iter(gradients.values())) if queries is None else queries[0]
@@ -112,20 +104,16 @@ class GradientSum:
 
     def moment(self) -> GradientMoment:
         """Return the means so far."""
-        outputs = {role: whole(total / self._tokens) for role, total in self._outputs.items()}
-        return GradientMoment(
-            outputs, None if self._queries is None else self._queries / self._tokens, self._tokens
-        )
+        outputs = {role: mirrored(total / self._tokens) for role, total in self._outputs.items()}
+        queries = None if self._queries is None else self._queries / self._tokens
+        return GradientMoment(outputs, queries, self._tokens)
 
     def _of_queries(self, q: Tensor, gradient: Tensor) -> Tensor:
-        q, gradient = (x.float().flatten(0, -2).unflatten(-1, self._by_head) for x in (q, gradient))
+        by_head = (self._heads.kv_heads, -1, self._heads.head_dim)
+        q, gradient = (x.float().flatten(0, -2).unflatten(-1, by_head) for x in (q, gradient))
         if self._rotary:
             first, second = (q * gradient).sum(dim=2).chunk(2, dim=-1)
             rows = (first + second).transpose(0, 1)  # (kv_heads, tokens, D/2)
         else:
             rows = gradient.transpose(0, 1).flatten(1, 2)  # (kv_heads, tokens · group, D)
         return rows.mT @ rows
-
-    @property
-    def _by_head(self) -> tuple[int, int, int]:
-        return self._kv_heads, -1, self._head_dim

@@ -79,7 +79,7 @@ class MomentSum:
 
     def moment(self) -> Moment:
         """Return the means so far."""
-        return Moment(whole(self._second / self._weight), self._first / self._weight, self._tokens)
+        return Moment(mirrored(self._second / self._weight), self._first / self._weight, self._tokens)
 
 
 class Moments(Statistic):
@@ -101,7 +101,7 @@ class Moments(Statistic):
 
     def add(self, calls: Mapping[str, Call]) -> None:
         for site, path in self._paths.items():
-            self._sums[site].add(self.layer.cast(calls[path].input), self.layer.first_token)
+            self._sums[site].add(calls[path].input.to(self.layer.dtype), self.layer.first_token)
 
     def reduce(self, processes: Processes) -> None:
         for total in self._sums.values():
@@ -119,7 +119,7 @@ class Moments(Statistic):
 def add_gram(total: Tensor, rows: Tensor, factor: Tensor | int = 1) -> None:
     """Add ``factor`` · rowsᵀ rows to the upper triangle of a float32 total (n, n), for rows (tokens, n).
 
-    Blocks below the diagonal stay as they are until ``whole``. For wide rows this saves almost half the work.
+    Blocks below the diagonal stay as they are until ``mirrored``. For wide rows this saves almost half the work.
     """
     for start in range(0, rows.shape[1], GRAM_BLOCK):
         end = start + GRAM_BLOCK
@@ -127,7 +127,7 @@ def add_gram(total: Tensor, rows: Tensor, factor: Tensor | int = 1) -> None:
         total[start:end, start:] += block if isinstance(factor, int) and factor == 1 else block.mul_(factor)
 
 
-def whole(gram: Tensor) -> Tensor:
+def mirrored(gram: Tensor) -> Tensor:
     """Fill, in place, the lower triangle of a matrix (n, n) that ``add_gram`` summed, and return the matrix."""
     for start in range(GRAM_BLOCK, gram.shape[0], GRAM_BLOCK):
         gram[start : start + GRAM_BLOCK, :start] = gram[:start, start : start + GRAM_BLOCK].T

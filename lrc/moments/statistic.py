@@ -39,10 +39,6 @@ class Layer:
     processes: Processes
     first_token: int = 1
 
-    def cast(self, x: Tensor) -> Tensor:
-        """Return activations in the precision of the products inside the layer."""
-        return x.to(self.dtype)
-
 
 class Observer(ABC):
     """An observer of module calls in layer ``index`` while a walk runs that layer, batch by batch."""

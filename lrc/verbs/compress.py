@@ -17,7 +17,7 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import doubts
+from lrc.compression.refit import refit_warnings
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
@@ -226,7 +226,7 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
         compressor.run(work.calibration.blocks, work.batch, setup.run.stage)
-    found = doubts(finish.refit_records(job, stage.own) if stage.own else [])
+    found = refit_warnings(finish.refit_records(job, stage.own) if stage.own else [])
     setup.warn(found)
     return replace(work, warnings=[*work.warnings, *found])
 

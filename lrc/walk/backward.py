@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.errors import UserError
-from lrc.moments.gradient import GradientMoment, GradientSum, Wanted
+from lrc.moments.gradient import GradientMoment, GradientSum, GradientTargets
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan
 from lrc.plan.schema import Calibration
@@ -46,27 +46,6 @@ def logit_rows(vocab: int) -> int:
     return max(_LOGITS // vocab, 1)
 
 
-def gradient_moments(
-    stream: ModelStream,
-    blocks: Tensor,
-    wanted: Mapping[int, Wanted],
-    batch_size: int,
-    seed: int,
-    *,
-    layer: Callable[[int], nn.Module] | None = None,
-    every: int | None = None,
-    start: Progress = unseen,
-) -> dict[int, GradientMoment]:
-    """Return gradient moments of the layers in ``wanted`` from token blocks (n, tokens), offloaded as states are.
-
-    The processes of the stream split the blocks. ``seed`` and the block's number determine its labels. ``layer``
-    returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it. ``start``
-    starts the progress. Raises UserError if gradients are NaN or inf.
-    """
-    sweep = _Sweep(stream, blocks, batch_size, layer or (lambda index: stream.layer(index)[0]), every)
-    return sweep.run(wanted, seed, start)
-
-
 def read_gradients(
     stream: ModelStream,
     plans: Iterable[LayerPlan],
@@ -84,27 +63,31 @@ def read_gradients(
     that are already on the device. ``start`` starts the progress.
     """
     architecture = stream.reader.architecture
-    wanted = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
-    wanted = {index: want for index, want in wanted.items() if want}
-    if not wanted:
+    needed = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
+    needed = {index: targets for index, targets in needed.items() if targets}
+    if not needed:
         return {}
     chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
-    seed = calibration.seed
-    return gradient_moments(stream, chosen, wanted, batch_size, seed, layer=held, start=start)
+    return GradientSweep(stream, chosen, batch_size, layer=held).run(needed, calibration.seed, start)
 
 
-class _Sweep:
-    """One forward and backward pass, with its kept layer inputs by layer and batch."""
+class GradientSweep:
+    """One forward and backward pass over token blocks (n, tokens), which the processes of the stream split.
+
+    ``layer`` returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it.
+    """
 
     def __init__(
         self,
         stream: ModelStream,
         blocks: Tensor,
         batch_size: int,
-        layer: Callable[[int], nn.Module],
-        every: int | None,
+        *,
+        layer: Callable[[int], nn.Module] | None = None,
+        every: int | None = None,
     ) -> None:
-        self._stream, self._architecture, self._layer = stream, stream.reader.architecture, layer
+        self._stream, self._architecture = stream, stream.reader.architecture
+        self._layer = layer or (lambda index: stream.layer(index)[0])
         self._batches = stream.embed(batched(stream.processes.mine(blocks), batch_size))
         self._inputs = {0: [batch.hidden for batch in self._batches]}
         for batch in self._batches:  # so that the batches do not hold the states to the end
@@ -113,8 +96,15 @@ class _Sweep:
             self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
         )
 
-    def run(self, wanted: Mapping[int, Wanted], seed: int, start: Progress) -> dict[int, GradientMoment]:
-        last, first, found = self._architecture.layers - 1, min(wanted), {}
+    def run(
+        self, needed: Mapping[int, GradientTargets], seed: int, start: Progress = unseen
+    ) -> dict[int, GradientMoment]:
+        """Return the moments of the layers in ``needed``, offloaded as states are; call it once.
+
+        ``seed`` and the block's number determine its labels. ``start`` starts the progress. Raises UserError if
+        gradients are NaN or inf.
+        """
+        last, first, found = self._architecture.layers - 1, min(needed), {}
         kept = range(first - first % self._every, last + 1, self._every)
         again = sum(min(index + self._every - 1, last) - index for index in kept)
         self._advance = start("gradients", last + 1 + again + 1 + last + 1 - first)
@@ -126,7 +116,7 @@ class _Sweep:
             if index not in self._inputs:
                 before = index - index % self._every
                 self._inputs[index] = self._forward(before, index, lambda _: True)
-            moment = self._back(index, gradients, wanted.get(index, Wanted()))
+            moment = self._back(index, gradients, needed.get(index, GradientTargets()))
             self._advance(1)
             if moment:
                 found[index] = moment.moved(self._stream.states.keep)
@@ -138,14 +128,14 @@ class _Sweep:
         for index in range(first, end):
             if keep(index):
                 self._inputs[index] = hidden
-            module, finite, passed = self._layer(index), [], []
-            for batch, (x,) in zip(self._batches, self._stream.passing(hidden), strict=True):
+            module, finite, outputs = self._layer(index), [], []
+            for batch, (x,) in zip(self._batches, self._stream.prefetched(hidden), strict=True):
                 out = self._stream.run(module, index, batch, x)
                 finite.append(out.isfinite().all())
-                passed.append(self._stream.states.keep(out))
+                outputs.append(self._stream.states.keep(out))
             if finite and not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
-            hidden = passed
+            hidden = outputs
             self._advance(1)
         return hidden
 
@@ -163,22 +153,16 @@ class _Sweep:
             found.append(self._stream.states.keep(torch.cat(parts).view_as(batch)))
         return found
 
-    def _back(self, index: int, gradients: list[Tensor], wanted: Wanted) -> GradientMoment | None:
-        """Propagate the gradients through a layer, in place, and return its moments if ``wanted``."""
-        heads, module, inputs = self._architecture.geometry, self._layer(index), self._inputs.pop(index)
+    def _back(self, index: int, gradients: list[Tensor], needed: GradientTargets) -> GradientMoment | None:
+        """Propagate the gradients through a layer, in place, and return its moments if ``needed``."""
+        heads, device = self._architecture.geometry, self._stream.device
+        module, inputs = self._layer(index), self._inputs.pop(index)
         # Sorted: all processes must use the same order.
-        widths = {role: self._architecture.matrices[role].rows for role in sorted(wanted.roles)}
-        sums = GradientSum(
-            heads.kv_heads,
-            heads.head_dim,
-            heads.rotary != "none",
-            widths,
-            queries=wanted.queries,
-            device=self._stream.device,
-        )
-        for i, (x, gradient) in enumerate(self._stream.passing(inputs, gradients)):
-            gradients[i] = self._back_batch(module, index, self._batches[i], x, gradient, wanted, sums)
-        if not wanted:
+        widths = {role: self._architecture.matrices[role].rows for role in sorted(needed.roles)}
+        sums = GradientSum(heads, widths, queries=needed.queries, device=device)
+        for i, (x, gradient) in enumerate(self._stream.prefetched(inputs, gradients)):
+            gradients[i] = self._back_batch(module, index, self._batches[i], x, gradient, needed, sums)
+        if not needed:
             return None
         sums.reduce(self._stream.processes)
         moment = sums.moment()
@@ -193,11 +177,11 @@ class _Sweep:
         batch: Batch,
         hidden: Tensor,
         gradient: Tensor,
-        wanted: Wanted,
+        needed: GradientTargets,
         sums: GradientSum,
     ) -> Tensor:
         x = hidden.detach().requires_grad_()
-        roles = [*wanted.roles, *(["q"] if wanted.queries else [])]
+        roles = [*needed.roles, *(["q"] if needed.queries else [])]
         paths = {self._architecture.family.projections[role].module for role in roles}
         scale = _scale(gradient)
         with _same_bits(self._stream.device):  # the forward call chooses the backward kernel
@@ -205,10 +189,10 @@ class _Sweep:
                 out = self._stream.run(module, index, batch, x, grad=True)
             outputs = {path: calls[path].output for path in calls}
             found = torch.autograd.grad(out, [x, *outputs.values()], gradient * scale)
-        if wanted:
+        if needed:
             at = dict(zip(outputs, found[1:], strict=True))
-            queries = (self._rows(outputs, "q").detach(), self._rows(at, "q")) if wanted.queries else None
-            sums.add({role: self._rows(at, role) for role in wanted.roles}, queries, scale)
+            queries = (self._rows(outputs, "q").detach(), self._rows(at, "q")) if needed.queries else None
+            sums.add({role: self._rows(at, role) for role in needed.roles}, queries, scale)
         return self._stream.states.keep(found[0] / scale)
 
     def _rows(self, outputs: Mapping[str, Tensor], role: str) -> Tensor:

@@ -8,7 +8,7 @@ from lrc.families import Architecture
 from lrc.methods import methods
 from lrc.methods.contract import Solver
 from lrc.moments import statistics
-from lrc.moments.gradient import GRADIENTS, Wanted, output_role
+from lrc.moments.gradient import GRADIENTS, GradientTargets, output_role
 from lrc.moments.moment import Moments, site_of
 from lrc.moments.statistic import Layer, Statistic
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
@@ -36,13 +36,13 @@ def statistics_needed(layer: Layer, plan: LayerPlan, targets: Iterable[str] = ()
     return [statistics()[name](layer, needed[name]) for name in sorted(needed)]
 
 
-def gradients_needed(architecture: Architecture, plan: LayerPlan, *, losses: bool = False) -> Wanted:
+def gradients_needed(architecture: Architecture, plan: LayerPlan, *, losses: bool = False) -> GradientTargets:
     """Return which gradient moments the solvers of a layer read; with ``losses``, those of every target."""
     targets = {
         a.target for a in plan.assignments if losses or GRADIENTS in solver_of(a).collectors(a.options)
     }
     roles = frozenset(output_role(architecture.family, target) for target in targets - {"qk"})
-    return Wanted(roles, "qk" in targets)
+    return GradientTargets(roles, "qk" in targets)
 
 
 def reads_gradients(architecture: Architecture, plan: ResolvedPlan) -> bool:

@@ -80,6 +80,7 @@ class ModelStream:
         state = self._meta_model().state_dict()
         return {name: tuple(t.shape) for name, t in state.items() if not (tied and name.startswith(head))}
 
+    @torch.no_grad()
     def embed(self, ids: Iterable[Tensor], embedding: nn.Module | None = None) -> list[Batch]:
         """Return the first layer's inputs for batches of token ids (blocks, tokens).
 
@@ -106,19 +107,12 @@ class ModelStream:
         base.to(self.device)
         batches: list[Batch] = []
         for each in ids:
-            hidden, calls = self._embed_batch(base, recorders, each)
+            base(input_ids=each.to(self.device), use_cache=False)
+            hidden, calls = recorders[0].hidden.to(self._residual), [recorder.call for recorder in recorders]
             # Batches share their masks and rotary tables on the device if these are equal.
             shared = batches[0].calls if batches and _same(calls, batches[0].calls) else calls
             batches.append(Batch(self.states.keep(hidden), shared))
         return batches
-
-    @torch.no_grad()
-    def _embed_batch(
-        self, base: nn.Module, recorders: list[_Recorder], ids: Tensor
-    ) -> tuple[Tensor, list[LayerCall]]:
-        base(input_ids=ids.to(self.device), use_cache=False)
-        hidden = recorders[0].call.args[0]
-        return hidden.to(self._residual), [LayerCall(r.call.args[1:], r.call.kwargs) for r in recorders]
 
     def _meta_model(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -183,11 +177,7 @@ class ModelStream:
 
     def _outer(self, path: str, stored: str) -> nn.Module:
         """Return the module at ``path``, outside the layers, filled with the tensors at ``stored``."""
-        state = {
-            name.removeprefix(f"{stored}."): tensor
-            for name, tensor in self.reader.rest().items()
-            if name.startswith(f"{stored}.")
-        }
+        state = below(self.reader.rest(), stored)
         if "weight" not in state:
             raise UserError(f"the checkpoint has no tensor {stored}.weight")
         return self.filled(self._meta_model().get_submodule(path), state)
@@ -208,17 +198,16 @@ class ModelStream:
         batch: Batch,
         hidden: Tensor,
         *,
-        attended: Tensor | None = None,
+        attention_output: Tensor | None = None,
         grad: bool = False,
     ) -> Tensor:
         """Return a decoder layer's output for hidden states (blocks, tokens, hidden) on any device.
 
-        ``attended``: the output of its attention, which then does not run. ``grad`` records gradients for hidden states
-        that require them.
+        ``attention_output`` replaces its attention, which then does not run. ``grad`` records gradients for hidden
+        states that require them.
         """
-        call, attention = batch.calls[index], self.reader.family.attention
-        known = nullcontext() if attended is None else _given(layer, attention, attended)
-        with torch.set_grad_enabled(grad), self.precision(), known:
+        call, attention = batch.calls[index], layer.get_submodule(self.reader.family.attention)
+        with torch.set_grad_enabled(grad), self.precision(), _returning(attention, attention_output):
             out = layer(self.fetch(hidden), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(self._residual)
 
@@ -233,7 +222,7 @@ class ModelStream:
     ) -> None:
         """Run a decoder layer on batches, feed its observers, and store its outputs in the batches unless ``stay``."""
         paths = {path: path for observer in observers for path in observer.watched}
-        states = self.passing(batch.hidden for batch in batches)
+        states = self.prefetched(batch.hidden for batch in batches)
         for batch, (hidden,) in zip(batches, states, strict=True):
             with observe(layer, paths) as calls:
                 out = self.run(layer, index, batch, hidden)
@@ -249,7 +238,7 @@ class ModelStream:
         """Return a tensor moved to the device."""
         return send([x], self.device)()[0]
 
-    def passing(self, *lists: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    def prefetched(self, *lists: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Yield the states of each batch on the device, one of each list; the next batch is copied meanwhile."""
         ahead: Callable[[], tuple[Tensor, ...]] | None = None
         for states in zip(*lists, strict=True):
@@ -265,15 +254,17 @@ class ModelStream:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def cast(self, x: Tensor) -> Tensor:
-        """Return activations in the precision of the products inside a layer."""
-        return x.to(self.dtype)
-
     def _placed(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(self.device)
         # Norms run in the precision of the stream; autocast casts biases.
         return tensor.to(self.device, self._residual if tensor.ndim < 2 else self.dtype)
+
+
+def below(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Return the tensors of the module at ``path``, by their names inside it."""
+    start = f"{path}."
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -300,25 +291,16 @@ def _equal(one: object, other: object) -> bool:
 
 
 @contextmanager
-def _given(layer: nn.Module, path: str, output: Tensor) -> Iterator[None]:
-    """Replace an attention module by its output."""
-    module = layer.get_submodule(path)
-    layer.set_submodule(path, _Given(output))
+def _returning(attention: Any, output: Tensor | None) -> Iterator[None]:
+    """Let an attention module return ``output`` without running, unless it is None."""
+    if output is None:
+        yield
+        return
+    attention.forward = lambda *_, **__: (output, None)
     try:
         yield
     finally:
-        layer.set_submodule(path, module)
-
-
-class _Given(nn.Module):
-    """A stand-in for an attention module that returns a given output."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self._output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return self._output, None
+        del attention.forward
 
 
 class _Recorder(nn.Module):
@@ -327,7 +309,7 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self._attributes = {k: v for k, v in vars(layer).items() if not k.startswith("_")}
-        self.call = LayerCall((), {})
+        self.hidden, self.call = torch.empty(0), LayerCall((), {})
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of a layer, such as its attention type, to choose its mask.
@@ -335,5 +317,5 @@ class _Recorder(nn.Module):
         return attributes[name] if name in attributes else super().__getattr__(name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.call = LayerCall((hidden_states, *args), kwargs)
+        self.hidden, self.call = hidden_states, LayerCall(args, kwargs)
         return hidden_states

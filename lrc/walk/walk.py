@@ -37,35 +37,29 @@ class Walk:
         load: Load | None = None,
         watch: Stopwatch | None = None,
     ) -> None:
-        self._stream, self._batches, self._first_token = stream, batches, first_token
+        self.stream, self.batches, self.first_token = stream, batches, first_token
         self._end, self._group = len(stream.skeletons) if end is None else end, group
         self._load: Load = load or stream.layer
-        self._stage: Stage = watch.stage if watch else _untimed
+        self.stage: Stage = watch.stage if watch else lambda _: nullcontext()
 
     def __iter__(self) -> Iterator[Visit]:
         for start in range(0, self._end, self._group):
-            with self._stage("load"):
+            with self.stage("load"):
                 layers = {i: self._load(i) for i in range(start, min(start + self._group, self._end))}
-            visit = Visit(self._stream, layers, self._batches, self._first_token, self._stage)
+            visit = Visit(self, layers)
             del layers
             yield visit
-            visit.leave()
+            if not visit.observed:
+                visit.observe()
+            visit.loaded = {}
 
 
 class Visit:
     """Consecutive layers on the device, and the batches at their input or, once run, at their output."""
 
-    def __init__(
-        self,
-        stream: ModelStream,
-        layers: Mapping[int, tuple[nn.Module, Mapping[str, Tensor]]],
-        batches: Sequence[Batch],
-        first_token: int,
-        stage: Stage,
-    ) -> None:
-        self._stream, self._loaded, self._first_token, self._stage = stream, layers, first_token, stage
-        self._observed = False
-        self.batches = batches
+    def __init__(self, walk: Walk, layers: Mapping[int, tuple[nn.Module, Mapping[str, Tensor]]]) -> None:
+        self._walk, self._stream, self.loaded, self.observed = walk, walk.stream, layers, False
+        self.batches = walk.batches
 
     @property
     def layers(self) -> list[Layer]:
@@ -73,8 +67,8 @@ class Visit:
         stream = self._stream
         architecture, where = stream.reader.architecture, (stream.device, stream.dtype, stream.processes)
         return [
-            Layer(architecture, index, module, state, *where, self._first_token)
-            for index, (module, state) in self._loaded.items()
+            Layer(architecture, index, module, state, *where, self._walk.first_token)
+            for index, (module, state) in self.loaded.items()
         ]
 
     @property
@@ -86,11 +80,11 @@ class Visit:
     @property
     def index(self) -> int:
         """Return the index of the first layer."""
-        return next(iter(self._loaded))
+        return next(iter(self.loaded))
 
     def observe(self, *observers: Observer) -> None:
         """Run the layers once on all batches, in place, and feed each observer the calls of its layer."""
-        with self._stage("observe"):
+        with self._walk.stage("observe"):
             self._run(observers)
 
     def read(
@@ -105,7 +99,7 @@ class Visit:
         ``beside``: more observers. ``targets``: more targets to collect moments for. Raises UserError if activations
         are NaN or inf.
         """
-        with self._stage("observe"):
+        with self._walk.stage("observe"):
             needed = statistics_needed(self.layer, plan, targets)
             self._run([*needed, *beside])
             found = {statistic.name: statistic.result() for statistic in needed}
@@ -115,22 +109,12 @@ class Visit:
             fetched = gradients.moved(self._stream.fetch)
             return found | {GRADIENTS: fetched.by_target(self._stream.reader.family)}
 
-    def leave(self) -> None:
-        """Run the layers if they have not been observed, and drop them."""
-        if not self._observed:
-            self.observe()
-        self._loaded = {}
-
     def _run(self, observers: Sequence[Observer]) -> None:
-        assert not self._observed, "the batches are behind the layers already"
-        assert {observer.index for observer in observers} <= self._loaded.keys(), (
+        assert not self.observed, "the batches are behind the layers already"
+        assert {observer.index for observer in observers} <= self.loaded.keys(), (
             "an observer of another layer"
         )
-        self._observed = True
-        for index, (module, _) in self._loaded.items():
+        self.observed = True
+        for index, (module, _) in self.loaded.items():
             here = [observer for observer in observers if observer.index == index]
             self._stream.advance(module, index, self.batches, *here)
-
-
-def _untimed(_: str) -> AbstractContextManager[None]:
-    return nullcontext()

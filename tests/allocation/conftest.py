@@ -16,11 +16,11 @@ from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.methods import methods
 from lrc.moments import collectors
-from lrc.moments.gradient import GradientMoment, Wanted
+from lrc.moments.gradient import GradientMoment, GradientTargets
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.text.mixture import Calibration, Source
-from lrc.walk.backward import gradient_moments
+from lrc.walk.backward import GradientSweep
 from lrc.walk.needs import solver_of
 from lrc.walk.stream import ModelStream
 
@@ -69,7 +69,7 @@ def gradients(blocks: Tensor) -> Callable[[Path], dict[int, GradientMoment]]:
     def sweep(folder: Path) -> dict[int, GradientMoment]:
         stream = ModelStream(CheckpointReader(folder), torch.device("cpu"), torch.float32)
         architecture = stream.reader.architecture
-        wanted = dict.fromkeys(range(architecture.layers), Wanted(frozenset(architecture.matrices)))
-        return gradient_moments(stream, blocks, wanted, len(blocks), seed=0)
+        wanted = dict.fromkeys(range(architecture.layers), GradientTargets(frozenset(architecture.matrices)))
+        return GradientSweep(stream, blocks, len(blocks)).run(wanted, seed=0)
 
     return sweep

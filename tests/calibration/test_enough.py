@@ -13,11 +13,10 @@ from typer.testing import CliRunner
 import lrc
 from lrc.calibration.draw import too_few
 from lrc.cli import app
-from lrc.plan.job import Job
+from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.library import read_draft
 from lrc.run.settings import Run
 from lrc.verbs.check import check
-from lrc.verbs.setup import set_up
 
 TinyCheckpoint = Callable[..., Path]
 MOMENTS = "calibration has {} tokens for moments of {} dimensions; use more samples"
@@ -26,7 +25,7 @@ GRADIENTS = "gradients are of {} tokens for moments of {} dimensions; use more {
 
 def prepare(model: str | Path, plan: str | Path) -> Job:
     """A model and a plan resolved for it."""
-    return set_up(model, Run(device="cpu")).job(read_draft(plan))
+    return make_job(*open_checkpoint(model, Run()), read_draft(plan))
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,12 @@ from lrc.calibration.synthetic import start_token, synthesize, write_blocks
 from lrc.errors import UserError
 from lrc.families import families
 from lrc.hub.loader import load
-from lrc.plan.job import Job
+from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.library import read_draft
 from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import ids_sha256, uniforms
 from lrc.text.mixture import Source
-from lrc.verbs.setup import set_up
 
 TinyCheckpoint = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -31,7 +30,7 @@ CPU = torch.device("cpu")
 
 def prepare(model: str | Path, plan: str | Path) -> Job:
     """A model and a plan resolved for it."""
-    return set_up(model, Run(device="cpu")).job(read_draft(plan))
+    return make_job(*open_checkpoint(model, Run()), read_draft(plan))
 
 
 def written(model: PreTrainedModel, count: int, seq_len: int, seed: int = 0, batch_size: int = 4) -> Tensor:

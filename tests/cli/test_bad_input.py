@@ -419,7 +419,7 @@ def test_gpu_out_of_memory(
     def observe(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\ndetails")
 
-    monkeypatch.setattr(Compressor, "_pass_original", observe)
+    monkeypatch.setattr(Compressor, "_layer", observe)
     message = refuses(tiny_checkpoint("gpt2"), "--batch-size", 3)
     assert "the GPU is out of memory; try --batch-size below 3" in message
     assert "details" not in message

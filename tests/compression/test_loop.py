@@ -21,7 +21,7 @@ from lrc.checkpoint.staging import staging
 from lrc.compression.finish import logit_scale, refit_records, target_records, write_checkpoint
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import RIDGE, RIDGES, RefitRecord, held_out_blocks
+from lrc.compression.refit import REFITS, RIDGE, RIDGES, RefitRecord, held_out_blocks
 from lrc.families import families
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
@@ -33,7 +33,7 @@ from lrc.plan.resolve import Draft, parse_plan, resolve
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import Plan
 from lrc.run.stopwatch import Stopwatch
-from lrc.walk.backward import gradient_moments
+from lrc.walk.backward import GradientSweep
 from lrc.walk.stream import ModelStream
 
 CPU = torch.device("cpu")
@@ -391,7 +391,7 @@ def test_stream_errors_are_those_of_every_layer(biased, out, family):
         assert record.error.after == pytest.approx(float(apart), rel=1e-3)
         assert record.error.after < record.error.before
     manifest = json.loads((run.out / "lrc.json").read_text())
-    assert [RefitRecord.from_dict(record) for record in manifest["refits"]] == run.refits
+    assert REFITS.validate_python(manifest["refits"]) == run.refits
     assert all("refit_damping" not in record for record in run.records)
 
 
@@ -542,12 +542,17 @@ def test_gradients_are_taken_once_of_their_samples_for_the_layers_that_are_left(
 ):
     source, swept = tiny_checkpoint(family, num_hidden_layers=3), []
 
-    def sweep(stream: Any, ids: Tensor, wanted: Any, *rest: Any, **named: Any) -> Any:
-        found = gradient_moments(stream, ids, wanted, *rest, **named)
-        swept.append((len(ids), sorted(wanted), found))
-        return found
+    class Sweep(GradientSweep):
+        def __init__(self, stream: Any, ids: Tensor, *rest: Any, **named: Any) -> None:
+            super().__init__(stream, ids, *rest, **named)
+            self.samples = len(ids)
 
-    monkeypatch.setattr(lrc.walk.backward, "gradient_moments", sweep)
+        def run(self, needed: Any, seed: int) -> Any:
+            found = super().run(needed, seed)
+            swept.append((self.samples, sorted(needed), found))
+            return found
+
+    monkeypatch.setattr(lrc.walk.backward, "GradientSweep", Sweep)
     plan = (
         "method: two_sided_svd\nkeep: 0.5\ncalibration: {gradient_samples: 2}\nlayers: [{match: 0, keep: 1}]"
     )

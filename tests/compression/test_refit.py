@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from torch.nn import functional
 
 from lrc.compression import refit
 from lrc.compression.refit import (
+    REFITS,
     RIDGE,
     RIDGES,
-    Refit,
     RefitRecord,
     RefitSum,
     StreamError,
-    doubts,
     held_out_blocks,
+    refit_warnings,
 )
 from lrc.methods.contract import Affine
 
@@ -41,7 +41,9 @@ def applied(x: Tensor, affine: Affine) -> Tensor:
     )
 
 
-def solved(x: Tensor, t: Tensor, start: Affine, held: Tensor | None = None, size: int = 1) -> Refit:
+def solved(
+    x: Tensor, t: Tensor, start: Affine, held: Tensor | None = None, size: int = 1
+) -> tuple[Affine, RefitRecord]:
     """The refit of a stream that is at zero before the projection, in batches of ``size`` blocks."""
     chosen = torch.zeros(len(x), dtype=torch.bool) if held is None else held
     total = RefitSum(x.shape[-1], t.shape[-1], CPU)
@@ -50,7 +52,7 @@ def solved(x: Tensor, t: Tensor, start: Affine, held: Tensor | None = None, size
         for rows, goal in zip(x[mask].split(size), t[mask].split(size), strict=True):
             if len(rows):
                 total.add(rows, goal, applied(rows, start).float(), kept_out)
-    return total.solve(start)
+    return total.solve(start, 3, "o")
 
 
 def fixed(monkeypatch: pytest.MonkeyPatch, ridge: float) -> None:
@@ -81,15 +83,15 @@ def test_is_ridge_regression_on_the_tokens(seen, bias, ridge, monkeypatch):
     x, t, start = seen
     start = start if bias else Affine(start.weight)
     fixed(monkeypatch, ridge)
-    found, expected = solved(x, t, start), ridge_on_tokens(x, t, start, ridge)
-    torch.testing.assert_close(found.solution.weight, expected.weight, rtol=1e-4, atol=1e-4)
+    (fitted, found), expected = solved(x, t, start), ridge_on_tokens(x, t, start, ridge)
+    torch.testing.assert_close(fitted.weight, expected.weight, rtol=1e-4, atol=1e-4)
     assert (found.ridge, found.raised, found.held_out) == (ridge, None, None)
     assert found.error.before == pytest.approx(relative(x, t, start), rel=1e-4)
     assert found.error.after == pytest.approx(relative(x, t, expected), rel=1e-3)
     if bias:
-        torch.testing.assert_close(found.solution.bias, expected.bias, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fitted.bias, expected.bias, rtol=1e-4, atol=1e-4)
     else:
-        assert found.solution.bias is None
+        assert fitted.bias is None
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -99,7 +101,7 @@ def test_the_ridge_has_the_least_error_on_the_held_out_blocks(bias, noise, far):
     t = x @ truth.T + noise * normal(9, 8, 4, seed=3)
     start = Affine(truth + far * normal(4, 20, seed=4), normal(4, seed=5) if bias else None)
     held = held_out_blocks(9)
-    found = solved(x, t, start, held, size=2)
+    fitted, found = solved(x, t, start, held, size=2)
     errors = {
         ridge: relative(x[held], t[held], ridge_on_tokens(x[~held], t[~held], start, ridge))
         for ridge in RIDGES
@@ -109,7 +111,7 @@ def test_the_ridge_has_the_least_error_on_the_held_out_blocks(bias, noise, far):
     assert found.held_out.before == pytest.approx(relative(x[held], t[held], start), rel=1e-4)
     assert found.held_out.after == pytest.approx(errors[found.ridge], rel=1e-3)
     expected = ridge_on_tokens(x, t, start, found.ridge)
-    torch.testing.assert_close(found.solution.weight, expected.weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fitted.weight, expected.weight, rtol=1e-4, atol=1e-4)
     assert found.error.after == pytest.approx(relative(x, t, expected), rel=1e-3)
 
 
@@ -118,16 +120,16 @@ def test_wide_outputs_are_compared_in_some_directions(monkeypatch):
     x, truth = normal(9, 8, 20, seed=1), normal(64, 20, seed=2)
     t = x @ truth.T + 2 * normal(9, 8, 64, seed=3)
     start, held = Affine(truth + 0.5 * normal(64, 20, seed=4)), held_out_blocks(9)
-    every = solved(x, t, start, held)
+    _, every = solved(x, t, start, held)
     monkeypatch.setattr(refit, "DIRECTIONS", 16)
-    some = solved(x, t, start, held)
+    _, some = solved(x, t, start, held)
     assert every.held_out is not None
     assert some.held_out is not None
     assert some.held_out.after <= 1.05 * every.held_out.after
     exact = relative(x[held], t[held], ridge_on_tokens(x[~held], t[~held], start, some.ridge))
     assert some.held_out.after == pytest.approx(exact, rel=1e-3)
     monkeypatch.setattr(refit, "RIDGES", (1e6, some.ridge))
-    assert solved(x, t, start, held).ridge == some.ridge
+    assert solved(x, t, start, held)[1].ridge == some.ridge
 
 
 def test_data_choose_different_ridges():
@@ -137,18 +139,18 @@ def test_data_choose_different_ridges():
         x, truth = normal(9, 8, 20, seed=1), normal(4, 20, seed=2)
         start = Affine(truth + far * normal(4, 20, seed=4))
         t = x @ truth.T + noise * normal(9, 8, 4, seed=3)
-        chosen.add(solved(x, t, start, held_out_blocks(9)).ridge)
+        chosen.add(solved(x, t, start, held_out_blocks(9))[1].ridge)
     assert len(chosen) == 3
 
 
 def test_batches_do_not_matter(seen):
     x, t, start = seen
-    one, *others = (solved(x, t, start, held_out_blocks(len(x)), size) for size in (1, 3, 10))
-    for other in others:
+    (fitted, one), *others = (solved(x, t, start, held_out_blocks(len(x)), size) for size in (1, 3, 10))
+    for solution, other in others:
         assert other.ridge == one.ridge
         assert one.held_out is not None
         assert other.held_out is not None
-        torch.testing.assert_close(other.solution.weight, one.solution.weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(solution.weight, fitted.weight, rtol=1e-4, atol=1e-4)
         assert other.held_out.after == pytest.approx(one.held_out.after, rel=1e-4)
 
 
@@ -169,27 +171,27 @@ def test_interleaved_texts_are_all_held_out_alike(sources):
 def test_an_endless_ridge_leaves_the_weights_and_fits_the_bias(seen, monkeypatch):
     x, t, start = seen
     fixed(monkeypatch, 1e9)
-    fitted = solved(x, t, start).solution
+    fitted = solved(x, t, start)[0]
     torch.testing.assert_close(fitted.weight, start.weight.double(), rtol=1e-5, atol=1e-5)
     left = (t - x @ start.weight.T).flatten(0, 1).mean(dim=0).double()
     torch.testing.assert_close(fitted.bias, left, rtol=1e-4, atol=1e-4)
-    unbiased = solved(x, t, Affine(start.weight)).solution
+    unbiased = solved(x, t, Affine(start.weight))[0]
     torch.testing.assert_close(unbiased.weight, start.weight.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_small_ridge_is_least_squares(seen, monkeypatch):
     x, t, start = seen
     fixed(monkeypatch, 1e-9)
-    fitted = solved(x, t, Affine(start.weight)).solution
+    fitted = solved(x, t, Affine(start.weight))[0]
     expected = torch.linalg.lstsq(x.flatten(0, 1).double(), t.flatten(0, 1).double()).solution.T
     torch.testing.assert_close(fitted.weight, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_start_that_is_right_stays(seen):
     x, _, start = seen
-    found = solved(x, applied(x, start).float(), start, held_out_blocks(len(x)))
-    torch.testing.assert_close(found.solution.weight, start.weight.double(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.solution.bias, start.bias.double(), rtol=1e-4, atol=1e-4)
+    fitted, found = solved(x, applied(x, start).float(), start, held_out_blocks(len(x)))
+    torch.testing.assert_close(fitted.weight, start.weight.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fitted.bias, start.bias.double(), rtol=1e-4, atol=1e-4)
     assert found.error.after == pytest.approx(0, abs=1e-12)
 
 
@@ -197,11 +199,9 @@ def test_a_start_that_is_right_stays(seen):
 def test_inputs_that_never_vary_are_left_to_the_start(seen, held):
     _, t, start = seen
     mask = held_out_blocks(len(t)) if held else None
-    found = solved(torch.zeros(10, 12, 6), t, start, mask)
-    torch.testing.assert_close(found.solution.weight, start.weight.double())
-    torch.testing.assert_close(
-        found.solution.bias, t.flatten(0, 1).mean(dim=0).double(), rtol=1e-5, atol=1e-5
-    )
+    fitted, found = solved(torch.zeros(10, 12, 6), t, start, mask)
+    torch.testing.assert_close(fitted.weight, start.weight.double())
+    torch.testing.assert_close(fitted.bias, t.flatten(0, 1).mean(dim=0).double(), rtol=1e-5, atol=1e-5)
     assert found.ridge == (max(RIDGES) if held else RIDGE)
 
 
@@ -209,7 +209,7 @@ def test_a_ridge_too_small_for_the_sums_is_raised_and_said(monkeypatch):
     """Inputs that are one: without any ridge there is no factor."""
     fixed(monkeypatch, 0.0)
     x = normal(2, 40, 1, seed=1) * normal(30, seed=2)
-    found = solved(x, x[..., :1], Affine(torch.zeros(1, 30)))
+    _, found = solved(x, x[..., :1], Affine(torch.zeros(1, 30)))
     assert found.ridge == 0
     assert found.raised is not None
     assert found.raised > 0
@@ -221,15 +221,15 @@ def test_half_precision_inputs_are_summed_in_float32(monkeypatch):
     x[..., 1] = 2**-7
     t = x.float() @ torch.tensor([[2.0], [0.0]])
     fixed(monkeypatch, 1e-6)
-    fitted = solved(x, t, Affine(torch.tensor([[0.0, 0.0]]))).solution
+    fitted = solved(x, t, Affine(torch.tensor([[0.0, 0.0]])))[0]
     assert float(applied(x[0, 0], fitted)) == pytest.approx(2, rel=1e-4)
 
 
 def test_records_survive_json(seen):
     x, t, start = seen
     for mask in (None, held_out_blocks(len(x))):
-        record = solved(x, t, start, mask).record(3, "o")
-        assert RefitRecord.from_dict(record.as_dict()) == record
+        _, record = solved(x, t, start, mask)
+        assert REFITS.validate_python([asdict(record)]) == [record]
 
 
 def test_refits_that_gain_nothing_where_they_were_not_fitted_are_told() -> None:
@@ -238,6 +238,6 @@ def test_refits_that_gain_nothing_where_they_were_not_fitted_are_told() -> None:
 
     better, worse = record(0.2, 0.1), record(0.1, 0.2)
     alone = replace(better, held_out=None)
-    assert doubts([]) == doubts([alone]) == doubts([better, worse]) == []
-    (warning,) = doubts([better, worse, worse, alone])
-    assert warning.startswith("2 of 3 residual refits gain nothing")
+    assert refit_warnings([]) == refit_warnings([alone]) == refit_warnings([better, worse]) == []
+    (warning,) = refit_warnings([better, worse, worse, alone])
+    assert warning.startswith("2 of 3 residual refits do not lower the error")

@@ -12,7 +12,7 @@ from lrc.compression.solve import solve_layer
 from lrc.methods import Method, methods
 from lrc.methods.contract import Prediction, Problem, Solution, solves
 from lrc.methods.sizes import ComponentRank, PairRank
-from lrc.moments.gradient import GradientMoment, Wanted
+from lrc.moments.gradient import GradientMoment, GradientTargets
 from lrc.moments.moment import Moment
 from lrc.plan.resolved import Assignment, LayerPlan
 from lrc.walk.needs import gradients_needed
@@ -52,7 +52,7 @@ def test_every_problem_has_the_gradients_of_its_own_outputs(tiny_checkpoint, pos
     outputs = {role: torch.full((1,), float(i)) for i, role in enumerate(architecture.matrices)}
     gradients = GradientMoment(outputs, torch.full((1,), -1.0), 1)
     layer = plan("qk", "ov", "mlp", single)
-    assert gradients_needed(architecture, layer) == Wanted(frozenset({"o", output, single}), True)
+    assert gradients_needed(architecture, layer) == GradientTargets(frozenset({"o", output, single}), True)
     found = {"moments": moments, "gradients": gradients.by_target(architecture.family)}
     solve_layer(architecture, layer, reader.layer(1), found)
     expected = [gradients.queries, outputs["o"], outputs[output], outputs[single]]
@@ -64,5 +64,5 @@ def test_every_problem_has_the_gradients_of_its_own_outputs(tiny_checkpoint, pos
 def test_only_what_options_bring_along_is_asked_for(tiny_checkpoint, posed):
     architecture = CheckpointReader(tiny_checkpoint("llama")).architecture
     assert not gradients_needed(architecture, plan("qk", "ov", "mlp", metric="data"))
-    assert gradients_needed(architecture, plan("qk")) == Wanted(queries=True)
-    assert gradients_needed(architecture, plan("q", "ov")) == Wanted(frozenset({"q", "o"}))
+    assert gradients_needed(architecture, plan("qk")) == GradientTargets(queries=True)
+    assert gradients_needed(architecture, plan("q", "ov")) == GradientTargets(frozenset({"q", "o"}))

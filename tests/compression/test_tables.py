@@ -26,7 +26,7 @@ from lrc.errors import UserError
 from lrc.families import family_of
 from lrc.hub.names import ASSETS, ResolvedModel
 from lrc.methods import methods
-from lrc.modules.embedding import FactorizedEmbedding
+from lrc.modules.low_rank import FactorizedEmbedding
 from lrc.moments import collectors
 from lrc.plan.document import Document
 from lrc.plan.job import Job, templates
@@ -259,7 +259,8 @@ def test_the_scale_is_that_of_the_reduced_heads_logits(
     stored, model = load_file(out / "model.safetensors"), load(source)
     shape = family_of(family)
     at = shape.embedding if config.get("tie_word_embeddings", family == "gpt2") else shape.head
-    streamed = torch.cat([kept[0]._compressed_hidden(i) for i in range(len(kept[0]._batches))])
+    (run,) = kept
+    streamed = torch.cat(run._compressed or [batch.hidden for batch in run._batches])
     plain = (
         model.get_submodule(shape.final_norm)(streamed)
         @ (stored[f"{at}.B.weight"] @ stored[f"{at}.A.weight"]).T

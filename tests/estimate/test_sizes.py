@@ -19,15 +19,14 @@ from lrc.compression.loop import Compressor
 from lrc.estimate.memory import estimate_memory
 from lrc.estimate.sizes import target_sizes
 from lrc.families import families
-from lrc.plan.job import Job
+from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.library import read_draft
 from lrc.run.offload import States
 from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.verbs.check import check
 from lrc.verbs.compress import compress
-from lrc.verbs.setup import set_up
-from lrc.walk.backward import gradient_moments
+from lrc.walk.backward import GradientSweep
 from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import ModelStream
 
@@ -53,7 +52,7 @@ PLANS = {
 
 def prepare(model: str | Path, plan: str | Path) -> Job:
     """A model and a plan resolved for it."""
-    return set_up(model, Run(device="cpu")).job(read_draft(plan))
+    return make_job(*open_checkpoint(model, Run()), read_draft(plan))
 
 
 @pytest.fixture
@@ -256,7 +255,7 @@ def test_gradients_take_at_most_what_is_estimated_of_host_and_device(
     blocks = torch.randint(0, 256, (8, 128))
     with HeldBytes() as held:
         stream = ModelStream(job.reader, torch.device("cpu"), dtype)
-        found = gradient_moments(stream, blocks, wanted, batch_size, 0)
+        found = GradientSweep(stream, blocks, batch_size).run(wanted, 0)
     memory = estimate_memory(job, dtype, batch_size)
     states = 7 * blocks.numel() * 128 * 4  # of six layers, and one gradient
     moments = sum(g.nbytes for moment in found.values() for g in moment.outputs.values())

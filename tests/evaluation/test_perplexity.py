@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrc.errors import UserError
 from lrc.evaluation import perplexity as module
 from lrc.evaluation import tokens
+from lrc.evaluation.folder import Loading, evaluate_folder
 from lrc.evaluation.passage import Passage, choose_seq_lens
 from lrc.evaluation.perplexity import (
     PROTOCOL_VERSION,
     count_scored_bytes,
-    evaluate_perplexity,
     measure,
     window_losses,
 )
@@ -28,6 +28,7 @@ from lrc.run.settings import Run
 from lrc.text.blocks import ids_sha256, tokenize, windows
 from lrc.text.source import read_text
 
+CPU = torch.device("cpu")
 IDS = torch.randint(256, (333,), generator=torch.Generator().manual_seed(5))
 
 
@@ -191,9 +192,8 @@ def test_texts_are_read_tokenized_and_scored_by_name(folder, model, tmp_path):
         asked.append((label, count))
         return done.append
 
-    first, second = evaluate_perplexity(
-        model, tokenizer, ["ptb", str(plain)], Run(data_dir=tmp_path, progress=progress), seq_len=32
-    )
+    loading = Loading(CPU, torch.float32, tmp_path, Run(data_dir=tmp_path, progress=progress))
+    first, second = evaluate_folder(folder, ["ptb", str(plain)], loading, seq_len=32, max_windows=None)
     text = "\n\n".join(["no it was n't black monday"] * 20)
     alone = perplexity(model, tokenize(tokenizer, text), data="ptb:test", seq_len=32, tokenizer=tokenizer)
     clock = {"seconds": 0.0, "tokens_per_second": 0.0}
@@ -203,14 +203,13 @@ def test_texts_are_read_tokenized_and_scored_by_name(folder, model, tmp_path):
     assert sum(done) == first.windows + second.windows
 
 
-def test_a_bad_text_is_refused_before_the_model_runs(folder, model, tmp_path):
-    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_a_bad_text_is_refused_before_the_model_runs(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lrc.evaluation.folder.measure", lambda *_: pytest.fail("the model ran"))
     (tmp_path / "long.txt").write_text("word " * 50)
     (tmp_path / "short.txt").write_text("word")
     specs = [str(tmp_path / "long.txt"), str(tmp_path / "short.txt")]
     with pytest.raises(UserError, match=r"short\.txt: the text has 4 tokens, fewer than one window of 64"):
-        evaluate_perplexity(model, tokenizer, specs)
+        evaluate_folder(folder, specs, Loading(CPU, torch.float32, tmp_path), max_windows=None)
 
 
 def test_smollm2_cuts_wikitext_as_published(data_dir):

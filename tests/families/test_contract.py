@@ -19,7 +19,7 @@ import lrc
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.cli import app
 from lrc.compression.assemble import assemble
-from lrc.compression.refit import RefitRecord
+from lrc.compression.refit import REFITS
 from lrc.errors import UserError
 from lrc.families import canonical, describe, families
 from lrc.moments.observe import observe
@@ -170,7 +170,7 @@ def test_left_padding_changes_nothing(reduced: Any, ids: Tensor) -> None:
 
 
 def test_the_refit_lowers_the_error_of_the_stream(made: Made) -> None:
-    records = [RefitRecord.from_dict(record) for record in made.manifest["refits"]]
+    records = REFITS.validate_python(made.manifest["refits"])
     closing = [half.output for half in made.source.family.halves]
     layers = range(made.source.architecture.layers)
     assert [(r.layer, r.role) for r in records] == [(i, role) for i in layers for role in closing]

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import lrc
 from lrc.families import families
 from lrc.modules import attention
-from lrc.modules.fused.norm import FusedRMSNorm, fuse_norm, unfuse_norm
+from lrc.modules.fused.fuse import FusedRMSNorm, fuse_norm, unfuse_norm
 from lrc.modules.fused.shared_input import SharesInput
 
 Make = Callable[..., Any]
@@ -39,7 +39,6 @@ def in_use(model: nn.Module) -> list[bool]:
     return [module.shared is not None and module.shared.holds() for module in merged(model)]
 
 
-@pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize(
     ("family", "change", "products"),
     [
@@ -50,13 +49,11 @@ def in_use(model: nn.Module) -> list[bool]:
         ("gpt2", "full", 2),
     ],
 )
-def test_the_figures_and_the_weights_stay(
-    compressed: Make, family: str, change: str, products: int, batched: bool
-) -> None:
+def test_the_figures_and_the_weights_stay(compressed: Make, family: str, change: str, products: int) -> None:
     model = lrc.load(compressed(family, change).folder, dtype=torch.float32)
     before, weights = logits(model), {n: t.clone() for n, t in model.state_dict().items()}
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-    assert lrc.fuse(model, batched=batched) == products
+    assert lrc.fuse(model) == products
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
     assert in_use(model) == [True] * products
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
@@ -80,16 +77,13 @@ def low_rank(compressed: Make, monkeypatch: pytest.MonkeyPatch, bias: bool = Tru
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batched", [True, False])
-def test_low_rank_pairs_run_as_one(
-    compressed: Make, monkeypatch: pytest.MonkeyPatch, batched: bool, bias: bool
-) -> None:
+def test_low_rank_pairs_run_as_one(compressed: Make, monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     model = lrc.load(low_rank(compressed, monkeypatch, bias).folder, dtype=torch.float32)
     before, calls = logits(model), []
-    assert lrc.fuse(model, batched=batched) == 4
+    assert lrc.fuse(model) == 4
     monkeypatch.setattr(torch, "bmm", lambda *given, bmm=torch.bmm: calls.append(1) or bmm(*given))
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
-    assert len(calls) == (4 if batched else 0)  # k with v, and gate with up, in two layers
+    assert len(calls) == 4  # k with v, and gate with up, in two layers
 
 
 def test_an_original_is_fused_too_and_gets_its_own_classes_back(tiny_checkpoint: Make) -> None:

@@ -89,7 +89,7 @@ def test_states_its_weights_and_its_bytes_on_disk(case: dict[str, Any], tmp_path
         save_file({n: t.contiguous() for n, t in module.to(dtype).state_dict().items()}, tmp_path / "kind")
         stored = sum(t.nbytes for t in load_file(tmp_path / "kind").values())
         bias = case["out"] * dtype.itemsize if case["bias"] else 0
-        assert stored == module.byte_count(case, dtype) + bias
+        assert stored == module.parameter_count(case) * dtype.itemsize + bias
 
 
 def test_states_the_multiplications_of_a_token(case: dict[str, Any]) -> None:

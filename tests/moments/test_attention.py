@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrc.families import Heads
 from lrc.moments import attention_samples
 from lrc.moments.attention import QUERIES, AttentionSum
 from lrc.moments.attention_samples import AttentionSamples, SampleSum
@@ -18,7 +19,7 @@ def sequences(count: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def summed(parts: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> AttentionSum:
-    total = AttentionSum(KV_HEADS, HEAD_DIM, SCALE, True, CPU)
+    total = AttentionSum(Heads(HEADS, KV_HEADS, HEAD_DIM, "half"), SCALE, CPU)
     for q, k in parts:
         total.add(q, k, mask)
     return total

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrc.moments.gradient import GradientSum, Wanted
+from lrc.families import Heads
+from lrc.moments.gradient import GradientSum, GradientTargets
 
 KV_HEADS, HEADS, HEAD_DIM, TOKENS = 2, 6, 4, 5
 
@@ -35,7 +36,8 @@ def one_by_one(parts: list[tuple[torch.Tensor, torch.Tensor]], rotary: bool) -> 
 
 
 def of_outputs(rotary: bool, widths: dict[str, int], *, queries: bool) -> GradientSum:
-    return GradientSum(KV_HEADS, HEAD_DIM, rotary, widths, queries=queries, device=torch.device("cpu"))
+    heads = Heads(HEADS, KV_HEADS, HEAD_DIM, "half" if rotary else "none")
+    return GradientSum(heads, widths, queries=queries, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rotary", [True, False])
@@ -61,9 +63,9 @@ def test_collects_what_is_asked_for():
     sums.add({"up": normal(0, 7, 3)}, None, torch.ones(()))
     moment = sums.moment()
     assert (list(moment.outputs), moment.queries, moment.tokens) == (["up"], None, 7)
-    assert not Wanted()
-    assert Wanted(queries=True)
-    assert Wanted(frozenset({"o"}))
+    assert not GradientTargets()
+    assert GradientTargets(queries=True)
+    assert GradientTargets(frozenset({"o"}))
 
 
 def test_says_where_a_gradient_is_no_number():

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lrc.checkpoint.reader import CheckpointReader
+from lrc.families import Heads
 from lrc.hub.names import ASSETS
 from lrc.maths.linalg import eliminate
 from lrc.moments.attention import QUERIES, Attention, AttentionSum
@@ -27,7 +28,7 @@ def keyed(seed: int, size: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def pairs_of(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    total = AttentionSum(KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, True, torch.device("cpu"))
+    total = AttentionSum(Heads(HEADS, KV_HEADS, HEAD_DIM, "half"), HEAD_DIM**-0.5, torch.device("cpu"))
     total.add(q, k, mask)
     pairs = total.moment().pairs
     assert pairs is not None

@@ -51,7 +51,7 @@ class Peaks(Statistic):
 
     def add(self, calls):
         for target, path in self._paths.items():
-            x = self.layer.cast(calls[path].input)
+            x = calls[path].input.to(self.layer.dtype)
             self._peaks[target] = torch.maximum(self._peaks[target], x.abs().amax(dim=(0, 1)))
 
     def reduce(self, processes):

@@ -12,7 +12,7 @@ from rich.console import Console
 from lrc.checkpoint.sizes import Size
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import RefitRecord, StreamError
+from lrc.compression.refit import REFITS, RefitRecord, StreamError
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.compression import report_page
@@ -88,13 +88,13 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "| 0 | o | 0.1 | 0.125 | 0.1 | 0.15 | 0.123 |" in page
     assert "| 1 | down | 0.1, raised to 0.2 | 0.5 | 0.25 |  |  |" in page
     scaled = (
-        "logits scaled by 0.930 in the final norm; KL divergence from the original's, on 2,048 calibration tokens, "
-        "which the fits have seen, "
+        "logits scaled by 0.930 in the final norm; KL divergence from the original on 2,048 calibration tokens, "
+        "which the fits have used too: "
     )
     assert "method's solution and earlier refits have seen those blocks" in page
-    assert f"Scale: {scaled}0.4 nats without and 0.375 with it." in page
+    assert f"Scale: {scaled}0.4 nats before, 0.375 after." in page
     typed = json.loads(report.to_json())
-    assert RefitRecord.from_dict(typed["refits"][1]) == report.refits[1]
+    assert REFITS.validate_python(typed["refits"]) == report.refits
     assert typed["scale"]["value"] == 0.93
     assert "## Residual stream" not in report_page(replace(report, refits=[]))
     assert "Scale" not in report_page(replace(report, scale=None))

@@ -15,12 +15,11 @@ from lrc.errors import OutOfResources, UserError
 from lrc.estimate.memory import estimate_memory
 from lrc.estimate.room import choose_place, known_place
 from lrc.families import families
-from lrc.plan.job import Job
+from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.library import read_draft
 from lrc.run.offload import ON_DEVICE, States
 from lrc.run.settings import Run
 from lrc.verbs.compress import compress
-from lrc.verbs.setup import set_up
 
 TinyCheckpoint = Callable[..., Path]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -28,7 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def prepare(model: str | Path, plan: str | Path) -> Job:
     """A model and a plan resolved for it."""
-    return set_up(model, Run(device="cpu")).job(read_draft(plan))
+    return make_job(*open_checkpoint(model, Run()), read_draft(plan))
 
 
 @pytest.fixture

@@ -29,13 +29,13 @@ from lrc.methods import methods
 from lrc.methods.contract import Affine
 from lrc.moments import collectors
 from lrc.moments.attention_samples import SAMPLES, SampleSum
-from lrc.moments.gradient import Wanted
+from lrc.moments.gradient import GradientTargets
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.processes import ALONE, Processes, launched
 from lrc.text.blocks import batched
 from lrc.text.mixture import Calibration, Source
-from lrc.walk.backward import gradient_moments
+from lrc.walk.backward import GradientSweep
 from lrc.walk.stream import ModelStream
 from lrc.walk.walk import Walk
 
@@ -192,8 +192,10 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
     plan = resolved(architecture, text).layers[0]
     ids = blocks(count)
     batches = stream.embed(batched(processes.mine(ids), 2))
-    wanted = {index: Wanted(frozenset(architecture.matrices), True) for index in range(architecture.layers)}
-    gradients = gradient_moments(stream, ids, wanted, 2, 0)
+    wanted = {
+        index: GradientTargets(frozenset(architecture.matrices), True) for index in range(architecture.layers)
+    }
+    gradients = GradientSweep(stream, ids, 2).run(wanted, 0)
     found = {
         f"{index} {role}": tensor for index, g in gradients.items() for role, tensor in g.outputs.items()
     }
@@ -216,8 +218,9 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
         number = next(numbers)
         refit.add(block, block + normal(number, *block.shape), block, held=number == count - 1)
     refit.reduce(processes)
-    (fit,) = processes.spread([Affine(torch.zeros(architecture.hidden, architecture.hidden))], refit.solve)
-    found["refit"] = fit.solution.weight
+    start = Affine(torch.zeros(architecture.hidden, architecture.hidden))
+    ((fitted, _),) = processes.spread([start], lambda each: refit.solve(each, 0, "o"))
+    found["refit"] = fitted.weight
     scale = fit_scale(
         Final([batch.hidden for batch in batches], stream.tail()),
         Final([batch.hidden * 1.2 for batch in batches], stream.tail()),

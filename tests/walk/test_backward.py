@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.families import canonical, families
-from lrc.moments.gradient import GradientMoment, Wanted
+from lrc.moments.gradient import GradientMoment, GradientTargets
 from lrc.moments.observe import observe
 from lrc.text.blocks import gradient_blocks, seed_for
-from lrc.walk.backward import gradient_moments, states_held, stride
+from lrc.walk.backward import GradientSweep, states_held, stride
 from lrc.walk.stream import ModelStream
 
 CPU, SEED = torch.device("cpu"), 3
@@ -33,9 +33,9 @@ def blocks(count: int = 5, tokens: int = 24) -> Tensor:
     return torch.randint(1, 256, (count, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def everything(folder: Path) -> dict[int, Wanted]:
+def everything(folder: Path) -> dict[int, GradientTargets]:
     architecture = CheckpointReader(folder).architecture
-    return dict.fromkeys(range(architecture.layers), Wanted(frozenset(architecture.matrices), True))
+    return dict.fromkeys(range(architecture.layers), GradientTargets(frozenset(architecture.matrices), True))
 
 
 def sweep(
@@ -43,7 +43,7 @@ def sweep(
 ) -> dict[int, GradientMoment]:
     stream = ModelStream(CheckpointReader(folder), CPU, dtype)
     wanted = more.pop("wanted", None) or everything(folder)
-    return gradient_moments(stream, more.pop("ids", blocks()), wanted, batch, seed, **more)
+    return GradientSweep(stream, more.pop("ids", blocks()), batch, **more).run(wanted, seed)
 
 
 def tensors(found: dict[int, GradientMoment]) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_labels(tiny_ch
 def test_the_batch_size_and_what_else_is_wanted_change_only_rounding(tiny_checkpoint):
     folder = tiny_checkpoint("llama", **LAYERS)
     all_of_it = tensors(sweep(folder))
-    wanted = {2: Wanted(frozenset({"o"})), 4: Wanted(queries=True)}
+    wanted = {2: GradientTargets(frozenset({"o"})), 4: GradientTargets(queries=True)}
     part = tensors(sweep(folder, wanted=wanted, batch=5, every=2))
     assert set(part) == {"2 o", "4 queries"}
     for name, tensor in part.items():
@@ -165,7 +165,7 @@ def test_half_the_trace_is_the_divergence_that_a_change_causes(tiny_checkpoint, 
     reader, index = CheckpointReader(folder), 1
     role = reader.architecture.family.mlp_output
     g = (
-        sweep(folder, ids=ids, batch=8, wanted={index: Wanted(frozenset({role}))})[index]
+        sweep(folder, ids=ids, batch=8, wanted={index: GradientTargets(frozenset({role}))})[index]
         .outputs[role]
         .double()
     )

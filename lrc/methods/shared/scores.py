@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.maths.alternating import Maps, attended_error, attended_maps
 from lrc.maths.linalg import best_projector, eliminate
-from lrc.methods.contract import Affine, Prediction, QKProblem, Solution
+from lrc.methods.contract import Affine, MLPProblem, OVProblem, Prediction, QKProblem, Solution
 from lrc.moments.attention import Attention, AttentionMoment
 from lrc.moments.attention_samples import AttentionSamples, Samples
 from lrc.moments.moment import Moment
@@ -27,7 +27,7 @@ def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
     if metric == "score":
         keys, share, name = output_moment(*by_head(problem.k, heads.kv_heads), problem.input), 1.0, "scores"
     elif metric == "loss":
-        keys, share, name = _gradient(problem), 1 / (2 * group), "loss"
+        keys, share, name = loss_gradient(problem).double(), 1 / (2 * group), "loss"
     else:
         attention = _attention(problem)
         keys, share = attention.covariance.double(), attention.scale**2 / (2 * heads.heads * group)
@@ -37,17 +37,11 @@ def best_map(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
     p = best_projector(keys, shared, rank)
     delta = torch.eye(heads.head_dim, dtype=p.up.dtype, device=p.up.device) - p.up @ p.down
     error = share * _score_error(shared, delta, keys)
+    up, size = p.up.mT.repeat_interleave(group, dim=0), share * _score_error(shared, None, keys)
+    loss = _map_loss(problem, delta.repeat_interleave(group, dim=0))
     return Solution(
-        parts={
-            "q": _mapped(p.up.mT.repeat_interleave(group, dim=0), problem.q),
-            "k": _mapped(p.down, problem.k),
-        },
-        predicted=Prediction(
-            error,
-            share * _score_error(shared, None, keys),
-            name,
-            _map_loss(problem, delta.repeat_interleave(group, dim=0)),
-        ),
+        parts={"q": _mapped(up, problem.q), "k": _mapped(p.down, problem.k)},
+        predicted=Prediction(error, size, name, loss),
         numerics={"damping": p.damping},
     )
 
@@ -73,14 +67,11 @@ def fitted_map(problem: QKProblem, rank: int) -> Solution:
         sizes.append(attended_error(q, covariance, None))
     share = 1 / (2 * heads.heads * samples.q.shape[2])
     up, down = torch.cat(ups), torch.stack(downs)
-    delta = torch.eye(heads.head_dim, dtype=up.dtype, device=up.device) - up @ down.repeat_interleave(
-        heads.group, dim=0
-    )
+    eye = torch.eye(heads.head_dim, dtype=up.dtype, device=up.device)
+    loss = _map_loss(problem, eye - up @ down.repeat_interleave(heads.group, dim=0))
     return Solution(
         parts={"q": _mapped(up.mT, problem.q), "k": _mapped(down, problem.k)},
-        predicted=Prediction(
-            share * float(sum(errors)), share * float(sum(sizes)), "kl", _map_loss(problem, delta)
-        ),
+        predicted=Prediction(share * float(sum(errors)), share * float(sum(sizes)), "kl", loss),
         numerics={"damping": p.damping, "rounds": most},
     )
 
@@ -96,7 +87,7 @@ def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
         # This assumes that the relative angle of two positions is uniform.
         gram, name = torch.diag_embed(product.unflatten(0, (-1, group)).sum(dim=1)), "scores"
     elif metric == "loss":
-        gram, name = _gradient(problem), "loss"
+        gram, name = loss_gradient(problem).double(), "loss"
         kept = eliminate(gram, rank // 2)
     else:
         pairs = _attention(problem).pairs
@@ -106,17 +97,10 @@ def kept_pairs(problem: QKProblem, rank: int, metric: ScoreMetric) -> Solution:
     lost = torch.ones_like(gram[..., 0]).scatter(-1, kept, 0.0)
     columns = torch.cat([kept, kept + heads.head_dim // 2], dim=-1)  # (kv_heads, rank)
     keep = torch.eye(heads.head_dim, dtype=gram.dtype, device=gram.device)[columns]
+    loss = None if problem.gradient is None else _pair_cost(problem.gradient.double(), lost)
     return Solution(
-        parts={
-            "q": _mapped(keep.repeat_interleave(group, dim=0), problem.q),
-            "k": _mapped(keep, problem.k),
-        },
-        predicted=Prediction(
-            _pair_cost(gram, lost),
-            float(gram.sum() / 2),
-            name,
-            None if problem.gradient is None else _pair_cost(problem.gradient.double(), lost),
-        ),
+        parts={"q": _mapped(keep.repeat_interleave(group, dim=0), problem.q), "k": _mapped(keep, problem.k)},
+        predicted=Prediction(_pair_cost(gram, lost), float(gram.sum() / 2), name, loss),
         rotary_columns=columns,
     )
 
@@ -136,9 +120,10 @@ def _map_loss(problem: QKProblem, delta: Tensor) -> float | None:
     return _score_error(q_moment, delta, slopes) / (2 * heads.group)
 
 
-def _gradient(problem: QKProblem) -> Tensor:
+def loss_gradient(problem: QKProblem | OVProblem | MLPProblem) -> Tensor:
+    """Return the moment of the loss's gradients that the metric ``loss`` needs."""
     assert problem.gradient is not None, "the loss metric is solved with the gradients"
-    return problem.gradient.double()
+    return problem.gradient
 
 
 def _attention(problem: QKProblem) -> AttentionMoment:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrc.families import Family, family_of
-from lrc.modules.attention import ReducedAttention, run_stock, run_whole
-from lrc.modules.fused.norm import FusedRMSNorm, fuse_norm, unfuse_norm
+from lrc.modules.attention import ReducedAttention, set_class
 from lrc.modules.fused.shared_input import SharesInput, mergeable
 
 
@@ -24,29 +24,48 @@ class GatedMLP(SharesInput):
         hidden = getattr(self, self.family.activation)(gate) * up
         return getattr(self, _mlp_name(self.family, self.family.mlp_output))(hidden)
 
-    def run_stock(self: Any) -> None:
-        """Restore the family's class."""
-        self.__class__ = self.stock
-        del self.family, self.stock
+
+class FusedRMSNorm(nn.Module):
+    """Class that replaces a family's own on its RMS norms; attributes stay (arXiv:1910.07467, equation 4).
+
+    Half precision is rounded once, after the weight, not also before it. With gradients, or if weight and input differ
+    in dtype, the family's own forward runs.
+    """
+
+    weight: nn.Parameter
+    epsilon: float
+    stock: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or hidden_states.dtype != self.weight.dtype:
+            return self.stock.forward(self, hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.epsilon)
 
 
-def fuse(model: nn.Module, *, batched: bool = True) -> int:
+def fuse(model: nn.Module) -> int:
     """Merge q with k and v, and gate with up, for inference; return the number of merged products.
 
     RMS norms become one kernel each. Weights, names and saved files do not change: parameters become views into the
     merged matrices. A module with gradients, an adapter, a hook or a replaced weight runs its projections one by one.
-    Copies of the model are not merged. ``batched``: second factors of one shape also run as one product. Raises
-    UserError for an unsupported family.
+    Second factors of one shape run as one product too. Copies of the model are not merged. Raises UserError for an
+    unsupported family.
     """
     config: Any = model.config
     family, count = family_of(config.model_type), 0
     modules = list(model.named_modules())
     for path, module in modules:
         if path.endswith(f".{family.attention}"):
-            count += _fuse_attention(module, family, batched)
+            count += _fuse_attention(module, family)
         elif path.endswith(f".{family.mlp}") and len(family.mlp_inputs) > 1:
-            count += _fuse_mlp(module, family, batched)
-    _fuse_norms(modules, family)
+            count += _fuse_mlp(module, family)
+    if family.norm_epsilon is None:
+        return count
+    norm = f".{family.half('mlp').norm}"
+    norms = {type(module) for path, module in modules if path.endswith(norm)} - {FusedRMSNorm}
+    for _, module in modules:
+        # An adapter may have wrapped or replaced a norm.
+        if type(module) in norms and family.norm_epsilon in vars(module):
+            fuse_norm(module, family.norm_epsilon)
     return count
 
 
@@ -62,12 +81,14 @@ def unfuse(model: nn.Module) -> None:
                 parameter.data = parameter.data.clone()
         module.shared = None
         if isinstance(module, GatedMLP):
-            module.run_stock()
+            module.__class__ = module.stock  # type: ignore[assignment]
+            del module.family, module.stock
         elif isinstance(module, ReducedAttention) and module.stock:
-            run_stock(module)
+            module.__class__ = module.base  # type: ignore[assignment]
+            del module.rotary_columns, module.qk_dim, module.v_dim, module.stock
 
 
-def _fuse_attention(module: Any, family: Family, batched: bool) -> bool:
+def _fuse_attention(module: Any, family: Family) -> bool:
     """Merge q, k and v; tell whether that saved products (an attention that stores them fused saves none)."""
     reduced = isinstance(module, ReducedAttention)
     if not reduced and any(family.projections[role].fused for role in family.split):
@@ -76,11 +97,12 @@ def _fuse_attention(module: Any, family: Family, batched: bool) -> bool:
     if not mergeable(module, names):
         return False
     if not reduced:
-        run_whole(module, family)
-    return module.merge(names, batched=batched)
+        set_class(module, family, module.head_dim, module.head_dim, None)
+        module.stock = True
+    return module.merge(names)
 
 
-def _fuse_mlp(module: Any, family: Family, batched: bool) -> bool:
+def _fuse_mlp(module: Any, family: Family) -> bool:
     names = _mlp_names(family)
     if not mergeable(module, names):
         return False
@@ -88,19 +110,7 @@ def _fuse_mlp(module: Any, family: Family, batched: bool) -> bool:
         stock = type(module)
         module.__class__ = GatedMLP
         module.family, module.stock = family, stock
-    return module.merge(names, batched=batched)
-
-
-def _fuse_norms(modules: Sequence[tuple[str, nn.Module]], family: Family) -> None:
-    """Fuse every norm of the class that layers have before their MLP."""
-    if family.norm_epsilon is None:
-        return
-    norm = f".{family.half('mlp').norm}"
-    norms = {type(module) for path, module in modules if path.endswith(norm)} - {FusedRMSNorm}
-    for _, module in modules:
-        # An adapter may have wrapped or replaced a norm.
-        if type(module) in norms and family.norm_epsilon in vars(module):
-            fuse_norm(module, family.norm_epsilon)
+    return module.merge(names)
 
 
 def _mlp_names(family: Family) -> list[str]:
@@ -109,3 +119,15 @@ def _mlp_names(family: Family) -> list[str]:
 
 def _mlp_name(family: Family, role: str) -> str:
     return family.projections[role].module.removeprefix(f"{family.mlp}.")
+
+
+def fuse_norm(module: Any, epsilon: str) -> None:
+    """Make a norm run as one kernel; ``epsilon`` names the attribute with the constant added to the mean square."""
+    module.epsilon, module.stock = getattr(module, epsilon), type(module)
+    module.__class__ = FusedRMSNorm
+
+
+def unfuse_norm(module: Any) -> None:
+    """Undo ``fuse_norm``."""
+    module.__class__ = module.stock
+    del module.epsilon, module.stock

@@ -17,13 +17,13 @@ class SharedInput:
     """Hold merged projections of one input: one product for dense weights and first factors, then the second factors.
 
     The members' parameters become views into the merged matrices, so that no weight is stored twice, and state dicts
-    and optimizer steps work as before. With ``batched``, neighbours whose second factors have one shape run as one
-    batched product. Callers must run the members one by one unless ``holds``.
+    and optimizer steps work as before. Neighbours whose second factors have one shape run as one batched
+    product. Callers must run the members one by one unless ``holds``.
     """
 
-    def __init__(self, parent: nn.Module, names: Sequence[str], *, batched: bool = True) -> None:
+    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         members = [getattr(parent, name) for name in names]
-        self.names, self.batched = tuple(names), batched
+        self.names = tuple(names)
         firsts = [_first(member) for member in members]
         self._places = [(parent, name, member) for name, member in zip(names, members, strict=True)]
         self._places += [
@@ -31,7 +31,7 @@ class SharedInput:
         ]
         self._weight = _tie([linear.weight for linear in firsts])
         self._bias = _tie_biases(firsts)
-        self._runs = _runs(members, batched)
+        self._runs = [_Run([*run]) for _, run in groupby(members, _output_shape)]
         self._widths = [sum(_first(m).out_features for m in run.members) for run in self._runs]
         self._addresses = [
             (parameter, parameter.data_ptr())
@@ -69,9 +69,9 @@ class SharesInput(nn.Module):
 
     shared: SharedInput | None = None
 
-    def merge(self, names: Sequence[str], *, batched: bool = True) -> bool:
+    def merge(self, names: Sequence[str]) -> bool:
         """Merge projections if possible; tell whether they were merged."""
-        self.shared = SharedInput(self, names, batched=batched) if mergeable(self, names) else None
+        self.shared = SharedInput(self, names) if mergeable(self, names) else None
         return self.shared is not None
 
     def project(self, names: Sequence[str], x: Tensor) -> list[Tensor]:
@@ -83,7 +83,7 @@ class SharesInput(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self.shared is not None:
-            self.merge(self.shared.names, batched=self.shared.batched)
+            self.merge(self.shared.names)
         return self
 
 
@@ -112,14 +112,9 @@ class _Run:
         ]
 
 
-def _runs(members: Sequence[nn.Module], batched: bool) -> list[_Run]:
-    def shape(numbered: tuple[int, nn.Module]) -> Any:
-        number, member = numbered
-        if not isinstance(member, LowRankLinear):
-            return "dense"
-        return (member.out_features, member.rank) if batched else number
-
-    return [_Run([member for _, member in run]) for _, run in groupby(enumerate(members), shape)]
+def _output_shape(member: nn.Module) -> tuple[int, int] | None:
+    """Return the shape of a member's second factor, or None for a dense one."""
+    return (member.out_features, member.rank) if isinstance(member, LowRankLinear) else None
 
 
 def _first(member: nn.Module) -> nn.Linear:
