@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from lrc.cli.interrupt import unwind
 from lrc.cli.screen import note
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class Stages:
 
 @contextmanager
 def progress(shown: bool = True, clock: Clock = time.monotonic) -> Iterator[Progress]:
-    """Show the stages of a run on stderr, if ``shown``."""
+    """Show the stages of a run on stderr, if ``shown``; from now on Ctrl-C is a KeyboardInterrupt."""
+    unwind()
     if not shown:
         yield lambda label, total: lambda done: None
     elif Console(stderr=True).is_terminal:

@@ -88,15 +88,11 @@ def ablate(
         ]
         for inside in (True, False)
     ]
-    notes = [*passage.notes, *texts.warnings]
-    setup.warn(notes)
     for known in _measure(setup, trials[0].job, missing, passage, texts, cached, folder):
         if first:
             known.save(file)
     assert known.dense is not None
     results = [trial.result(known) for trial in trials]
-    warnings = [*dict.fromkeys(notes), *coarse_notes(results)]
-    setup.warn(warnings)
     ablation = Ablation(
         model=setup.model.source,
         dense=known.dense,
@@ -108,8 +104,9 @@ def ablate(
         measured=sum(map(len, missing)),
         seconds=setup.watch.seconds,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=warnings,
+        warnings=[*dict.fromkeys([*passage.notes, *texts.warnings]), *coarse_notes(results)],
     )
+    setup.warn(ablation.warnings)
     if first:
         write_file(Path(ablation.picture), picture(ablation))
     return ablation
@@ -125,6 +122,7 @@ def _measure(
     folder: Path,
 ) -> Iterator[Losses]:
     """Measure the original, unless its loss is cached, and each group of trials; yield all results after each."""
+    setup.warn([*passage.notes, *texts.warnings])
     advance = setup.run.stage("ablate", setup.reader.architecture.layers * sum(map(bool, groups)))
     batch = setup.batch_size(job)
     advice = f"{f'--batch-size below {batch}, ' if batch > 1 else ''}a shorter --seq-len, or --device cpu"

@@ -109,10 +109,11 @@ class Setup:
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Show the user each warning that has not been shown yet."""
-        for warning in warnings if self.run.warn else ():
+        warn = self.run.warn or (lambda warning: None)
+        for warning in warnings:
             if warning not in self._told:
                 self._told.add(warning)
-                self.run.warn(warning)
+                warn(warning)
 
 
 def set_up(model: str | Path, run: Run) -> Setup:

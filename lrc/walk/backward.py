@@ -68,13 +68,14 @@ def read_gradients(
     if not needed:
         return {}
     chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
-    return GradientSweep(stream, chosen, batch_size, layer=held).run(needed, calibration.seed, start)
+    return GradientSweep(stream, chosen, batch_size, layer=held, start=start).run(needed, calibration.seed)
 
 
 class GradientSweep:
     """One forward and backward pass over token blocks (n, tokens), which the processes of the stream split.
 
     ``layer`` returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it.
+    ``start`` starts the progress.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class GradientSweep:
         *,
         layer: Callable[[int], nn.Module] | None = None,
         every: int | None = None,
+        start: Progress = unseen,
     ) -> None:
+        self._begin = start
         self._stream, self._architecture = stream, stream.reader.architecture
         self._layer = layer or (lambda index: stream.layer(index)[0])
         self._batches = stream.embed(batched(stream.processes.mine(blocks), batch_size))
@@ -96,18 +99,15 @@ class GradientSweep:
             self._architecture.layers, 4 * blocks.numel() * self._architecture.hidden
         )
 
-    def run(
-        self, needed: Mapping[int, GradientTargets], seed: int, start: Progress = unseen
-    ) -> dict[int, GradientMoment]:
+    def run(self, needed: Mapping[int, GradientTargets], seed: int) -> dict[int, GradientMoment]:
         """Return the moments of the layers in ``needed``, offloaded as states are; call it once.
 
-        ``seed`` and the block's number determine its labels. ``start`` starts the progress. Raises UserError if
-        gradients are NaN or inf.
+        ``seed`` and the block's number determine its labels. Raises UserError if gradients are NaN or inf.
         """
         last, first, found = self._architecture.layers - 1, min(needed), {}
         kept = range(first - first % self._every, last + 1, self._every)
         again = sum(min(index + self._every - 1, last) - index for index in kept)
-        self._advance = start("gradients", last + 1 + again + 1 + last + 1 - first)
+        self._advance = self._begin("gradients", last + 1 + again + 1 + last + 1 - first)
         hidden = self._forward(0, last + 1, kept.__contains__)
         gradients = self._at_logits(hidden, seed)
         self._advance(1)
