@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lrc.hub.register import install
-from lrc.run.versions import __version__
 
 if TYPE_CHECKING:
     from lrc.allocation.sizing import Limits, Measuring
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from lrc.plan.schema import Plan
     from lrc.records.compression import read_report
     from lrc.run.settings import Run
+    from lrc.run.versions import __version__
     from lrc.verbs.ablate import ablate
     from lrc.verbs.bench import bench
     from lrc.verbs.compress import compress
@@ -44,6 +44,7 @@ _HOMES = {
     "Measuring": "lrc.allocation.sizing",
     "Plan": "lrc.plan.schema",
     "Run": "lrc.run.settings",
+    "__version__": "lrc.run.versions",
     "ablate": "lrc.verbs.ablate",
     "bench": "lrc.verbs.bench",
     "compress": "lrc.verbs.compress",

@@ -52,7 +52,12 @@ from lrc.hub.names import ASSETS
 REPORTS = {"report.json", "report.md", "report.html", "README.md"}  # they have the seconds of a run
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 NAMED = ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
-FILLING = ("open", "os.mkdir", "os.link", "os.fsync", "save_file")  # what a full disk refuses
+FILLING = (
+    "open",
+    "os.mkdir",
+    "os.fsync",
+    "save_file",
+)  # what a full disk refuses; a link that fails is copied
 # Half-way through the tensors of a layer, before its record has its name, and with the earlier output out of the way.
 POINTS = ("save_file parts/layer-00002", "os.rename parts/layer-00001.json.partial", "os.rename checkpoint\n")
 LAYERS = 4

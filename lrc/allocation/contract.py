@@ -23,6 +23,7 @@ from lrc.moments.gradient import GradientMoment
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.run.offload import ON_DEVICE, States
 from lrc.run.processes import ALONE, Processes
+from lrc.run.settings import Progress, unseen
 from lrc.text.blocks import batched
 from lrc.walk.backward import read_gradients
 from lrc.walk.needs import solver_of
@@ -45,7 +46,7 @@ class Setting:
     """Inputs of an allocation: a base plan resolved at several sizes, the texts, and how to run the layers.
 
     ``losses``: give every problem gradients, so that its solution predicts a loss. ``states``: where hidden states are
-    offloaded. ``processes``: the processes that share the work.
+    offloaded. ``processes``: the processes that share the work. ``start`` starts the progress of gradients.
     """
 
     reader: CheckpointReader
@@ -57,6 +58,7 @@ class Setting:
     losses: bool = False
     states: States = ON_DEVICE
     processes: Processes = ALONE
+    start: Progress = unseen
 
     @property
     def stream(self) -> ModelStream:
@@ -99,6 +101,7 @@ class Setting:
             self.batch_size,
             losses=self.losses,
             held=held,
+            start=self.start,
         )
 
 

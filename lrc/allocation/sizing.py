@@ -260,7 +260,7 @@ class Sizing:
             self._check_memory()
         steps = allocator.steps(setting.reader.architecture, blank_curves(self.name, self.jobs))
         measures = allocator.holds != "nothing"
-        advance = progress("measure", steps) if progress and measures else lambda done: None
+        advance = progress("measure sizes", steps) if progress and measures else lambda done: None
         with memory_advice(f"--batch-size below {setting.batch_size}, or fewer calibration samples"):
             curves, loss = allocator.curves(setting, advance)
         return Curves(self.jobs[0].model.source, self.key, allocator.unit, loss, curves)

@@ -1,8 +1,9 @@
 """Stage a checkpoint in a hidden folder beside its final name; resume it after a crash, and rename it when whole.
 
-``.NAME.lrc-partial/`` holds the run's journal, its lock, hashes of its source, the finished ``parts/`` and
+``.NAME.lrc-partial/`` holds the run's journal, its lock, its times, hashes of its source, the finished ``parts/`` and
 ``checkpoint/``, which is assembled from them and becomes NAME. Each part is synced to the disk before its record is
-written, so a power cut costs no more than a kill. An earlier output NAME moves into the folder during the last rename.
+written, so a power cut costs no more than a kill. An earlier output NAME moves into the folder during that rename. The
+folder is removed when the run ends, so that an evaluation of NAME can be resumed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _SINGLE_FILE_BYTES = 2 * 1024**3
 MANIFEST = "lrc.json"
 INDEX = "model.safetensors.index.json"
 _JOURNAL, _SOURCES, _RETIRED = "run.json", "sources.json", "retired"
+_CHECKPOINT, _PUBLISHED, _TIMES = "checkpoint", "published", "times.json"
 _FULL = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("your quota of the disk is used up", "free some space"),
@@ -43,13 +45,15 @@ _FULL = {
 class Staging:
     """Hold one run's staging folder, opened by ``staging``: ``folder`` becomes the checkpoint, ``scratch`` is deleted.
 
-    Parts are written in the background, one at a time, so that at most one waits in memory.
+    ``folder`` is ``out`` once ``published``. Parts are written in the background, one at a time, so that at most one
+    waits in memory.
     """
 
     _pending: tuple[str, Future[None]] | None  # the part that is being written
 
     def __init__(self, out: Path, scratch: Path, sources: Sources, writer: Executor) -> None:
-        self.out, self.scratch, self.folder = out, scratch, scratch / "checkpoint"
+        self.out, self.scratch, self.published = out, scratch, _published(scratch, out)
+        self.folder = out if self.published else scratch / _CHECKPOINT
         self._parts, self._sources = scratch / "parts", sources
         self._sound: set[str] = set()  # parts that this run wrote, or has verified
         self._weights: dict[str, dict[str, Any]] = {}  # hashes by file of the checkpoint
@@ -101,6 +105,7 @@ class Staging:
         """
         self.settle()
         files = [self._checked(part) for part in parts]
+        self.folder, self.published = self.scratch / _CHECKPOINT, False
         with _space(self.out):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
@@ -149,12 +154,28 @@ class Staging:
 
     def publish(self) -> None:
         """Rename the finished folder to its final name; replace an earlier output."""
+        with _space(self.out):
+            write_text(self.scratch / _PUBLISHED, file_sha256(self.folder / MANIFEST))
         sync(self.folder)
         if self.out.exists():
             self.out.rename(self.scratch / _RETIRED)
         self.folder.rename(self.out)
         sync(self.out.parent)
-        _discard(self.scratch)
+        shutil.rmtree(self.scratch / _RETIRED, ignore_errors=True)
+        self.folder, self.published = self.out, True
+
+    @property
+    def times(self) -> dict[str, Any]:
+        """Return what ``write_times`` stored last, in this process or an earlier one of the run."""
+        path = self.scratch / _TIMES
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_times(self, times: Mapping[str, Any]) -> None:
+        """Store the times of the run so far; a power cut may lose the latest."""
+        partial = self.scratch / f"{_TIMES}.partial"
+        with _space(self.out):
+            partial.write_text(json.dumps(times), encoding="utf-8")
+            partial.replace(self.scratch / _TIMES)
 
     def _record(self, part: str) -> Path:
         return self._parts / f"{part}.json"
@@ -195,7 +216,7 @@ class SharedStaging:
 
     def __init__(self, own: Staging | None, processes: Processes) -> None:
         self.own, self._processes = own, processes
-        self.folder: Path = processes.share(own and own.folder)  # type: ignore[assignment]
+        self.out: Path = processes.share(own and own.out)  # type: ignore[assignment]
         self.scratch: Path = processes.share(own and own.scratch)  # type: ignore[assignment]
 
     def has(self, part: str) -> bool:
@@ -221,9 +242,10 @@ def staging(
 ) -> Iterator[Staging]:
     """Open the staging folder of ``out`` for one run; ``key`` is everything that decides the result.
 
-    Finished parts stay for the next run, unless a UserError ends this one before all are finished. ``source`` is the
-    model's folder; ``files`` in it must not change during the run. Raises UserError if ``out`` is no lrc output (unless
-    ``force``), if another run holds it, and if an unfinished run had another key (unless ``fresh``).
+    The folder is removed once a published run ends without an error. Finished parts stay for the next run, unless a
+    UserError ends this one before all are finished. ``source`` is the model's folder; ``files`` in it must not change
+    during the run. Raises UserError if ``out`` is no lrc output (unless ``force``), if another run holds it, and if an
+    unfinished run had another key (unless ``fresh``).
     """
     check_output(out, source=source, force=force)
     work = out.with_name(f".{out.name}.lrc-partial")
@@ -260,10 +282,12 @@ def staging(
                 stage = Staging(out, work, sources, writer)
                 yield stage
                 stage.settle()
+            if stage.published:
+                _discard(work)
         except Exception as error:
             mistaken = isinstance(error, UserError) and not isinstance(error, Resumable)
             finished = any(parts.glob("*.json"))
-            whole = (work / "checkpoint" / "config.json").exists()
+            whole = (work / _CHECKPOINT / "config.json").exists() or _published(work, out)
             if journal.exists() and not whole and (mistaken or not finished):
                 _discard(work)
             raise
@@ -311,6 +335,14 @@ def _recover(work: Path, out: Path) -> None:
             shutil.rmtree(retired)
         else:
             retired.rename(out)
+
+
+def _published(work: Path, out: Path) -> bool:
+    """Tell whether the checkpoint of the run in ``work`` has its final name."""
+    noted, manifest = work / _PUBLISHED, out / MANIFEST
+    if (work / _CHECKPOINT).exists() or not (noted.exists() and manifest.exists()):
+        return False
+    return noted.read_text(encoding="utf-8") == file_sha256(manifest)
 
 
 def _discard(work: Path) -> None:

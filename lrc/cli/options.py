@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_h
 
 import typer
 
-from lrc.cli.screen import progress, quiet, warn
+from lrc.cli.progress import progress
+from lrc.cli.screen import quiet, warn
 from lrc.errors import UserError
 
 if TYPE_CHECKING:

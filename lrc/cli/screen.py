@@ -1,11 +1,9 @@
-"""Messages and progress on stderr, results on stdout."""
+"""Messages on stderr, results on stdout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,8 +14,6 @@ from lrc.run.launcher import own_rank
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from lrc.run.settings import Progress
 
 _FILE_WIDTH = 120  # of tables in a file or a pipe
 
@@ -62,30 +58,6 @@ def result(found: Any, parts: Iterable[RenderableType], as_json: bool, *files: o
     for file in files:
         if file is not None:
             note(f"wrote {file}")
-
-
-@contextmanager
-def progress(shown: bool = True) -> Iterator[Progress]:
-    """Show a bar on stderr for each stage, with rate and time left, if ``shown`` and stderr is a terminal."""
-    from rich import progress as bar
-
-    class Rate(bar.ProgressColumn):
-        def render(self, task: bar.Task) -> Text:
-            speed = task.finished_speed or task.speed
-            if not speed:
-                return Text()
-            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
-
-    console = Console(stderr=True)
-    time_left = bar.TimeRemainingColumn(elapsed_when_finished=True)
-    label = bar.TextColumn("{task.description}", markup=False)
-    columns = (label, bar.BarColumn(), bar.MofNCompleteColumn(), Rate(), time_left)
-    with bar.Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bars:
-
-        def track(label: str, total: int) -> Callable[[int], None]:
-            return partial(bars.advance, bars.add_task(label, total=total))
-
-        yield track
 
 
 def quiet() -> None:

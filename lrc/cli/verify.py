@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lrc.cli.options import AsJson
-from lrc.cli.screen import progress, result
+from lrc.cli.progress import progress
+from lrc.cli.screen import result
 from lrc.errors import UserError
 
 

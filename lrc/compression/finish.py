@@ -29,13 +29,10 @@ COPIED = (
 )
 
 
-def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> Table:
-    """Write the checkpoint and its manifest; return the module table of the whole model, by full path."""
-    table = {path: entry for a in job.plan.outer for path, entry in staging.record(a.target)["table"].items()}
-    for layer in job.plan.layers:
-        entries = staging.record(part_name(layer.index))["table"]
-        table |= {f"{job.reader.family.layers}.{layer.index}.{path}": e for path, e in entries.items()}
+def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) -> None:
+    """Write the checkpoint and its manifest."""
     staging.assemble(part_names(job.plan))
+    table = module_table(job, staging)
     quantization = {"quant_method": "lrc", "format_version": FORMAT_VERSION, "modules": table}
     # The source's own keys, so that other readers find them unchanged.
     source = job.reader.raw_config
@@ -53,12 +50,20 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
         "sha256": staging.hashes(),
     }
     staging.write_json(MANIFEST, manifest)
-    return table
 
 
 def copied_files(folder: Path) -> list[Path]:
     """Return the files of the source checkpoint that are copied unchanged."""
     return sorted({path for pattern in COPIED for path in folder.glob(pattern)})
+
+
+def module_table(job: Job, staging: Staging) -> Table:
+    """Return the module table of the whole model, by full path."""
+    table = {path: entry for a in job.plan.outer for path, entry in staging.record(a.target)["table"].items()}
+    for layer in job.plan.layers:
+        entries = staging.record(part_name(layer.index))["table"]
+        table |= {f"{job.reader.family.layers}.{layer.index}.{path}": e for path, e in entries.items()}
+    return table
 
 
 def target_records(job: Job, staging: Staging) -> list[dict[str, Any]]:
@@ -78,9 +83,9 @@ def logit_scale(staging: Staging) -> LogitScale | None:
     return None if record is None else LogitScale(**record)
 
 
-def sizes(job: Job, staging: Staging, table: Table) -> tuple[Size, Size]:
+def sizes(job: Job, staging: Staging) -> tuple[Size, Size]:
     """Return the sizes of the original and of the output."""
-    reader = job.reader
+    reader, table = job.reader, module_table(job, staging)
     written = [stored for part in part_names(job.plan) for stored in staging.headers(part).values()]
     before = size_of(reader.tensors.values(), reader.architecture, reader.dtype, {})
     return before, size_of(written, reader.architecture, reader.dtype, table)

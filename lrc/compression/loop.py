@@ -23,6 +23,7 @@ from lrc.moments.observe import Call
 from lrc.moments.statistic import Observer
 from lrc.plan.resolved import LayerPlan, ResolvedPlan
 from lrc.run.processes import Processes
+from lrc.run.settings import Progress, unseen
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
 from lrc.walk.backward import read_gradients
@@ -87,14 +88,19 @@ class Compressor:
         # None without refit, and before the first reduction, where it would equal the original stream.
         self._compressed: list[Tensor] | None = None
 
-    def run(self, blocks: Tensor, batch_size: int, advance: Callable[[], object]) -> None:
-        """Compress and stage the model from token blocks (n, tokens); call ``advance`` after each layer."""
-        if all(self._staging.has(part) for part in part_names(self._plan)):  # finished by an earlier run
+    def run(self, blocks: Tensor, batch_size: int, start: Progress = unseen) -> None:
+        """Compress and stage the model from token blocks (n, tokens); ``start`` starts the progress of each stage."""
+        total, layers = len(self._plan.layers), [part_name(plan.index) for plan in self._plan.layers]
+        known = [part for part in layers if self._staging.has(part)]  # finished by an earlier run
+        if all(self._staging.has(part) for part in part_names(self._plan)):
+            start("compress", total)(total)
             return
-        unsolved = [plan for plan in self._plan.layers if not self._staging.has(part_name(plan.index))]
+        unsolved = [plan for plan in self._plan.layers if part_name(plan.index) not in known]
         with self._watch.stage("gradients"):
             calibration = self._plan.plan.calibration
-            self._gradients = read_gradients(self._stream, unsolved, calibration, blocks, batch_size)
+            self._gradients = read_gradients(
+                self._stream, unsolved, calibration, blocks, batch_size, start=start
+            )
         ids = self._split(blocks, batch_size)
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(ids)
@@ -104,9 +110,13 @@ class Compressor:
                 self._compressed = [batch.hidden for batch in self._stream.embed(ids, embedding)]
         del embedding  # large: it would stay on the device during all layers
         walk = Walk(self._stream, self._batches, first_token=self._plan.first_token, watch=self._watch)
+        advance = start("compress", total)
+        if known:
+            advance(len(known))
+        resumed = start("resume", len(known)) if known else advance
         for visit, plan in zip(walk, self._plan.layers, strict=True):
             self._layer(plan, visit)
-            advance()
+            (resumed if part_name(plan.index) in known else advance)(1)
         head = self._tables.head(self._batches)
         with self._watch.stage("scale"):
             scale = self._scale(head)

@@ -68,7 +68,7 @@ def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[li
     device, dtype, run = loading.device, loading.dtype, loading.run
     trusted: dict[str, Any] = {"allow_pickle": run.allow_pickle, "trust_remote_code": run.trust_remote_code}
     streamed = not fit(folders, vocab, loading) if loading.streamed is None else loading.streamed
-    models: list[Model] = []
+    models, advance = list[Model](), run.stage("load", len(folders))
     try:
         for folder in folders:
             models.append(
@@ -76,6 +76,7 @@ def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[li
                 if streamed
                 else load(folder, device=device, dtype=dtype or "auto", **trusted)
             )
+            advance(1)
         yield models
     finally:
         # Models hold references to themselves: only the collector frees the memory for the next one.

@@ -20,6 +20,7 @@ from lrc.evaluation.perplexity import (
     Perplexity,
     default_batch,
     measure,
+    steps,
     summarise,
     window_logits,
 )
@@ -141,11 +142,14 @@ def _compared(
     watch, processes = Stopwatch(models[0].device), run.processes
     mine = processes.mine(passage.cut)
     size = min(default_batch(model, passage.seq_len) for model in models)
-    advance = run.stage(passage.data, len(mine))
+    total = sum(steps(model, len(mine)) for model in models) - len(mine)  # a step for both models' windows
+    advance = run.stage(passage.data, total)
     none = torch.empty(0, passage.seq_len - 1)
     parts = [Divergence(none, none, none, none.bool())]  # a process may have no windows
     with ExitStack() as stack:
-        ours, theirs = (stack.enter_context(closing(window_logits(model, mine, size))) for model in models)
+        ours, theirs = (
+            stack.enter_context(closing(window_logits(model, mine, size, advance))) for model in models
+        )
         with watch.stage("ours"), watch.stage("theirs"):
             pass  # both stages exist even without a window
         for batch in batched(mine, size):

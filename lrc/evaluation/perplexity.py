@@ -77,7 +77,7 @@ def measure(
     ``keep`` gets the passage and its loss by token. Without ``tokenizer`` there are no bits per byte.
     """
     mine = run.processes.mine(passage.cut)
-    advance = run.stage(passage.data, len(mine))
+    advance = run.stage(passage.data, steps(model, len(mine)))
     start = time.perf_counter()
     nll = run.processes.gather_rows(window_losses(model, mine, progress=advance).cpu())
     seconds = time.perf_counter() - start
@@ -125,18 +125,29 @@ def window_losses(
     """Return the nats (windows, n - 1) of tokens 2..n of windows (windows, n), float32, on the logits' device."""
     batch_size = batch_size or default_batch(model, cut.shape[1])
     found = []
-    with closing(window_logits(model, cut, batch_size)) as logits:
+    with closing(window_logits(model, cut, batch_size, progress)) as logits:
         for batch in batched(cut, batch_size):
             found.append(token_nll(next(logits), batch))  # unnamed logits are freed before the next batch
             progress(len(batch))
     return torch.cat(found) if found else torch.empty(0, cut.shape[1] - 1)
 
 
+def steps(model: Model, windows: int) -> int:
+    """Return the steps of an evaluation: windows, and for a streamed model also windows times layers."""
+    layers = model.config.get_text_config().num_hidden_layers if isinstance(model, StreamedModel) else 0
+    return windows * (1 + layers)
+
+
 @torch.no_grad()
-def window_logits(model: Model, cut: Tensor, batch_size: int) -> Generator[Tensor]:
-    """Yield the logits (windows, n, vocab) of ``batch_size`` windows (windows, n) at a time, in the model's dtype."""
+def window_logits(
+    model: Model, cut: Tensor, batch_size: int, progress: Callable[[int], object] = lambda done: None
+) -> Generator[Tensor]:
+    """Yield the logits (windows, n, vocab) of ``batch_size`` windows (windows, n) at a time, in the model's dtype.
+
+    ``progress`` is called with the steps of a streamed model before its first logits.
+    """
     if isinstance(model, StreamedModel):
-        yield from model.logits(cut, batch_size)
+        yield from model.logits(cut, batch_size, progress)
         return
     device = next(model.parameters()).device
     # copied once, so that the loop never waits for the device; offloaded models move inputs themselves

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,19 @@ class StreamedModel:
         return self._reader.config
 
     @torch.no_grad()
-    def logits(self, cut: Tensor, batch_size: int) -> Iterator[Tensor]:
-        """Yield the logits (batch, seq_len, vocab) of windows (windows, seq_len), ``batch_size`` windows at a time."""
+    def logits(
+        self, cut: Tensor, batch_size: int, advance: Callable[[int], object] = lambda done: None
+    ) -> Iterator[Tensor]:
+        """Yield the logits (batch, seq_len, vocab) of windows (windows, seq_len), ``batch_size`` windows at a time.
+
+        All windows go through the layers first; ``advance`` is called with their number after each layer.
+        """
         held = cut.numel() * self.config.hidden_size * self.dtype.itemsize
         stream = self._stream(States(place_for(held, self.device), self._scratch))
         batches = stream.embed(batched(cut, batch_size))
         for visit in Walk(stream, batches):
             visit.observe()
+            advance(len(cut))
         tail = stream.tail()
         for (hidden,) in stream.prefetched(batch.hidden for batch in batches):
             yield tail(hidden)

@@ -52,7 +52,13 @@ class Inspector:
         if gradients:
             with self.watch.stage("gradients"):
                 swept = read_gradients(
-                    stream, plans.values(), self.plan.plan.calibration, blocks, batch_size, losses=True
+                    stream,
+                    plans.values(),
+                    self.plan.plan.calibration,
+                    blocks,
+                    batch_size,
+                    losses=True,
+                    start=stage,
                 )
         with self.watch.stage("embed"):
             batches = stream.embed(batched(blocks, batch_size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ class Report:
     ``plan``: its name; ``plan_text``: as the user wrote it. ``keep``: kept fraction of the decoder's projections;
     ``with_tables``: with the tables that the plan names, if any. ``scale``: of the logits. ``allocation``: how sizes
     were found, None if the plan gives them. ``offload``: where hidden states waited between two layers. ``seconds`` and
-    (on a GPU) ``device_bytes``, its peak memory, by stage; ``peak_bytes`` of ``host`` and ``device``.
+    (on a GPU) ``device_bytes``, its peak memory, by stage; ``peak_bytes`` of ``host`` and ``device``: sums and maxima
+    over all processes of a run that was resumed. ``pending``: texts whose perplexity is still to be measured.
     """
 
     model: str
@@ -124,6 +125,7 @@ class Report:
     peak_bytes: dict[str, int]
     warnings: list[str]
     versions: dict[str, str]
+    pending: list[str] = field(default_factory=list)
     version: int = REPORT_VERSION
 
     @property
@@ -144,9 +146,16 @@ class Report:
             f"{byte_text(self.after.bytes)} instead of {byte_text(self.before.bytes)}"
         )
         if not self.perplexity:
-            return f"{done}. Perplexity was not measured."
+            return f"{done}. {self.unmeasured}"
         before, after = self.perplexity[0].before, self.perplexity[0].after
         return f"{done}, at a perplexity on {before.data} of {after.value:.4g} instead of {before.value:.4g}."
+
+    @property
+    def unmeasured(self) -> str:
+        """Why there is no perplexity."""
+        if self.pending:
+            return f"The perplexity on {' and '.join(self.pending)} is pending: it is measured next."
+        return "Perplexity was not measured; lrc eval does it."
 
     def to_json(self) -> str:
         """Return the record as JSON."""

@@ -10,7 +10,7 @@ from lrc.records.ablation import Ablation
 from lrc.report.plots.heatmap import heatmap
 from lrc.report.plots.theme import standalone
 from lrc.report.table import Cell, grouped, table
-from lrc.report.tables import seconds_line, warning_lines
+from lrc.report.tables import seconds_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,7 +60,6 @@ def ablation_table(ablation: Ablation) -> Iterator[RenderableType]:
     yield f"results: {ablation.file} ({ablation.measured} of {len(ablation.results)} measured in this run)"
     if ablation.seconds:
         yield seconds_line(ablation.seconds)
-    yield from warning_lines(ablation.warnings)
 
 
 def percent(increase: float) -> str:

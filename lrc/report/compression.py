@@ -44,7 +44,7 @@ def report_sections(report: Report) -> list[Section]:
         f"Kept {report.keep:.1%} of the decoder's weights{rest}.",
         f"Calibrated on {blocks} of {record.seq_len} tokens: {drawn}.",
         *([f"Scale: {report.scale.text}."] if report.scale else []),
-        *([] if report.perplexity else ["Perplexity was not measured; lrc eval does it."]),
+        *([] if report.perplexity else [report.unmeasured]),
         *(note for change in report.perplexity for note in change.after.notes),
     ]
     costs = cost_table(report.before, report.after, report.perplexity)

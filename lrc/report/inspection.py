@@ -19,7 +19,7 @@ from lrc.records.inspection import Choice, Conditioning, Estimate, Inspected, In
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.heatmap import heatmap
 from lrc.report.table import Table, grouped, table
-from lrc.report.tables import listed, seconds_line, size_span, warning_lines
+from lrc.report.tables import listed, seconds_line, size_span
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,7 +34,6 @@ def inspection_tables(found: Inspection, *, by_layer: bool) -> Iterator[Renderab
     for each in tables(found, by_layer=by_layer):
         yield each.on_screen()
     yield seconds_line(found.seconds)
-    yield from warning_lines(found.warnings)
 
 
 def tables(found: Inspection, *, by_layer: bool) -> list[Table]:

@@ -12,7 +12,7 @@ from lrc.methods.sizes import size_text
 from lrc.plan.resolved import weights_of
 from lrc.records.planning import LayerSizes, Planning, cost_text
 from lrc.report.table import Cell, table
-from lrc.report.tables import seconds_line, warning_lines
+from lrc.report.tables import seconds_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +38,6 @@ def plan_tables(planning: Planning) -> Iterator[RenderableType]:
         how = "found in this run" if planning.measured else "used again"
         yield f"curves by {planning.allocation}, {how}: {planning.curves}"
     yield seconds_line(planning.seconds)
-    yield from warning_lines(planning.warnings)
 
 
 def _row(strip: LayerSizes) -> dict[str, Cell]:

@@ -36,7 +36,6 @@ def compression_tables(report: Report) -> Iterator[RenderableType]:
     yield f"calibration: {report.calibration.data} ({samples} block{'s' * (samples != 1)})"
     yield seconds_line(report.stages)
     yield "peak memory: " + listed({place: byte_text(size) for place, size in report.peak_bytes.items()})
-    yield from warning_lines(report.warnings)
     yield f"wrote {report.out}"
 
 

@@ -20,6 +20,11 @@ _BATCH_TOKENS = {"cuda": 2**14, "cpu": 2**12}
 _WRITTEN_TOKENS = 2**15
 
 
+def unseen(label: str, total: int) -> Callable[[int], object]:
+    """Start a stage whose progress nobody sees."""
+    return lambda done: None
+
+
 @dataclass(frozen=True)
 class Run:
     """Say where and how a verb runs; the plan alone decides the bytes of an output.
@@ -29,8 +34,9 @@ class Run:
     states between two layers, one of ``lrc.run.offload.PLACES`` (default: the first with room). ``data_dir``: folder
     with the data sets, instead of the hub. ``revision``: branch, tag or commit of the model on the hub.
     ``allow_pickle``: read pickled weights. ``trust_remote_code``: run code that comes with the checkpoint. ``progress``
-    gets a stage's name and length and returns a function to call with steps done. ``warn`` gets every warning before
-    the work starts. ``processes``: share the work; each makes the same call.
+    gets a stage's name and length and returns a function to call with steps done; a resumed run first calls it with the
+    steps of earlier processes. ``warn`` gets each warning once, as soon as it is known. ``processes``: share the work;
+    each makes the same call.
     """
 
     device: str | None = None
@@ -51,7 +57,7 @@ class Run:
 
     def stage(self, label: str, total: int) -> Callable[[int], object]:
         """Start a stage of ``total`` steps; return the function to call with steps done."""
-        return self.progress(label, total) if self.progress else lambda done: None
+        return (self.progress or unseen)(label, total)
 
 
 def find_device(name: str | None, processes: Processes = ALONE) -> torch.device:

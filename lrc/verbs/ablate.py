@@ -109,6 +109,7 @@ def ablate(
             *coarse_notes(results),
         ],
     )
+    setup.warn(ablation.warnings)
     if first:
         write_file(Path(ablation.picture), picture(ablation))
     return ablation
@@ -124,6 +125,7 @@ def _measure(
     folder: Path,
 ) -> Iterator[Losses]:
     """Measure the original, unless its loss is cached, and each group of trials; yield all results after each."""
+    setup.warn([*passage.notes, *texts.warnings])
     advance = setup.run.stage("ablate", setup.reader.architecture.layers * sum(map(bool, groups)))
     batch = setup.batch_size(job)
     advice = f"{f'--batch-size below {batch}, ' if batch > 1 else ''}a shorter --seq-len, or --device cpu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +22,13 @@ from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
 from lrc.evaluation.passage import DEFAULT_SEQ_LEN, count_windows
+from lrc.evaluation.perplexity import Perplexity
 from lrc.hub.names import default_text
-from lrc.modules.table import Table
 from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
 from lrc.records.compression import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
 from lrc.report.compression import html_page, model_card, report_page
-from lrc.report.outputs import read_beside
+from lrc.report.outputs import Output, read_beside
 from lrc.run.offload import Place, States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
@@ -63,8 +63,9 @@ def compress(
     is the fraction of the weights to keep; method a3 is used, at the sizes that cost least. ``keep`` and ``changes``
     (values by dotted key, such as ``{"calibration.samples": 32}``) replace entries of the plan. ``calib``: calibration
     texts (default: the plan's, else the model's). ``ppl``: texts for the perplexity before and after, or an empty list.
-    An unfinished run with the same settings is resumed unless ``fresh``. Raises UserError for every mistake that the
-    user can fix; ``out`` does not exist then.
+    The output appears under its name before the perplexity is measured, with a report that says so. An unfinished run
+    with the same settings is resumed unless ``fresh``. Raises UserError for every mistake that the user can fix;
+    ``out`` does not exist then.
     """
     draft = find_draft(plan, keep, changes)
     setup = set_up(model, run)
@@ -85,22 +86,16 @@ def compress(
     # Rank 0 alone has the staging folder; the other processes solve and measure with it and get its report.
     with opened if setup.processes.first else nullcontext() as own:
         stage = SharedStaging(own, setup.processes)
+        work = _times_kept(work, own) if own else work
         work = _find_sizes(work, stage)
         work = _compress_layers(work, stage)
-        with setup.watch.stage("write"):
-            manifest = {**work.settings, "warnings": work.warnings}
-            table = finish.write_checkpoint(work.job, own, manifest) if own else {}
-            setup.processes.meet()
+        report = _publish(work, own, target, held_out, others) if own and not own.published else None
+        setup.processes.meet()
         perplexity = _evaluate(work, stage, held_out, max_windows) if held_out else []
-        if own is None:
-            return setup.processes.share(cast(Report, None))
-        report = _report(work, own, table, perplexity, target)
-        own.write_file(REPORT, report.to_json())
-        own.write_file("report.md", report_page(report))
-        own.write_file("report.html", html_page(report, others))
-        own.write_file("README.md", model_card(report, source))
-        own.publish()
-    return setup.processes.share(report)
+        if own and (perplexity or report is None):
+            report = replace(_report(work, own, target), perplexity=perplexity)
+            _write_report(own, report, source, others)
+    return setup.processes.share(cast(Report, report))
 
 
 @dataclass(frozen=True)
@@ -181,6 +176,24 @@ def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -
     return _Work(setup, job, calibration, sizing, batch, setup.offload(job, samples), settings, warnings)
 
 
+def _times_kept(work: _Work, own: Staging) -> _Work:
+    """Return the work with times that include those of the run's earlier processes, and are staged at each step."""
+    watch, run = work.setup.watch, work.setup.run
+    watch.resume(own.times)
+    watch.save = lambda: own.write_times(watch.times())
+
+    def progress(label: str, total: int) -> Callable[[int], object]:
+        advance = run.stage(label, total)
+
+        def step(done: int) -> None:
+            advance(done)
+            watch.save()
+
+        return step
+
+    return replace(work, setup=replace(work.setup, run=replace(run, progress=progress)))
+
+
 def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
     """Return the work with the sizes that the plan's allocation finds, if the plan names one.
 
@@ -200,43 +213,67 @@ def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
     plan = {"source": job.draft.name, **job.plan.as_dict()}
     settings = {**work.settings, "allocation": found, "plan": plan}
     warnings = [*dict.fromkeys([*job.plan.warnings, *work.warnings])]  # now with those about the sizes found
+    work.setup.warn(warnings)
     return replace(work, job=job, settings=settings, warnings=warnings)
 
 
 def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     """Solve, assemble and stage every layer; return the work with the warnings of the refits."""
     setup, job = work.setup, work.job
-    advance = setup.run.stage("compress", len(job.plan.layers))
     with setup.watch.stage("load"):
         states = States(work.offload, stage.scratch)
         stream = ModelStream(job.reader, setup.device, setup.dtype, states, processes=setup.processes)
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
-        compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))
-    refits = finish.refit_records(job, stage.own) if stage.own else []
-    return replace(work, warnings=[*work.warnings, *refit_warnings(refits)])
+        compressor.run(work.calibration.blocks, work.batch, setup.run.stage)
+    found = refit_warnings(finish.refit_records(job, stage.own) if stage.own else [])
+    setup.warn(found)
+    return replace(work, warnings=[*work.warnings, *found])
+
+
+def _publish(
+    work: _Work, own: Staging, target: Path, pending: Sequence[str], others: Sequence[Output]
+) -> Report:
+    """Write the checkpoint and its report, give it its name and return the report."""
+    with work.setup.watch.stage("write"):
+        advance = work.setup.run.stage("write", 1)
+        finish.write_checkpoint(work.job, own, {**work.settings, "warnings": work.warnings})
+        advance(1)
+    report = _report(work, own, target, pending)
+    _write_report(own, report, work.job.model.path, others)
+    own.publish()
+    return report
 
 
 def _evaluate(
     work: _Work, stage: SharedStaging, held_out: list[str], max_windows: int | None
 ) -> list[PerplexityChange]:
-    """Measure the perplexity of the original and of the staged checkpoint, loaded back."""
+    """Measure the perplexity of the original and of the published checkpoint."""
     setup = work.setup
-    loading = Loading(setup.device, setup.dtype, stage.scratch, setup.run)
-    advice = "the same command with --no-eval, then lrc eval with --streamed: the layers are finished"
+    advice = "the same command with --no-eval, then lrc eval with --streamed: the checkpoint is finished"
+
+    def measured(path: Path, when: str) -> list[Perplexity]:
+        run = replace(setup.run, progress=lambda label, total: setup.run.stage(f"{when}: {label}", total))
+        loading = Loading(setup.device, setup.dtype, stage.scratch, run)
+        return evaluate_folder(path, held_out, loading, max_windows=max_windows)
+
     with setup.watch.stage("evaluate"), memory_advice(advice):
-        before, after = (
-            evaluate_folder(path, held_out, loading, max_windows=max_windows)
-            for path in (work.job.model.path, stage.folder)
-        )
-    return [PerplexityChange(*pair) for pair in zip(before, after, strict=True)]
+        pairs = zip(measured(work.job.model.path, "before"), measured(stage.out, "after"), strict=True)
+        return [PerplexityChange(*pair) for pair in pairs]
 
 
-def _report(
-    work: _Work, own: Staging, table: Table, perplexity: list[PerplexityChange], target: Path
-) -> Report:
+def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:
+    """Write or replace the report in its forms, each whole or not at all."""
+    own.write_file(REPORT, report.to_json())
+    own.write_file("report.md", report_page(report))
+    own.write_file("report.html", html_page(report, others))
+    own.write_file("README.md", model_card(report, source))
+
+
+def _report(work: _Work, own: Staging, target: Path, pending: Sequence[str] = ()) -> Report:
+    """Return the report of finished layers, without perplexity; ``pending``: texts that are measured next."""
     setup, job, settings = work.setup, work.job, work.settings
-    before, after = finish.sizes(job, own, table)
+    before, after = finish.sizes(job, own)
     return Report(
         model=job.model.source,
         revision=job.model.revision,
@@ -249,7 +286,8 @@ def _report(
         with_tables=job.plan.with_tables,
         before=before,
         after=after,
-        perplexity=perplexity,
+        perplexity=[],
+        pending=list(pending),
         targets=TypeAdapter(list[TargetRecord]).validate_python(finish.target_records(job, own)),
         refits=finish.refit_records(job, own),
         scale=finish.logit_scale(own),

@@ -95,6 +95,9 @@ def make_plan(
     known, measured = _curves(setup, sizing, blank, store, fresh=measuring.fresh)
     with setup.watch.stage("allocate"):
         spent = [buy(budget, jobs[0], known.curves, limits) for budget in budgets]
+    of_plans = dict.fromkeys(warning for each in spent for warning in each.job.plan.warnings)
+    warnings = [*overridden, *of_plans, *of_texts]
+    setup.warn(warnings)
     plans = list(zip(paths, budgets, spent, strict=True))
     for path, budget, each in plans if setup.processes.first else ():
         write_file(path, _text(path, budget, name, known, each, texts, of_texts))
@@ -111,11 +114,7 @@ def make_plan(
         dtype=setup.dtype_name,
         seconds=setup.watch.seconds,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=[
-            *overridden,
-            *dict.fromkeys(w for each in spent for w in each.job.plan.warnings),
-            *of_texts,
-        ],
+        warnings=warnings,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     watch: Stopwatch
+    _told: set[str] = field(default_factory=set)
 
     @property
     def processes(self) -> Processes:
@@ -70,7 +71,15 @@ class Setup:
         """Return what an allocation reads: plans at several sizes, their texts, and how to run the layers."""
         plans, batch = [job.plan for job in jobs], self.batch_size(jobs[0])
         return Setting(
-            self.reader, plans, texts, self.device, self.dtype, batch, states=states, processes=self.processes
+            self.reader,
+            plans,
+            texts,
+            self.device,
+            self.dtype,
+            batch,
+            states=states,
+            processes=self.processes,
+            start=self.run.stage,
         )
 
     def texts(
@@ -99,10 +108,12 @@ class Setup:
             return Texts(calibration, text, held_out_blocks(ids, samples, calibration.blocks))
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """Show the user each warning."""
-        if self.run.warn:
-            for warning in warnings:
-                self.run.warn(warning)
+        """Show the user each warning that has not been shown yet."""
+        warn = self.run.warn or (lambda warning: None)
+        for warning in warnings:
+            if warning not in self._told:
+                self._told.add(warning)
+                warn(warning)
 
 
 def set_up(model: str | Path, run: Run) -> Setup:

@@ -20,6 +20,7 @@ from lrc.moments.gradient import GradientMoment, GradientSum, GradientTargets
 from lrc.moments.observe import observe
 from lrc.plan.resolved import LayerPlan
 from lrc.plan.schema import Calibration
+from lrc.run.settings import Progress, unseen
 from lrc.text.blocks import batched, gradient_blocks, seed_for
 from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import Batch, ModelStream
@@ -54,11 +55,12 @@ def read_gradients(
     *,
     losses: bool = False,
     held: Callable[[int], nn.Module] | None = None,
+    start: Progress = unseen,
 ) -> dict[int, GradientMoment]:
     """Return the gradient moments that the solvers need, by layer, offloaded as states are; empty if none are needed.
 
     ``calibration`` selects the blocks (n, tokens). With ``losses`` every target gets moments. ``held`` returns layers
-    that are already on the device.
+    that are already on the device. ``start`` starts the progress.
     """
     architecture = stream.reader.architecture
     needed = {plan.index: gradients_needed(architecture, plan, losses=losses) for plan in plans}
@@ -66,13 +68,14 @@ def read_gradients(
     if not needed:
         return {}
     chosen = gradient_blocks(blocks, calibration.gradient_samples, calibration.seed)
-    return GradientSweep(stream, chosen, batch_size, layer=held).run(needed, calibration.seed)
+    return GradientSweep(stream, chosen, batch_size, layer=held, start=start).run(needed, calibration.seed)
 
 
 class GradientSweep:
     """One forward and backward pass over token blocks (n, tokens), which the processes of the stream split.
 
     ``layer`` returns a layer on the device (default: read it from the checkpoint). ``every``: as ``stride`` returns it.
+    ``start`` starts the progress.
     """
 
     def __init__(
@@ -83,7 +86,9 @@ class GradientSweep:
         *,
         layer: Callable[[int], nn.Module] | None = None,
         every: int | None = None,
+        start: Progress = unseen,
     ) -> None:
+        self._begin = start
         self._stream, self._architecture = stream, stream.reader.architecture
         self._layer = layer or (lambda index: stream.layer(index)[0])
         self._batches = stream.embed(batched(stream.processes.mine(blocks), batch_size))
@@ -100,15 +105,19 @@ class GradientSweep:
         ``seed`` and the block's number determine its labels. Raises UserError if gradients are NaN or inf.
         """
         last, first, found = self._architecture.layers - 1, min(needed), {}
-        start = first - first % self._every
-        hidden = self._forward(0, last + 1, lambda index: index >= start and index % self._every == 0)
+        kept = range(first - first % self._every, last + 1, self._every)
+        again = sum(min(index + self._every - 1, last) - index for index in kept)
+        self._advance = self._begin("gradients", last + 1 + again + 1 + last + 1 - first)
+        hidden = self._forward(0, last + 1, kept.__contains__)
         gradients = self._at_logits(hidden, seed)
+        self._advance(1)
         del hidden
         for index in range(last, first - 1, -1):
             if index not in self._inputs:
                 before = index - index % self._every
                 self._inputs[index] = self._forward(before, index, lambda _: True)
             moment = self._back(index, gradients, needed.get(index, GradientTargets()))
+            self._advance(1)
             if moment:
                 found[index] = moment.moved(self._stream.states.keep)
         return found
@@ -127,6 +136,7 @@ class GradientSweep:
             if finite and not bool(torch.stack(finite).all()):
                 raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
             hidden = outputs
+            self._advance(1)
         return hidden
 
     def _at_logits(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:

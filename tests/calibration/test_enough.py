@@ -95,11 +95,12 @@ def test_every_verb_says_it_before_the_work_and_keeps_it(
         out="made.yaml",
         calib="text.txt",
     )
-    assert told == [warning for warning in planning.warnings if "comes to" not in warning] == expected
+    assert sorted(told) == sorted(planning.warnings)
+    assert told[:2] == expected
     assert steps
 
     argv = ["compress", str(model), "--plan", "plan.yaml", "--calib", "text.txt", "--no-eval", "--fresh"]
     result = CliRunner().invoke(app, [*argv, "--device", "cpu"])
+    assert [result.output.count(warning) for warning in expected] == [1, 1]
     assert all(f"warning: {warning}\n" in result.stderr for warning in expected)
-    assert all(f"warning: {warning}\n" in result.stdout for warning in expected)
     assert CliRunner().invoke(app, [*argv, "--device", "cpu", "--json"]).stderr == ""

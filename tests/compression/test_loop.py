@@ -101,9 +101,12 @@ def compress(
             if left == 0:
                 raise Killed
 
+    def start(label: str, total: int) -> Callable[[int], object]:
+        return lambda done: [advance() for _ in range(done) if label == "compress"]
+
     with staging(out, {"plan": plan.as_dict()}, source=Path("source"), fresh=False, force=False) as stage:
         stream = ModelStream(reader, CPU, dtype)
-        Compressor(stream, plan, stage, Stopwatch(CPU)).run(blocks() if ids is None else ids, 2, advance)
+        Compressor(stream, plan, stage, Stopwatch(CPU)).run(blocks() if ids is None else ids, 2, start)
         write_checkpoint(job, stage, {})
         records, refits, scale = target_records(job, stage), refit_records(job, stage), logit_scale(stage)
         stage.publish()

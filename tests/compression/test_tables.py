@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,12 @@ def compress(source: Path, out: Path, body: str, stop_after: int = 0) -> list[di
         if left[0] == 0:
             raise Killed
 
+    def start(label: str, total: int) -> Callable[[int], object]:
+        return lambda done: [advance() for _ in range(done) if label == "compress"]
+
     with staging(out, {"plan": plan.as_dict()}, source=Path("source"), fresh=False, force=False) as stage:
         stream = ModelStream(reader, CPU, torch.float32)
-        Compressor(stream, plan, stage, Stopwatch(CPU)).run(blocks(reader.architecture.vocab), 2, advance)
+        Compressor(stream, plan, stage, Stopwatch(CPU)).run(blocks(reader.architecture.vocab), 2, start)
         write_checkpoint(job, stage, {})
         records = target_records(job, stage)
         stage.publish()
