@@ -271,7 +271,8 @@ def _most(weights: Sequence[Fraction], room: Sequence[int | None], limit: int) -
 
 def _parsed(data: str) -> object:
     """Parse a string into the value that a plan would have."""
-    if _is_file(data):
+    file = data.rpartition(":")[0]
+    if _is_file(data) or ("," in file and _is_file(file)):
         return data
     pairs: list[tuple[str, str | None]] = []
     for part in (part.strip() for part in data.split(",")):
