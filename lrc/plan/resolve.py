@@ -17,7 +17,7 @@ from lrc.methods.sizes import size_text
 from lrc.plan.document import Document, Path, dotted, read_document
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan, read_plan
+from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan, elsewhere, read_plan
 
 MAX_SEQ_LEN = 2048  # default tokens of a calibration block, unless the model reads fewer
 # Default weight of the first token: one per this many tokens of a block.
@@ -134,7 +134,7 @@ class _Assigner:
             return None
         targets = self.architecture.targets | self.architecture.outer
         target, word = targets[wish.target], solver.size.word
-        options, wrong = _read_options(wish.own, solver)
+        options, wrong = _read_options(wish.own, wish.path, solver)
         for key, message in wrong.items():
             self.document.mistake((*wish.path, key), message)
         own = wish.own.get(word)
@@ -233,7 +233,9 @@ def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str)
         )
 
 
-def _read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_options(
+    own: Mapping[str, Any], path: Path, solver: Solver
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return every option of a solver with the entry's value or the default, and the mistakes by key."""
     known, wrong = solver.options, {}
     values = {name: option.default for name, option in known.items()}
@@ -241,7 +243,8 @@ def _read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any
         if key == solver.size.word:
             continue
         if key not in known:
-            wrong[key] = f"unknown key; {nearest(key, {'keep', 'method', solver.size.word, *known})}"
+            near = f"unknown key; {nearest(key, {'keep', 'method', solver.size.word, *known})}"
+            wrong[key] = elsewhere(key, value, path, entry=True) or near
             continue
         try:
             values[key] = _adapter(known[key].annotation).validate_python(value, strict=True)

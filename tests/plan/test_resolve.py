@@ -9,6 +9,7 @@ import pytest
 
 from lrc.plan.precedence import spans
 from lrc.plan.resolved import ResolvedPlan
+from lrc.plan.schema import Plan
 
 Resolved = Callable[..., ResolvedPlan]
 
@@ -294,3 +295,17 @@ def test_a_table_that_stays_whole_counts_where_the_plan_names_it(resolved: Resol
     assert plan.with_tables is not None
     assert plan.with_tables.of == "decoder and head"
     assert plan.with_tables.kept == plan.kept + 256 * 64
+
+
+def test_a_rule_may_hold_sections(resolved: Resolved) -> None:
+    flat = resolved(
+        "{format: 1, keep: 0.5, layers: [{match: 0-1, keep: 0.7, mlp: {rank: 9}, q: {rank: 3, method: pairs}}]}"
+    )
+    nested = resolved(
+        "{format: 1, keep: 0.5, layers: [{match: 0-1, keep: 0.7, components: {mlp: {rank: 9}}, "
+        "projections: {q: {rank: 3, method: pairs}}}]}"
+    )
+    assert nested.as_dict() == flat.as_dict()
+    assert sizes(nested) == {"q": 3, "ov": 11, "mlp": 9}
+    rules = [{"match": "0", "components": {"mlp": {"rank": 9}}}]
+    assert Plan(layers=rules).layers == Plan(layers=[{"match": "0", "mlp": {"rank": 9}}]).layers  # type: ignore[arg-type]
