@@ -12,7 +12,7 @@ from lrc.families import Target
 from lrc.maths.linalg import DAMPING, best_pair, damped, damped_cholesky
 from lrc.methods.contract import Factors, ProjectionProblem, Solution, solves
 from lrc.methods.shared.pairs import corrected_bias, input_moment, predicted
-from lrc.methods.sizes import Options, Rank, SizeValue, ranks
+from lrc.methods.sizes import Options, Rank, SizeValue, most, ranks
 
 BLOCKS = 4
 Blocks = Annotated[int, Ge(1)]
@@ -27,7 +27,7 @@ class MonarchRank(Rank):
         return min(matrix.rows, matrix.columns) // options.get("blocks", BLOCKS)
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        return max(int(keep * target.parameters / self._unit(target, options)), 1)
+        return max(most(keep, target.parameters) // self._unit(target, options), 1)
 
     def weights(self, target: Target, size: Any, options: Options) -> int:
         return size * self._unit(target, options)

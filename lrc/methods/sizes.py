@@ -35,7 +35,7 @@ class SizeRule(ABC):
 
     @abstractmethod
     def nearest(self, target: Target, keep: float, options: Options) -> SizeValue:
-        """Return a legal, fast size that keeps about the fraction ``keep`` of the target's weights.
+        """Return the largest legal, fast size that keeps no more than the fraction ``keep`` of the target's weights.
 
         If every legal size keeps more, return the smallest.
         """
@@ -85,9 +85,9 @@ class ComponentRank(Rank):
         return target.full
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        """Return the nearest legal size, which may keep more than ``keep``."""
         step = math.lcm(target.step, fast_step(target.full))
-        return min(max(round(keep * target.full / step), 1) * step, target.full)
+        size = most(keep, target.full)
+        return min(max(size - size % step, step), target.full)
 
     def weights(self, target: Target, size: Any, options: Options) -> int:
         return size * target.unit
@@ -114,8 +114,7 @@ class PairRank(Rank):
         return target.full
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        """Return the largest fast rank that keeps no more than ``keep``."""
-        rank, step = int(keep * target.parameters / target.unit), fast_step(target.full)
+        rank, step = most(keep, target.parameters) // target.unit, fast_step(target.full)
         return max(rank - rank % step if rank > step else rank, 1)
 
     def weights(self, target: Target, size: Any, options: Options) -> int:
@@ -133,6 +132,12 @@ class PairRank(Rank):
         if size * target.unit > target.parameters:
             return f"a pair of rank {size} is larger than the matrix; the largest that is not is {largest}"
         return None
+
+
+def most(keep: float, whole: int) -> int:
+    """Return the largest part of ``whole`` whose fraction, as a float, is at most ``keep``."""
+    part = math.ceil(keep * whole)
+    return part if part / whole <= keep else part - 1
 
 
 def fast_step(full: int) -> int:

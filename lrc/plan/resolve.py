@@ -60,7 +60,6 @@ def resolve(
     plan, document, count = draft.plan, draft.document, architecture.layers
     levels = Levels(plan, document, architecture, methods)
     order = list(architecture.targets)
-    assigner = _Assigner(document, architecture, methods, set(collectors))
     if plan.allocate != "uniform":
         finder = finder or f"allocate {plan.allocate}"
         if isinstance(plan.keep, tuple):
@@ -73,6 +72,7 @@ def resolve(
             document.mistake(("allocate",), message)
     if finder:
         _refuse_sizes(plan, document, methods, finder)
+    assigner = _Assigner(document, architecture, methods, set(collectors), finder)
     layers = []
     for index in range(count):
         wishes, warnings = levels.layer(index)
@@ -119,6 +119,7 @@ class _Assigner:
     architecture: Architecture
     methods: Methods
     collectors: set[str]
+    finder: str | None
     used: set[Path] = field(default_factory=set)
     warned: dict[tuple[Path, str], list[int]] = field(default_factory=dict)
 
@@ -156,11 +157,15 @@ class _Assigner:
             self.document.mistake(place, refusal if wish.target in place else f"{wish.target}: {refusal}")
             return None
         kept = rule.weights(target, size, options)
-        if kept < target.parameters:
+        share, whole = kept / target.parameters, kept >= target.parameters
+        if own is None and share > wish.keep and (whole or not self.finder):
+            least = "all of it, so it stays whole" if whole else f"{share:.3g} of it"
+            self.warn(
+                path, f"{wish.keep:g} of {wish.target} cannot be met; the smallest size is {least}", index
+            )
+        if not whole:
             return Assignment(wish.target, wish.method, size, options, kept, target.parameters)
-        if own is None:
-            self.warn(path, f"{wish.keep:g} of {wish.target} is nearest to all of it; it stays whole", index)
-        elif wish.target not in COMPONENTS:
+        if own is not None and wish.target not in COMPONENTS:
             size = f"{word} {size_text(size)}"
             self.warn(path, f"{size} saves nothing for {wish.target}; it stays dense", index)
         return None
