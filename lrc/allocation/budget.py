@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from lrc.allocation.spend import Allocation, Choice, Currency, Offer, allocate
 from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
+from lrc.methods.sizes import most
 from lrc.plan.job import Job
 from lrc.plan.resolved import Assignment, ResolvedPlan
 from lrc.walk.needs import solver_of
@@ -110,7 +111,8 @@ def _cache_share(spent: Spent) -> float:
     heads = spent.job.reader.architecture
     narrowed = [a for layer in spent.job.plan.layers for a in layer.assignments if a.target in ("qk", "ov")]
     widths = [solver_of(a).size.inner(heads.targets[a.target], a.size) for a in narrowed]
-    return 1 - sum(1 - width / heads.head_dim for width in widths) / (2 * heads.layers)
+    whole = 2 * heads.head_dim * heads.layers
+    return (whole - sum(heads.head_dim - width for width in widths)) / whole
 
 
 def _spend_cache(fraction: float, job: Job, offers: Sequence[Offer]) -> Allocation:
@@ -131,14 +133,14 @@ def _spend_share(
     asked: str, fraction: float, whole: int, fixed: int, offers: Sequence[Offer], currency: Currency
 ) -> Allocation:
     """Spend ``fraction`` of ``whole``, of which ``fixed`` is spent. Raises UserError if no sizes meet it."""
-    limit = math.floor(fraction * whole + 1e-6)  # 0.7 * 10 is a little less than 7
-    least, most = (fixed + sum(end(o.prices(currency)) for o in offers) for end in (min, max))
+    limit = most(fraction, whole)
+    least, largest = (fixed + sum(end(o.prices(currency)) for o in offers) for end in (min, max))
     if limit < least:
         smallest = math.ceil(least / whole * 1e4) / 1e4
         raise UserError(f"{asked} cannot be met; the smallest that can is {smallest:g}: {_SMALLER}")
-    if most < limit * (1 - _SHORT):
-        largest = math.floor(most / whole * 1e4) / 1e4
-        raise UserError(f"{asked} cannot be met; the largest that can is {largest:g}: raise --cap")
+    if largest < limit * (1 - _SHORT):
+        nearest = math.floor(largest / whole * 1e4) / 1e4
+        raise UserError(f"{asked} cannot be met; the largest that can is {nearest:g}: raise --cap")
     return allocate(offers, limit - fixed, currency)
 
 

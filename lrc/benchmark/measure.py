@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,18 @@ class Timing:
         if self.low_seconds is None or self.high_seconds is None:
             return None
         return (self.high_seconds - self.low_seconds) / self.seconds
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Return tokens per second of which two models' intervals are apart if they differ; None without quartiles.
+
+        R. McGill, J. Tukey, W. Larsen, "Variations of Box Plots", 1978: 95 % of 1.57 interquartile ranges over √n; but
+        no less than half the range, which tables show.
+        """
+        if self.spread is None:
+            return None
+        half = self.tokens_per_second * self.spread * max(0.5, 1.57 / math.sqrt(self.samples))
+        return self.tokens_per_second - half, self.tokens_per_second + half
 
 
 @torch.no_grad()

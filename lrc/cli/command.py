@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lrc.cli.interrupt import INTERRUPTED
 from lrc.cli.options import flat
@@ -23,7 +23,22 @@ _SPLIT = ("compress", "eval", "plan")  # over several processes; the first alone
 _Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 
-class _Verbs(TyperGroup):
+class _PlainFlags:
+    """Show no type of flags in the help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Verb(_PlainFlags, TyperCommand):
+    """A verb of the command line."""
+
+
+class _Verbs(_PlainFlags, TyperGroup):
     """Report a user's mistake in one message; any other error keeps its traceback."""
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
@@ -84,7 +99,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for name in _VERBS:
-    app.command(name)(flat(import_module(f"lrc.cli.{name}").verb))
+    app.command(name, cls=_Verb)(flat(import_module(f"lrc.cli.{name}").verb))
 
 
 def _print_version(asked: bool) -> None:

@@ -116,7 +116,7 @@ class Texts:
 
     panel: ClassVar = "Perplexity"
     ppl: list[str] | None = option(
-        "Perplexity texts: wikitext2, c4, ptb, pile, builtin or a file.",
+        "Perplexity texts: wikitext2, c4, ptb, pile, builtin, a file or FILE:COLUMN.",
         shown="wikitext2; builtin for the built-in models",
         first=True,
     )

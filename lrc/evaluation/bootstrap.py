@@ -26,6 +26,11 @@ class Estimate:
     high: float | None
 
 
+def few(windows: int) -> str:
+    """Return what follows a figure of too few windows for a sure interval: their number; else an empty string."""
+    return f" ({windows} window{'s' * (windows != 1)} only)" if windows < FEW else ""
+
+
 def mean(tokens: Tensor) -> Estimate:
     """Return the mean of (windows, n) over all tokens, summed in float64."""
     sums, size = tokens.double().sum(dim=1).numpy(), tokens.numel()

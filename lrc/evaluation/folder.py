@@ -103,5 +103,6 @@ def evaluate_folder(
     with loaded([path], len(tokenizer), loading) as (model,):
         lengths = choose_seq_lens([("the model", model.config)], seq_len)
         texts = [read_text(spec, "evaluation", run.data_folder) for spec in specs]
-        cut = passages(tokenizer, texts, lengths, max_windows)
+        rows = model.config.get_text_config().vocab_size
+        cut = passages(tokenizer, texts, lengths, max_windows, rows)
         return [measure(model, passage, tokenizer, run, keep) for passage in cut]

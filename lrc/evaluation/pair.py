@@ -25,10 +25,11 @@ from lrc.evaluation.perplexity import (
     window_logits,
 )
 from lrc.evaluation.tokens import Divergence, divergence
-from lrc.hub.loader import load_tokenizer
+from lrc.hub.loader import causal_config, load_tokenizer
 from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
+from lrc.text.mixture import about
 from lrc.text.source import Text
 
 if TYPE_CHECKING:
@@ -110,7 +111,11 @@ def evaluate_pair(
     """
     run = loading.run
     tokenizers = [load_tokenizer(f, trust_remote_code=run.trust_remote_code) for f in folders]
-    cut = [passages(tokenizer, texts, seq_lens, max_windows) for tokenizer in tokenizers]
+    cut = []
+    for folder, tokenizer in zip(folders, tokenizers, strict=True):
+        config = causal_config(folder, trust_remote_code=run.trust_remote_code).get_text_config()
+        with about(f"{folder}"):
+            cut.append(passages(tokenizer, texts, seq_lens, max_windows, config.vocab_size))
     sides = [*zip(*cut, strict=True)]
     differ = next((ours for ours, theirs in sides if not torch.equal(ours.ids, theirs.ids)), None)
     if keep and differ:

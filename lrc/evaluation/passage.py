@@ -38,15 +38,18 @@ def passages(
     texts: Iterable[Text],
     seq_lens: Sequence[int],
     max_windows: int | None = None,
+    rows: int | None = None,
 ) -> list[Passage]:
     """Cut every text into windows of every length, text by text.
 
     All lengths cover the same tokens, the first ``max_windows`` (default: all) windows of the longest length; a length
-    that does not divide them drops the rest. Raises UserError if a text does not fill one window.
+    that does not divide them drops the rest. Raises UserError if a text does not fill one window, or has an id beyond
+    the ``rows`` of the embedding.
     """
     found = []
     for text in texts:
-        ids, longest = tokenize(tokenizer, text.text), max(seq_lens)
+        with about(text.label):
+            ids, longest = tokenize(tokenizer, text.text, rows), max(seq_lens)
         span = count_windows(text, ids, longest, max_windows) * longest
         found += [Passage(text.label, ids, windows(ids[:span], seq_len), text.notes) for seq_len in seq_lens]
     return found

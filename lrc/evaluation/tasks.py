@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lrc.errors import UserError
 from lrc.evaluation.folder import Loading, fit, loaded
 from lrc.hub.loader import load_tokenizer, start_tokens
+from lrc.text.blocks import check_ids
 
 _BATCH = 8  # requests at once
 _SEED = 1234  # the harness's own
@@ -94,6 +95,11 @@ class Tasks:
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         with loaded([folder], len(tokenizer), replace(loading, streamed=False)) as models, _aside():
+            rows = models[0].config.get_text_config().vocab_size
+            # The harness tokenizes documents by itself.
+            cast(PreTrainedModel, models[0]).get_input_embeddings().register_forward_pre_hook(
+                lambda module, ids: check_ids(tokenizer, ids[0], rows)
+            )
             # The harness's class truncates prompts by its own rules.
             wrapped = harness_model(
                 pretrained=cast(PreTrainedModel, models[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ class ResolvedModel:
     @property
     def name(self) -> str:
         """Return the last part of the source, for file names."""
-        return Path(self.source).resolve().name
+        return Path(
+            os.path.abspath(Path(self.source).expanduser())
+        ).name  # of a link, not of what it points to
 
 
 def resolve_model(

@@ -11,7 +11,7 @@ from lrc.families import Target
 from lrc.maths.linalg import DAMPING, best_pair, damped, damped_cholesky
 from lrc.methods.contract import Factors, ProjectionProblem, Solution, solves
 from lrc.methods.shared.pairs import corrected_bias, input_moment, predicted
-from lrc.methods.sizes import Options, Rank
+from lrc.methods.sizes import Options, Rank, most
 
 BLOCKS = 4
 Blocks = Annotated[int, Ge(1)]
@@ -26,7 +26,7 @@ class MonarchRank(Rank):
         return min(matrix.rows, matrix.columns) // options.get("blocks", BLOCKS)
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        return max(int(keep * target.parameters / self.unit(target, options)), 1)
+        return max(most(keep, target.parameters) // self.unit(target, options), 1)
 
     def refusal(self, target: Target, size: Any, options: Options) -> str | None:
         (matrix,) = target.matrices.values()

@@ -35,7 +35,7 @@ class SizeRule(ABC):
 
     @abstractmethod
     def nearest(self, target: Target, keep: float, options: Options) -> SizeValue:
-        """Return a legal, fast size that keeps about the fraction ``keep`` of the target's weights.
+        """Return the largest legal, fast size that keeps no more than the fraction ``keep`` of the target's weights.
 
         If every legal size keeps more, return the smallest.
         """
@@ -104,9 +104,9 @@ class ComponentRank(Rank):
     """Kept inner dimension of a component: per head for qk and ov, neurons for mlp."""
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        """Return the nearest legal size, which may keep more than ``keep``."""
         step = math.lcm(target.step, fast_step(target.full))
-        return min(max(round(keep * target.full / step), 1) * step, target.full)
+        size = most(keep, target.full)
+        return min(max(size - size % step, step), target.full)
 
     def refusal(self, target: Target, size: Any, options: Options) -> str | None:
         reason = super().refusal(target, size, options)
@@ -121,8 +121,7 @@ class PairRank(Rank):
     """Rank of a pair of thin matrices that replaces one matrix."""
 
     def nearest(self, target: Target, keep: float, options: Options) -> int:
-        """Return the largest fast rank that keeps no more than ``keep``."""
-        rank, step = int(keep * target.parameters / target.unit), fast_step(target.full)
+        rank, step = most(keep, target.parameters) // target.unit, fast_step(target.full)
         return max(rank - rank % step if rank > step else rank, 1)
 
     def refusal(self, target: Target, size: Any, options: Options) -> str | None:
@@ -131,6 +130,12 @@ class PairRank(Rank):
         if reason is None and size > largest:
             return f"a pair of rank {size} is larger than the matrix; the largest that is not is {largest}"
         return reason
+
+
+def most(keep: float, whole: int) -> int:
+    """Return the largest part of ``whole`` whose fraction, as a float, is at most ``keep``."""
+    part = math.ceil(keep * whole)
+    return part if part / whole <= keep else part - 1
 
 
 def fast_step(full: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ class Document:
 
     source: str
     values: dict[str, Any]
-    places: Mapping[Path, int | str]
+    places: dict[Path, int | str]
     mistakes: set[tuple[int, str, str]] = field(default_factory=set)
 
     @classmethod
@@ -162,7 +162,7 @@ class _Reader:
 
     def __init__(self, loader: yaml.SafeLoader) -> None:
         self.loader = loader
-        self.lines: dict[Path, int] = {(): 1}
+        self.lines: dict[Path, int | str] = {(): 1}
         self.mistakes: set[tuple[int, str]] = set()
 
     def value(self, node: yaml.Node, path: Path) -> Any:

@@ -17,7 +17,7 @@ from lrc.methods.sizes import size_text
 from lrc.plan.document import Document, Path, dotted, read_document
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
-from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan, read_plan
+from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan, elsewhere, read_plan
 
 MAX_SEQ_LEN = 2048  # default tokens of a calibration block, unless the model reads fewer
 # Default weight of the first token: one per this many tokens of a block.
@@ -60,7 +60,6 @@ def resolve(
     plan, document, count = draft.plan, draft.document, architecture.layers
     levels = Levels(plan, document, architecture, methods)
     order = list(architecture.targets)
-    assigner = _Assigner(document, architecture, methods, set(collectors))
     if plan.allocate != "uniform":
         finder = finder or f"allocate {plan.allocate}"
         if isinstance(plan.keep, tuple):
@@ -73,6 +72,7 @@ def resolve(
             document.mistake(("allocate",), message)
     if finder:
         _refuse_sizes(plan, document, methods, finder)
+    assigner = _Assigner(document, architecture, methods, set(collectors), finder)
     layers = []
     for index in range(count):
         wishes, warnings = levels.layer(index)
@@ -119,6 +119,7 @@ class _Assigner:
     architecture: Architecture
     methods: Methods
     collectors: set[str]
+    finder: str | None
     used: set[Path] = field(default_factory=set)
     warned: dict[tuple[Path, str], list[int]] = field(default_factory=dict)
 
@@ -134,7 +135,7 @@ class _Assigner:
             return None
         targets = self.architecture.targets | self.architecture.outer
         target, word = targets[wish.target], solver.size.word
-        options, wrong = _read_options(wish.own, solver)
+        options, wrong = _read_options(wish.own, wish.path, solver)
         for key, message in wrong.items():
             self.document.mistake((*wish.path, key), message)
         own = wish.own.get(word)
@@ -156,11 +157,15 @@ class _Assigner:
             self.document.mistake(place, refusal if wish.target in place else f"{wish.target}: {refusal}")
             return None
         kept = rule.weights(target, size, options)
-        if kept < target.parameters:
+        share, whole = kept / target.parameters, kept >= target.parameters
+        if own is None and share > wish.keep and (whole or not self.finder):
+            least = "all of it, so it stays whole" if whole else f"{share:.3g} of it"
+            self.warn(
+                path, f"{wish.keep:g} of {wish.target} cannot be met; the smallest size is {least}", index
+            )
+        if not whole:
             return Assignment(wish.target, wish.method, size, options, kept, target.parameters)
-        if own is None:
-            self.warn(path, f"{wish.keep:g} of {wish.target} is nearest to all of it; it stays whole", index)
-        elif wish.target not in COMPONENTS:
+        if own is not None and wish.target not in COMPONENTS:
             size = f"{word} {size_text(size)}"
             self.warn(path, f"{size} saves nothing for {wish.target}; it stays dense", index)
         return None
@@ -233,7 +238,9 @@ def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str)
         )
 
 
-def _read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_options(
+    own: Mapping[str, Any], path: Path, solver: Solver
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return every option of a solver with the entry's value or the default, and the mistakes by key."""
     known, wrong = solver.options, {}
     values = {name: option.default for name, option in known.items()}
@@ -241,7 +248,8 @@ def _read_options(own: Mapping[str, Any], solver: Solver) -> tuple[dict[str, Any
         if key == solver.size.word:
             continue
         if key not in known:
-            wrong[key] = f"unknown key; {nearest(key, {'keep', 'method', solver.size.word, *known})}"
+            near = f"unknown key; {nearest(key, {'keep', 'method', solver.size.word, *known})}"
+            wrong[key] = elsewhere(key, value, path, entry=True) or near
             continue
         try:
             values[key] = _adapter(known[key].annotation).validate_python(value, strict=True)

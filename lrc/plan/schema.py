@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -19,7 +21,9 @@ from pydantic import (
 )
 
 from lrc.errors import as_text_number, nearest
-from lrc.plan.document import Document, Path
+from lrc.methods import methods
+from lrc.plan.document import Document, Path, flow
+from lrc.run.settings import Run
 from lrc.text.mixture import Data, Misplaced, check_data
 
 WHOLE = "keep-all"
@@ -135,6 +139,20 @@ class Rule(Roles, Components):
     keep: Keep | None = None
     method: Text | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, value: object) -> object:
+        return lifted(value)
+
+
+def lifted(rule: object) -> object:
+    """Return a rule whose entries inside ``components`` and ``projections`` are its own, unless it has them."""
+    if not isinstance(rule, dict):
+        return rule
+    nested = [name for name in ("components", "projections") if isinstance(rule.get(name), dict)]
+    own = {key: value for key, value in rule.items() if key not in nested}
+    return {key: value for name in nested for key, value in rule[name].items()} | own
+
 
 def matched_layers(match: str, count: int) -> set[int]:
     """Return the layers that ``0-1``, ``3``, ``0,2,5-7`` or ``-1`` name in a model of ``count`` layers.
@@ -230,7 +248,22 @@ def read_plan(document: Document) -> Plan:
     """Return the plan in a document; mistakes are noted there and left out of the plan."""
     if "format" not in document.values:
         document.mistake(("format",), "is missing; write 'format: 1'")
+    _lift_rules(document)
     return _read(document, document.values)
+
+
+def _lift_rules(document: Document) -> None:
+    """Lift the entries of each rule, with their lines; an entry that a rule has twice is a mistake."""
+    rules = document.values.get("layers")
+    if not isinstance(rules, list):
+        return
+    for path in list(document.places):
+        if path[:1] == ("layers",) and path[2:3] in (("components",), ("projections",)) and len(path) > 3:
+            short = path[:2] + path[3:]
+            if len(path) == 4 and short in document.places:
+                document.mistake(path, "this rule has the entry twice; keep one of the two")
+            document.places.setdefault(short, document.places[path])
+    document.values["layers"] = [lifted(rule) for rule in rules]
 
 
 def _read(document: Document, values: dict[str, Any]) -> Plan:
@@ -259,7 +292,8 @@ def _note(document: Document, error: ValidationError) -> None:
 def _message(problem: Any) -> str:
     path, kind, value = problem["loc"], problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return f"unknown key; {nearest(str(path[-1]), SECTIONS.get(path[:-1], Rule).model_fields)}"
+        key, known = str(path[-1]), SECTIONS.get(path[:-1], Rule).model_fields
+        return elsewhere(key, value, path[:-1]) or f"unknown key; {nearest(key, known)}"
     if kind == "missing":
         return "is missing; a rule says which layers it is for"
     if kind == "value_error":
@@ -275,6 +309,35 @@ def _message(problem: Any) -> str:
     if kind.startswith("string"):
         return f"{value!r} is not a name"
     return f"{value!r} is not a {'list of rules' if path == ('layers',) else 'mapping of keys to values'}"
+
+
+def elsewhere(key: str, value: object, section: Path, *, entry: bool = False) -> str | None:
+    """Return the message for a key that belongs to another place of a plan than ``section``; None if to none.
+
+    ``entry``: the section is the entry of a target.
+    """
+    name = key.rpartition(".")[2].replace("-", "_")
+    try:
+        written = f"{name}: {flow(value)}"
+    except yaml.YAMLError:  # a value made in Python
+        written = f"{name}: ..."
+    home = next((part[0] for part, model in SECTIONS.items() if part and name in model.model_fields), None)
+    top = "at the top of the plan"
+    if name in Plan.model_fields and section:
+        return f"unknown key here; write '{written}' {top}"
+    if home:
+        option = "" if not isinstance(value, str | int | float) else f", or --set {home}.{name}={value}"
+        return f"unknown key here; write '{home}: {{{written}}}' {top}{option}"
+    if name == "match":
+        return f"unknown key here; write 'layers: [{{{written}, ...}}]' {top}"
+    if name in {each.name for each in fields(Run)}:
+        return f"no key of a plan; it is an option of the command line, --{name.replace('_', '-')}"
+    solvers = [solver for method in methods().values() for solver in method.solvers.values()]
+    if not entry and name in {word for solver in solvers for word in (solver.size.word, *solver.options)}:
+        inner = f"mlp: {{{written}}}"
+        inner = inner if section[:1] == ("layers",) else f"components: {{{inner}}}"
+        return f"unknown key here; write it in an entry, such as '{inner}'"
+    return None
 
 
 def _without(values: Any, path: Path) -> Any:

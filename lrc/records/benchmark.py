@@ -43,6 +43,12 @@ class Row:
         """The speedup over the expected one."""
         return self.speedup / self.expected if self.speedup and self.expected else None
 
+    @property
+    def slower(self) -> bool:
+        """Whether the samples support that we are slower: the intervals of both medians are apart."""
+        ours, theirs = self.ours.interval, self.theirs and self.theirs.interval
+        return bool(ours and theirs and ours[1] < theirs[0])
+
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
         sides = {
@@ -71,7 +77,7 @@ class Bench:
 
     @property
     def warnings(self) -> list[str]:
-        """Cases in which a model of no more bytes is slower, and caveats of the ratios."""
+        """Cases in which a model of no more bytes is surely slower, and caveats of the ratios."""
         if self.against is None:
             return []
         found = []
@@ -80,7 +86,7 @@ class Bench:
                 f"{row.case}: {self.of.name} is slower than {self.against.name}, {row.speedup:.3f} of its tokens per "
                 f"second, with {self.of.weight_bytes / self.against.weight_bytes:.3f} of its weights"
                 for row in self.rows
-                if row.speedup is not None and row.speedup < 1
+                if row.slower
             ]
         if not self.interleaved:
             found.append(

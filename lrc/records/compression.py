@@ -14,10 +14,12 @@ from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
 from lrc.compression.refit import RefitRecord
 from lrc.errors import UserError
+from lrc.evaluation.bootstrap import few
 from lrc.evaluation.perplexity import Perplexity
 from lrc.methods.contract import Prediction
 from lrc.methods.sizes import SizeValue
 from lrc.plan.resolved import Share
+from lrc.records.number import number
 
 REPORT = "report.json"
 REPORT_VERSION = 4
@@ -148,7 +150,8 @@ class Report:
         if not self.perplexity:
             return f"{done}. {self.unmeasured}"
         before, after = self.perplexity[0].before, self.perplexity[0].after
-        return f"{done}, at a perplexity on {before.data} of {after.value:.4g} instead of {before.value:.4g}."
+        values = f"{number(after.value)} instead of {number(before.value)}{few(before.windows)}"
+        return f"{done}, at a perplexity on {before.data} of {values}."
 
     @property
     def unmeasured(self) -> str:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lrc.methods.sizes import SizeValue, size_text
+from lrc.records.number import number
 
 
 @dataclass(frozen=True)
@@ -91,5 +92,5 @@ def factor(cost: float, unit: str) -> float | None:
 def cost_text(cost: float, unit: str) -> str:
     """Return a cost in words; empty for a unit that says nothing about the model."""
     if (times := factor(cost, unit)) is not None:
-        return f"{cost:+.4f} nats per token, perplexity times {times:.4g}"
-    return "" if unit == "squared shortfall" else f"a cost of {cost:.4g} in {unit}"
+        return f"{cost:+.4f} nats per token, perplexity times {number(times)}"
+    return "" if unit == "squared shortfall" else f"a cost of {number(cost)} in {unit}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lrc.records.ablation import Ablation
+from lrc.records.number import number
 from lrc.report.plots.heatmap import heatmap
 from lrc.report.plots.theme import standalone
 from lrc.report.table import Cell, grouped, table
@@ -35,7 +36,7 @@ def picture(ablation: Ablation) -> str:
             [[percent(increase) for increase in row] for row in increases],
             list(by_target),
             [f"{keep:g} ({1 / keep:.3g}x)" for keep in ablation.keeps],
-            title=f"Rise of perplexity ({ablation.dense.value:.4g} dense), one target alone",
+            title=f"Rise of perplexity ({number(ablation.dense.value)} dense), one target alone",
             below="kept of the target's weights, in all layers",
             label=f"Rise of perplexity of {ablation.model} on {ablation.dense.data} with one target alone shrunk",
         )
@@ -47,14 +48,14 @@ def ablation_table(ablation: Ablation) -> Iterator[RenderableType]:
     dense = ablation.dense
     yield f"model: {ablation.model}"
     yield (
-        f"dense perplexity: {dense.value:.5g} on {dense.data} ({dense.windows} x {dense.seq_len} tokens, "
+        f"dense perplexity: {number(dense.value, 5)} on {dense.data} ({dense.windows} x {dense.seq_len} tokens, "
         f"{dense.dtype}); below with one target alone shrunk in all layers"
     )
     rows: dict[str, dict[str, Cell]] = {}
     for result in ablation.results:
         row = rows.setdefault(result.target, {"target": result.target, "method": result.method})
         heading = f"{result.keep:g} kept, {1 / result.keep:.4g}x:n"
-        row[heading] = f"{result.perplexity:.5g} ({percent(result.increase)})"
+        row[heading] = f"{number(result.perplexity, 5)} ({percent(result.increase)})"
     yield table(rows.values()).on_screen()
     yield f"calibration: {ablation.calibration}"
     yield f"results: {ablation.file} ({ablation.measured} of {len(ablation.results)} measured in this run)"
@@ -65,5 +66,5 @@ def ablation_table(ablation: Ablation) -> Iterator[RenderableType]:
 def percent(increase: float) -> str:
     """Return an increase in few characters: +3.2 %, +150.0 %, 41x."""
     if not increase < 10:  # or NaN
-        return f"{increase + 1:.3g}x"
+        return f"{number(increase + 1, 3)}x"
     return f"{round(100 * increase, 1) or 0.0:+.1f} %"  # no -0.0

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from lrc.checkpoint.sizes import byte_text
+from lrc.evaluation.bootstrap import few
 from lrc.records.compression import Report, TargetRecord
+from lrc.records.number import number
 from lrc.report.outputs import Original, Output, as_original, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost
@@ -221,7 +223,7 @@ def _warnings(report: Report) -> list[str]:
 def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
     before, after = report.before, report.after
     for change in report.perplexity:
-        both = f"{change.before.value:.4g} to {change.after.value:.4g}"
+        both = f"{number(change.before.value)} to {number(change.after.value)}{few(change.before.windows)}"
         yield f"perplexity, {change.before.data}", f"× {change.ratio:.3f}", both
     both = f"{byte_text(before.bytes)} to {byte_text(after.bytes)}"
     yield "bytes", f"× {after.bytes / before.bytes:.3f}", both

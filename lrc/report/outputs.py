@@ -14,6 +14,7 @@ from lrc.checkpoint.sizes import Size, byte_text
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.records.compression import REPORT, PerplexityChange, Report, read_report
+from lrc.records.number import number
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import Point, cost, front
 from lrc.report.table import Cell, Table, grouped, table
@@ -67,8 +68,8 @@ class TextResults:
         if max(values) <= min(values) * (1 + _SAME):
             return []
         return [
-            f"{self.text}: the original's perplexity is between {min(values):.5g} and {max(values):.5g} in these "
-            f"reports; the point is that of the first, {self.dense.value:.5g}"
+            f"{self.text}: the original's perplexity is between {number(min(values), 5)} and "
+            f"{number(max(values), 5)} in these reports; the point is that of the first, {number(self.dense.value, 5)}"
         ]
 
 
@@ -198,7 +199,7 @@ def outputs_table(original: Original) -> Table:
         cells: dict[str, Cell] = {"output:w": label}
         for text, (value, ratio) in quality.items():
             of_text = f", {text}" if len(original.texts) > 1 else ""
-            cells |= {f"{text}:n": f"{value:.4g}", f"× dense{of_text}:n": f"{ratio:.3f}"}
+            cells |= {f"{text}:n": number(value), f"× dense{of_text}:n": f"{ratio:.3f}"}
         return cells | {
             "bytes:n": byte_text(size.bytes),
             "of dense:n:m": f"{size.bytes / original.before.bytes:.3f}",

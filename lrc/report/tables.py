@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lrc.records.benchmark import Bench
 from lrc.records.check import Check, Item
 from lrc.records.comparison import Comparison, Evaluated
 from lrc.records.compression import PerplexityChange, Report, TargetRecord
+from lrc.records.number import number
 from lrc.report.table import Table, grouped, table
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange]
     for change in perplexity:
         old, new = change.before, change.after
         label = f"perplexity, {old.data} ({old.windows} × {old.seq_len} tokens, {old.dtype})"
-        rows.append(row(label, f"{old.value:.4g}", f"{new.value:.4g}", change.ratio))
+        rows.append(row(label, number(old.value), number(new.value), change.ratio))
         if old.bits_per_byte is not None and new.bits_per_byte is not None:
             ratio = new.bits_per_byte / old.bits_per_byte if old.bits_per_byte else math.nan
             bits = f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}"
@@ -206,7 +207,7 @@ def bench_tables(found: Bench) -> Iterator[RenderableType]:
             if side is None:
                 continue
             times[f"tokens/s, {title}:n"] = _speed(side)
-            times[f"ms, {title}:n"] = f"{1e3 * side.seconds / steps:.4g}"
+            times[f"ms, {title}:n"] = number(1e3 * side.seconds / steps)
             sizes[f"KV cache, {title}:n"] = f"{byte_text(side.kv_bytes)}, {side.kv_bytes_per_token:,} a token"
             if side.peak_bytes is not None:
                 sizes[f"device peak, {title}:n"] = byte_text(side.peak_bytes)
@@ -258,7 +259,7 @@ def _perplexity(of: Evaluated) -> Table:
     return table(
         {
             "text": p.data,
-            "perplexity:n": f"{p.value:.5g}",
+            "perplexity:n": number(p.value, 5),
             "bits per byte:n": "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}",
             "windows:n": str(p.windows),
             "seq_len:n": str(p.seq_len),
@@ -273,7 +274,7 @@ def _ratios(pairs: Iterable[Pair]) -> Table:
     rows = []
     for pair in pairs:
         both = (pair.ours, pair.theirs)
-        ours, theirs = (f"{p.value:.5g}" if pair.same_tokens else _bits(p) for p in both)
+        ours, theirs = (number(p.value, 5) if pair.same_tokens else _bits(p) for p in both)
         # A setting that both share stands once.
         windows, seq_len, dtype = (
             ", ".join(dict.fromkeys(str(getattr(p, key)) for p in both))
@@ -322,28 +323,28 @@ def _token_by_token(pairs: Iterable[Pair]) -> Table:
         {
             "text": pair.ours.data,
             "seq_len:n": str(pair.ours.seq_len),
-            "perplexity ratio:n": _interval(found.perplexity_ratio, "{:.4f}"),
-            "KL, mean:n": _interval(found.kl_mean, "{:.4g}"),
-            "KL, 99 %:n": _interval(found.kl_p99, "{:.4g}"),
-            "top-1 agreement:n": _interval(found.top1_agreement, "{:.2%}"),
+            "perplexity ratio:n": _interval(found.perplexity_ratio, "{:.4f}".format),
+            "KL, mean:n": _interval(found.kl_mean, number),
+            "KL, 99 %:n": _interval(found.kl_p99, number),
+            "top-1 agreement:n": _interval(found.top1_agreement, "{:.2%}".format),
         }
         for pair in pairs
         if (found := pair.tokens)
     )
 
 
-def _interval(estimate: Estimate, form: str) -> str:
+def _interval(estimate: Estimate, form: Callable[[float], str]) -> str:
     ends = [end for end in (estimate.low, estimate.high) if end is not None]
-    within = f"\n[{', '.join(form.format(end) for end in ends)}]" if ends else ""
-    return f"{form.format(estimate.value)}{within}"
+    within = f"\n[{', '.join(form(end) for end in ends)}]" if ends else ""
+    return f"{form(estimate.value)}{within}"
 
 
 def _bits(p: Perplexity) -> str:
     bits = "" if p.bits_per_byte is None else f" ({p.bits_per_byte:.4f} bits per byte)"
-    return f"{p.value:.5g}{bits}"
+    return f"{number(p.value, 5)}{bits}"
 
 
 def _speed(side: Timing) -> str:
     value = side.tokens_per_second
     spread = "" if side.spread is None else f" ±{side.spread / 2:.1%}"
-    return (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}") + spread
+    return number(value) + spread

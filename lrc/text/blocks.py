@@ -16,11 +16,29 @@ if TYPE_CHECKING:
 _RUN = 64  # tokens in a row that two unrelated texts do not share
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Tokenize a whole text at once into ids (tokens,), int64; special tokens are the tokenizer's own."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, rows: int | None = None) -> Tensor:
+    """Tokenize a whole text at once into ids (tokens,), int64; special tokens are the tokenizer's own.
+
+    Raises UserError for an id beyond the ``rows`` of the model's embedding.
+    """
     # verbose=False: no warning about the model's limit, as the ids are cut into windows later
     encoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return torch.tensor(encoding["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+    if rows is not None:
+        check_ids(tokenizer, ids, rows)
+    return ids
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Tensor, rows: int) -> None:
+    """Raise UserError if ids exceed the ``rows`` of a model's embedding."""
+    if ids.numel() and (largest := int(ids.max())) >= rows:
+        first = int(ids[ids >= rows][0])
+        token, more = tokenizer.convert_ids_to_tokens(first), int((ids >= rows).sum())
+        raise UserError(
+            f"the tokenizer gives the token {token!r} the id {first}, but the model's embedding has {rows} rows, ids 0 "
+            f"to {rows - 1} ({more} of {ids.numel()} tokens are beyond it, up to id {largest}); use the tokenizer "
+            "that the model was trained with, or a text without these tokens"
+        )
 
 
 def windows(ids: Tensor, seq_len: int) -> Tensor:

@@ -111,12 +111,14 @@ class Mixture:
         seed: int,
         data_dir: Path | None,
         generate: Callable[[int], Source],
+        rows: int | None = None,
     ) -> Calibration:
         """Draw ``samples`` blocks of ``seq_len`` tokens, split by ``shares``, each source without replacement.
 
         ``all`` takes every block of every source; with weights, as many as the scarcest source allows in proportion.
         ``generate`` makes the blocks of synthetic text and is called last. Raises UserError as ``check`` does, for a
-        text that cannot be read or is named twice, and for too few blocks.
+        text that cannot be read or is named twice, for an id beyond the ``rows`` of the embedding, and for too few
+        blocks.
         """
         self.check(samples)
         texts = [read_text(n, "calibration", data_dir) if n != SYNTHETIC else None for n in self.names]
@@ -124,11 +126,12 @@ class Mixture:
         for name, text in zip(self.names, texts, strict=True):
             if text and (other := first.setdefault(text.sha256, name)) != name:
                 raise UserError(f"calibration on {other} and {name}: they are the same text; name it once")
-        ids = [tokenize(tokenizer, text.text) if text else None for text in texts]
         labels = [text.label if text else SYNTHETIC for text in texts]
+        ids: list[Tensor | None] = []
         room: list[int | None] = []
-        for label, each in zip(labels, ids, strict=True):
+        for label, text in zip(labels, texts, strict=True):
             with about(f"calibration on {label}"):
+                ids.append(each := tokenize(tokenizer, text.text, rows) if text else None)
                 room.append(None if each is None else len(windows(each, seq_len)))
         counts = self._counts(labels, samples, room)
         found: dict[str, Source] = {}
@@ -271,7 +274,8 @@ def _most(weights: Sequence[Fraction], room: Sequence[int | None], limit: int) -
 
 def _parsed(data: str) -> object:
     """Parse a string into the value that a plan would have."""
-    if _is_file(data):
+    file = data.rpartition(":")[0]
+    if _is_file(data) or ("," in file and _is_file(file)):
         return data
     pairs: list[tuple[str, str | None]] = []
     for part in (part.strip() for part in data.split(",")):

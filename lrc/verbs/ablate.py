@@ -63,7 +63,8 @@ def ablate(
         raise UserError(f"{folder} is not a folder; results are cached there")
     (length,) = choose_seq_lens([("the model", setup.reader.config)], seq_len)
     text = read_text(ppl or default_text(setup.model.source), "evaluation", run.data_folder)
-    (passage,) = passages(setup.tokenizer, [text], [length], max_windows)
+    vocab = setup.reader.architecture.vocab
+    (passage,) = passages(setup.tokenizer, [text], [length], max_windows, vocab)
     texts = setup.texts(trials[0].job, calib)
     blocks, plan = texts.calibration.blocks, trials[0].job.plan
     key = {  # everything that decides a result

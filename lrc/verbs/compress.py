@@ -33,7 +33,7 @@ from lrc.run.offload import Place, States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
 from lrc.text.blocks import tokenize
-from lrc.text.mixture import Calibration, DataLike
+from lrc.text.mixture import Calibration, DataLike, about
 from lrc.text.source import read_text
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
@@ -143,7 +143,9 @@ def _check_held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: 
     window = min(DEFAULT_SEQ_LEN, setup.reader.architecture.positions)
     for spec in specs:
         text = read_text(spec, "evaluation", setup.run.data_folder)
-        count_windows(text, tokenize(setup.tokenizer, text.text), window, max_windows)
+        with about(text.label):
+            ids = tokenize(setup.tokenizer, text.text, setup.reader.architecture.vocab)
+        count_windows(text, ids, window, max_windows)
     return specs
 
 

@@ -91,20 +91,22 @@ class Setup:
         missing or short text, and for held-out text that overlaps a calibration source.
         """
         folder, settings = self.run.data_folder, job.plan.plan.calibration
-        # First, so that a missing held-out text is an error before the model generates synthetic text.
+        rows = self.reader.architecture.vocab
+        # First, so that an unusable held-out text is an error before the model generates synthetic text.
         text = None if samples is None else held_out_text(job, held_out, folder)
+        with about(f"held-out text {text.label if text else ''}"):
+            ids = tokenize(self.tokenizer, text.text, rows) if text else None
         default = settings.data or default_text(self.model.source)
         mixture = read_mixture(default if calib is None else calib)
         generate = partial(
             synthesize, job=job, device=self.device, dtype=self.dtype, run=self.run, watch=self.watch
         )
         calibration = mixture.draw(
-            self.tokenizer, settings.samples, job.plan.seq_len, settings.seed, folder, generate
+            self.tokenizer, settings.samples, job.plan.seq_len, settings.seed, folder, generate, rows
         )
-        if text is None or samples is None:
+        if text is None or ids is None or samples is None:
             return Texts(calibration)
         with about(f"held-out text {text.label}"):
-            ids = tokenize(self.tokenizer, text.text)
             return Texts(calibration, text, held_out_blocks(ids, samples, calibration.blocks))
 
     def warn(self, warnings: Iterable[str]) -> None:

@@ -15,9 +15,11 @@ from safetensors import safe_open
 import lrc
 from lrc.benchmark import needs
 from lrc.benchmark.cases import Case
+from lrc.benchmark.measure import Timing
 from lrc.benchmark.needs import fit_together, needs_of
 from lrc.errors import UserError
 from lrc.modules import attention
+from lrc.records.benchmark import Bench, Model, Row
 from lrc.verbs import bench as benching
 
 TinyCheckpoint = Callable[..., Path]
@@ -73,7 +75,10 @@ def test_one_that_is_slower_with_no_more_weights_is_told(pair: tuple[Path, Path]
     found = lrc.bench(*pair, **SHAPES, **QUICK)
     theirs = found.rows[1].theirs
     assert theirs is not None
-    slow = replace(found.rows[1], ours=replace(theirs, seconds=2 * theirs.seconds))
+    theirs = replace(theirs, samples=10, seconds=1.0, low_seconds=0.9, high_seconds=1.1)
+    slow = replace(
+        found.rows[1], theirs=theirs, ours=replace(theirs, seconds=2.0, low_seconds=1.9, high_seconds=2.2)
+    )
     fast = replace(found.rows[0], ours=replace(theirs, seconds=theirs.seconds / 2), theirs=theirs)
     (warning,) = replace(found, rows=[fast, slow]).warnings
     assert warning.startswith(
@@ -82,6 +87,29 @@ def test_one_that_is_slower_with_no_more_weights_is_told(pair: tuple[Path, Path]
     assert found.against is not None
     larger = replace(found, of=replace(found.of, weight_bytes=found.against.weight_bytes + 1), rows=[slow])
     assert larger.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "slower"),
+    [
+        ((1.0, 0.99, 1.01, 10), (0.9, 0.89, 0.91, 10), True),
+        ((0.9, 0.89, 0.91, 10), (1.0, 0.99, 1.01, 10), False),
+        ((1.0, 0.9, 1.1, 10), (0.9, 0.8, 1.0, 10), False),  # apart by less than the quartiles are
+        ((1 / 115, 0.83 / 115, 1.17 / 115, 10), (1 / 307, 0.2 / 307, 2.26 / 307, 10), False),  # 307 ± 103 %
+        ((1.0, 0.99, 1.01, 3), (0.985, 0.98, 0.99, 3), False),  # of three samples
+        ((1.0, 0.99, 1.01, 30), (0.975, 0.97, 0.98, 30), True),
+        ((2.0, None, None, 2), (1.0, None, None, 2), False),
+    ],
+)
+def test_slower_is_said_only_if_the_samples_support_it(ours: Any, theirs: Any, slower: bool) -> None:
+    sides = [
+        Timing(16, samples, seconds, low, high, 1, 1, 1, None)
+        for seconds, low, high, samples in (ours, theirs)
+    ]
+    row = Row(Case("decode", 1, 8, "eager"), *sides)
+    models = [Model(name, 1, 0) for name in ("a", "b")]
+    found = Bench(*models, [row], "cpu", "float32", 16, True, {})
+    assert any("slower" in warning for warning in found.warnings) == slower == row.slower
 
 
 def test_models_that_fit_one_at_a_time_are_measured_so(

@@ -534,3 +534,41 @@ def test_layers_that_differ_name_tensor_and_shapes(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     said = fails(verb, folder, "--plan", "../plan.yaml")
     assert all(told in said for told in ("model.layers.1.mlp.", "_proj.weight", "40", "48"))
+
+
+# Token ids
+
+KEEP = ("--plan", "{keep: 0.5, method: a3, calibration: {samples: 4}}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compress", "M", *KEEP, "--calib", "GOOD", "--ppl", "BAD"),
+        ("compress", "M", *KEEP, "--calib", "BAD", "--ppl", "GOOD"),
+        ("compress", "M", *KEEP, "--calib", "GOOD=3,BAD=1", "--ppl", "GOOD"),
+        ("plan", "M", "--keep", "0.5", "--calib", "BAD", "--held-out", "GOOD"),
+        ("plan", "M", "--keep", "0.5", "--calib", "GOOD", "--held-out", "BAD"),
+        ("inspect", "M", "--calib", "BAD", "--samples", "2"),
+        ("eval", "M", "--ppl", "BAD"),
+        ("eval", "M", "--ppl", "BAD", "--streamed"),
+        ("eval", "M", "--against", "M", "--ppl", "BAD"),
+        ("eval", "M", "--ablate", "--ppl", "BAD", "--calib", "GOOD"),
+        ("eval", "M", "--ablate", "--ppl", "GOOD", "--calib", "BAD"),
+    ],
+    ids=" ".join,
+)
+def test_token_ids_beyond_the_embedding(
+    fails: Fails, shared_checkpoint: TinyCheckpoint, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    model = shared_checkpoint("llama", vocab_size=224)  # the byte 0x82 has the id 224
+    (tmp_path / "bad.txt").write_text((tmp_path / "text.txt").read_text() * 2 + "ł", encoding="utf-8")
+    given = [
+        word.replace("GOOD", f"{tmp_path}/text.txt").replace("BAD", f"{tmp_path}/bad.txt") for word in words
+    ]
+    given = [str(model) if word == "M" else word for word in given]
+    message = fails(*given, "--device", "cpu")
+    assert "bad.txt" in message
+    assert "the id 224" in message
+    assert "224 rows" in message
+    assert repr("Ĥ") in message

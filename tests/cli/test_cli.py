@@ -547,6 +547,13 @@ def test_help_shows_few_options_first_and_the_rest_in_titled_panels(
         assert {"--revision", "--data-dir"} <= panels["Where the model and the texts come from"]
 
 
+@pytest.mark.parametrize("verb", [(), ("compress",), ("eval",), ("bench",), ("list",)], ids=" ".join)
+def test_help_shows_no_type_of_a_flag(succeeds: Run, verb: tuple[str, ...]) -> None:
+    printed = succeeds(*verb, "--help").stdout
+    assert "--help" in printed
+    assert not re.search("bool|BOOLEAN", printed)
+
+
 def test_help_of_compress_is_short(succeeds: Run) -> None:
     assert len(succeeds("compress", "--help").stdout.splitlines()) < 107  # without panels
 

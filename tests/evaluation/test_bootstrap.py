@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lrc.evaluation import bootstrap as module
-from lrc.evaluation.bootstrap import mean, percentile, ratio
+from lrc.evaluation.bootstrap import few, mean, percentile, ratio
 
 
 def resamples(windows: int) -> list[torch.Tensor]:
@@ -98,3 +98,13 @@ def test_memory_grows_with_the_text_and_not_with_resamples_by_windows():
     finally:
         tracemalloc.stop()
     assert peak < 2**28  # a table of 1,000 resamples by windows alone has 2**27 bytes
+
+
+def test_few_windows_stand_beside_a_figure() -> None:
+    assert [few(n) for n in (1, 2, 29, 30, 148)] == [
+        " (1 window only)",
+        " (2 windows only)",
+        " (29 windows only)",
+        "",
+        "",
+    ]

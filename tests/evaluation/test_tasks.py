@@ -105,6 +105,14 @@ def test_a_compressed_model_takes_them_too(folder: Path, tiny_checkpoint, tmp_pa
     assert score.value == by_hand(tmp_path / "out")
 
 
+def test_token_ids_beyond_the_embedding(folder: Path, tiny_checkpoint) -> None:
+    score = prepare_tasks(
+        [tiny_checkpoint("llama", vocab_size=90)], ["endings"], tasks_dir=folder, run=Run(device="cpu")
+    )
+    with pytest.raises(UserError, match="embedding has 90 rows"):
+        score()
+
+
 def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*names: str, **options: Any) -> str:
         asked: dict[str, Any] = {"tasks_dir": folder, "run": lrc.Run(device="cpu"), **options}

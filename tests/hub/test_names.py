@@ -106,3 +106,18 @@ def test_unknown_names(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match="is a file"):
         resolve_model(str(tmp_path / "model.gguf"))
+
+
+def test_a_link_is_named_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "chain").symlink_to("link")
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("link", "./link", "link/", f"{tmp_path}/link", "snapshots/../link"):
+        assert resolve_model(spelling).name == "link"
+    assert resolve_model("chain").name == "chain"
+    assert resolve_model("snapshots/0123abc").name == "0123abc"
+    monkeypatch.chdir(folder)
+    assert resolve_model(".").name == "0123abc"

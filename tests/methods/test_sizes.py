@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrc.families import Matrix, Target
-from lrc.methods.sizes import ComponentRank, PairRank
+from lrc.methods.sizes import ComponentRank, PairRank, most
 
 KEEPS = st.floats(min_value=0.001, max_value=1)
 
@@ -33,8 +33,8 @@ def test_component_sizes(target: Target, one: float, two: float) -> None:
         assert 0 < rule.weights(target, size, {}) <= target.parameters
     assert low <= high
     legal = range(target.step, target.full + 1, target.step)
-    asked = min(one, two) * target.full
-    assert abs(low - asked) <= min(abs(size - asked) for size in legal) + 1e-9
+    within = [size for size in legal if size / target.full <= min(one, two)]
+    assert low == max(within, default=target.step)
 
 
 @given(matrices(), KEEPS, KEEPS)
@@ -47,6 +47,17 @@ def test_pair_sizes(target: Target, one: float, two: float) -> None:
     assert low <= high
     budget = max(min(one, two) * target.parameters, target.unit)
     assert rule.weights(target, low, {}) <= budget < rule.weights(target, low + 1, {}) + 1e-6
+
+
+@given(st.integers(1, 10**9), st.one_of(KEEPS, st.integers(1, 1000).map(lambda n: n / 1000)))
+def test_the_most_of_a_whole_is_the_nearest_below(whole: int, keep: float) -> None:
+    part = most(keep, whole)
+    assert part / whole <= keep < (part + 1) / whole
+
+
+def test_decimal_fractions_are_met_exactly() -> None:
+    assert [most(n / 100, 100) for n in range(1, 101)] == [*range(1, 101)]
+    assert (0.29 * 100, most(0.29, 100), most(1, 7)) == (28.999999999999996, 29, 7)
 
 
 @given(matrices(), st.integers(-5, 400))

@@ -45,6 +45,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+SHAPES["narrow-llama"] = ("llama", {**SHAPES["small-llama"][1], "head_dim": 2})
 
 
 @cache

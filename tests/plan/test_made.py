@@ -210,3 +210,13 @@ def test_values_are_yaml() -> None:
 def test_nothing_to_go_by_is_told_with_both_ways() -> None:
     with pytest.raises(UserError, match=r"--keep 0\.8, or name a plan, such as --plan a3-2x"):
         find_draft(None, None, {"method": "svd"})
+
+
+def test_an_entry_inside_a_section_of_a_rule_can_be_replaced() -> None:
+    text = "{keep: 0.5, layers: [{match: 0, projections: {q: {rank: 3, method: svd}}}]}"
+    draft = read_draft(text, None, {"layers.0.projections.q.rank": 5})
+    (rule,) = draft.plan.layers
+    assert rule
+    assert rule.q
+    assert rule.q.own == {"rank": 5}
+    assert draft.document.place(("layers", 0, "q", "rank")) == "--set layers.0.projections.q.rank=5"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from lrc.errors import UserError
 from lrc.plan.resolved import ResolvedPlan
+from lrc.plan.schema import Plan
 
 HEAD = "format: 1\nkeep: 0.5\n"  # what a case adds begins on line 3
 
@@ -419,3 +421,65 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_lines(mistakes: Mista
         ["p.yaml:15", "allocate"],
         ["p.yaml:16", "refit"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "right"),
+    [
+        ("samples: 16", "samples", "'calibration: {samples: 16}'"),
+        ("seq-len: 64", "seq-len", "'calibration: {seq_len: 64}'"),
+        ("calibration.seed: 3", "calibration.seed", "'calibration: {seed: 3}'"),
+        ("data: {a: 1, b: 2}", "data", "'calibration: {data: {a: 1, b: 2}}'"),
+        ("mlp: keep-all", "mlp", "'components: {mlp: keep-all}'"),
+        ("q: {rank: 4}", "q", "'projections: {q: {rank: 4}}'"),
+        ("embed: {rank: 4}", "embed", "'projections: {embed: {rank: 4}}'"),
+        ("match: 0-1", "match", "'layers: [{match: 0-1, ...}]'"),
+        ("rank: 4", "rank", "'components: {mlp: {rank: 4}}'"),
+        ("device: cpu", "device", "--device"),
+        ("batch_size: 4", "batch_size", "--batch-size"),
+        ("calibration: {refit: none}", "calibration.refit", "'refit: none' at the top"),
+        ("calibration: {batch_size: 2}", "calibration.batch_size", "--batch-size"),
+        ("components: {q: {rank: 4}}", "components.q", "'projections: {q: {rank: 4}}'"),
+        ("components: {keep: 0.3}", "components.keep", "'keep: 0.3' at the top"),
+        ("components: {mlp: {rank: 4, samples: 9}}", "components.mlp.samples", "'calibration: {samples: 9}'"),
+        ("components: {mlp: {rank: 4, refit: none}}", "components.mlp.refit", "'refit: none' at the top"),
+        ("components: {mlp: {k: {rank: 2}}}", "components.mlp.k", "'projections: {k: {rank: 2}}'"),
+        ("projections: {mlp: keep-all}", "projections.mlp", "'components: {mlp: keep-all}'"),
+        ("layers: [{match: 0, keep: 0.7, samples: 9}]", "layers[0].samples", "'calibration: {samples: 9}'"),
+        ("layers: [{match: 0, keep: 0.7, scale: none}]", "layers[0].scale", "'scale: none' at the top"),
+        ("layers: [{match: 0, keep: 0.7, rank: 9}]", "layers[0].rank", "'mlp: {rank: 9}'"),
+        (
+            "layers: [{match: 0, lm_head: keep-all}]",
+            "layers[0].lm_head",
+            "'projections: {lm_head: keep-all}'",
+        ),
+        ("layers: [{match: 0, mlp: {rank: 4, seed: 1}}]", "layers[0].mlp.seed", "'calibration: {seed: 1}'"),
+        (
+            "layers: [{match: 0, components: {mlp: {rank: 4, seed: 1}}}]",
+            "layers[0].mlp.seed",
+            "'calibration: {seed: 1}'",
+        ),
+    ],
+)
+def test_a_key_of_another_place_is_told_where_it_belongs(
+    mistakes: Mistakes, text: str, place: str, right: str
+) -> None:
+    (found,) = mistakes(HEAD + text)
+    assert found.startswith(f"p.yaml:3: {place}: ")
+    assert right in found
+
+
+def test_a_plan_made_in_python_is_told_where_a_key_belongs() -> None:
+    for value, shown in ((16, "16"), (object(), "...")):
+        with pytest.raises(UserError, match="calibration: {samples: " + re.escape(shown)):
+            Plan(samples=value)  # type: ignore[call-arg]
+
+
+def test_a_mistake_in_a_nested_rule_has_its_line(mistakes: Mistakes) -> None:
+    rule = "layers:\n- match: 0\n  keep: 0.4\n  projections:\n    q: {rank: 4, method: pairs}\n    "
+    (found,) = mistakes(HEAD + rule + "k: {rank: 99, method: pairs}")
+    assert found.startswith("p.yaml:8: layers[0].k.rank: rank 99 is above")
+    (found,) = mistakes(HEAD + rule + "qq: {rank: 2}")
+    assert found.startswith("p.yaml:8: layers[0].qq: unknown key; did you mean")
+    (found,) = mistakes(HEAD + rule + "k: keep-all\n  k: keep-all")
+    assert found.startswith("p.yaml:8: layers[0].projections.k: this rule has the entry twice")

@@ -9,6 +9,7 @@ import pytest
 
 from lrc.plan.precedence import spans
 from lrc.plan.resolved import ResolvedPlan
+from lrc.plan.schema import Plan
 
 Resolved = Callable[..., ResolvedPlan]
 
@@ -155,13 +156,24 @@ def test_a_pair_as_large_as_its_matrix_warns_and_stays_dense(resolved: Resolved)
     assert plan.warnings == ("p.yaml:1: projections.q.rank: rank 32 saves nothing for q; it stays dense",)
 
 
-def test_a_fraction_that_rounds_to_everything_warns(resolved: Resolved) -> None:
-    plan = resolved("format: 1\nkeep: 0.98\n")
-    assert sizes(plan) == {"mlp": 172}
-    expected = [
-        f"p.yaml:2: keep: 0.98 of {name} is nearest to all of it; it stays whole" for name in ("ov", "qk")
-    ]
-    assert list(plan.warnings) == expected
+def test_a_fraction_that_no_size_meets_warns(resolved: Resolved) -> None:
+    plan = resolved("format: 1\nkeep: 0.1\n")
+    assert sizes(plan) == {"qk": 2, "ov": 1, "mlp": 17}
+    said = "p.yaml:2: keep: 0.1 of qk cannot be met; the smallest size is 0.125 of it"
+    assert plan.warnings == (said,)
+    narrow = resolved("format: 1\nkeep: 0.5\n", "narrow-llama")
+    assert sizes(narrow) == {"ov": 1, "mlp": 88}
+    said = "p.yaml:2: keep: 0.5 of qk cannot be met; the smallest size is all of it, so it stays whole"
+    assert narrow.warnings == (said,)
+
+
+@pytest.mark.parametrize("model", ["small-llama", "small-gpt2", "llama-8k"])
+@pytest.mark.parametrize("method", ["a3", "pairs", "unturned"])
+def test_never_more_is_kept_than_asked(resolved: Resolved, model: str, method: str) -> None:
+    for keep in (0.13, 0.29, 1 / 3, 0.5, 0.7, 0.8, 0.801, 0.98, 0.999):
+        plan = resolved(f"{{format: 1, keep: {keep}, method: {method}}}", model)
+        assert keep - 0.2 < plan.keep <= keep
+        assert plan.warnings == ()
 
 
 def test_a_plan_that_shrinks_nothing_warns(resolved: Resolved) -> None:
@@ -294,3 +306,17 @@ def test_a_table_that_stays_whole_counts_where_the_plan_names_it(resolved: Resol
     assert plan.with_tables is not None
     assert plan.with_tables.of == "decoder and head"
     assert plan.with_tables.kept == plan.kept + 256 * 64
+
+
+def test_a_rule_may_hold_sections(resolved: Resolved) -> None:
+    flat = resolved(
+        "{format: 1, keep: 0.5, layers: [{match: 0-1, keep: 0.7, mlp: {rank: 9}, q: {rank: 3, method: pairs}}]}"
+    )
+    nested = resolved(
+        "{format: 1, keep: 0.5, layers: [{match: 0-1, keep: 0.7, components: {mlp: {rank: 9}}, "
+        "projections: {q: {rank: 3, method: pairs}}}]}"
+    )
+    assert nested.as_dict() == flat.as_dict()
+    assert sizes(nested) == {"q": 3, "ov": 11, "mlp": 9}
+    rules = [{"match": "0", "components": {"mlp": {"rank": 9}}}]
+    assert Plan(layers=rules).layers == Plan(layers=[{"match": "0", "mlp": {"rank": 9}}]).layers  # type: ignore[arg-type]

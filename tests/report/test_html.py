@@ -91,6 +91,15 @@ def test_what_was_done_is_said_in_a_sentence(make_report: MakeReport) -> None:
     )
 
 
+def test_few_windows_stand_beside_the_headline(make_report: MakeReport) -> None:
+    report = make_report()
+    change = report.perplexity[0]
+    two = replace(change, before=replace(change.before, windows=2), after=replace(change.after, windows=2))
+    page = Page(html_page(replace(report, perplexity=[two])))
+    assert page.has("of 6.81 instead of 5.47 (2 windows only).")
+    assert page.has("5.47 to 6.81 (2 windows only)")
+
+
 def test_provenance_is_whole(make_report: MakeReport) -> None:
     report = make_report(processes=4, allocation={"allocation": "energy", "cost": 0.25})
     page = Page(html_page(report))
