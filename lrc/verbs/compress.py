@@ -17,7 +17,7 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import refit_warnings
+from lrc.compression.refit import held_out_blocks, refit_warnings
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
@@ -205,16 +205,18 @@ def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
 
 def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     """Solve, assemble and stage every layer; return the work with the warnings of the refits."""
-    setup, job = work.setup, work.job
+    setup, job, blocks = work.setup, work.job, work.calibration.blocks
     advance = setup.run.stage("compress", len(job.plan.layers))
     with setup.watch.stage("load"):
         states = States(work.offload, stage.scratch)
         stream = ModelStream(job.reader, setup.device, setup.dtype, states, processes=setup.processes)
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
-        compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))
+        compressor.run(blocks, work.batch, lambda: advance(1))
     refits = finish.refit_records(job, stage.own) if stage.own else []
-    return replace(work, warnings=[*work.warnings, *refit_warnings(refits)])
+    tokens = int((~held_out_blocks(len(blocks))).sum()) * job.plan.seq_len
+    warnings = refit_warnings(refits, tokens, job.reader.architecture)
+    return replace(work, warnings=[*work.warnings, *warnings])
 
 
 def _evaluate(
