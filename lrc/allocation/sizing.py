@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from lrc.allocation import ALLOCATORS
@@ -76,14 +75,17 @@ class Limits:
                 f"--floor {self.floor:g} is below the smallest fraction measured; put it into --keeps {_listed(keeps)}"
             )
 
-    def on(self, curve: Curve, rule: SizeRule, target: Target, options: Options, dtype: torch.dtype) -> Offer:
-        """Return the sizes of a curve that a budget may buy. Raises UserError if the limits allow none."""
+    def on(self, curve: Curve, rule: SizeRule, target: Target, options: Options, each: float) -> Offer:
+        """Return the sizes of a curve that a budget may buy, of weights that take ``each`` bytes.
+
+        Raises UserError if the limits allow none.
+        """
 
         def choice(size: SizeValue) -> Choice:
             weights = rule.weights(target, size, options)
-            return Choice(size, weights, rule.bytes(target, size, options, dtype), rule.inner(target, size))
+            return Choice(size, weights, rule.bytes(target, size, options, each), rule.inner(target, size))
 
-        whole = Choice(curve.full, curve.whole, curve.whole * dtype.itemsize, target.full)
+        whole = Choice(curve.full, curve.whole, round(curve.whole * each), target.full)
         least = max(curve.weights[0], ((self.floor or 0) - _EXACT) * curve.whole)
         smaller = [choice(size) for size in rule.choices(target, options, self.round_to)]
         every = [*(each for each in smaller if each.weights >= least), whole]
@@ -295,7 +297,9 @@ def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Sp
     targets = reader.architecture.targets | reader.architecture.outer
     for curve in curves:
         (one,) = (a for a in job.plan.unsized(curve.layer) if a.target == curve.target)
-        offers.append(limits.on(curve, solver_of(one).size, targets[one.target], one.options, reader.dtype))
+        target = targets[one.target]
+        each = reader.weight_bytes(target, curve.layer)
+        offers.append(limits.on(curve, solver_of(one).size, target, one.options, each))
     spent = spend(budget, job, offers)
     short = shortfalls(budget, spent)
     if not short:

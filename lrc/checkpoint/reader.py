@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.errors import UserError
-from lrc.families import Architecture, Family, describe, family_of
+from lrc.families import Architecture, Family, Target, describe, family_of
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -77,6 +77,21 @@ class CheckpointReader:
         for stored in self.tensors.values():
             sizes[stored.dtype] += stored.bytes
         return sizes.most_common(1)[0][0]
+
+    def weight(self, role: str, layer: int | None) -> StoredTensor:
+        """Return what holds the weight of a role in a layer, or outside the layers if that is None."""
+        family = self.family
+        path = (
+            family.outer[role]
+            if layer is None
+            else f"{family.layers}.{layer}.{family.projections[role].module}"
+        )
+        return self.tensors[f"{path}.weight"]
+
+    def weight_bytes(self, target: Target, layer: int | None) -> float:
+        """Return the mean bytes of a weight of a target."""
+        each = [m.parameters * self.weight(role, layer).dtype.itemsize for role, m in target.matrices.items()]
+        return sum(each) / target.parameters
 
     @property
     def files(self) -> list[Path]:

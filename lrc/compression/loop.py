@@ -170,8 +170,8 @@ class Compressor:
             solutions = solve_layer(self._architecture, plan, state, found, self._processes)
         with self._watch.stage("assemble"):
             roles = closing_roles(self._family, plan.targets) if self._refits else []
-            dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
-            reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, roles)
+            skeleton = self._stream.skeletons[plan.index]
+            reduced = assemble(self._architecture, skeleton, state, solutions.values(), roles)
             self._stream.filled(reduced.module, reduced.state)
         with self._watch.stage("measure"):
             measure = LayerMeasure(self._stream, layer, solutions, opens=self._opens)

@@ -55,13 +55,11 @@ class LayerMeasure(Observer):
     ) -> None:
         self._stream, self._architecture = stream, layer.architecture
         self.index, self._state = layer.index, layer.state
-        family, dtype = self._architecture.family, stream.reader.dtype
+        family = self._architecture.family
         homes = {"qk": family.attention, "ov": family.attention, "mlp": family.mlp}
         self._alone: dict[str, nn.Module] = {}
         for target, solution in solutions.items():
-            reduced = assemble(
-                self._architecture, stream.skeletons[self.index], self._state, [solution], dtype
-            )
+            reduced = assemble(self._architecture, stream.skeletons[self.index], self._state, [solution])
             module = stream.filled(reduced.module, reduced.state)
             self._alone[target] = module.get_submodule(homes.get(target) or reduced.paths[target])
         self._sums = {

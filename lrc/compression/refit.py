@@ -149,7 +149,7 @@ class LayerRefit:
             if half.name == "attention":
                 read.append(self._stream.states.keep(x))
         # Replace the linear in the layer's tensors and in its module.
-        reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
+        reduced, processes = self._reduced, self._stream.processes
         weight, bias = f"{path}.weight", f"{path}.bias"
         sums.reduce(processes)
         start = Affine(reduced.state[weight], reduced.state.get(bias))
@@ -157,9 +157,9 @@ class LayerRefit:
         solve = partial(sums.solve, layer=self._index, role=half.output)
         ((fitted, record),) = processes.spread([start], solve)
         if record.applied:
-            reduced.state[weight] = fitted.weight.to(dtype)
+            reduced.state[weight] = fitted.weight.to(start.weight.dtype)
             if fitted.bias is not None:
-                reduced.state[bias] = fitted.bias.to(dtype)
+                reduced.state[bias] = fitted.bias.to(reduced.state[bias].dtype)
             self._stream.filled(module, reduced.state)
         if read:
             self._attention = linear, read
