@@ -158,7 +158,7 @@ class Curves:
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
-        write_file(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_file(path, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
 
     def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
         """Return the fields in which another model's ``key`` differs, each with both values."""
@@ -210,18 +210,23 @@ def load_curves(path: Path) -> Curves:
 
 def as_curves(values: Mapping[str, Any]) -> Curves:
     """Return the curves of ``Curves.as_dict``. Raises pydantic's ValidationError for other values."""
-    return _CURVES.validate_json(json.dumps(values), strict=True)
+    return _CURVES.validate_json(json.dumps(values, allow_nan=False), strict=True)
 
 
 def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
     """Return a hash of the targets, methods and options in and outside the layers, ignoring sizes."""
     found = {
-        (-1 if index is None else index, a.target, a.method, json.dumps(a.options, sort_keys=True))
+        (
+            -1 if index is None else index,
+            a.target,
+            a.method,
+            json.dumps(a.options, sort_keys=True, allow_nan=False),
+        )
         for plan in plans
         for index in (None, *range(len(plan.layers)))
         for a in plan.unsized(index)
     }
-    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(found), allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,10 @@ class Sizing:
         advance = progress("measure", steps) if progress and measures else lambda done: None
         with memory_advice(f"--batch-size below {setting.batch_size}, or fewer calibration samples"):
             curves, loss = allocator.curves(setting, advance)
+        if wrong := next((curve for curve in curves if not all(map(math.isfinite, curve.costs))), None):
+            raise UserError(
+                f"{wrong.name}: a cost measured by {self.name} is NaN or inf; try --dtype float32"
+            )
         return Curves(self.jobs[0].model.source, self.key, allocator.unit, loss, curves)
 
     def _check_memory(self) -> None:

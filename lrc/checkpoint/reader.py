@@ -173,7 +173,11 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     if not path.exists():
         raise UserError(f"{path.parent} is not a checkpoint: it has no {path.name}")
     text = path.read_text(encoding="utf-8")
+
+    def refuse(name: str) -> None:
+        raise json.JSONDecodeError(f"{name} is no value of JSON", text, text.index(name))
+
     try:
-        return json.loads(text), text
+        return json.loads(text, parse_constant=refuse), text
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lrc.checkpoint.staging import SharedStaging, Staging
 from lrc.compression.assemble import ReducedLayer, assemble
-from lrc.compression.logit_scale import Final, LogitScale, fit_scale
+from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_scale
 from lrc.compression.measure import LayerMeasure, target_record
 from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_blocks
 from lrc.compression.solve import solve_layer
 from lrc.compression.tables import TableCompressor
+from lrc.errors import UserError
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import Call
@@ -109,6 +110,7 @@ class Compressor:
         for visit, plan in zip(walk, self._plan.layers, strict=True):
             self._layer(plan, visit)
             advance()
+        self._check_logits()
         head = self._tables.head(self._seen)
         with self._watch.stage("scale"):
             scale = self._scale(head)
@@ -188,6 +190,14 @@ class Compressor:
                 refit = LayerRefit(self._stream, plan.index, reduced, self._batches, self._held)
                 refits = refit.run(roles, middles.inputs, self._compressed)
         self._write(plan.index, reduced, records, refits)
+
+    def _check_logits(self) -> None:
+        """Raise UserError if the original's logits of the first tokens are NaN or inf."""
+        rows = max(CHUNK_BYTES // (4 * self._architecture.vocab), 1)
+        if self._batches and not self._staging.has(REST):
+            logits = self._stream.tail()(self._batches[0].hidden.flatten(0, -2)[:rows])
+            if not bool(logits.isfinite().all()):
+                raise UserError("the model's logits are NaN or inf; try --dtype float32")
 
     def _scale(self, head: nn.Module | None) -> LogitScale | None:
         """Fit the logit scale on the held-out blocks; ``head`` is the reduced LM head, if any.

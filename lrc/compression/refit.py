@@ -7,6 +7,7 @@ expected squared error (Johnson and Lindenstrauss) and make a trial cost little 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from lrc.compression.assemble import ReducedLayer
+from lrc.errors import UserError
 from lrc.families import Architecture, Family
 from lrc.families.family import Half
 from lrc.maths.linalg import damped_cholesky, data_error
@@ -126,11 +128,11 @@ class LayerRefit:
                 last = half.name == "mlp"
                 goals = (batch.hidden for batch in self._batches) if last else middles
                 records.append(self._refit(half, path, goals, compressed))
-        for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
-            out = self._stream.run(
-                self._reduced.module, self._index, batch, hidden, attention_output=attention_output
-            )
-            compressed[i] = self._stream.states.keep(out)
+        module = self._reduced.module
+        with self._stream.checked(module, self._index):
+            for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
+                out = self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
+                compressed[i] = self._stream.states.keep(out)
         return records
 
     def _refit(
@@ -156,6 +158,11 @@ class LayerRefit:
         # On one process, so that all have the same bits.
         solve = partial(sums.solve, layer=self._index, role=half.output)
         ((fitted, record),) = processes.spread([start], solve)
+        errors = [record.error, *([record.held_out] if record.held_out else [])]
+        if not all(math.isfinite(each) for error in errors for each in (error.before, error.after)):
+            raise UserError(
+                f"layer {self._index}: the error of the stream behind {half.output} is NaN or inf"
+            )
         if record.applied:
             reduced.state[weight] = fitted.weight.to(start.weight.dtype)
             if fitted.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
 from lrc.compression.refit import held_out_blocks, refit_warnings
+from lrc.errors import UserError
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
@@ -216,6 +218,8 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     refits = finish.refit_records(job, stage.own) if stage.own else []
     tokens = int((~held_out_blocks(len(blocks))).sum()) * job.plan.seq_len
     warnings = refit_warnings(refits, tokens, job.reader.architecture)
+    if stage.own and (scale := finish.logit_scale(stage.own)):
+        warnings += scale.warnings
     return replace(work, warnings=[*work.warnings, *warnings])
 
 
@@ -231,6 +235,8 @@ def _evaluate(
             evaluate_folder(path, held_out, loading, max_windows=max_windows)
             for path in (work.job.model.path, stage.folder)
         )
+    if wrong := next((each for each in before if not math.isfinite(each.nats)), None):
+        raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
     return [PerplexityChange(*pair) for pair in zip(before, after, strict=True)]
 
 
