@@ -25,7 +25,8 @@ _STEPS, _PRECISION = 50, 1e-6
 class LogitScale:
     """The factor, and KL(p‖q) in nats per token with logits as they were and scaled.
 
-    Both are over ``tokens`` of the calibration text that no other fit has seen.
+    Both are over ``tokens`` of the calibration text that the fits have seen, so that on other text the scale may be
+    another and gain less.
     """
 
     value: float
@@ -48,7 +49,7 @@ class LogitScale:
         """Return the scale in words."""
         return (
             f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original on {self.tokens:,} "
-            f"calibration tokens that no other fit has used: {self.before:.4g} nats before, {self.after:.4g} after"
+            f"calibration tokens, which the fits have used too: {self.before:.4g} nats before, {self.after:.4g} after"
         )
 
 

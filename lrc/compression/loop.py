@@ -80,7 +80,7 @@ class Compressor:
         self._family = self._architecture.family
         self._tables = TableCompressor(stream, plan, staging, watch)
         self._batches: list[Batch] = []
-        # Per batch: held out of all fits with a refit, to judge them and fit the logit scale. They come last.
+        # Per batch: held out of the fits, to choose ridges and the logit scale. Held-out batches come last.
         self._held: list[bool] = []
         # Whether any process has held-out blocks; whether this one has the first measured block.
         self._any_held = self._opens = False
@@ -95,14 +95,11 @@ class Compressor:
         unsolved = [plan for plan in self._plan.layers if not self._staging.has(part_name(plan.index))]
         with self._watch.stage("gradients"):
             calibration = self._plan.plan.calibration
-            seen = blocks[~held_out_blocks(len(blocks))] if self._refits else blocks
-            self._gradients = read_gradients(self._stream, unsolved, calibration, seen, batch_size)
+            self._gradients = read_gradients(self._stream, unsolved, calibration, blocks, batch_size)
         ids = self._split(blocks, batch_size)
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(ids)
-            for batch, held in zip(self._batches, self._held, strict=True):
-                batch.held = held and self._refits
-        embedding = self._tables.embedding(seen, self._seen)
+        embedding = self._tables.embedding(blocks, self._batches)
         if embedding is not None and self._refits:
             with self._watch.stage("embed"):
                 self._compressed = [batch.hidden for batch in self._stream.embed(ids, embedding)]
@@ -111,7 +108,7 @@ class Compressor:
             self._layer(plan, visit)
             advance()
         self._check_logits()
-        head = self._tables.head(self._seen)
+        head = self._tables.head(self._batches)
         with self._watch.stage("scale"):
             scale = self._scale(head)
         with self._watch.stage("write"):
@@ -140,11 +137,6 @@ class Compressor:
     @property
     def _refits(self) -> bool:
         return self._plan.plan.refit == "residual"
-
-    @property
-    def _seen(self) -> list[Batch]:
-        """Return the batches that methods see."""
-        return [batch for batch in self._batches if not batch.held]
 
     def _layer(self, plan: LayerPlan, visit: Visit) -> None:
         if self._staging.has(part_name(plan.index)):

@@ -1,7 +1,7 @@
 """Refit output projections to the original residual stream by ridge regression toward the method's solution.
 
-The ridge is chosen on held-out calibration blocks, which no moment, gradient or refit has seen. A refit that does not
-lower the error on them is not applied. For wide outputs ridges are compared in random directions, which keep the
+The ridge is chosen on held-out calibration blocks; the final fit uses all blocks. The moments and the refits of earlier
+layers have seen the held-out blocks too. For wide outputs ridges are compared in random directions, which keep the
 expected squared error (Johnson and Lindenstrauss) and make a trial cost little more than its Cholesky factor.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from pydantic import TypeAdapter
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lrc.compression.assemble import ReducedLayer
 from lrc.errors import UserError
-from lrc.families import Architecture, Family
+from lrc.families import Family
 from lrc.families.family import Half
 from lrc.maths.linalg import damped_cholesky, data_error
 from lrc.methods.contract import Affine
@@ -32,12 +32,11 @@ RIDGE = 0.1  # without held-out blocks
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # the strongest first, as ties take the first
 EIGHT = 8
 DIRECTIONS = 256
-ENOUGH = 10  # tokens for each input of a projection
 _SEED = 0
 
 
 def held_out_blocks(count: int) -> Tensor:
-    """Return the mask (count,) of calibration blocks held out of all fits, to judge them and to fit the logit scale.
+    """Return the mask (count,) of calibration blocks held out to choose ridges and the logit scale.
 
     One block in eight, at least one; none if there is only one block.
     """
@@ -61,8 +60,8 @@ class RefitRecord:
     """What is kept of the refit of a layer's ``role``.
 
     ``ridge`` is a fraction of the mean diagonal; ``raised`` what the solve took instead where that was not enough.
-    ``error`` is that of the fitted blocks; ``held_out`` that of the blocks which chose the ridge, None where there was
-    one block and the ridge is a fixed one. ``applied``: False where the fit does not lower the error held out.
+    ``error`` is that of all blocks and the final fit; ``held_out`` that of the blocks which chose the ridge, by the fit
+    without them, None where there was one block and the ridge is a fixed one.
     """
 
     layer: int
@@ -71,26 +70,10 @@ class RefitRecord:
     raised: float | None
     error: StreamError
     held_out: StreamError | None
-    applied: bool = True
 
 
 # Read back from JSON values.
 REFITS = TypeAdapter(list[RefitRecord])
-
-
-def refit_warnings(refits: Sequence[RefitRecord], tokens: int, architecture: Architecture) -> list[str]:
-    """Return a warning if most refits of a run are not applied and more than ``tokens`` of text may help.
-
-    ``lrc.calibration.draw.too_few`` tells of fewer tokens than inputs.
-    """
-    left = [refit.role for refit in refits if not refit.applied]
-    width = max((architecture.matrices[role].columns for role in left), default=0)
-    if 2 * len(left) <= len(refits) or not width <= tokens < ENOUGH * width:
-        return []
-    return [
-        f"{len(left)} of {len(refits)} residual refits are not applied, as they do not lower the error on held-out "
-        f"calibration blocks: {tokens:,} tokens are few for projections of {width:,} inputs; use more samples"
-    ]
 
 
 def closing_roles(family: Family, targets: Collection[str]) -> list[str]:
@@ -163,11 +146,10 @@ class LayerRefit:
             raise UserError(
                 f"layer {self._index}: the error of the stream behind {half.output} is NaN or inf"
             )
-        if record.applied:
-            reduced.state[weight] = fitted.weight.to(start.weight.dtype)
-            if fitted.bias is not None:
-                reduced.state[bias] = fitted.bias.to(reduced.state[bias].dtype)
-            self._stream.filled(module, reduced.state)
+        reduced.state[weight] = fitted.weight.to(start.weight.dtype)
+        if fitted.bias is not None:
+            reduced.state[bias] = fitted.bias.to(reduced.state[bias].dtype)
+        self._stream.filled(module, reduced.state)
         if read:
             self._attention = linear, read
         return record
@@ -221,23 +203,25 @@ class RefitSum:
         """Return the W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F, where ``start`` is (W₀, b₀), and the record.
 
         The target t has t − W₀ x − b₀ = ``goal`` − ``reached``. λ is the ridge times the mean diagonal of E[x xᵀ],
-        centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks;
-        ``start`` is returned if that is not less than its own.
+        centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks when
+        fitted without them.
         """
         biased = start.bias is not None
-        fitted, held = _means(self._fitted), _means(self._held) if self._held.tokens else None
-        ridge = RIDGE
-        if held:
+        ridge, held_out = RIDGE, None
+        if self._held.tokens:
+            fitted, held = _means(self._fitted), _means(self._held)
             fitted_in, held_in = fitted.projected(), held.projected()
-            gains = {each: held_in.gained(fitted_in.change(each, biased)[0]) for each in RIDGES}
-            ridge = max(gains, key=gains.__getitem__)
-            del fitted_in, held_in
-        change, damping = fitted.change(ridge, biased)
-        raised = None if damping == ridge else damping
-        record = RefitRecord(layer, role, ridge, raised, fitted.errors(change), held and held.errors(change))
-        if record.held_out and record.held_out.after >= record.held_out.before:
-            return start, replace(record, applied=False)
+            changes = {each: held_in.gained(fitted_in.change(each, biased)[0]) for each in RIDGES}
+            ridge = max(changes, key=changes.__getitem__)
+            error = held.error(fitted.change(ridge, biased)[0])
+            held_out = StreamError(held.missing / held.size, error / held.size)
+            del fitted, held, fitted_in, held_in
+        every = _means(self._fitted, self._held)
+        change, damping = every.change(ridge, biased)
         bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
+        raised = None if damping == ridge else damping
+        error = StreamError(every.missing / every.size, every.error(change) / every.size)
+        record = RefitRecord(layer, role, ridge, raised, error, held_out)
         return Affine(start.weight.double() + change.weight, bias), record
 
 
@@ -262,10 +246,11 @@ class _Sums:
         self.tokens += rows.shape[0]
 
 
-def _means(sums: _Sums) -> _Means:
-    gram, *rest = sums.tensors
-    cross, x, r, missing, size = (each.double() / sums.tokens for each in rest)
-    return _Means(mirrored(gram / sums.tokens), cross, x, r, float(missing), float(size))
+def _means(*sums: _Sums) -> _Means:
+    tokens = sum(each.tokens for each in sums)
+    gram, *rest = (reduce(torch.add, each) for each in zip(*(each.tensors for each in sums), strict=True))
+    cross, x, r, missing, size = (each.double() / tokens for each in rest)
+    return _Means(mirrored(gram / tokens), cross, x, r, float(missing), float(size))
 
 
 @dataclass(frozen=True)
@@ -305,8 +290,7 @@ class _Means:
             found -= bias @ (bias - 2 * (self.r - weight @ self.x))
         return float(found)
 
-    def errors(self, change: Affine) -> StreamError:
-        """Return the errors without and with D, d."""
+    def error(self, change: Affine) -> float:
+        """Return E‖r − D x − d‖²."""
         # The difference of float32 sums may round below zero.
-        left = max(self.missing - self.gained(change), 0.0)
-        return StreamError(self.missing / self.size, left / self.size)
+        return max(self.missing - self.gained(change), 0.0)

@@ -60,8 +60,7 @@ def _refits_table(report: Report) -> Table:
     rows = []
     for refit in report.refits:
         raised = "" if refit.raised is None else f", raised to {refit.raised:g}"
-        ridge = f"{refit.ridge:g}{raised}" if refit.applied else "not applied"
-        row = {"layer:n": f"{refit.layer}", "behind": refit.role, "ridge:n": ridge}
+        row = {"layer:n": f"{refit.layer}", "behind": refit.role, "ridge:n": f"{refit.ridge:g}{raised}"}
         for of, errors in (("", refit.error), ("left out, ", refit.held_out)):
             row[f"{of}before:n"] = "" if errors is None else f"{errors.before:.3g}"
             row[f"{of}after:n"] = "" if errors is None else f"{errors.after:.3g}"
@@ -69,8 +68,8 @@ def _refits_table(report: Report) -> Table:
     return table(
         rows,
         "Squared error of the compressed residual stream over the original's square, with the method's own solution "
-        "and refitted. Left out: the error on the held-out blocks, which no method and no fit has seen. They chose the "
-        "ridge; a refit that does not lower their error is not applied.",
+        "and refitted. Left out: the error on the held-out blocks, which chose the ridge, of the fit without them. "
+        "The method's solution and earlier refits have seen those blocks.",
     )
 
 

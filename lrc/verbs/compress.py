@@ -18,7 +18,6 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import held_out_blocks, refit_warnings
 from lrc.errors import UserError
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
@@ -207,20 +206,16 @@ def _find_sizes(work: _Work, stage: SharedStaging) -> _Work:
 
 def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     """Solve, assemble and stage every layer; return the work with the warnings of the refits."""
-    setup, job, blocks = work.setup, work.job, work.calibration.blocks
+    setup, job = work.setup, work.job
     advance = setup.run.stage("compress", len(job.plan.layers))
     with setup.watch.stage("load"):
         states = States(work.offload, stage.scratch)
         stream = ModelStream(job.reader, setup.device, setup.dtype, states, processes=setup.processes)
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
-        compressor.run(blocks, work.batch, lambda: advance(1))
-    refits = finish.refit_records(job, stage.own) if stage.own else []
-    tokens = int((~held_out_blocks(len(blocks))).sum()) * job.plan.seq_len
-    warnings = refit_warnings(refits, tokens, job.reader.architecture)
-    if stage.own and (scale := finish.logit_scale(stage.own)):
-        warnings += scale.warnings
-    return replace(work, warnings=[*work.warnings, *warnings])
+        compressor.run(work.calibration.blocks, work.batch, lambda: advance(1))
+    scale = finish.logit_scale(stage.own) if stage.own else None
+    return replace(work, warnings=[*work.warnings, *(scale.warnings if scale else [])])
 
 
 def _evaluate(

@@ -21,7 +21,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.modules.table import Table, apply_table
 from lrc.moments.observe import observe
-from lrc.moments.statistic import Observer, Statistic
+from lrc.moments.statistic import Observer
 from lrc.run.offload import ON_DEVICE, States, send
 from lrc.run.processes import ALONE, Processes
 
@@ -39,14 +39,10 @@ class LayerCall:
 
 @dataclass
 class Batch:
-    """Hidden states (blocks, tokens, hidden) between two layers, perhaps offloaded, and each layer's arguments.
-
-    ``held``: out of statistics.
-    """
+    """Hidden states (blocks, tokens, hidden) between two layers, perhaps offloaded, and each layer's arguments."""
 
     hidden: Tensor
     calls: list[LayerCall]
-    held: bool = False
 
 
 class ModelStream:
@@ -236,8 +232,7 @@ class ModelStream:
                 with observe(layer, paths) as calls:
                     out = self.run(layer, index, batch, hidden)
                 for observer in observers:
-                    if not (batch.held and isinstance(observer, Statistic)):
-                        observer.add(calls)
+                    observer.add(calls)
                 if not stay:
                     batch.hidden = self.states.keep(out)
                 del out  # so that the device does not hold two outputs
