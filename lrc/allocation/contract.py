@@ -82,8 +82,7 @@ class Setting:
         self, stream: ModelStream, index: int, state: Mapping[str, Tensor], solution: Solution
     ) -> nn.Module:
         """Return a layer on the stream's device with one target compressed; ``state``: its original tensors by path."""
-        dtype, skeleton = self.reader.dtype, stream.skeletons[index]
-        found = assemble(self.reader.architecture, skeleton, state, [solution], dtype)
+        found = assemble(self.reader.architecture, stream.skeletons[index], state, [solution])
         return stream.filled(found.module, found.state)
 
     def gradients(

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from lrc.allocation import ALLOCATORS
@@ -76,14 +75,17 @@ class Limits:
                 f"--floor {self.floor:g} is below the smallest fraction measured; put it into --keeps {_listed(keeps)}"
             )
 
-    def on(self, curve: Curve, rule: SizeRule, target: Target, options: Options, dtype: torch.dtype) -> Offer:
-        """Return the sizes of a curve that a budget may buy. Raises UserError if the limits allow none."""
+    def on(self, curve: Curve, rule: SizeRule, target: Target, options: Options, each: float) -> Offer:
+        """Return the sizes of a curve that a budget may buy, of weights that take ``each`` bytes.
+
+        Raises UserError if the limits allow none.
+        """
 
         def choice(size: SizeValue) -> Choice:
             weights = rule.weights(target, size, options)
-            return Choice(size, weights, rule.bytes(target, size, options, dtype), rule.inner(target, size))
+            return Choice(size, weights, rule.bytes(target, size, options, each), rule.inner(target, size))
 
-        whole = Choice(curve.full, curve.whole, curve.whole * dtype.itemsize, target.full)
+        whole = Choice(curve.full, curve.whole, round(curve.whole * each), target.full)
         least = max(curve.weights[0], ((self.floor or 0) - _EXACT) * curve.whole)
         smaller = [choice(size) for size in rule.choices(target, options, self.round_to)]
         every = [*(each for each in smaller if each.weights >= least), whole]
@@ -156,7 +158,7 @@ class Curves:
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
-        write_file(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_file(path, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
 
     def differences(self, model: str, key: Mapping[str, Any]) -> list[str]:
         """Return the fields in which another model's ``key`` differs, each with both values."""
@@ -208,18 +210,23 @@ def load_curves(path: Path) -> Curves:
 
 def as_curves(values: Mapping[str, Any]) -> Curves:
     """Return the curves of ``Curves.as_dict``. Raises pydantic's ValidationError for other values."""
-    return _CURVES.validate_json(json.dumps(values), strict=True)
+    return _CURVES.validate_json(json.dumps(values, allow_nan=False), strict=True)
 
 
 def plan_sha256(plans: Sequence[ResolvedPlan]) -> str:
     """Return a hash of the targets, methods and options in and outside the layers, ignoring sizes."""
     found = {
-        (-1 if index is None else index, a.target, a.method, json.dumps(a.options, sort_keys=True))
+        (
+            -1 if index is None else index,
+            a.target,
+            a.method,
+            json.dumps(a.options, sort_keys=True, allow_nan=False),
+        )
         for plan in plans
         for index in (None, *range(len(plan.layers)))
         for a in plan.unsized(index)
     }
-    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(found), allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,10 @@ class Sizing:
         advance = progress("measure sizes", steps) if progress and measures else lambda done: None
         with memory_advice(f"--batch-size below {setting.batch_size}, or fewer calibration samples"):
             curves, loss = allocator.curves(setting, advance)
+        if wrong := next((curve for curve in curves if not all(map(math.isfinite, curve.costs))), None):
+            raise UserError(
+                f"{wrong.name}: a cost measured by {self.name} is NaN or inf; try --dtype float32"
+            )
         return Curves(self.jobs[0].model.source, self.key, allocator.unit, loss, curves)
 
     def _check_memory(self) -> None:
@@ -295,7 +306,9 @@ def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Sp
     targets = reader.architecture.targets | reader.architecture.outer
     for curve in curves:
         (one,) = (a for a in job.plan.unsized(curve.layer) if a.target == curve.target)
-        offers.append(limits.on(curve, solver_of(one).size, targets[one.target], one.options, reader.dtype))
+        target = targets[one.target]
+        each = reader.weight_bytes(target, curve.layer)
+        offers.append(limits.on(curve, solver_of(one).size, target, one.options, each))
     spent = spend(budget, job, offers)
     short = shortfalls(budget, spent)
     if not short:

@@ -82,7 +82,7 @@ def gradients_key(blocks: Tensor, settings: Settings) -> str:
 
 def digest(key: Mapping[str, Any]) -> str:
     """Return eight hex digits of a key's hash, for a file name."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()[:8]
 
 
 def too_few(

@@ -55,8 +55,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file is missing or holds something else."""
     if not path.is_file():
         raise UserError(f"{path.parent} is not a checkpoint: it has no {path.name}")
+
+    def refuse(name: str) -> None:
+        raise UserError(f"{path} is not JSON: it has {name}")
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:

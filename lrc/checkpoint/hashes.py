@@ -87,7 +87,7 @@ class Sources:
         if not self._known:
             for name in touched:  # the hash may be of the old bytes, the tensors of the new ones
                 raise _changed(self._files[name])
-            write_text(self._journal, json.dumps({"sha256": hashes, "stamps": stamps}))
+            write_text(self._journal, json.dumps({"sha256": hashes, "stamps": stamps}, allow_nan=False))
             self._known = hashes
         self._compare(hashes)
         self._compare({name: file_sha256(self._files[name]) for name in touched})

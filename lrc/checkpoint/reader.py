@@ -21,7 +21,7 @@ from lrc.checkpoint.files import read_json, weight_files
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.checkpoint.match import check_layers, check_match, match
 from lrc.errors import UserError
-from lrc.families import Architecture, Family, describe, family_of
+from lrc.families import Architecture, Family, Target, describe, family_of
 
 
 class CheckpointReader:
@@ -101,6 +101,21 @@ class CheckpointReader:
         for stored in self.tensors.values():
             sizes[stored.dtype] += stored.bytes
         return sizes.most_common(1)[0][0]
+
+    def weight(self, role: str, layer: int | None) -> StoredTensor:
+        """Return what holds the weight of a role in a layer, or outside the layers if that is None."""
+        family = self.family
+        path = (
+            family.outer[role]
+            if layer is None
+            else f"{family.layers}.{layer}.{family.projections[role].module}"
+        )
+        return self.tensors[f"{path}.weight"]
+
+    def weight_bytes(self, target: Target, layer: int | None) -> float:
+        """Return the mean bytes of a weight of a target."""
+        each = [m.parameters * self.weight(role, layer).dtype.itemsize for role, m in target.matrices.items()]
+        return sum(each) / target.parameters
 
     @property
     def files(self) -> list[Path]:

@@ -89,7 +89,7 @@ class Staging:
             self._record(part).unlink(missing_ok=True)  # exists only if someone deleted the tensors
             hashes = self._save(tensors, self._file(part))
             self._sources.settle()
-            write_text(self._record(part), json.dumps({"record": record, **hashes}))
+            write_text(self._record(part), json.dumps({"record": record, **hashes}, allow_nan=False))
         self._sound.add(part)
 
     def settle(self, part: str | None = None) -> None:
@@ -127,7 +127,7 @@ class Staging:
         self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_file(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self.write_file(name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write_file(self, name: str, text: str) -> None:
         """Write a text file of the checkpoint."""
@@ -252,7 +252,7 @@ def staging(
     with _locked(work, out):
         _recover(work, out)
         journal, parts = work / _JOURNAL, work / "parts"
-        resumed, new = journal.exists() and not fresh, json.loads(json.dumps(key))
+        resumed, new = journal.exists() and not fresh, json.loads(json.dumps(key, allow_nan=False))
         old = json.loads(journal.read_text(encoding="utf-8")) if resumed else {}
         if not resumed:
             journal.unlink(missing_ok=True)  # first: without it the rest is ignored
@@ -271,7 +271,7 @@ def staging(
                 "pass --fresh to start over, or the same settings to go on"
             )
         with _space(out):
-            write_text(journal, json.dumps(key))
+            write_text(journal, json.dumps(key, allow_nan=False))
             parts.mkdir(exist_ok=True)
         for path in parts.iterdir():  # what a killed run did not finish
             if not path.with_suffix(".json").exists() or path.suffix not in (".json", ".safetensors"):

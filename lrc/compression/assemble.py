@@ -34,10 +34,9 @@ def assemble(
     skeleton: nn.Module,
     state: Mapping[str, Tensor],
     solutions: Iterable[Solution],
-    dtype: torch.dtype,
     plain: Iterable[str] = (),
 ) -> ReducedLayer:
-    """Replace the solved projections of a layer; new tensors are rounded to ``dtype``.
+    """Replace the solved projections of a layer; weight and bias of each keep their precision.
 
     Roles in ``plain`` without a solution become ordinary linears.
     """
@@ -62,13 +61,14 @@ def assemble(
             kept[f"{family.attention}.rotary_columns"] = columns
     paths = {role: family.split_module(role) if split else family.projections[role].module for role in parts}
     for role, part in parts.items():
-        table[paths[role]], tensors = store(part, dtype)
+        weight, bias = canonical(family, architecture, state, role)
+        table[paths[role]], tensors = store(part, weight.dtype, None if bias is None else bias.dtype)
         kept |= {f"{paths[role]}.{name}": tensor for name, tensor in tensors.items()}
     module = copy.deepcopy(skeleton)
     apply_table(module, table, family)
     # Empty tensors under the old names, so that loading without lrc fails.
-    guards = {name: t for name, t in module.state_dict().items() if t.numel() == 0 and name not in kept}
-    kept |= {name: torch.empty(0, dtype=dtype) for name in guards}
+    guards = [name for name, t in module.state_dict().items() if t.numel() == 0 and name not in kept]
+    kept |= {name: torch.empty(0, dtype=state[name].dtype) for name in guards}
     return ReducedLayer(module, table, kept, paths)
 
 
@@ -89,18 +89,20 @@ def _shape(part: Affine | Factors) -> tuple[int, int]:
     return entry["out"], entry["in"]
 
 
-def store(part: Affine | Factors, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
-    """Return a part's table entry and its module's tensors by name."""
+def store(
+    part: Affine | Factors, dtype: torch.dtype, bias_dtype: torch.dtype | None = None
+) -> tuple[Entry, dict[str, Tensor]]:
+    """Return a part's table entry and its module's tensors by name, rounded; a bias to ``bias_dtype`` if given."""
+    bias = None if part.bias is None else part.bias.to(bias_dtype or dtype)
     if isinstance(part, Affine):
         rows, columns = part.weight.shape
-        tensors = {"weight": part.weight, **({} if part.bias is None else {"bias": part.bias})}
-        entry = {"kind": DENSE, "in": columns, "out": rows, "bias": part.bias is not None}
-        return entry, {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    kind, part = kinds()[part.kind], part.to(dtype)
-    entry = kind.entry(part.tensors, part.bias is not None)
+        entry = {"kind": DENSE, "in": columns, "out": rows, "bias": bias is not None}
+        return entry, {"weight": part.weight.to(dtype), **({} if bias is None else {"bias": bias})}
+    kind, tensors = kinds()[part.kind], part.to(dtype).tensors
+    entry = kind.entry(tensors, bias is not None)
     with torch.device("meta"):
         module = kind.from_entry(entry)
-    module.load_factors(part.tensors, part.bias)
+    module.load_factors(tensors, bias)
     return entry, {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 

@@ -6,12 +6,14 @@ KL(p‖q) = E_p[log p] − s E_p[z] + log Σ exp(s z). It is convex in s, with s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lrc.errors import UserError
 from lrc.run.processes import ALONE, Processes
 
 LEAST, MOST = 0.1, 10.0
@@ -31,6 +33,16 @@ class LogitScale:
     before: float
     after: float
     tokens: int
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return a warning if the scale ends at its limit."""
+        if LEAST * 1.01 < self.value < MOST * 0.99:
+            return []
+        return [
+            f"the logit scale ends at its limit, {self.value:.3g}: the compressed model's logits hardly follow the "
+            "original's; keep more weights, or set scale: none"
+        ]
 
     @property
     def text(self) -> str:
@@ -53,7 +65,8 @@ class Final:
 def fit_scale(original: Final, compressed: Final, vocab: int, processes: Processes = ALONE) -> LogitScale:
     """Return the scale from 0.1 to 10 that minimises the KL divergence from the original, over all processes' tokens.
 
-    Newton's method, with bisection if a step leaves the bracket. Each step computes the logits again, in chunks.
+    Newton's method, with bisection if a step leaves the bracket. Each step computes the logits again, in chunks. Raises
+    UserError if the divergence is NaN or inf.
     """
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     old, new = (
@@ -77,6 +90,10 @@ def fit_scale(original: Final, compressed: Final, vocab: int, processes: Process
 
     low, high, scale = LEAST, MOST, 1.0
     before, slope, curvature = found = at(scale)
+    if not math.isfinite(before):
+        raise UserError(
+            "the KL divergence of the compressed model's logits from the original's is NaN or inf"
+        )
     for _ in range(_STEPS):
         low, high = (low, scale) if slope > 0 else (scale, high)
         step = scale - slope / curvature if curvature > 0 else low

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lrc.checkpoint.staging import SharedStaging, Staging
 from lrc.compression.assemble import ReducedLayer, assemble
-from lrc.compression.logit_scale import Final, LogitScale, fit_scale
+from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_scale
 from lrc.compression.measure import LayerMeasure, target_record
 from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_blocks
 from lrc.compression.solve import solve_layer
 from lrc.compression.tables import TableCompressor
+from lrc.errors import UserError
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import Call
@@ -117,6 +118,7 @@ class Compressor:
         for visit, plan in zip(walk, self._plan.layers, strict=True):
             self._layer(plan, visit)
             (resumed if part_name(plan.index) in known else advance)(1)
+        self._check_logits()
         head = self._tables.head(self._batches)
         with self._watch.stage("scale"):
             scale = self._scale(head)
@@ -173,8 +175,8 @@ class Compressor:
             solutions = solve_layer(self._architecture, plan, state, found, self._processes)
         with self._watch.stage("assemble"):
             roles = closing_roles(self._family, plan.targets) if self._refits else []
-            dtype, skeleton = self._stream.reader.dtype, self._stream.skeletons[plan.index]
-            reduced = assemble(self._architecture, skeleton, state, solutions.values(), dtype, roles)
+            skeleton = self._stream.skeletons[plan.index]
+            reduced = assemble(self._architecture, skeleton, state, solutions.values(), roles)
             self._stream.filled(reduced.module, reduced.state)
         with self._watch.stage("measure"):
             measure = LayerMeasure(self._stream, layer, solutions, opens=self._opens)
@@ -191,6 +193,14 @@ class Compressor:
                 refit = LayerRefit(self._stream, plan.index, reduced, self._batches, self._held)
                 refits = refit.run(roles, middles.inputs, self._compressed)
         self._write(plan.index, reduced, records, refits)
+
+    def _check_logits(self) -> None:
+        """Raise UserError if the original's logits of the first tokens are NaN or inf."""
+        rows = max(CHUNK_BYTES // (4 * self._architecture.vocab), 1)
+        if self._batches and not self._staging.has(REST):
+            logits = self._stream.tail()(self._batches[0].hidden.flatten(0, -2)[:rows])
+            if not bool(logits.isfinite().all()):
+                raise UserError("the model's logits are NaN or inf; try --dtype float32")
 
     def _scale(self, head: nn.Module | None) -> LogitScale | None:
         """Fit the logit scale on the held-out blocks; ``head`` is the reduced LM head, if any.

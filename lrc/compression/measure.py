@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrc.compression.assemble import assemble
+from lrc.errors import UserError
 from lrc.families import canonical
 from lrc.methods.contract import Solution
 from lrc.moments.observe import Call
@@ -33,7 +35,18 @@ class Measured:
 def target_record(
     assignment: Assignment, layer: int | None, solution: Solution, measured: Measured
 ) -> dict[str, Any]:
-    """Return the record of a target for the manifest and the report; ``layer`` is None outside the layers."""
+    """Return the record of a target for the manifest and the report; ``layer`` is None outside the layers.
+
+    Raises UserError if a figure is NaN or inf.
+    """
+    figures = {**solution.numerics, **asdict(solution.predicted), **asdict(measured)}
+    if wrong := [
+        name for name, each in figures.items() if isinstance(each, float) and not math.isfinite(each)
+    ]:
+        where = "" if layer is None else f"layer {layer}: "
+        raise UserError(
+            f"{where}the {wrong[0]} of {assignment.target} is NaN or inf: weights or activations are too large"
+        )
     return {
         **asdict(assignment),
         "layer": layer,
@@ -55,13 +68,11 @@ class LayerMeasure(Observer):
     ) -> None:
         self._stream, self._architecture = stream, layer.architecture
         self.index, self._state = layer.index, layer.state
-        family, dtype = self._architecture.family, stream.reader.dtype
+        family = self._architecture.family
         homes = {"qk": family.attention, "ov": family.attention, "mlp": family.mlp}
         self._alone: dict[str, nn.Module] = {}
         for target, solution in solutions.items():
-            reduced = assemble(
-                self._architecture, stream.skeletons[self.index], self._state, [solution], dtype
-            )
+            reduced = assemble(self._architecture, stream.skeletons[self.index], self._state, [solution])
             module = stream.filled(reduced.module, reduced.state)
             self._alone[target] = module.get_submodule(homes.get(target) or reduced.paths[target])
         self._sums = {

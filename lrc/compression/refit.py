@@ -7,6 +7,7 @@ expected squared error (Johnson and Lindenstrauss) and make a trial cost little 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from lrc.compression.assemble import ReducedLayer
+from lrc.errors import UserError
 from lrc.families import Family
 from lrc.families.family import Half
 from lrc.maths.linalg import damped_cholesky, data_error
@@ -74,18 +76,6 @@ class RefitRecord:
 REFITS = TypeAdapter(list[RefitRecord])
 
 
-def refit_warnings(refits: Sequence[RefitRecord]) -> list[str]:
-    """Return a warning if most refits of a run gain nothing on their held-out blocks."""
-    chosen = [refit.held_out for refit in refits if refit.held_out is not None]
-    worse = [error for error in chosen if error.after >= error.before]
-    if 2 * len(worse) <= len(chosen):
-        return []
-    return [
-        f"{len(worse)} of {len(chosen)} residual refits do not lower the error on held-out calibration blocks; use "
-        "more samples"
-    ]
-
-
 def closing_roles(family: Family, targets: Collection[str]) -> list[str]:
     """Return the output projections (``o``, ``down``) of the layer halves that contain one of ``targets``."""
     return [half.output for half in family.halves if half.targets & set(targets)]
@@ -121,11 +111,11 @@ class LayerRefit:
                 last = half.name == "mlp"
                 goals = (batch.hidden for batch in self._batches) if last else middles
                 records.append(self._refit(half, path, goals, compressed))
-        for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
-            out = self._stream.run(
-                self._reduced.module, self._index, batch, hidden, attention_output=attention_output
-            )
-            compressed[i] = self._stream.states.keep(out)
+        module = self._reduced.module
+        with self._stream.checked(module, self._index):
+            for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
+                out = self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
+                compressed[i] = self._stream.states.keep(out)
         return records
 
     def _refit(
@@ -144,16 +134,21 @@ class LayerRefit:
             if half.name == "attention":
                 read.append(self._stream.states.keep(x))
         # Replace the linear in the layer's tensors and in its module.
-        reduced, processes, dtype = self._reduced, self._stream.processes, self._stream.reader.dtype
+        reduced, processes = self._reduced, self._stream.processes
         weight, bias = f"{path}.weight", f"{path}.bias"
         sums.reduce(processes)
         start = Affine(reduced.state[weight], reduced.state.get(bias))
         # On one process, so that all have the same bits.
         solve = partial(sums.solve, layer=self._index, role=half.output)
         ((fitted, record),) = processes.spread([start], solve)
-        reduced.state[weight] = fitted.weight.to(dtype)
+        errors = [record.error, *([record.held_out] if record.held_out else [])]
+        if not all(math.isfinite(each) for error in errors for each in (error.before, error.after)):
+            raise UserError(
+                f"layer {self._index}: the error of the stream behind {half.output} is NaN or inf"
+            )
+        reduced.state[weight] = fitted.weight.to(start.weight.dtype)
         if fitted.bias is not None:
-            reduced.state[bias] = fitted.bias.to(dtype)
+            reduced.state[bias] = fitted.bias.to(reduced.state[bias].dtype)
         self._stream.filled(module, reduced.state)
         if read:
             self._attention = linear, read

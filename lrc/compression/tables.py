@@ -112,7 +112,7 @@ class TableCompressor:
             solution = solve(problem, assignment)
             if isinstance(problem, EmbeddingProblem) and blocks is not None:
                 problem = replace(problem, frequency=_shares(blocks, problem.table))
-            measured = _measured(problem, _factors(solution), stream.reader.dtype)
+            measured = _measured(problem, _factors(solution))
             reduced = store_outer(stream, solution)
         with self._watch.stage("write"):
             record = {
@@ -148,10 +148,11 @@ def _problem(stream: ModelStream, target: str, final: Moment | None, blocks: Ten
 
 
 def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
-    """Return a solution as stored, in the checkpoint's precision."""
+    """Return a solution as stored, in the precision of what it replaces."""
     ((target, _),) = solution.parts.items()
-    family, part, dtype = stream.reader.family, _factors(solution), stream.reader.dtype
+    family, part = stream.reader.family, _factors(solution)
     path, head = family.outer[target], family.head
+    dtype = stream.reader.tensors[f"{path}.weight"].dtype
     if target == "lm_head":
         entry, stored = store(part, dtype)
         return ReducedOuter(target, {path: entry}, {f"{path}.{name}": t for name, t in stored.items()})
@@ -194,9 +195,10 @@ def _factors(solution: Solution) -> Factors:
     return part
 
 
-def _measured(problem: OuterProblem, part: Factors, dtype: torch.dtype) -> Measured:
+def _measured(problem: OuterProblem, part: Factors) -> Measured:
     """Return the error of factors as stored."""
-    part = part.to(dtype).to(torch.float64)
+    whole = problem.table if isinstance(problem, EmbeddingProblem) else problem.matrix.weight
+    part = part.to(whole.dtype).to(torch.float64)
     if isinstance(problem, EmbeddingProblem):
         factors = part.tensors
         error = table_error(problem, problem.table.double() - factors["B"] @ factors["A"])

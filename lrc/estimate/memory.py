@@ -8,6 +8,7 @@ Not counted: workspaces of the linear algebra library and fragmentation.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -65,15 +66,27 @@ class _Run:
     def refits(self) -> bool:
         return self.job.plan.plan.refit == "residual"
 
+    @cached_property
+    def stored(self) -> set[torch.dtype]:
+        """Return the dtypes of the layers' weights."""
+        reader = self.job.reader
+        layers = range(self.architecture.layers)
+        return {reader.weight(role, i).dtype for i in layers for role in self.architecture.matrices}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Return the bytes of a layer's weight as stored, of the widest."""
+        return max(dtype.itemsize for dtype in self.stored)
+
     @property
     def shared(self) -> bool:
         """Tell whether layers run in the stored dtype, in the same tensors."""
-        return self.job.reader.dtype == self.dtype
+        return self.stored == {self.dtype}
 
     @property
     def weights(self) -> int:
         """Return the bytes of a layer, as stored and as run."""
-        each = self.dtype.itemsize + (0 if self.shared else self.job.reader.dtype.itemsize)
+        each = self.dtype.itemsize + (0 if self.shared else self.stored_bytes)
         return self.architecture.layer_parameters * each
 
     @property
@@ -192,10 +205,8 @@ def _tables(run: _Run) -> int:
     architecture, each = run.architecture, run.dtype.itemsize
     work = run.tables + run.stream(4 * run.batch_size)
     for a in run.job.plan.outer:  # the table, its product with C, its change and the change squared
-        table = architecture.outer[a.target].parameters
-        work = max(
-            work, (run.job.reader.dtype.itemsize + 32) * table + 32 * a.kept + 48 * architecture.hidden**2
-        )
+        table, stored = architecture.outer[a.target].parameters, run.job.reader.weight(a.target, None).dtype
+        work = max(work, (stored.itemsize + 32) * table + 32 * a.kept + 48 * architecture.hidden**2)
     if run.job.plan.plan.scales:
         rows = min(run.held_out * run.job.plan.seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
         heads = run.tables + each * sum(a.kept for a in run.job.plan.outer)
@@ -221,7 +232,7 @@ def _layer(run: _Run, layer: LayerPlan) -> int:
     # Gradient moments on the GPU are already counted for all layers.
     gradient = 0 if run.place == "device" else run.gradient(layer)
     kept = sum(a.kept for a in layer.assignments)
-    reduced = 2 * kept * run.job.reader.dtype.itemsize
+    reduced = 2 * kept * run.stored_bytes
     if not run.shared:  # the reduced layer as run, and one layer for each target measured alone
         rest = architecture.layer_parameters - sum(a.whole for a in layer.assignments)
         reduced += (rest + kept + len(layer.assignments) * architecture.layer_parameters) * each

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lrc.checkpoint.headers import StoredTensor
+from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.sizes import Size, size_of
 from lrc.families import Architecture
 from lrc.families.family import ATTENTION_ROLES
@@ -52,9 +53,8 @@ def output_size(job: Job) -> Size:
     reader, family = job.reader, job.reader.family
     tensors, table = dict(reader.tensors), Table()
     for a in job.plan.outer:
-        path = family.outer[a.target]
-        del tensors[f"{path}.weight"]
-        tensors[f"{path}.weights"] = StoredTensor((a.kept,), reader.dtype, reader.folder)
+        name = f"{family.outer[a.target]}.weight"
+        tensors[name] = replace(tensors[name], shape=(a.kept,))
     for layer in job.plan.layers:
         prefix = f"{family.layers}.{layer.index}."
         replaced = _replaced(reader.architecture, layer)
@@ -64,18 +64,18 @@ def output_size(job: Job) -> Size:
             if modules
             else tensors
         )
-        for name, shape, dtype in _new_tensors(reader.architecture, layer, replaced, reader.dtype):
-            tensors[prefix + name] = StoredTensor(shape, dtype, reader.folder)
+        tensors |= _new_tensors(reader, layer, replaced)
         if replaced >= set(ATTENTION_ROLES):
             widths = {a.target: inner_width(reader.architecture, a) for a in layer.assignments}
             qk, v = (widths.get(name, reader.architecture.head_dim) for name in ("qk", "ov"))
             table[prefix + family.attention] = attention_entry(qk, v, False)
     size = size_of(tensors.values(), reader.architecture, reader.dtype, table)
     targets, beyond = reader.architecture.targets | reader.architecture.outer, 0
-    for a in (*job.plan.outer, *(a for layer in job.plan.layers for a in layer.assignments)):
-        # kept weights may take other bytes than equally many weights in the checkpoint's precision
-        taken = solver_of(a).size.bytes(targets[a.target], a.size, a.options, reader.dtype)
-        beyond += taken - a.kept * reader.dtype.itemsize
+    inside = ((layer.index, a) for layer in job.plan.layers for a in layer.assignments)
+    for index, a in (*((None, a) for a in job.plan.outer), *inside):
+        # kept weights may take other bytes than equally many weights as the checkpoint stores them
+        each = reader.weight_bytes(targets[a.target], index)
+        beyond += solver_of(a).size.bytes(targets[a.target], a.size, a.options, each) - round(a.kept * each)
     return replace(size, bytes=size.bytes + beyond)
 
 
@@ -93,23 +93,26 @@ def _replaced(architecture: Architecture, layer: LayerPlan) -> set[str]:
     return roles | set(ATTENTION_ROLES) if split else roles
 
 
-def _new_tensors(
-    architecture: Architecture, layer: LayerPlan, replaced: set[str], dtype: torch.dtype
-) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Return name, shape and dtype of the tensors of replaced roles; factors are one tensor of the right size."""
-    found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-    covered: dict[str, Assignment] = {}
+def _new_tensors(reader: CheckpointReader, layer: LayerPlan, replaced: set[str]) -> dict[str, StoredTensor]:
+    """Return the tensors of replaced roles; factors are one tensor of the right size."""
+    architecture, prefix = reader.architecture, f"{reader.family.layers}.{layer.index}."
+    found, covered = dict[str, StoredTensor](), dict[str, Assignment]()
     for a in layer.assignments:
         covered |= dict.fromkeys(architecture.targets[a.target].matrices, a)
-        found.append((f"{a.target}.weights", (a.kept,), dtype))
         if a.target == "qk" and architecture.family.rotary != "none":
-            found.append(
-                ("rotary_columns", (architecture.kv_heads, inner_width(architecture, a)), torch.int64)
-            )
+            shape = (architecture.kv_heads, inner_width(architecture, a))
+            found[f"{prefix}rotary_columns"] = StoredTensor(shape, torch.int64, reader.folder)
     for role in sorted(replaced):
-        if role not in covered:
-            found.append((f"{role}.weight", (architecture.matrices[role].parameters,), dtype))
-        found.append((f"{role}.bias", (_bias(architecture, role, covered.get(role)),), dtype))
+        a, whole, weight = (
+            covered.get(role),
+            architecture.matrices[role].parameters,
+            reader.weight(role, layer.index),
+        )
+        # the matrices of a component shrink alike
+        kept = whole if a is None else whole * a.kept // a.whole
+        found[f"{prefix}{role}.weight"] = replace(weight, shape=(kept,))
+        old = reader.tensors.get(f"{prefix}{reader.family.projections[role].module}.bias", weight)
+        found[f"{prefix}{role}.bias"] = replace(old, shape=(_bias(architecture, role, a),))
     return found
 
 

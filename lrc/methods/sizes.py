@@ -7,8 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-
 from lrc.errors import as_text_number
 from lrc.families import Target
 
@@ -55,9 +53,9 @@ class SizeRule(ABC):
         ``multiple``: its multiples instead, if sizes are numbers; 1 gives all legal sizes.
         """
 
-    def bytes(self, target: Target, size: SizeValue, options: Options, dtype: torch.dtype) -> int:
-        """Return the bytes that the kept weights take in a checkpoint of ``dtype``, without biases."""
-        return self.weights(target, size, options) * dtype.itemsize
+    def bytes(self, target: Target, size: SizeValue, options: Options, each: float) -> int:
+        """Return the bytes that the kept weights take if one of the target takes ``each``, without biases."""
+        return round(self.weights(target, size, options) * each)
 
     def inner(self, target: Target, size: SizeValue) -> int:
         """Return the inner dimension at a size: of a component (per head for qk and ov), or between two factors."""

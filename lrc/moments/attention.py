@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrc.errors import UserError
 from lrc.families import Heads, canonical
 from lrc.modules.attention import turn
 from lrc.moments.observe import Call
@@ -114,7 +115,12 @@ class QueryStatistic(Statistic):
         self.sums.reduce(processes)
 
     def result(self) -> dict[str, Any]:
-        return dict.fromkeys(self.targets, self.sums.moment())
+        moment = self.sums.moment()
+        if not all(bool(each.isfinite().all()) for each in vars(moment).values() if isinstance(each, Tensor)):
+            raise UserError(
+                f"layer {self.index}: queries and keys of {self._path}, or their products, are NaN or inf"
+            )
+        return dict.fromkeys(self.targets, moment)
 
     def _heads(self, role: str, x: Tensor) -> Tensor:
         """Return queries or keys (blocks, heads, tokens, D), before rotary embedding."""

@@ -111,7 +111,10 @@ class Moments(Statistic):
         moments = {site: total.moment() for site, total in self._sums.items()}
         for site, moment in moments.items():
             if not bool(moment.second.diagonal().isfinite().all()):
-                raise UserError(f"layer {self.index}: activations at {site} are NaN or inf")
+                raise UserError(
+                    f"layer {self.index}: activations at {site}, the input of {self._paths[site]}, or their squares "
+                    "are NaN or inf"
+                )
         family = self.layer.architecture.family
         return {target: moments[site_of(family, target)] for target in self.targets}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter
 from lrc.checkpoint.durable import write_file
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
+from lrc.records.compression import json_text
 
 _FORMAT = 1
 
@@ -79,7 +79,7 @@ class Losses:
 
     def save(self, path: Path) -> None:
         """Write the file. Raises OutOfResources if that fails."""
-        write_file(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_file(path, json_text(asdict(self)))
 
 
 def load_losses(path: Path, key: Mapping[str, Any]) -> Losses | None:

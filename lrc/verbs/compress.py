@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import refit_warnings
+from lrc.errors import UserError
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.folder import Loading, evaluate_folder
@@ -228,7 +229,8 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
         compressor.run(work.calibration.blocks, work.batch, setup.run.stage)
-    found = refit_warnings(finish.refit_records(job, stage.own) if stage.own else [])
+    scale = finish.logit_scale(stage.own) if stage.own else None
+    found = scale.warnings if scale else []
     setup.warn(found)
     return replace(work, warnings=[*work.warnings, *found])
 
@@ -260,8 +262,10 @@ def _evaluate(
         return evaluate_folder(path, held_out, loading, max_windows=max_windows)
 
     with setup.watch.stage("evaluate"), memory_advice(advice):
-        pairs = zip(measured(work.job.model.path, "before"), measured(stage.out, "after"), strict=True)
-        return [PerplexityChange(*pair) for pair in pairs]
+        before, after = measured(work.job.model.path, "before"), measured(stage.out, "after")
+    if wrong := next((each for each in before if not math.isfinite(each.nats)), None):
+        raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
+    return [PerplexityChange(*pair) for pair in zip(before, after, strict=True)]
 
 
 def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:

@@ -128,13 +128,10 @@ class GradientSweep:
         for index in range(first, end):
             if keep(index):
                 self._inputs[index] = hidden
-            module, finite, outputs = self._layer(index), [], []
-            for batch, (x,) in zip(self._batches, self._stream.prefetched(hidden), strict=True):
-                out = self._stream.run(module, index, batch, x)
-                finite.append(out.isfinite().all())
-                outputs.append(self._stream.states.keep(out))
-            if finite and not bool(torch.stack(finite).all()):
-                raise UserError(f"layer {index}: activations are NaN or inf; try --dtype float32")
+            module, outputs = self._layer(index), []
+            with self._stream.checked(module, index):
+                for batch, (x,) in zip(self._batches, self._stream.prefetched(hidden), strict=True):
+                    outputs.append(self._stream.states.keep(self._stream.run(module, index, batch, x)))
             hidden = outputs
             self._advance(1)
         return hidden

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -214,19 +215,54 @@ class ModelStream:
         *observers: Observer,
         stay: bool = False,
     ) -> None:
-        """Run a decoder layer on batches, feed its observers, and store its outputs in the batches unless ``stay``."""
+        """Run a decoder layer on batches, feed its observers, and store its outputs in the batches unless ``stay``.
+
+        Raises UserError as ``checked`` does.
+        """
         paths = {path: path for observer in observers for path in observer.watched}
         states = self.prefetched(batch.hidden for batch in batches)
-        for batch, (hidden,) in zip(batches, states, strict=True):
-            with observe(layer, paths) as calls:
-                out = self.run(layer, index, batch, hidden)
-            for observer in observers:
-                observer.add(calls)
-            if not stay:
-                batch.hidden = self.states.keep(out)
-            del out  # so that the device does not hold two outputs
+        with self.checked(layer, index):
+            for batch, (hidden,) in zip(batches, states, strict=True):
+                with observe(layer, paths) as calls:
+                    out = self.run(layer, index, batch, hidden)
+                for observer in observers:
+                    observer.add(calls)
+                if not stay:
+                    batch.hidden = self.states.keep(out)
+                del out  # so that the device does not hold two outputs
         for observer in observers:
             observer.reduce(self.processes)
+
+    @contextmanager
+    def checked(self, layer: nn.Module, index: int) -> Iterator[None]:
+        """Watch the outputs of a layer's halves and its own while the context is open; wait for the device once.
+
+        Raises UserError that names layer and module if one, on any process, is NaN or inf or has such a square.
+        """
+        family, peaks = self.reader.family, dict[str, list[Tensor]]()
+        watched = {family.projections[half.output].module: half.module for half in family.halves}
+
+        def noting(found: list[Tensor]) -> Callable[..., None]:
+            def note(_: nn.Module, __: object, out: Any) -> None:
+                found.append(torch.stack(torch.aminmax(out[0] if isinstance(out, tuple) else out)).float())
+
+            return note
+
+        with ExitStack() as hooks:
+            for name, path in (watched | {"the layer": ""}).items():
+                hook = noting(peaks.setdefault(name, []))
+                hooks.callback(layer.get_submodule(path).register_forward_hook(hook).remove)
+            yield
+        own = [torch.stack(found).abs().amax() if found else torch.zeros(()) for found in peaks.values()]
+        most = (torch.finfo(torch.float32).max / self.reader.architecture.hidden) ** 0.5
+        for found in self.processes.gather(torch.stack(own).tolist() if peaks["the layer"] else []):
+            for name, peak in zip(peaks, found, strict=False):
+                if not math.isfinite(peak):
+                    advice = "; try --dtype float32" if self.dtype == torch.float16 else ""
+                    raise UserError(f"layer {index}: activations are NaN or inf behind {name}{advice}")
+                if peak > most:
+                    what = f"up to {peak:.2g}, too large for squares in float32"
+                    raise UserError(f"layer {index}: activations behind {name} are {what}")
 
     def fetch(self, x: Tensor) -> Tensor:
         """Return a tensor moved to the device."""

@@ -119,6 +119,41 @@ def test_activations_that_are_no_numbers(refuses: Fails, tiny_checkpoint: TinyCh
     assert "layer 1: activations are NaN or inf" in refuses(model)
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity"])
+def test_a_config_with_numbers_that_json_has_not(
+    refuses: Fails, tiny_checkpoint: TinyCheckpoint, value: str
+) -> None:
+    model = tiny_checkpoint("llama")
+    edit_config(model, some_limit=float(value))
+    assert f"config.json is not JSON: line 1: {value} is no value of JSON" in refuses(model)
+
+
+HUGE = [
+    ("llama", "model.layers.0.mlp.down_proj.weight", "layer 0: activations behind mlp.down_proj are up to"),
+    (
+        "llama",
+        "model.layers.1.self_attn.o_proj.weight",
+        "layer 1: activations behind self_attn.o_proj are up to",
+    ),
+    ("llama", "model.layers.1.self_attn.q_proj.weight", "layer 1: "),
+    ("gpt2", "transformer.h.1.mlp.c_proj.weight", "layer 1: activations behind mlp.c_proj are up to"),
+    ("llama", "lm_head.weight", "the model's logits are NaN or inf"),
+]
+
+
+@pytest.mark.parametrize("plan", ["keep: 0.5", "keep: 0.5\nmethod: svd\nrefit: none"])
+@pytest.mark.parametrize(("family", "name", "message"), HUGE)
+def test_weights_whose_products_overflow_float32(
+    refuses: Fails, tiny_checkpoint: TinyCheckpoint, family: str, name: str, message: str, plan: str
+) -> None:
+    model = tiny_checkpoint(family, tie_word_embeddings=False)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] *= 2e38 / float(tensors[name].abs().max()) if "head" in name else 1e36
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert message in refuses(model, plan=f"format: 1\n{plan}\ncalibration: {{samples: 4, seq_len: 32}}\n")
+
+
 def test_safetensors_cut_short(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
     model = tiny_checkpoint("llama")
     path = model / "model.safetensors"

@@ -51,7 +51,7 @@ class Layer:
 
     def build(self, *solutions: Solution, plain: Iterable[str] = ()) -> ReducedLayer:
         skeleton = self.stream.skeletons[1]
-        reduced = assemble(self.architecture, skeleton, self.state, solutions, torch.float32, plain)
+        reduced = assemble(self.architecture, skeleton, self.state, solutions, plain)
         self.stream.filled(reduced.module, reduced.state)
         return reduced
 
@@ -173,16 +173,17 @@ def test_plain_roles_become_ordinary_linears_unless_they_are_solved(layer):
 
 
 @both
-def test_new_tensors_have_the_checkpoints_precision_and_old_ones_their_own(layer):
-    reduced = assemble(
-        layer.architecture, layer.stream.skeletons[1], layer.state, [layer.pair("o", 4)], torch.bfloat16
-    )
+def test_each_new_tensor_has_the_precision_of_what_it_replaces(layer):
+    families, architecture = layer.reader.family, layer.architecture
+    module = families.projections["o"].module
+    state = layer.state | {f"{module}.weight": layer.state[f"{module}.weight"].bfloat16()}
+    reduced = assemble(architecture, layer.stream.skeletons[1], state, [layer.pair("o", 4)])
     path = f"{reduced.paths['o']}."
-    old = {name for name, tensor in reduced.state.items() if tensor is layer.state.get(name)}
-    new = set(reduced.state) - old
-    assert {name for name in new if name.startswith(path)} >= {f"{path}A.weight", f"{path}B.weight"}
-    assert all(reduced.state[name].dtype == torch.bfloat16 for name in new)
-    assert len(old) >= 5
+    new = {name.removeprefix(path): t.dtype for name, t in reduced.state.items() if name.startswith(path)}
+    assert new.pop("B.bias", torch.float32) == torch.float32
+    assert new == dict.fromkeys(("weight", "A.weight", "B.weight"), torch.bfloat16)
+    others = {t.dtype for name, t in reduced.state.items() if not name.startswith((path, f"{module}."))}
+    assert others == {torch.float32}
 
 
 @both

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from lrc.compression import logit_scale
 from lrc.compression.logit_scale import LEAST, MOST, Final, LogitScale, fit_scale
+from lrc.errors import UserError
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -95,3 +96,18 @@ def test_neither_batches_nor_chunks_matter(monkeypatch: pytest.MonkeyPatch) -> N
     assert max(seen) == 7
     assert found.value == pytest.approx(expected.value, rel=1e-5)
     assert (found.before, found.after) == pytest.approx((expected.before, expected.after), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(LEAST, True), (MOST * 0.999, True), (0.97, False), (5.0, False)]
+)
+def test_a_scale_at_its_limit_is_told(value: float, told: bool) -> None:
+    warnings = LogitScale(value, 2.0, 1.0, 8).warnings
+    assert len(warnings) == told
+    assert all("the logit scale ends at its limit" in warning for warning in warnings)
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    states = normal(2, 3, 8, seed=1)
+    with pytest.raises(UserError, match="NaN or inf"):
+        fit(states, states / 0)

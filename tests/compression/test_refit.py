@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,9 +14,7 @@ from lrc.compression.refit import (
     RIDGES,
     RefitRecord,
     RefitSum,
-    StreamError,
     held_out_blocks,
-    refit_warnings,
 )
 from lrc.methods.contract import Affine
 
@@ -230,14 +228,3 @@ def test_records_survive_json(seen):
     for mask in (None, held_out_blocks(len(x))):
         _, record = solved(x, t, start, mask)
         assert REFITS.validate_python([asdict(record)]) == [record]
-
-
-def test_refits_that_gain_nothing_where_they_were_not_fitted_are_told() -> None:
-    def record(before: float, after: float) -> RefitRecord:
-        return RefitRecord(0, "o", 1.0, None, StreamError(2, 1), StreamError(before, after))
-
-    better, worse = record(0.2, 0.1), record(0.1, 0.2)
-    alone = replace(better, held_out=None)
-    assert refit_warnings([]) == refit_warnings([alone]) == refit_warnings([better, worse]) == []
-    (warning,) = refit_warnings([better, worse, worse, alone])
-    assert warning.startswith("2 of 3 residual refits do not lower the error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.verbs.check import check
 from lrc.verbs.compress import compress
+from lrc.verbs.verify import verify
 from lrc.walk.backward import GradientSweep
 from lrc.walk.needs import gradients_needed
 from lrc.walk.stream import ModelStream
@@ -96,15 +98,51 @@ def test_sizes_are_those_of_the_written_checkpoint(
     assert expected.after.parameters == sum(t.numel() for t in stored if t.is_floating_point())
 
 
-def test_sizes_where_precisions_are_mixed(
-    tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path], text: Path, tmp_path: Path
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("family", "body", "dtypes"),
+    [
+        ("llama", "components: {qk: {rank: 4}}\nrefit: none", {".v_proj": HALF, ".up_proj": HALF}),
+        ("llama", "keep: 0.5", {".layers.": HALF}),  # most bytes are those of the embedding and the head
+        ("llama", "keep: 0.5\nmethod: a3\ncomponents: {qk: {method: a3}}", {"q_proj": HALF, "k_proj": BRAIN}),
+        ("llama", "keep: 0.5\nmethod: monarch\nrefit: none", {"layers.1.": BRAIN, "up_proj": HALF}),
+        ("llama", "projections: {embed: {method: svd, rank: 9}}", {"embed_tokens": BRAIN}),
+        ("llama", "projections: {lm_head: {method: svd, rank: 9}}", {"lm_head": HALF}),
+        ("gpt2", "keep: 0.5\nmethod: a3", {".h.0.": BRAIN, "weight": HALF}),  # biases and layer 0 apart
+    ],
+)
+def test_factors_have_the_precision_of_what_they_replace(
+    tiny_checkpoint: TinyCheckpoint,
+    write_plan: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    family: str,
+    body: str,
+    dtypes: dict[str, torch.dtype],
 ) -> None:
-    model, plan = tiny_checkpoint("llama"), write_plan("components: {qk: {rank: 4}}\nrefit: none")
+    model, plan = tiny_checkpoint(family, vocab_size=1024), write_plan(body)
+
+    def dtype(name: str) -> torch.dtype:
+        return next((each for part, each in dtypes.items() if part in name), torch.float32)
+
+    def module(name: str) -> str:
+        """A tensor's name without those that factors and split projections add to it."""
+        name = name.replace(".A.weight", ".weight").replace(".B.", ".").replace(".L", ".weight")
+        name = name.replace(".R", ".weight")
+        return re.sub(r"attn\.[qkv]_proj", "attn.c_attn", name) if family == "gpt2" else name
+
     tensors = load_file(model / "model.safetensors")
-    mixed = {name: t.half() if ".v_proj" in name or ".up_proj" in name else t for name, t in tensors.items()}
+    mixed = {name: tensor.to(dtype(name)) for name, tensor in tensors.items()}
     save_file(mixed, model / "model.safetensors", metadata={"format": "pt"})
     report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], run=Run(device="cpu"))
     assert check(prepare(model, plan)).after == report.after
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    found = {name: t.dtype for name, t in stored.items() if t.is_floating_point()}
+    assert found == {name: dtype(module(name)) for name in found}
+    assert report.after.bytes == sum(tensor.nbytes for tensor in stored.values())
+    assert verify(tmp_path / "out").sound
 
 
 def test_layers_of_equal_settings_share_a_row(

@@ -134,9 +134,7 @@ def test_nothing_reduced_gives_the_same_logits(made: Made, stock: Any, ids: Tens
     (batch,) = stream.embed([ids])
     for index in range(architecture.layers):
         state = made.source.layer(index)
-        whole = assemble(
-            architecture, stream.skeletons[index], state, [], torch.float32, architecture.matrices
-        )
+        whole = assemble(architecture, stream.skeletons[index], state, [], architecture.matrices)
         assert set(whole.paths) == set(architecture.matrices)
         stream.advance(stream.filled(whole.module, whole.state), index, [batch])
     close(stream.tail()(batch.hidden), logits(stock, ids))
