@@ -495,9 +495,10 @@ def generation_config_damaged(folder: Path, rng: Random) -> None:
 def reference(folder: Path, ids: Tensor) -> tuple[Tensor | None, list[str]]:
     """Return the logits that transformers gives, None if it loads no whole model, and the tensors it leaves out."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
+        model, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             return None, []
         with torch.no_grad():

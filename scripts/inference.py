@@ -194,7 +194,7 @@ def reduce(config: PreTrainedConfig, text: str) -> Reduced:
         start = f"{family.layers}.{layer.index}"
         module = skeleton.get_submodule(start)
         solutions = [stand_in(architecture, assignment) for assignment in layer.assignments]
-        made = assemble(architecture, module, module.state_dict(), solutions, torch.bfloat16)
+        made = assemble(architecture, module, module.state_dict(), solutions)
         table |= {f"{start}.{path}": entry for path, entry in made.table.items()}
         columns |= {f"{start}.{n}": t for n, t in made.state.items() if n.endswith("rotary_columns")}
     return Reduced(plan, table, columns)

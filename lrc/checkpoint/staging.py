@@ -174,7 +174,7 @@ class Staging:
         """Store the times of the run so far; a power cut may lose the latest."""
         partial = self.scratch / f"{_TIMES}.partial"
         with _space(self.out):
-            partial.write_text(json.dumps(times), encoding="utf-8")
+            partial.write_text(json.dumps(times, allow_nan=False), encoding="utf-8")
             partial.replace(self.scratch / _TIMES)
 
     def _record(self, part: str) -> Path:

@@ -63,8 +63,8 @@ def ablate(
         raise UserError(f"{folder} is not a folder; results are cached there")
     (length,) = choose_seq_lens([("the model", setup.reader.config)], seq_len)
     text = read_text(ppl or default_text(setup.model.source), "evaluation", run.data_folder)
-    vocab = setup.reader.architecture.vocab
-    (passage,) = passages(setup.tokenizer, [text], [length], max_windows, vocab)
+    rows = setup.reader.architecture.vocab
+    (passage,) = passages(setup.tokenizer, [text], [length], max_windows, rows)
     texts = setup.texts(trials[0].job, calib)
     blocks, plan = texts.calibration.blocks, trials[0].job.plan
     key = {  # everything that decides a result
@@ -94,6 +94,7 @@ def ablate(
             known.save(file)
     assert known.dense is not None
     results = [trial.result(known) for trial in trials]
+    of_texts = [*setup.reader.warnings, *passage.notes, *texts.warnings]
     ablation = Ablation(
         model=setup.model.source,
         dense=known.dense,
@@ -105,10 +106,7 @@ def ablate(
         measured=sum(map(len, missing)),
         seconds=setup.watch.seconds,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=[
-            *dict.fromkeys([*setup.reader.warnings, *passage.notes, *texts.warnings]),
-            *coarse_notes(results),
-        ],
+        warnings=[*dict.fromkeys(of_texts), *coarse_notes(results)],
     )
     setup.warn(ablation.warnings)
     if first:

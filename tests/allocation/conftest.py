@@ -56,7 +56,7 @@ def offered() -> Callable[..., list[Offer]]:
             one = next(a for a in setting.plans[0].unsized(curve.layer) if a.target == curve.target)
             rule = solver_of(one).size
             limited = limits or Limits(round_to=1)
-            found.append(limited.on(curve, rule, targets[curve.target], one.options, torch.float32))
+            found.append(limited.on(curve, rule, targets[curve.target], one.options, 4))
         return found
 
     return make

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import Limits
@@ -41,14 +40,14 @@ def pair(limits: Limits) -> Offer:
     """A matrix of 64 weights, as many as a pair of rank 4 has, whose full rank is 8."""
     target = Target("q", {"q": Matrix(8, 8, False)}, 8, 1, 16)
     curve = Curve(0, "q", (1, 2), (16, 32), (49.0, 36.0), 8, 128, 64)
-    return limits.on(curve, PairRank(), target, {}, torch.float32)
+    return limits.on(curve, PairRank(), target, {}, 4)
 
 
 def test_limits_are_fractions_of_weights_and_leave_legal_sizes() -> None:
     def component(limits: Limits) -> list[SizeValue]:
         target = Target("mlp", {"down": Matrix(7, 10, False)}, 10, 1, 7)
         curve = Curve(1, "mlp", (3, 5), (21, 35), (2.0, 1.0), 10, 70, 70)
-        return [c.size for c in limits.on(curve, ComponentRank(), target, {}, torch.float32).choices]
+        return [c.size for c in limits.on(curve, ComponentRank(), target, {}, 4).choices]
 
     assert component(Limits()) == [3, 4, 5, 6, 7, 8, 9, 10]
     assert component(Limits(floor=0.45)) == [5, 6, 7, 8, 9, 10]

@@ -108,7 +108,7 @@ def test_slower_is_said_only_if_the_samples_support_it(ours: Any, theirs: Any, s
     ]
     row = Row(Case("decode", 1, 8, "eager"), *sides)
     models = [Model(name, 1, 0) for name in ("a", "b")]
-    found = Bench(*models, [row], "cpu", "float32", 16, True, {})
+    found = Bench(models[0], models[1], [row], "cpu", "float32", 16, True, {})
     assert any("slower" in warning for warning in found.warnings) == slower == row.slower
 
 

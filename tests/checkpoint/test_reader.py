@@ -182,7 +182,7 @@ def test_a_folder_without_config_or_weights_is_refused(tiny_checkpoint, tmp_path
         CheckpointReader(tmp_path / "empty")
     folder = tiny_checkpoint("llama")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="has no weights"):
+    with pytest.raises(UserError, match="holds no weights"):
         CheckpointReader(folder)
 
 

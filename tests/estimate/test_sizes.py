@@ -246,7 +246,9 @@ def test_memory_is_at_most_what_is_estimated(
         HeldBytes() as held,
     ):
         stream = ModelStream(job.reader, device, dtype)
-        Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, batch_size, lambda: None)
+        Compressor(stream, job.plan, stage, Stopwatch(device)).run(
+            blocks, batch_size, lambda *_: lambda _: None
+        )
     estimate = estimate_memory(job, dtype, batch_size)
     expected = estimate.peak
     assert held.peak <= expected + beside(job)
@@ -268,7 +270,7 @@ def test_states_on_disk_take_what_is_estimated_and_no_memory(
             HeldBytes() as held,
         ):
             stream = ModelStream(job.reader, device, torch.float32, States(place, stage.scratch))
-            Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, 2, lambda: None)
+            Compressor(stream, job.plan, stage, Stopwatch(device)).run(blocks, 2, lambda *_: lambda _: None)
         memory = estimate_memory(job, torch.float32, 2, place)
         expected = memory.peak
         assert held.peak <= expected + beside(job)

@@ -218,7 +218,7 @@ def test_prefixes_are_trained_on_narrow_heads(
     adapted = peft.get_peft_model(load(made), config)
     losses = train(adapted)
     assert losses[-1] < losses[0]
-    adapted.save_pretrained(tmp_path / "prefix")
+    adapted.save_pretrained(str(tmp_path / "prefix"))
     loaded = peft.PeftModel.from_pretrained(load(made), tmp_path / "prefix")
     torch.testing.assert_close(logits(loaded), logits(adapted))
     assert (
