@@ -58,15 +58,14 @@ def ablate(
         for target, name in choose_targets(setup.reader.architecture, method).items()
         for keep in asked
     ]
-    folder = Path(out)
-    if not folder.is_dir():
+    if not (folder := Path(out)).is_dir():
         raise UserError(f"{folder} is not a folder; results are cached there")
     (length,) = choose_seq_lens([("the model", setup.reader.config)], seq_len)
     text = read_text(ppl or default_text(setup.model.source), "evaluation", run.data_folder)
-    rows = setup.reader.architecture.vocab
-    (passage,) = passages(setup.tokenizer, [text], [length], max_windows, rows)
-    texts = setup.texts(trials[0].job, calib)
-    blocks, plan = texts.calibration.blocks, trials[0].job.plan
+    (passage,) = passages(setup.tokenizer, [text], [length], max_windows, setup.reader.architecture.vocab)
+    job = trials[0].job
+    texts, plan = setup.texts(job, calib), job.plan
+    blocks = texts.calibration.blocks
     key = {  # everything that decides a result
         "model": setup.reader.fingerprint,
         "text": blocks_key(passage.cut),
@@ -81,20 +80,16 @@ def ablate(
     found = load_losses(file, key) if first and not fresh else None
     known = cached = setup.processes.share(found) or Losses(key)
     # Components and projections take one walk each, so that moments are taken once for all trials of a walk.
+    unknown = [trial for trial in trials if trial.assignment and known.of(trial.key) is None]
     missing = [
-        [
-            trial
-            for trial in trials
-            if (trial.target in COMPONENTS) == inside and trial.assignment and known.of(trial.key) is None
-        ]
-        for inside in (True, False)
+        [each for each in unknown if (each.target in COMPONENTS) == inside] for inside in (True, False)
     ]
-    for known in _measure(setup, trials[0].job, missing, passage, texts, cached, folder):
+    for known in _measure(setup, job, missing, passage, texts, cached, folder):
         if first:
             known.save(file)
     assert known.dense is not None
     results = [trial.result(known) for trial in trials]
-    of_texts = [*setup.reader.warnings, *passage.notes, *texts.warnings]
+    said = dict.fromkeys([*setup.reader.warnings, *passage.notes, *texts.warnings])
     ablation = Ablation(
         model=setup.model.source,
         dense=known.dense,
@@ -106,7 +101,7 @@ def ablate(
         measured=sum(map(len, missing)),
         seconds=setup.watch.seconds,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=[*dict.fromkeys(of_texts), *coarse_notes(results)],
+        warnings=[*said, *coarse_notes(results)],
     )
     setup.warn(ablation.warnings)
     if first:

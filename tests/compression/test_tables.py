@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,11 +52,6 @@ def blocks(vocab: int = 256) -> Tensor:
     words = torch.randint(1, vocab, (12, 4), generator=torch.Generator().manual_seed(0))
     chosen = torch.randint(0, 12, (5, 8), generator=torch.Generator().manual_seed(1))
     return words[chosen].flatten(1)
-
-
-def seen() -> Tensor:
-    """Those of the blocks that a run with a refit does not hold out."""
-    return blocks()[~held_out_blocks(5)]
 
 
 def compress(source: Path, out: Path, body: str, stop_after: int = 0) -> list[dict[str, Any]]:
@@ -154,7 +150,7 @@ def test_predicted_is_measured_and_what_is_stored(tiny_checkpoint, tmp_path, fam
     source = tiny_checkpoint(family, **config)
     (record,) = compress(source, tmp_path / "out", f"refit: {refit}\nprojections: {{{EMBED}}}")
     model, new = load(source), dense_equal(source, tmp_path / "out").get_input_embeddings().weight.double()
-    old, ids = model.get_input_embeddings().weight.double(), blocks() if refit == "none" else seen()
+    old, ids = model.get_input_embeddings().weight.double(), blocks()
     hidden = model.base_model(ids).last_hidden_state.flatten(0, 1).double()
     uses = [(new[ids] - old[ids], old[ids]), (hidden @ (new - old).T, hidden @ old.T)]
     expected = sum(float(d.square().sum() / o.square().sum()) for d, o in uses) / 2
@@ -172,7 +168,7 @@ def test_the_head_is_solved_for_the_originals_hidden_states(tiny_checkpoint, tmp
     records = compress(source, tmp_path / "out", f"keep: 0.5\nprojections: {{{PLAIN}, {HEAD}}}")
     (head,) = [record for record in records if record["target"] == "lm_head"]
     model = load(source)
-    x = model.base_model(seen()).last_hidden_state.flatten(0, 1).double()
+    x = model.base_model(blocks()).last_hidden_state.flatten(0, 1).double()
     y = x @ model.lm_head.weight.double().T
     values = torch.linalg.svdvals(y)  # the best that rank 14 can do is to lose all but 14 of them
     expected = float(values[14:].square().sum()) / len(x)
@@ -193,7 +189,7 @@ def test_the_refit_starts_from_the_reduced_embedding(tiny_checkpoint, tmp_path, 
         with torch.no_grad():
             old, new = (m(ids, output_hidden_states=True).hidden_states[1:-1] for m in (original, load(out)))
         errors[refit] = sum(float((a - b).square().mean()) for a, b in zip(old, new, strict=True))
-    assert errors["residual"] < 0.85 * errors["none"]
+    assert errors["residual"] < 0.8 * errors["none"]
 
 
 @pytest.mark.parametrize("layers_done", [1, 2])
@@ -325,9 +321,15 @@ def test_gradients_reach_the_shared_factors(tied):
 
 def test_without_lrc_it_stops(tied):
     script = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(tied)!r})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tied)
+    environment = {
+        **os.environ,
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }  # torch would import lrc by its entry point
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tied, env=environment
+    )
     assert result.returncode != 0
-    assert "mismatch" in result.stderr
+    assert "pip install lrc" in result.stderr
 
 
 def test_a_missing_factor_is_named(tied):
