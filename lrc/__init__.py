@@ -8,6 +8,7 @@ from lrc.hub.register import install
 
 if TYPE_CHECKING:
     from lrc.allocation.sizing import Limits, Measuring
+    from lrc.errors import UserError
     from lrc.hub.loader import load
     from lrc.modules.fused.fuse import fuse, unfuse
     from lrc.plan.schema import Plan
@@ -26,6 +27,7 @@ __all__ = [
     "Measuring",
     "Plan",
     "Run",
+    "UserError",
     "__version__",
     "ablate",
     "bench",
@@ -44,6 +46,7 @@ _HOMES = {
     "Measuring": "lrc.allocation.sizing",
     "Plan": "lrc.plan.schema",
     "Run": "lrc.run.settings",
+    "UserError": "lrc.errors",
     "__version__": "lrc.run.versions",
     "ablate": "lrc.verbs.ablate",
     "bench": "lrc.verbs.bench",

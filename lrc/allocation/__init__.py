@@ -1,6 +1,7 @@
 """Allocations: ways to find what each size of each target costs, so that a budget buys the cheapest sizes.
 
-To add one, add a function that finds costs and an entry below. ``spend`` spends a budget on any allocation's curves.
+To add one, add a function that finds costs and an entry below and its name in
+``lrc.plan.schema.Allocation``. ``spend`` spends a budget on any allocation's curves.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Setting:
     def gradients(
         self, stream: ModelStream, held: Callable[[int], nn.Module] | None = None
     ) -> dict[int, GradientMoment]:
-        """Return gradient moments by layer, on the host; none for layers whose solvers read none.
+        """Return gradient moments by layer, offloaded as states are; none for layers whose solvers need none.
 
         With ``losses``, every target gets gradients. ``held`` returns layers that are already on the device.
         """

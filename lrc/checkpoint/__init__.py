@@ -1,0 +1,1 @@
+"""Read, match, hash and stage checkpoints."""

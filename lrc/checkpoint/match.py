@@ -60,8 +60,8 @@ def check_match(
 ) -> None:
     """Check that the tensors fill a model whose tensors are to have the shapes ``expected``.
 
-    Raises UserError for a tensor that is missing, has another shape or is not of floating point, and for a bias of a
-    module that has none in the model: without the bias the model computes something else.
+    Raises UserError for a tensor that is missing, has another shape or is not of floating point. Also for a bias that
+    the model lacks, because without it the model computes something else.
     """
     for name in found.unused:
         parent, _, kind = name.rpartition(".")

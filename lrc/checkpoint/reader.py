@@ -38,9 +38,9 @@ class CheckpointReader:
         """Open ``folder``; ``allow_pickle`` reads pickled weights with torch's ``weights_only``.
 
         ``tensors`` are those that transformers loads into the model of config.json; ``warnings`` name what it ignores.
-        Raises UserError if the folder is no checkpoint of a supported causal language model, a file is damaged, a
-        tensor is missing or has another shape than the config says, the checkpoint is quantized by another method than
-        ``quantized``, or its weights are pickled without ``allow_pickle``.
+        Raises UserError if the folder is no checkpoint of a supported causal language model, or a file is damaged. Also
+        for a tensor that is missing or has another shape, for another quantization than ``quantized``, and for pickled
+        weights without ``allow_pickle``.
         """
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -22,19 +22,19 @@ def _refusals(family: Family, config: Any) -> Iterator[str]:
         if getattr(config, key, None) == value:
             yield f"{key}={value!r}"
     if family.parallel:
-        yield "attention and MLP in parallel, as they are refitted in turn"
+        yield "attention and MLP in parallel (the refit needs one after the other)"
     for half in family.halves:
         if half.post_norm is not None:
-            yield f"a norm behind {half.module} ({half.post_norm}), through which the refit cannot see"
+            yield f"a norm after {half.module} ({half.post_norm}), which the refit does not support"
     if family.norm_offset:
-        yield f"norms that multiply by {family.norm_offset} + w, as the logit scale and fused norms take w"
+        yield f"norms that multiply by {family.norm_offset} + w, which the logit scale and fused norms do not support"
     if family.experts and (count := getattr(config, family.experts, None) or 0) > 1:
         yield f"experts ({family.experts}={count})"
     fused = {stored.module for stored in family.projections.values() if stored.order == "by_head"}
     for module in sorted(fused):
         yield f"queries, keys and values fused head by head ({module})"
     if family.rotary == "interleaved":
-        yield "rotary positions that turn neighbouring dimensions"
+        yield "rotary positions that rotate neighbouring dimensions"
     share = getattr(config, family.rotary_share, None) if family.rotary_share else 1.0
     if share is None:
         share = (getattr(config, "rope_parameters", None) or {}).get(family.rotary_share, 1.0)

@@ -1,0 +1,1 @@
+"""Read plans and resolve them for a model."""

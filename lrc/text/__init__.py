@@ -1,1 +1,1 @@
-"""Turn data sets and files into token blocks: ``datasets`` and ``files``, then ``source``, then ``blocks``."""
+"""Turn data sets and files into token blocks: ``datasets``, ``files``, ``source``, ``mixture``, ``blocks``."""
