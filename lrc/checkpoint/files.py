@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} is not a checkpoint: it has no {path.name}")
 
     def refuse(name: str) -> None:
-        raise UserError(f"{path} is not JSON: it has {name}")
+        raise UserError(f"{path} is not JSON: {name} is no value of JSON")
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)

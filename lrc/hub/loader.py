@@ -35,7 +35,9 @@ def load(
     causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
-        raise UserError(f"{folder} has no safetensors weights; --allow-pickle (allow_pickle) reads others")
+        raise UserError(
+            f"{folder} has no safetensors weights; --allow-pickle (allow_pickle) reads pickled ones"
+        )
     read_headers(files)
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}

@@ -122,13 +122,12 @@ def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out)
     source = tiny_checkpoint("llama")
     reader = CheckpointReader(source)
     plans = [
-        resolved(reader, f"keep: {keep}\n{QK}\nlayers: [{{match: 0, mlp: keep-all}}]")
-        for keep in (0.3, 0.6, 0.99)
+        resolved(reader, f"keep: {keep}\n{QK}\nlayers: [{{match: 0, mlp: keep-all}}]") for keep in (0.3, 0.6)
     ]
     blank, done = ALLOCATORS["sensitivity"].blank(reader.architecture, plans), []
     assert [(c.layer, c.target) for c in blank] == [(0, "qk"), (0, "ov"), (1, "qk"), (1, "ov"), (1, "mlp")]
-    assert blank[0].sizes == (2, 4)  # at 0.99 it stays whole
-    assert blank[4] == Curve(1, "mlp", (14, 29), (14 * 96, 29 * 96), (0.0, 0.0), 48, 48 * 96, 48 * 96)
+    assert blank[0].sizes == (2, 4)
+    assert blank[4] == Curve(1, "mlp", (14, 28), (14 * 96, 28 * 96), (0.0, 0.0), 48, 48 * 96, 48 * 96)
     measured = curves_of(sensitivity(source, held_out, *plans), done.append)
     assert [replace(c, costs=(0.0,) * len(c.costs)) for c in measured] == blank
     assert sum(done) == passes(reader.architecture, blank) == 2 * 4 + 6

@@ -41,8 +41,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(work: Path) -> Run:
-    """Runs a verb in this process, in the work folder."""
+def run(work: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a verb in this process, in the work folder; on a slow machine too without lines of progress."""
+    monkeypatch.setattr("lrc.cli.progress._EVERY", float("inf"))
 
     def invoke(*argv: object) -> Result:
         return CliRunner().invoke(app, [str(word) for word in argv])

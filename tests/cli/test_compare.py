@@ -40,7 +40,7 @@ def test_outputs_stand_beside_each_other(succeeds: Run, outputs: list[str], work
     assert shown.stderr == "wrote compare.html\n"
     (figure,) = reports[0].perplexity
     windows = f"perplexity, {figure.after.windows} windows of {figure.after.seq_len} tokens"
-    for told in (windows, "KV per token"):
+    for told in (windows, "KV per"):
         assert told in shown.stdout
     page = (work / "compare.html").read_text(encoding="utf-8")
     assert {"dense", "half", "third"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", page))

@@ -315,7 +315,10 @@ def test_an_ablation_prints_and_draws(succeeds: Run, ablation: list[object], wor
     found = json.loads(succeeds(*ablation, "--json").stdout)
     assert found["measured"] == len(found["results"]) == 20
     result = succeeds(*ablation, "--batch-size", 2)
-    assert result.stderr == f"wrote {found['picture']}\n"  # of results there were none to add
+    coarse = [f"warning: {each}\n" for each in found["warnings"]]
+    assert (
+        result.stderr == f"{''.join(coarse)}wrote {found['picture']}\n"
+    )  # of results there were none to add
     printed = result.stdout
     assert "seconds: \n" not in printed
     assert f"{found['dense']['value']:.5g}" in printed
