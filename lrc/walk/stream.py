@@ -254,7 +254,7 @@ class ModelStream:
                 hooks.callback(layer.get_submodule(path).register_forward_hook(hook).remove)
             yield
         own = [torch.stack(found).abs().amax() if found else torch.zeros(()) for found in peaks.values()]
-        most = (torch.finfo(torch.float32).max / self.reader.architecture.hidden) ** 0.5
+        most = (torch.finfo(torch.float32).max / self.reader.config.hidden_size) ** 0.5
         for found in self.processes.gather(torch.stack(own).tolist() if peaks["the layer"] else []):
             for name, peak in zip(peaks, found, strict=False):
                 if not math.isfinite(peak):

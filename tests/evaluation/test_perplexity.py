@@ -199,8 +199,8 @@ def test_texts_are_read_tokenized_and_scored_by_name(folder, model, tmp_path):
     clock = {"seconds": 0.0, "tokens_per_second": 0.0}
     assert dataclasses.replace(first, **clock) == dataclasses.replace(alone, **clock)
     assert (second.data, second.ids, second.windows) == (str(plain), 170, 5)
-    assert asked == [("ptb:test", len(text) // 32), (str(plain), 5)]
-    assert sum(done) == first.windows + second.windows
+    assert asked == [("load", 1), ("ptb:test", len(text) // 32), (str(plain), 5)]
+    assert sum(done) == 1 + first.windows + second.windows
 
 
 def test_a_bad_text_is_refused_before_the_model_runs(folder, tmp_path, monkeypatch):

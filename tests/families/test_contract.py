@@ -217,7 +217,7 @@ def test_a_norm_behind_a_module_and_a_fusing_by_head_are_refused(made: Made) -> 
     family = made.source.family
     attention, mlp = family.halves
     behind = replace(family, halves=(replace(attention, post_norm="post"), mlp))
-    with pytest.raises(UserError, match=rf"a norm behind {attention.module} \(post\)"):
+    with pytest.raises(UserError, match=rf"a norm after {attention.module} \(post\)"):
         describe(behind, made.source.config, {})
     stored = replace(family.projections["q"], order="by_head")
     with pytest.raises(UserError, match=rf"fused head by head \({stored.module}\)"):
