@@ -121,7 +121,7 @@ def test_a_missing_embedding_is_named(tiny_checkpoint):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.embed_tokens.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"no tensor model.embed_tokens.weight"):
+    with pytest.raises(UserError, match=r"no tensor 'model.embed_tokens.weight'"):
         open_stream(folder).embed([blocks()])
 
 
