@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from lrc.plan.document import dotted
 from lrc.plan.job import Job, templates
 from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.schema import Plan
+from lrc.run.settings import Progress
 from lrc.run.versions import versions
 from lrc.walk.needs import reads_gradients, solver_of
-
-Progress = Callable[[str, int], Callable[[int], object]]
 
 FORMAT = 5  # of files of curves
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)

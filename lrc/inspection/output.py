@@ -39,6 +39,7 @@ from lrc.modules.low_rank import EMBEDDING, LowRankLinear
 from lrc.modules.table import Table
 from lrc.moments.moment import Moment
 from lrc.records.compression import TargetRecord
+from lrc.walk.stream import below
 
 _NOTHING = Prediction(0.0, 0.0, "output")
 _ROUNDING = 0.02  # relative residual of a map of the original's values, rounded to bfloat16
@@ -92,7 +93,7 @@ class Output:
         def part(role: str) -> Affine | Factors | None:
             split = family.attention in table
             path = family.split_module(role) if split else family.projections[role].module
-            return restore(table[path], _under(tensors, path)) if path in table else None
+            return restore(table[path], below(tensors, path)) if path in table else None
 
         found: dict[str, Solution] = {}
         for target in (target for layer, target in self.records if layer == index):
@@ -114,17 +115,12 @@ class Output:
             return None
         path = self._source.family.outer[target]
         tensors = {name: tensor.to(self._device) for name, tensor in self._reader.rest().items()}
-        here = _under(tensors, path)
+        here = below(tensors, path)
         if self._table[path]["kind"] == EMBEDDING:
             part = Factors(EMBEDDING, {name: here[f"{name}.weight"] for name in ("A", "B")})
         else:
             part = restore(self._table[path], here)
         return Solution({target: part}, _NOTHING)
-
-
-def _under(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    start = f"{path}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
