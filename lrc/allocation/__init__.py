@@ -39,7 +39,7 @@ ALLOCATORS: Mapping[str, Allocator] = {
         refuse=predicted.refuse_without_directions,
     ),
     "sensitivity": Allocator(
-        "the loss on held-out text with each target alone shrunk, measured",
+        "KL from the original on held-out text with each target alone shrunk, measured",
         "nats",
         sensitivity.costs,
         sensitivity.passes,

@@ -1,4 +1,8 @@
-"""Sensitivity: measure the rise of the held-out loss when one target alone is shrunk."""
+"""Sensitivity: measure how far the model's predictions on held-out text move when one target alone is shrunk.
+
+The cost is KL(original ‖ model) per token, the rise of the loss on text that the original writes. Differences of the
+loss on the text itself have the same mean there, but far more noise: each token adds its own luck.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from lrc.allocation.spend import Curve
 from lrc.compression.solve import pose, solve
 from lrc.compression.tables import pose_outer, store_outer
 from lrc.errors import UserError
-from lrc.evaluation.tokens import token_nll
+from lrc.evaluation.tokens import divergence, token_nll
 from lrc.families import Architecture
 from lrc.methods.contract import Problem, Solution
 from lrc.plan.resolved import Assignment
@@ -25,9 +29,9 @@ from lrc.walk.walk import Walk
 
 
 def costs(setting: Setting, curves: Sequence[Curve], advance: Advance) -> tuple[list[Curve], float]:
-    """Return the rise of the loss from each target alone at each of its sizes.
+    """Return the KL divergence that each target alone causes at each of its sizes, and the original's loss.
 
-    Raises UserError if a loss is not finite.
+    Raises UserError if either is not finite.
     """
     measuring = Sensitivity(setting)
     return measuring.curves(curves, advance), measuring.loss
@@ -60,14 +64,16 @@ class Sensitivity:
         assert held_out is not None, "sensitivity is measured on held-out text"
         self._setting, self._stream, self._architecture = setting, stream, setting.reader.architecture
         self._held_ids = batched(mine(held_out), batch_size)
-        self._tokens = held_out.numel() - len(held_out)
         self._batches = stream.embed(batched(mine(setting.texts.calibration.blocks), batch_size))
         self._held = stream.embed(self._held_ids)
         loaded = [stream.layer(index) for index in range(self._architecture.layers)]
         self._layers = [module for module, _ in loaded]
         self._states = [state for _, state in loaded]
         self._tail = stream.tail()
-        self.loss = self._loss((self._through(0, batch) for batch in self._held), "of the model as it is")
+        self._tokens = held_out.numel() - len(held_out)
+        # After the last layer. Their logits would be too large to keep.
+        self._original = [self._through(0, batch) for batch in self._held]
+        self.loss = self._loss()
 
     def curves(self, blank: Sequence[Curve], advance: Advance) -> list[Curve]:
         """Return curves with measured costs.
@@ -101,7 +107,7 @@ class Sensitivity:
         alone: Callable[[str, Solution], float],
         advance: Advance,
     ) -> list[Curve]:
-        """Return the curves with costs; ``alone`` returns the loss with one target compressed."""
+        """Return the curves with costs; ``alone`` returns the cost of one compressed target."""
 
         def solution(assignment: Assignment) -> Solution:
             return solve(problem(assignment.target), assignment)
@@ -111,19 +117,19 @@ class Sensitivity:
             known, nats = self._setting.assignments(curve.layer), []
             assignments = [known[curve.target, size] for size in curve.sizes]
             for solved in self._setting.processes.spread(assignments, solution):
-                nats.append(alone(curve.target, solved) - self.loss)
+                nats.append(alone(curve.target, solved))
                 advance(_layers_run(self._architecture, curve))
             found.append(replace(curve, costs=tuple(nats)))
         return found
 
     def _alone(self, index: int, _: str, solution: Solution) -> float:
-        """Return the nats per held-out token with one target of one layer compressed."""
+        """Return the divergence with one target of one layer compressed."""
         layer = self._setting.reduced(self._stream, index, self._states[index], solution)
         hidden = (self._through(index, batch, layer) for batch in self._held)
-        return self._loss(hidden, f"at layer {index}")
+        return self._divergence(hidden, f"at layer {index}")
 
     def _table_alone(self, target: str, solution: Solution) -> float:
-        """Return the nats per held-out token with only the embedding, the head or the tied table compressed.
+        """Return the divergence with only the embedding, the head or the tied table compressed.
 
         The held-out states are those after the last layer; a compressed embedding needs a new run through all layers.
         """
@@ -135,19 +141,38 @@ class Sensitivity:
             again = stream.embed(self._held_ids, embedding)
             hidden = (self._through(0, batch) for batch in again)
         tail = None if head is None else stream.tail(head)
-        return self._loss(hidden, f"with {target} reduced", tail)
+        return self._divergence(hidden, f"with {target} reduced", tail)
 
     @torch.no_grad()
-    def _loss(
+    def _loss(self) -> float:
+        """Return the original's nats per held-out token."""
+        pairs = zip(self._original, self._held_ids, strict=True)
+        return self._mean(
+            (token_nll(self._tail(states), ids) for states, ids in pairs), "of the model as it is"
+        )
+
+    @torch.no_grad()
+    def _divergence(
         self, hidden: Iterable[Tensor], where: str, tail: Callable[[Tensor], Tensor] | None = None
     ) -> float:
-        """Return nats per held-out token from the last layer's outputs, by batch; ``tail`` replaces the model's."""
+        """Return KL(original ‖ model) per held-out token from the last layer's outputs, by batch.
+
+        ``tail`` replaces the model's.
+        """
+        batches = zip(hidden, self._original, self._held_ids, strict=True)
+        logits = (
+            ((tail or self._tail)(states), self._tail(original), ids) for states, original, ids in batches
+        )
+        return self._mean((divergence(*each).kl for each in logits), where)
+
+    def _mean(self, nats: Iterable[Tensor], where: str) -> float:
+        """Return the mean over the held-out tokens of all processes. Raises UserError if it is not finite."""
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
-        for states, ids in zip(hidden, self._held_ids, strict=True):
-            total += token_nll((tail or self._tail)(states), ids).double().sum()
-        if not math.isfinite(loss := float(self._setting.processes.total(total)) / self._tokens):
+        for each in nats:
+            total += each.double().sum()
+        if not math.isfinite(mean := float(self._setting.processes.total(total)) / self._tokens):
             raise UserError(f"the loss measured {where} is NaN or inf; try --dtype float32")
-        return loss
+        return mean
 
     def _through(self, first: int, batch: Batch, layer: nn.Module | None = None) -> Tensor:
         """Run a batch from layer ``first`` through the last; ``layer`` replaces layer ``first``."""

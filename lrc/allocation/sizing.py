@@ -32,7 +32,7 @@ from lrc.run.settings import Progress
 from lrc.run.versions import versions
 from lrc.walk.needs import reads_gradients, solver_of
 
-FORMAT = 5  # of files of curves
+FORMAT = 6  # of files of curves
 KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
 _EXACT = 1e-9  # rounding error of products such as 0.7 * 10
 

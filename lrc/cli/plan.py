@@ -58,7 +58,7 @@ class MeasuringOptions:
         metavar="DATA",
         shown="wikitext2:validation; for the built-in models what calibration leaves of builtin:train",
     )
-    samples: int | None = option("Its first blocks.", flag="--held-out-samples", least=1, shown="8")
+    samples: int | None = option("Its first blocks.", flag="--held-out-samples", least=1, shown="16")
     keeps: list[float] | None = option("Fractions to find the cost at.", shown="0.9,0.75,0.6,0.45,0.3")
     curves: Path | None = option(
         "Curves of what sizes cost: used again where FILE is there, else written to it.",

@@ -26,7 +26,7 @@ from lrc.run.offload import Place
 from lrc.walk.backward import logit_rows, states_held, stride
 from lrc.walk.needs import collectors_needed, gradients_needed, sites_needed, solver_of
 
-HELD_OUT_SAMPLES = 8  # default number of held-out blocks to measure sizes on
+HELD_OUT_SAMPLES = 16  # default number of held-out blocks to measure sizes on
 ASSUMED_SAMPLES = 128  # for `samples: all`, as the text is not read yet
 
 
@@ -165,16 +165,17 @@ def measuring_memory(
 ) -> int:
     """Return the bytes that ``lrc.allocation.sensitivity`` takes, with hidden states on ``place``.
 
-    They are those of a compression without refit, the whole model, a reduced table, the held-out states twice and a
-    batch's logits. ``samples`` and ``held_out`` count blocks.
+    They are those of a compression without refit, the whole model, a reduced table, the held-out states three times and
+    a batch's logits twice. ``samples`` and ``held_out`` count blocks.
     """
     architecture, plan = job.reader.architecture, job.plan.plan
     alone = replace(job.plan, plan=plan.model_copy(update={"refit": "none"}), outer=job.plan.unsized(None))
     one = estimate_memory(replace(job, plan=alone), dtype, batch_size, place, samples=samples).peak
     run = _Run(job, samples, dtype, batch_size, place, losses=False)
     reduced = max((a.kept for a in alone.outer), default=0) * dtype.itemsize
-    states = 2 * run.stream(held_out) if place == "device" else 0
-    logits = job.plan.seq_len * architecture.vocab * (batch_size * dtype.itemsize + 2 * 4)
+    # Those of the original after its last layer are never offloaded.
+    states = (3 if place == "device" else 1) * run.stream(held_out)
+    logits = job.plan.seq_len * architecture.vocab * (2 * batch_size * dtype.itemsize + 4 * 4)
     return one + architecture.layers * run.weights + run.tables + reduced + states + logits
 
 

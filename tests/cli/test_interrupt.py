@@ -13,6 +13,7 @@ from lrc.cli.progress import progress
 
 STRUCK = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may run the tests with it ignored
 import lrc
 sys.addaudithook(lambda event, args: event == "import" and args[0] == {0!r} and os.kill(os.getpid(), signal.SIGINT))
 sys.argv = ["lrc", "compress", "tiny-gpt2", "--keep", "0.8", "--out", "out"]
@@ -31,6 +32,7 @@ def test_an_interrupt_during_imports_is_one_line(module: str, tmp_path: object) 
 
 
 def test_once_work_begins_an_interrupt_unwinds() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     end_at_once()
     try:
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -38,6 +40,7 @@ def test_once_work_begins_an_interrupt_unwinds() -> None:
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         unwind()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_ignored_interrupt_stays_ignored() -> None:

@@ -139,7 +139,7 @@ def test_a_file_of_curves_is_for_one_key(
 DAMAGES = [
     (lambda found: [found], "no mapping with a format"),
     (lambda found: {}, "no mapping with a format"),
-    (lambda found: found | {"format": 1}, "has format 1, this version of lrc reads 5; remove it"),
+    (lambda found: found | {"format": 1}, "has format 1, this version of lrc reads 6; remove it"),
     (lambda found: found | {"key": 3}, "holds no curves of lrc plan (key: "),
     (lambda found: found | {"curves": 3}, "holds no curves of lrc plan (curves: "),
     (
@@ -283,9 +283,9 @@ def test_other_methods_and_layers_left_whole_are_the_base_plans(
         BASE.replace("a3", "whitened_svd") + "layers:\n- {match: 0, method: a3, mlp: keep-all}\n",
         encoding="utf-8",
     )
-    succeeds("plan", gpt2, "--keep", "0.8", *QUICK)
+    succeeds("plan", gpt2, "--keep", "0.68", *QUICK)
     found = check(succeeds, "plan.yaml", gpt2)
-    assert 0.8 * 0.998 <= found["keep"] <= 0.8
+    assert 0.68 * 0.998 <= found["keep"] <= 0.68
     first = {row["target"]: row["method"] for row in found["targets"] if row["layers"].startswith("0")}
     assert set(first) <= {"qk", "ov"}
     assert {row["method"] for row in found["targets"]} == {"a3", "whitened_svd"}
