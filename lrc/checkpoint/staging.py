@@ -64,6 +64,11 @@ class Staging:
         self.settle(part)
         return self._record(part).exists() and self._file(part).exists()
 
+    @property
+    def finished(self) -> set[str]:
+        """The names of the finished parts on the disk."""
+        return {path.stem for path in self._parts.glob("*.json") if self._file(path.stem).exists()}
+
     def record(self, part: str) -> dict[str, Any]:
         return self._noted(part)["record"]
 
@@ -212,16 +217,23 @@ class Staging:
 
 
 class SharedStaging:
-    """Hold the finished parts of a run, the same on all processes; ``own`` is the folder on rank 0, None elsewhere."""
+    """Hold the finished parts of a run, the same on all processes; ``own`` is the folder on rank 0, None elsewhere.
+
+    ``record`` and ``tensors`` are collective: every process calls them in the same order.
+    """
+
+    out: Path
+    scratch: Path
+    _finished: set[str]  # by this run or the one it resumes; shared once, so that ``has`` exchanges nothing
 
     def __init__(self, own: Staging | None, processes: Processes) -> None:
         self.own, self._processes = own, processes
-        self.out: Path = processes.share(own and own.out)  # type: ignore[assignment]
-        self.scratch: Path = processes.share(own and own.scratch)  # type: ignore[assignment]
+        found = own and (own.out, own.scratch, own.finished)
+        self.out, self.scratch, self._finished = processes.share(found)  # type: ignore[misc]
 
     def has(self, part: str) -> bool:
-        """Tell whether this run, or the run that it resumes, finished a part."""
-        return bool(self._processes.share(self.own and self.own.has(part)))
+        """Tell whether this run, or the run that it resumes, finished a part; any process may ask alone."""
+        return part in self._finished
 
     def record(self, part: str) -> dict[str, Any]:
         return self._processes.share(self.own.record(part) if self.own else {})
@@ -231,9 +243,10 @@ class SharedStaging:
         return self._processes.share(self.own.tensors(part) if self.own else {})
 
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Store a part; every process calls this with the same part."""
+        """Store a part; every process calls this with the same part, and rank 0 stores its own arguments."""
         if self.own:
             self.own.write(part, tensors, record)
+        self._finished.add(part)
 
 
 @contextmanager

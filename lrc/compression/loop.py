@@ -197,7 +197,7 @@ class Compressor:
     def _check_logits(self) -> None:
         """Raise UserError if the original's logits of the first tokens are NaN or inf."""
         rows = max(CHUNK_BYTES // (4 * self._architecture.vocab), 1)
-        if not self._staging.has(REST) and self._batches:  # all processes ask; some may have no batch
+        if self._batches and not self._staging.has(REST):
             logits = self._stream.tail()(self._batches[0].hidden.flatten(0, -2)[:rows])
             if not bool(logits.isfinite().all()):
                 raise UserError("the model's logits are NaN or inf; try --dtype float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lrc.allocation.contract import Setting
 from lrc.calibration.draw import Texts
 from lrc.calibration.synthetic import write_blocks
 from lrc.checkpoint.reader import CheckpointReader
+from lrc.checkpoint.staging import SharedStaging, staging
+from lrc.compression.embedding import final_moment
 from lrc.compression.logit_scale import Final, fit_scale
 from lrc.compression.refit import RefitSum
 from lrc.compression.solve import solve_layer
@@ -161,6 +164,26 @@ def disagreeing() -> str:
     except UserError as error:
         return str(error)
     return ""
+
+def staged(folder: Path) -> tuple[list[bool], dict[str, Any]]:
+    """What the second process alone asks of a staging folder that an earlier run left, and what both then read."""
+    with launched() as processes:
+        opened = staging(folder / "out", {}, source=folder / "m", fresh=False, force=False)
+        with opened if processes.first else nullcontext() as own:
+            stage = SharedStaging(own, processes)
+            asked = [stage.has("old"), stage.has("new")] if not processes.first else []
+            stage.write("new", {"w": torch.ones(1)} if processes.first else {}, {})
+            asked += [] if processes.first else [stage.has("new")]
+            return asked, stage.record("old")
+
+
+def test_a_process_may_ask_alone_what_is_staged(tmp_path: Path, together: Together) -> None:
+    with staging(tmp_path / "out", {}, source=tmp_path / "m", fresh=False, force=False) as own:
+        own.write("old", {"w": torch.zeros(1)}, {"rank": 3})
+    first, second = values(together(staged, tmp_path))
+    assert first == ([], {"rank": 3})
+    assert second == ([True, False, True], {"rank": 3})
+
 
 
 def test_processes_that_see_other_files_are_refused(together: Together) -> None:
