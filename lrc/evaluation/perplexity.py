@@ -116,15 +116,9 @@ def summarise(
     )
 
 
-def window_losses(
-    model: Model,
-    cut: Tensor,
-    batch_size: int | None = None,
-    progress: Callable[[int], object] = lambda done: None,
-) -> Tensor:
+def window_losses(model: Model, cut: Tensor, progress: Callable[[int], object] = lambda done: None) -> Tensor:
     """Return the nats (windows, n - 1) of tokens 2..n of windows (windows, n), float32, on the logits' device."""
-    batch_size = batch_size or default_batch(model, cut.shape[1])
-    found = []
+    batch_size, found = default_batch(model, cut.shape[1]), []
     with closing(window_logits(model, cut, batch_size, progress)) as logits:
         for batch in batched(cut, batch_size):
             found.append(token_nll(next(logits), batch))  # unnamed logits are freed before the next batch

@@ -1,4 +1,4 @@
-"""Losses with one projection or component shrunk alone, in all layers at once."""
+"""Measure the loss with one projection or component shrunk alone, in all layers at once."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ _COARSE = 0.1  # of the fraction asked for
 def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> list[float]:
     """Return the nats per token of windows ``cut`` (windows, n) under each plan of a setting.
 
-    One walk on the calibration text fits all plans, and each plan has its own hidden states of the windows. ``advance``
-    is called with the layers done. States that do not fit in memory go to files in ``scratch``.
+    Each plan shrinks one target in all layers. One walk on the calibration text fits all plans; each plan has its own
+    hidden states of the windows. ``advance`` is called with the layers done. ``scratch``: the folder of states that do
+    not fit in memory.
     """
     reader, processes = setting.reader, setting.processes
     mine = processes.mine(cut)
@@ -60,16 +61,12 @@ def losses(setting: Setting, cut: Tensor, scratch: Path, advance: Advance) -> li
         index = layer.layer
         assert index is not None, "an ablation plan leaves what is outside the layers alone"
 
-        def solution(assignment: Assignment | None) -> Solution | None:
-            return solve(layer.problems[assignment.target], assignment) if assignment else None
+        def solution(assignment: Assignment) -> Solution:
+            return solve(layer.problems[assignment.target], assignment)
 
-        assigned = [next(iter(plan.unsized(index)), None) for plan in setting.plans]
+        assigned = [plan.layers[index].assignments[0] for plan in setting.plans]
         for own, solved in zip(texts, processes.spread(assigned, solution), strict=True):
-            if solved is None:
-                module = text.materialize(index, layer.state)
-            else:
-                module = setting.reduced(text, index, layer.state, solved)
-            text.advance(module, index, own)
+            text.advance(setting.reduced(text, index, layer.state, solved), index, own)
 
     for_each_layer(setting, look, advance)
     tail, found = text.tail(), []
@@ -116,7 +113,7 @@ class Trial:
     def of(
         cls, model: ResolvedModel, reader: CheckpointReader, target: str, method: str, keep: float
     ) -> Trial:
-        """Plan a trial. Raises UserError if no size of the method keeps so little."""
+        """Return a trial. Raises UserError if the method has no legal size for the target."""
         section = "components" if target in COMPONENTS else "projections"
         entries: dict[str, Any] = {section: {target: {"method": method, "keep": keep}}}
         plan = Plan(refit="none", calibration=CALIBRATION, **entries)
@@ -125,7 +122,7 @@ class Trial:
 
     @property
     def assignment(self) -> Assignment | None:
-        """What is done in each layer; None where the size nearest to ``keep`` is the whole target."""
+        """The target's assignment, the same in each layer; None if even its smallest size is the whole target."""
         return next(iter(self.job.plan.layers[0].assignments), None)
 
     @property

@@ -260,7 +260,6 @@ def solve_mlp(
     return Solution(
         parts={**inputs, problem.output_role: Affine(output, bias)},
         predicted=prediction(weight, moment, delta, c, problem.gradient),
-        neurons=kept,
         numerics=numerics,
     )
 

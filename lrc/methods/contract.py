@@ -125,13 +125,12 @@ class Solution:
     """Hold the new projections by role and the predicted error.
 
     ``rotary_columns`` (kv_heads, rank): kept columns of every key head, first halves then second halves.
-    ``neurons`` (rank,): kept hidden dimensions of the MLP. ``numerics``: values such as the damping added.
+    ``numerics``: values such as the damping added.
     """
 
     parts: Mapping[str, Affine | Factors]
     predicted: Prediction
     rotary_columns: Tensor | None = None
-    neurons: Tensor | None = None
     numerics: Mapping[str, float] = field(default_factory=dict)
 
 

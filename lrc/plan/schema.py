@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -29,7 +29,6 @@ from lrc.text.mixture import Data, Misplaced, check_data
 WHOLE = "keep-all"
 OUTSIDE = ("embed", "lm_head")  # projections outside the decoder layers
 Allocation = Literal["uniform", "energy", "fisher", "importance", "sensitivity"]
-ALLOCATIONS = get_args(Allocation)
 Count = Annotated[int, Field(ge=1)]
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
 

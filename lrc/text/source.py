@@ -31,7 +31,6 @@ class Text:
     split: str | None
     text: str
     sha256: str
-    origin: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -169,4 +168,4 @@ def _text(name: str, split: str | None, text: str, origin: str, notes: tuple[str
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
         raise UserError(f"{origin}: character {error.start} is half of a surrogate pair, not text") from None
-    return Text(name, split, text, digest, origin, notes)
+    return Text(name, split, text, digest, notes)

@@ -89,7 +89,8 @@ def test_each_token_but_the_windows_first_is_scored_once(model):
 def test_batch_and_chunk_sizes_do_not_change_it(model, monkeypatch):
     whole = perplexity(model, IDS, seq_len=16)
     for batch in (1, 3, 100):
-        losses = window_losses(model, windows(IDS, 16), batch)
+        monkeypatch.setattr(module, "_CPU_BATCH_TOKENS", 16 * batch)
+        losses = window_losses(model, windows(IDS, 16))
         assert float(losses.double().sum()) == pytest.approx(whole.nats, rel=1e-6)
     monkeypatch.setattr(tokens, "_CHUNK_BYTES", 4 * 256 * 7)  # 15 rows to score, 7 at once
     assert perplexity(model, IDS, seq_len=16).nats == pytest.approx(whole.nats, rel=1e-6)
@@ -118,9 +119,10 @@ def test_max_windows_takes_the_first(model):
     assert perplexity(model, IDS, seq_len=16, max_windows=10_000).windows == 20
 
 
-def test_progress_counts_every_window(model):
+def test_progress_counts_every_window(model, monkeypatch):
     done = []
-    window_losses(model, windows(IDS, 16), 6, done.append)
+    monkeypatch.setattr(module, "_CPU_BATCH_TOKENS", 6 * 16)
+    window_losses(model, windows(IDS, 16), done.append)
     assert done == [6, 6, 6, 2]
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lrc.estimate.room
 import lrc.evaluation.folder
+import lrc.evaluation.perplexity
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
 from lrc.evaluation.streamed import StreamedModel
@@ -54,11 +55,16 @@ def compressed(tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path) -> C
     return make
 
 
+@pytest.fixture(autouse=True)
+def two_windows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lrc.evaluation.perplexity, "_CPU_BATCH_TOKENS", 2 * 40)
+
+
 def scores(folder: Path, dtype: torch.dtype, scratch: Path) -> list[torch.Tensor]:
     """Nats of windows by the whole model and by the streamed one."""
     cut = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(1))
     models = (load(folder, dtype=dtype), StreamedModel(folder, CPU, dtype, scratch))
-    return [window_losses(model, cut, batch_size=2) for model in models]
+    return [window_losses(model, cut) for model in models]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -252,8 +252,12 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
     )
     found["scale"] = torch.tensor([scale.value, scale.before, scale.after, scale.tokens])
     for target, solution in solve_layer(architecture, plan, visit.layer.state, statistics, processes).items():
-        kept = {"neurons": solution.neurons, "columns": solution.rotary_columns}
-        found |= {f"{target} {name}": tensor for name, tensor in kept.items() if tensor is not None}
+        if solution.rotary_columns is not None:
+            found[f"{target} columns"] = solution.rotary_columns
+        if target == "mlp":
+            part = solution.parts[architecture.family.mlp_inputs[0]]
+            assert isinstance(part, Affine)
+            found["mlp inputs"] = part.weight
     return found
 
 
@@ -279,7 +283,7 @@ def test_sums_and_what_is_kept_by_them(
         sums(ALONE, folder, text, count),
         values(together(sums_of_several, folder, text, count, size=size)),
     )
-    assert {"qk moment", "mlp moment", "final", "refit", "scale", "mlp neurons", "0 o"} <= set(expected)
+    assert {"qk moment", "mlp moment", "final", "refit", "scale", "mlp inputs", "0 o"} <= set(expected)
     assert ("q" in expected) == (text == ALS)
     for name, tensor in expected.items():
         for found in several:
