@@ -13,8 +13,8 @@ from lrc.allocation.spend import Curve
 from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.assemble import assemble
-from lrc.compression.solve import pose
-from lrc.compression.tables import pose_outer
+from lrc.compression.embedding import make_outer_problems
+from lrc.compression.solve import make_problem
 from lrc.errors import UserError
 from lrc.families import Architecture
 from lrc.methods.contract import Problem, Solution
@@ -133,7 +133,7 @@ def for_each_layer(setting: Setting, look: Callable[[LayerProblems], object], ad
         advance(1)
     if outside := setting.assignments(None):
         targets = dict.fromkeys(target for target, _ in outside)
-        look(LayerProblems(None, outside, pose_outer(stream, targets, blocks, batches)))
+        look(LayerProblems(None, outside, make_outer_problems(stream, targets, blocks, batches)))
         advance(1)
 
 
@@ -141,7 +141,7 @@ def _problems(setting: Setting, visit: Visit, gradients: GradientMoment | None) 
     assignments, state = setting.assignments(visit.index), visit.layer.state
     found = visit.read(setting.at_all_sizes(visit.index), gradients)
     targets = dict.fromkeys(target for target, _ in assignments)
-    problems = {target: pose(setting.reader.architecture, target, state, found) for target in targets}
+    problems = {target: make_problem(setting.reader.architecture, target, state, found) for target in targets}
     return LayerProblems(visit.index, assignments, problems, state)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lrc.allocation.contract import Advance, Setting
 from lrc.allocation.spend import Curve
-from lrc.compression.solve import pose, solve
-from lrc.compression.tables import pose_outer, store_outer
+from lrc.compression.embedding import make_outer_problems, store_outer
+from lrc.compression.solve import make_problem, solve
 from lrc.errors import UserError
 from lrc.evaluation.tokens import divergence, token_nll
 from lrc.families import Architecture
@@ -90,13 +90,13 @@ class Sensitivity:
             if here := [curve for curve in blank if curve.layer == visit.index]:
                 known = visit.read(setting.at_all_sizes(visit.index), gradients.pop(visit.index, None))
                 state = self._states[visit.index]
-                problem = partial(pose, self._architecture, state=state, found=known)
+                problem = partial(make_problem, self._architecture, state=state, found=known)
                 found += self._measured(here, problem, partial(self._alone, visit.index), advance)
                 del known, problem  # large: the moments of this layer
             self._stream.advance(self._layers[visit.index], visit.index, self._held)
         if tables := [curve for curve in blank if curve.layer is None]:
             targets, blocks = [curve.target for curve in tables], setting.texts.calibration.blocks
-            problems = pose_outer(self._stream, targets, blocks, self._batches)
+            problems = make_outer_problems(self._stream, targets, blocks, self._batches)
             found += self._measured(tables, problems.__getitem__, self._table_alone, advance)
         return found
 

@@ -25,7 +25,7 @@ from lrc.estimate.room import free_bytes, memory_advice
 from lrc.families import Target
 from lrc.methods.sizes import Options, SizeRule, SizeValue
 from lrc.plan.document import dotted
-from lrc.plan.job import Job, templates
+from lrc.plan.job import Job, jobs_at_keeps
 from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.schema import Plan
 from lrc.run.settings import Progress
@@ -329,7 +329,7 @@ def default_samples(name: str) -> int | None:
     return HELD_OUT_SAMPLES if ALLOCATORS[name].held_out else None
 
 
-def unsized(job: Job) -> list[Job]:
+def jobs_to_measure(job: Job) -> list[Job]:
     """Return a job at each of ``KEEPS``, ascending, for its plan's allocation; none for uniform sizes.
 
     Raises UserError if the allocation does not support the plan, or the plan's keep cannot be met.
@@ -337,7 +337,7 @@ def unsized(job: Job) -> list[Job]:
     name = job.plan.plan.allocate
     if name == "uniform":
         return []
-    jobs = templates(job.model, job.reader, job.draft, sorted(KEEPS))
+    jobs = jobs_at_keeps(job.model, job.reader, job.draft, sorted(KEEPS))
     sized_by(job, jobs[0], blank_curves(name, jobs))
     return jobs
 

@@ -12,7 +12,7 @@ from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import REST, part_name, part_names
 from lrc.compression.refit import REFITS, RefitRecord
-from lrc.hub.quantizer import FORMAT_VERSION, NOTICE
+from lrc.hub.quantizer import FORMAT_VERSION, METHOD, NOTICE
 from lrc.modules.table import Table
 from lrc.plan.job import Job
 
@@ -33,7 +33,7 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
     """Write the checkpoint and its manifest."""
     staging.assemble(part_names(job.plan))
     table = module_table(job, staging)
-    quantization = {"quant_method": "lrc", "format_version": FORMAT_VERSION, "modules": table}
+    quantization = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": table}
     # The source's own keys, so that other readers find them unchanged.
     source = job.reader.raw_config
     staging.write_json(

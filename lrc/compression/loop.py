@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lrc.checkpoint.staging import SharedStaging, Staging
 from lrc.compression.assemble import ReducedLayer, assemble
+from lrc.compression.embedding import TableCompressor
 from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_scale
 from lrc.compression.measure import LayerMeasure, target_record
-from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_blocks
+from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_mask
 from lrc.compression.solve import solve_layer
 from lrc.compression.tables import TableCompressor
 from lrc.errors import UserError
@@ -134,7 +135,7 @@ class Compressor:
 
     def _split(self, blocks: Tensor, batch_size: int) -> list[Tensor]:
         """Return this process's blocks in batches, the held-out ones last."""
-        held = held_out_blocks(len(blocks))
+        held = held_out_mask(len(blocks))
         order = torch.cat([(~held).nonzero().flatten(), held.nonzero().flatten()])
         self._any_held = bool(held.any())
         self._opens = self._processes.rank == (

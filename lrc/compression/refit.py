@@ -30,12 +30,12 @@ from lrc.walk.stream import Batch, ModelStream
 
 RIDGE = 0.1  # without held-out blocks
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # the strongest first, as ties take the first
-EIGHT = 8
+_BLOCKS_PER_HELD_OUT = 8
 DIRECTIONS = 256
 _SEED = 0
 
 
-def held_out_blocks(count: int) -> Tensor:
+def held_out_mask(count: int) -> Tensor:
     """Return the mask (count,) of calibration blocks held out to choose ridges and the logit scale.
 
     One block in eight, at least one; none if there is only one block.
@@ -43,7 +43,12 @@ def held_out_blocks(count: int) -> Tensor:
     # Its place within each eight varies, as blocks of several texts are interleaved.
     held = torch.zeros(count, dtype=torch.bool)
     if count > 1:
-        held[[EIGHT * i + 3 * i % EIGHT for i in range(max(count // EIGHT, 1))]] = True
+        held[
+            [
+                _BLOCKS_PER_HELD_OUT * i + 3 * i % _BLOCKS_PER_HELD_OUT
+                for i in range(max(count // _BLOCKS_PER_HELD_OUT, 1))
+            ]
+        ] = True
     return held
 
 

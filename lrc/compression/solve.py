@@ -37,7 +37,7 @@ def solve_layer(
     """
 
     def solution(assignment: Assignment) -> Solution:
-        return solve(pose(architecture, assignment.target, state, found), assignment)
+        return solve(make_problem(architecture, assignment.target, state, found), assignment)
 
     targets = [assignment.target for assignment in plan.assignments]
     return dict(zip(targets, processes.spread(plan.assignments, solution), strict=True))
@@ -48,7 +48,9 @@ def solve(problem: Problem, assignment: Assignment) -> Solution:
     return solver_of(assignment).solve(problem, assignment.size, **assignment.options)
 
 
-def pose(architecture: Architecture, target: str, state: Mapping[str, Tensor], found: Found) -> Problem:
+def make_problem(
+    architecture: Architecture, target: str, state: Mapping[str, Tensor], found: Found
+) -> Problem:
     """Return the problem of one target of a layer, from the layer's tensors and statistics."""
     family, heads = architecture.family, architecture.geometry
     own = {name: by_target[target] for name, by_target in found.items() if target in by_target}

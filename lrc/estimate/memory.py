@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from lrc.compression.logit_scale import CHUNK_BYTES
-from lrc.compression.refit import held_out_blocks
+from lrc.compression.refit import held_out_mask
 from lrc.estimate.sizes import inner_width
 from lrc.families import Architecture
 from lrc.maths.linalg import column_part
@@ -101,7 +101,7 @@ class _Run:
 
     @property
     def held_out(self) -> int:
-        return int(held_out_blocks(self.samples).sum()) or self.samples
+        return int(held_out_mask(self.samples).sum()) or self.samples
 
     def stream(self, samples: int) -> int:
         """Return the bytes of the hidden states of ``samples`` blocks."""

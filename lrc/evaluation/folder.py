@@ -16,7 +16,7 @@ import torch
 from lrc.checkpoint.headers import read_headers
 from lrc.estimate.room import fits_whole
 from lrc.evaluation.passage import choose_seq_lens, passages
-from lrc.evaluation.perplexity import Keep, Model, Perplexity, measure
+from lrc.evaluation.perplexity import Model, Perplexity, TokenWriter, measure
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load, load_tokenizer
 from lrc.run.settings import Run, find_device, find_dtype
@@ -91,7 +91,7 @@ def evaluate_folder(
     *,
     seq_len: int | Sequence[int] | None = None,
     max_windows: int | None,
-    keep: Keep | None = None,
+    keep: TokenWriter | None = None,
 ) -> list[Perplexity]:
     """Load a folder's model and measure its perplexity on each text, named as for ``read_text``.
 

@@ -17,6 +17,7 @@ from lrc.evaluation.passage import Passage, passages
 from lrc.evaluation.perplexity import (
     Keep,
     Model,
+    TokenWriter,
     Perplexity,
     default_batch,
     measure,
@@ -102,7 +103,7 @@ def evaluate_pair(
     loading: Loading,
     *,
     max_windows: int | None = None,
-    keep: Keep | None = None,
+    keep: TokenWriter | None = None,
 ) -> list[Pair]:
     """Evaluate two folders' models on each text in windows of each length, as ``passages`` cuts them.
 
@@ -141,7 +142,7 @@ def _compared(
     passage: Passage,
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
-    keep: Keep | None,
+    keep: TokenWriter | None,
 ) -> Pair:
     """Run both models on a passage, one batch after another, and compare them."""
     watch, processes = Stopwatch(models[0].device), run.processes

@@ -36,8 +36,8 @@ _BATCH_TOKENS = 2**14
 _CPU_BATCH_TOKENS = 2**11  # larger batches spend their time on fresh memory pages for the logits
 
 Model: TypeAlias = "PreTrainedModel | StreamedModel"
-# Called with a passage and its results by token, each (windows, n - 1).
-Keep = Callable[[Passage, Mapping[str, Tensor]], object]
+# Function that stores the results by token of a passage, each (windows, n - 1).
+TokenWriter = Callable[[Passage, Mapping[str, Tensor]], object]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def measure(
     passage: Passage,
     tokenizer: PreTrainedTokenizerBase | None = None,
     run: Run = Run(),
-    keep: Keep | None = None,
+    keep: TokenWriter | None = None,
 ) -> Perplexity:
     """Return the perplexity on the windows of a passage; it may be inf or NaN.
 

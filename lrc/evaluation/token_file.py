@@ -14,7 +14,7 @@ from torch import Tensor
 from lrc.checkpoint.durable import check_file, put, sync, written
 from lrc.errors import UserError
 from lrc.evaluation.passage import Passage
-from lrc.evaluation.perplexity import Keep
+from lrc.evaluation.perplexity import TokenWriter
 from lrc.run.processes import ALONE, Processes
 
 _ROWS = 2**18  # rows of a row group, rounded to whole windows
@@ -31,7 +31,7 @@ _RESULTS = {"nll": pa.float32(), "nll_against": pa.float32(), "kl": pa.float32()
 @contextmanager
 def token_file(
     path: str | Path | None, *, paired: bool, processes: Processes = ALONE
-) -> Iterator[Keep | None]:
+) -> Iterator[TokenWriter | None]:
     """Yield a function that adds a passage's results by token to a Parquet file, or None without a ``path``.
 
     The file gets its name when the context closes without an error; rank 0 writes it. Columns: ``text`` and ``seq_len``

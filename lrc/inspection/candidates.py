@@ -1,4 +1,4 @@
-"""Check what an inspection is asked for, list the methods and sizes that apply, and estimate what each would lose."""
+"""Check the options of an inspection, list the methods and sizes that apply, and predict their errors."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def select(
     for name in names or ():
         if name == "lm_head" and architecture.tied:
             raise UserError(
-                "--targets lm_head: the head of this model is its embedding; name embed, which is both"
+                "--targets lm_head: the head of this model is tied to its embedding; name embed for both"
             )
         if name not in there:
             model = architecture.family.model_type

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
+from lrc.compression.embedding import make_outer_problems
 from lrc.compression.measure import LayerMeasure, Measured
-from lrc.compression.solve import pose
-from lrc.compression.tables import pose_outer
-from lrc.inspection.auto import choices
+from lrc.compression.solve import make_problem
+from lrc.inspection.best import choices
 from lrc.inspection.candidates import Selection, figure
 from lrc.inspection.output import Output, fidelity
 from lrc.inspection.spectrum import conditioning, spectra
@@ -70,7 +70,7 @@ class Inspector:
         if selected.outside:
             names, solutions = [target.name for target in selected.outside], {}
             with self.watch.stage("observe"):
-                problems = pose_outer(stream, names, blocks, batches)
+                problems = make_outer_problems(stream, names, blocks, batches)
             if self.output:
                 with self.watch.stage("against"):
                     stored = {name: self.output.outer(name) for name in names}
@@ -90,7 +90,9 @@ class Inspector:
         measured = observers.pop().result() if observers else {}  # and frees the reduced layers
         with self.watch.stage("spectra"):
             self._condition(layer.index, found[Moments.name])
-        problems = {name: pose(self.selection.architecture, name, layer.state, found) for name in names}
+        problems = {
+            name: make_problem(self.selection.architecture, name, layer.state, found) for name in names
+        }
         self._record(layer.index, problems, solutions, measured)
 
     def _condition(self, layer: int, moments: Mapping[str, Moment]) -> None:
@@ -115,10 +117,10 @@ class Inspector:
         measured: Mapping[str, Measured],
     ) -> None:
         """Record spectra, estimates and choices of problems by target, and how close the output's solutions are."""
-        held, selected = dict[str, OutputErrors](), self.selection
+        compared, selected = dict[str, OutputErrors](), self.selection
         if solutions:
             with self.watch.stage("against"):
-                held = {
+                compared = {
                     name: self._compare(layer, name, problems[name], solution, measured.get(name, Measured()))
                     for name, solution in solutions.items()
                 }
@@ -132,7 +134,7 @@ class Inspector:
             for name, problem in problems.items():
                 plain, whitened = spectra(problem)
                 self.targets.append(
-                    Inspected(layer, name, plain, whitened, estimates[name], chosen[name], held.get(name))
+                    Inspected(layer, name, plain, whitened, estimates[name], chosen[name], compared.get(name))
                 )
 
     def _compare(

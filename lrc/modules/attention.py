@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lrc.errors import UserError
 from lrc.families import Family, families
 from lrc.families.refusals import check_supported
-from lrc.modules.fused.shared_input import SharesInput
+from lrc.modules.fused.merged import MergesProjections
 
 PREFIX = "Lrc"
 # Head widths of fused kernels are multiples of STEP. Other widths are padded with zeros before they are cached: without
@@ -24,7 +24,7 @@ STEP = {"cuda": 8}
 _classes: dict[str, type[ReducedAttention]] = {}
 
 
-class ReducedAttention(SharesInput):
+class ReducedAttention(MergesProjections):
     """Mixin that replaces the forward of a transformers attention class.
 
     Projections are split, under the names in ``family.split``. Heads are ``qk_dim`` and ``v_dim`` wide; the cache pads

@@ -10,7 +10,7 @@ import yaml
 
 from lrc.errors import UserError
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Document:
 
     source: str
     values: dict[str, Any]
-    places: dict[Path, int | str]
+    places: dict[KeyPath, int | str]
     mistakes: set[tuple[int, str, str]] = field(default_factory=set)
 
     @classmethod
@@ -30,23 +30,23 @@ class Document:
         """Return a document of values made in Python."""
         return cls(source, values, dict.fromkeys(dict(_nested(values, ())), 0))
 
-    def line(self, path: Path) -> int:
+    def line(self, path: KeyPath) -> int:
         """Return the line of a path, or of the nearest written value around it; 0 if no text has it."""
         place = self._place(path)
         return place if isinstance(place, int) else 0
 
-    def place(self, path: Path) -> str:
+    def place(self, path: KeyPath) -> str:
         """Return the start of a message about a path: source and line, or the option that set it."""
         place = self._place(path)
         if isinstance(place, str):
             return place
         return f"{self.source}:{place}" if place else self.source
 
-    def on_line(self, path: Path) -> str:
+    def on_line(self, path: KeyPath) -> str:
         """Return the line of a path as the middle of a message, or an empty string if no text has it."""
         return f" on line {line}" if (line := self.line(path)) else ""
 
-    def mistake(self, path: Path, message: str) -> None:
+    def mistake(self, path: KeyPath, message: str) -> None:
         """Note a mistake at a path; repeated mistakes count once."""
         text = f"{dotted(path)}: {message}" if path else message
         self.mistakes.add((self.line(path), self.place(path), text))
@@ -71,13 +71,13 @@ class Document:
             self, values=values, places={at: self.places[at] if at in kept else option for at in new}
         )
 
-    def _place(self, path: Path) -> int | str:
+    def _place(self, path: KeyPath) -> int | str:
         while path not in self.places:
             path = path[:-1]
         return self.places[path]
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     """Return a path as written in messages: ``layers[0].mlp.rank``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
@@ -127,7 +127,7 @@ def _read(text: str, source: str) -> tuple[Any, _Reader]:
         raise UserError(f"{source}: not a plan: nested too deeply, or an anchor contains itself") from error
 
 
-def _nested(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _nested(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     """Yield a value with its path, and everything in it."""
     yield path, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -135,9 +135,9 @@ def _nested(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         yield from _nested(each, (*path, key))
 
 
-def _path_of(key: str, values: Any) -> Path:
+def _path_of(key: str, values: Any) -> KeyPath:
     """Return the path that a dotted key names; a number is a position where there is a list."""
-    path: Path = ()
+    path: KeyPath = ()
     for word in key.split("."):
         if isinstance(values, list) and word.isdecimal() and int(word) < len(values):
             path, values = (*path, int(word)), values[int(word)]
@@ -146,7 +146,7 @@ def _path_of(key: str, values: Any) -> Path:
     return path
 
 
-def _put(values: Any, path: Path, value: Any) -> Any:
+def _put(values: Any, path: KeyPath, value: Any) -> Any:
     """Return a copy of nested values with one more; a value in the way of a mapping is replaced."""
     if not path:
         return value
@@ -162,10 +162,10 @@ class _Reader:
 
     def __init__(self, loader: yaml.SafeLoader) -> None:
         self.loader = loader
-        self.lines: dict[Path, int | str] = {(): 1}
+        self.lines: dict[KeyPath, int | str] = {(): 1}
         self.mistakes: set[tuple[int, str]] = set()
 
-    def value(self, node: yaml.Node, path: Path) -> Any:
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -175,14 +175,14 @@ class _Reader:
         except ValueError as error:  # such as the date 2026-13-45
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
-    def item(self, marked: yaml.Node, node: yaml.Node, path: Path) -> Any:
+    def item(self, marked: yaml.Node, node: yaml.Node, path: KeyPath) -> Any:
         line = self.lines[path] = marked.start_mark.line + 1
         value = self.value(node, path)
         if value is None:
             self.mistakes.add((line, f"{dotted(path)}: has no value; give it one or leave it out"))
         return value
 
-    def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         written: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):

@@ -44,7 +44,7 @@ def make_job(model: ResolvedModel, reader: CheckpointReader, draft: Draft) -> Jo
     return Job(model, reader, draft, replace(found, warnings=(*reader.warnings, *found.warnings)))
 
 
-def templates(
+def jobs_at_keeps(
     model: ResolvedModel, reader: CheckpointReader, draft: Draft, keeps: Sequence[float]
 ) -> list[Job]:
     """Resolve a plan at each of ``keeps`` in place of its own, for an allocation to find its sizes.

@@ -17,7 +17,7 @@ from lrc.families import Architecture
 from lrc.families.family import Component
 from lrc.methods import Method
 from lrc.methods.contract import Solver
-from lrc.plan.document import Document, Path, dotted
+from lrc.plan.document import Document, KeyPath, dotted
 from lrc.plan.schema import Entry, Keep, Plan, Rule, matched_layers
 
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -35,9 +35,9 @@ class Wish:
     method: str
     keep: float
     own: Mapping[str, Any]
-    path: Path
-    method_path: Path
-    keep_path: Path
+    path: KeyPath
+    method_path: KeyPath
+    keep_path: KeyPath
 
     def solver(self, methods: Methods) -> Solver | None:
         """Return the solver of the target, or of its projections one by one."""
@@ -54,10 +54,10 @@ class Wish:
 class PlacedRule:
     """A rule with the layers it matches and its valid entries by path."""
 
-    path: Path
+    path: KeyPath
     rule: Rule
     layers: set[int]
-    entries: Mapping[Path, Entry]
+    entries: Mapping[KeyPath, Entry]
 
 
 class Levels:
@@ -65,7 +65,7 @@ class Levels:
 
     def __init__(self, plan: Plan, document: Document, architecture: Architecture, methods: Methods) -> None:
         self.plan, self.document, self.architecture, self.methods = plan, document, architecture, methods
-        self.outside: dict[Path, Entry] = {}
+        self.outside: dict[KeyPath, Entry] = {}
         self.shared = self._sound(("components",), plan.components.entries())
         self.shared |= self._sound(("projections",), plan.projections.entries())
         self._refuse_overlaps(combinations(self.shared, 2), "")
@@ -73,14 +73,14 @@ class Levels:
         self.rules = [rule for rule in placed if rule]
         self._refuse_clashes()
 
-    def written(self) -> list[Path]:
+    def written(self) -> list[KeyPath]:
         """Return the paths of all entries below the top level, each of which must take effect in some layer."""
         paths = [(*placed.path, key) for placed in self.rules for key in ("keep", "method")]
         for path, entry in chain(self.shared.items(), *(placed.entries.items() for placed in self.rules)):
             paths += [path, *((*path, key) for key in ("keep", *entry.own))]
         return [path for path in paths if path in self.document.places]
 
-    def layer(self, index: int) -> tuple[list[Wish], dict[Path, str]]:
+    def layer(self, index: int) -> tuple[list[Wish], dict[KeyPath, str]]:
         """Return what the plan asks for one layer, and by path a warning where an entry leaves projections whole."""
         start = base = self._top(index)
         rules = [placed for placed in self.rules if index in placed.layers]
@@ -148,7 +148,7 @@ class Levels:
     def _roles(self, target: str) -> set[str]:
         return set(self.architecture.targets[target].matrices)
 
-    def _sound(self, section: Path, entries: Mapping[str, Entry]) -> dict[Path, Entry]:
+    def _sound(self, section: KeyPath, entries: Mapping[str, Entry]) -> dict[KeyPath, Entry]:
         """Return entries by path; an entry for a target that the model does not have is a mistake."""
         found = {}
         for target, entry in entries.items():
@@ -168,7 +168,7 @@ class Levels:
         return found
 
     def _place(self, position: int, rule: Rule) -> PlacedRule | None:
-        path: Path = ("layers", position)
+        path: KeyPath = ("layers", position)
         entries = self._sound(path, rule.entries())
         if list(self.document.values["layers"][position]) == ["match"]:
             self.document.mistake(
@@ -180,7 +180,7 @@ class Levels:
             self.document.mistake((*path, "match"), str(error))
             return None
 
-    def _refuse_overlaps(self, pairs: Iterable[tuple[Path, Path]], where: str) -> None:
+    def _refuse_overlaps(self, pairs: Iterable[tuple[KeyPath, KeyPath]], where: str) -> None:
         """Note a mistake for each pair of entries of one level that covers the same weights."""
         for pair in pairs:
             first, second = sorted(pair, key=self.document.line)
@@ -202,7 +202,7 @@ class Levels:
                     other = f"the rule{self.document.on_line(one.path)} sets it too{where}"
                     self.document.mistake((*two.path, key), f"{other}; keep one of the two")
 
-    def _wish(self, base: Wish, path: Path, entry: Entry, index: int) -> Wish:
+    def _wish(self, base: Wish, path: KeyPath, entry: Entry, index: int) -> Wish:
         wish = replace(base, target=str(path[-1]), own=entry.own, path=path)
         return self._override(wish, path, entry, index)
 
@@ -210,7 +210,7 @@ class Levels:
         """Return what the top level asks for every target of a layer."""
         return Wish("", self.plan.method, self.depth(self.plan.keep, index), {}, (), ("method",), ("keep",))
 
-    def _override(self, wish: Wish, path: Path, level: Entry | Rule, index: int) -> Wish:
+    def _override(self, wish: Wish, path: KeyPath, level: Entry | Rule, index: int) -> Wish:
         """Return a wish with the keep and the method of an entry or a rule, where it has them."""
         if level.method is not None:
             wish = replace(wish, method=level.method, method_path=(*path, "method"))

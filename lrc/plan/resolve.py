@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -14,7 +14,7 @@ from lrc.errors import as_text_number, nearest
 from lrc.families import Architecture
 from lrc.methods.contract import Solver
 from lrc.methods.sizes import size_text
-from lrc.plan.document import Document, Path, dotted, read_document
+from lrc.plan.document import Document, KeyPath, dotted, read_document
 from lrc.plan.precedence import COMPONENTS, Levels, Methods, Wish, spans
 from lrc.plan.resolved import Assignment, LayerPlan, ResolvedPlan
 from lrc.plan.schema import OUTSIDE, WHOLE, Entry, Plan, elsewhere, read_plan
@@ -41,7 +41,7 @@ class Draft:
 def parse_plan(text: str, source: str) -> Draft:
     """Read a plan's text; ``source`` names it in messages. Raises UserError if it is not a YAML mapping."""
     document = read_document(text, source)
-    return Draft(read_plan(document), document, text, source, FilePath(source).name.removesuffix(".yaml"))
+    return Draft(read_plan(document), document, text, source, Path(source).name.removesuffix(".yaml"))
 
 
 def resolve(
@@ -120,8 +120,8 @@ class _Assigner:
     methods: Methods
     collectors: set[str]
     finder: str | None
-    used: set[Path] = field(default_factory=set)
-    warned: dict[tuple[Path, str], list[int]] = field(default_factory=dict)
+    used: set[KeyPath] = field(default_factory=set)
+    warned: dict[tuple[KeyPath, str], list[int]] = field(default_factory=dict)
 
     def assign(self, wish: Wish, index: int | None = None) -> Assignment | None:
         """Return the assignment for a wish in a layer (None: outside the layers).
@@ -170,7 +170,7 @@ class _Assigner:
             self.warn(path, f"{size} saves nothing for {wish.target}; it stays dense", index)
         return None
 
-    def warn(self, path: Path, message: str, index: int | None) -> None:
+    def warn(self, path: KeyPath, message: str, index: int | None) -> None:
         """Record a warning about a layer, or about targets outside the layers."""
         self.warned.setdefault((path, message), []).extend([] if index is None else [index])
 
@@ -224,7 +224,7 @@ def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str)
     words = {solver.size.word for method in methods.values() for solver in method.solvers.values()}
     rules = {("layers", i): rule for i, rule in enumerate(plan.layers) if rule}
     inside = {name: entry for name, entry in plan.projections.entries().items() if name not in OUTSIDE}
-    sections: dict[Path, dict[str, Entry]] = {
+    sections: dict[KeyPath, dict[str, Entry]] = {
         ("components",): plan.components.entries(),
         ("projections",): inside,
         **{path: rule.entries() for path, rule in rules.items()},
@@ -239,7 +239,7 @@ def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str)
 
 
 def _read_options(
-    own: Mapping[str, Any], path: Path, solver: Solver
+    own: Mapping[str, Any], path: KeyPath, solver: Solver
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return every option of a solver with the entry's value or the default, and the mistakes by key."""
     known, wrong = solver.options, {}

@@ -22,7 +22,7 @@ from pydantic import (
 
 from lrc.errors import as_text_number, nearest
 from lrc.methods import methods
-from lrc.plan.document import Document, Path, flow
+from lrc.plan.document import Document, KeyPath, flow
 from lrc.run.settings import Run
 from lrc.text.mixture import Data, Misplaced, check_data
 
@@ -235,7 +235,7 @@ class Plan(Strict):
         return self.refit == "residual" and self.scale != "none"
 
 
-SECTIONS: dict[Path, type[Strict]] = {
+SECTIONS: dict[KeyPath, type[Strict]] = {
     (): Plan,
     ("components",): Components,
     ("projections",): Projections,
@@ -310,7 +310,7 @@ def _message(problem: Any) -> str:
     return f"{value!r} is not a {'list of rules' if path == ('layers',) else 'mapping of keys to values'}"
 
 
-def elsewhere(key: str, value: object, section: Path, *, entry: bool = False) -> str | None:
+def elsewhere(key: str, value: object, section: KeyPath, *, entry: bool = False) -> str | None:
     """Return the message for a key that belongs to another place of a plan than ``section``; None if to none.
 
     ``entry``: the section is the entry of a target.
@@ -339,7 +339,7 @@ def elsewhere(key: str, value: object, section: Path, *, entry: bool = False) ->
     return None
 
 
-def _without(values: Any, path: Path) -> Any:
+def _without(values: Any, path: KeyPath) -> Any:
     """Return a copy of nested values without the value at a path; lists keep their length, so positions stay valid."""
     key, rest = path[0], path[1:]
     if isinstance(values, list):

@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 
-class Rank(NamedTuple):
+class ProcessRank(NamedTuple):
     """Hold this process's rank, the number of processes, and its rank on its own machine."""
 
     rank: int = 0
@@ -14,7 +14,7 @@ class Rank(NamedTuple):
     local: int = 0
 
 
-def own_rank() -> Rank:
+def own_rank() -> ProcessRank:
     """Return this process's rank; a single process without a launcher."""
     words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    return Rank(*map(int, words)) if all(word.isdecimal() for word in words) else Rank()
+    return ProcessRank(*map(int, words)) if all(word.isdecimal() for word in words) else ProcessRank()

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lrc.errors import OutOfResources, ProcessEnded, UserError
-from lrc.run.launcher import Rank, own_rank
+from lrc.run.launcher import ProcessRank, own_rank
 
 TIMEOUT = timedelta(minutes=10)  # the others wait while one process solves or writes alone
 AGAIN = "run the same command again: a compression goes on where it stopped"
@@ -42,7 +42,7 @@ class Processes:
     them is raised on all, ``ProcessEnded`` if one ended or does not answer.
     """
 
-    def __init__(self, rank: Rank, store: Store | None = None) -> None:
+    def __init__(self, rank: ProcessRank, store: Store | None = None) -> None:
         self.rank, self.size, self.local = rank
         self.first, self.alone = self.rank == 0, self.size == 1  # the first writes files and prints
         self._store = store
@@ -175,7 +175,7 @@ class Processes:
             ) from error
 
 
-ALONE = Processes(Rank())
+ALONE = Processes(ProcessRank())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.hub.loader import load
 from lrc.hub.names import resolve_model
+from lrc.hub.quantizer import METHOD
 from lrc.modules.fused.fuse import fuse as merge
 from lrc.records.benchmark import Bench, Model, Row
 from lrc.run.settings import Run, find_device, find_dtype
@@ -69,7 +70,7 @@ def bench(
         ]
         for one in loaded:
             table = getattr(one.config, "quantization_config", None)
-            compressed = isinstance(table, dict) and table.get("quant_method") == "lrc"
+            compressed = isinstance(table, dict) and table.get("quant_method") == METHOD
             merged = merge(one) if fuse and compressed else 0
             models.append(Model(names[len(models)], weigh(one).bytes, merged))
         advance = partial(track, len(group))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from lrc.allocation import ALLOCATORS
-from lrc.allocation.sizing import unsized
+from lrc.allocation.sizing import jobs_to_measure
 from lrc.calibration.draw import too_few
 from lrc.checkpoint.sizes import size_of
 from lrc.estimate import memory
@@ -27,7 +27,7 @@ def check(job: Job) -> Check:
     read.
     """
     reader, calibration, name = job.reader, job.plan.plan.calibration, job.plan.plan.allocate
-    jobs = unsized(job)
+    jobs = jobs_to_measure(job)
     gpu = torch.device("cuda")
     dtype = find_dtype(None, gpu, reader.dtype)
     batch, allocator = default_batch(gpu.type, job.plan.seq_len), ALLOCATORS[name]

@@ -13,7 +13,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from lrc.allocation import ALLOCATORS
-from lrc.allocation.sizing import KEEPS, Sizing, as_curves, default_samples, sized_by, unsized
+from lrc.allocation.sizing import KEEPS, Sizing, as_curves, default_samples, jobs_to_measure, sized_by
 from lrc.calibration.draw import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
@@ -123,7 +123,7 @@ def _choose_allocation(
     asked = job.plan.plan.calibration.samples
     samples = ASSUMED_SAMPLES if asked == "all" else asked
     place, batch, device = setup.offload(job, samples), setup.batch_size(job), setup.device
-    fits = fits_measuring(unsized(job)[-1], device, setup.dtype, batch, samples, place)
+    fits = fits_measuring(jobs_to_measure(job)[-1], device, setup.dtype, batch, samples, place)
     fits = setup.processes.share(fits)  # rank 0 decides, as free memory differs between processes
     name, losses = "sensitivity", "measured on held-out text with each target shrunk alone"
     if not fits:
@@ -152,7 +152,7 @@ def _check_held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: 
 
 def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -> _Work:
     """Draw the texts and fix everything that decides the output. Raises UserError for a plan that cannot be done."""
-    name, jobs = job.plan.plan.allocate, unsized(job)
+    name, jobs = job.plan.plan.allocate, jobs_to_measure(job)
     texts, batch = setup.texts(job, calib, samples=default_samples(name)), setup.batch_size(job)
     calibration, samples = texts.calibration, len(texts.calibration.blocks)
     run: dict[str, Any] = {"device": setup.device.type, "dtype": setup.dtype_name, "batch_size": batch}

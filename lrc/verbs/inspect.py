@@ -13,7 +13,7 @@ from lrc.estimate.room import memory_advice
 from lrc.inspection.candidates import base_plan, select
 from lrc.inspection.inspector import Inspector
 from lrc.inspection.output import Output
-from lrc.plan.job import templates
+from lrc.plan.job import jobs_at_keeps
 from lrc.plan.library import draft_of
 from lrc.records.inspection import Inspection
 from lrc.run.offload import States
@@ -59,7 +59,7 @@ def inspect_model(
         folder, trusted = Path(against).expanduser(), run.trust_remote_code
         output = Output(folder, reader, str(model), setup.device, trust_remote_code=trusted)
     plan = base_plan(architecture, samples, seq_len, gradients=gradients)
-    (job,) = templates(setup.model, reader, draft_of(plan, "lrc inspect"), [0.5])
+    (job,) = jobs_at_keeps(setup.model, reader, draft_of(plan, "lrc inspect"), [0.5])
     with setup.watch.stage("text"):
         texts = setup.texts(job, calib)
     blocks, batch = texts.calibration.blocks, setup.batch_size(job)

@@ -26,7 +26,7 @@ from lrc.errors import UserError
 from lrc.estimate.sizes import output_size
 from lrc.families import Target
 from lrc.methods import methods
-from lrc.plan.job import templates
+from lrc.plan.job import jobs_at_keeps
 from lrc.plan.library import PlanLike, draft_of, read_draft, write_plan
 from lrc.plan.resolved import Assignment
 from lrc.plan.schema import Components, Entry, Plan
@@ -73,7 +73,7 @@ def make_plan(
     paths = [out.with_name(f"{out.stem}-{b.keep:g}{out.suffix}") if budgets[1:] else out for b in budgets]
     _check_files(paths, measuring.curves)
     setup = set_up(model, run)
-    jobs = templates(setup.model, setup.reader, draft, keeps)
+    jobs = jobs_at_keeps(setup.model, setup.reader, draft, keeps)
     blank = blank_curves(name, jobs)
     for budget in budgets:  # before the measurement, as some budgets cannot be met
         buy(budget, jobs[0], blank, limits)

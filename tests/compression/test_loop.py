@@ -21,7 +21,7 @@ from lrc.checkpoint.staging import staging
 from lrc.compression.finish import logit_scale, refit_records, target_records, write_checkpoint
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import REFITS, RIDGE, RIDGES, RefitRecord, held_out_blocks
+from lrc.compression.refit import REFITS, RIDGE, RIDGES, RefitRecord, held_out_mask
 from lrc.families import families
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
@@ -65,7 +65,7 @@ class Run:
 
 def in_order(ids: Tensor) -> Tensor:
     """Blocks as a run takes them, those that it holds out last."""
-    held = held_out_blocks(len(ids))
+    held = held_out_mask(len(ids))
     return torch.cat([ids[~held], ids[held]])
 
 
@@ -179,7 +179,7 @@ def out(tmp_path: Path) -> Callable[[str], Path]:
 def all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no block is held out, reductions are measured on all: on the very tokens of the predictions."""
     monkeypatch.setattr(
-        lrc.compression.loop, "held_out_blocks", lambda count: torch.zeros(count, dtype=torch.bool)
+        lrc.compression.loop, "held_out_mask", lambda count: torch.zeros(count, dtype=torch.bool)
     )
 
 
@@ -533,7 +533,7 @@ def test_blocks_go_through_every_layer_once_and_those_held_out_once_more(tiny_ch
         out("measured"),
         "method: whitened_svd\nkeep: 0.5\nrefit: none\nlayers: [{match: 0, keep: 1}]",
     )
-    assert runs() == {(0, False): 5, (1, False): 5 + int(held_out_blocks(5).sum())}
+    assert runs() == {(0, False): 5, (1, False): 5 + int(held_out_mask(5).sum())}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,7 @@ from lrc.compression.refit import (
     RIDGES,
     RefitRecord,
     RefitSum,
-    held_out_blocks,
+    held_out_mask,
 )
 from lrc.methods.contract import Affine
 
@@ -98,7 +98,7 @@ def test_the_ridge_has_the_least_error_on_the_held_out_blocks(bias, noise, far):
     x, truth = normal(9, 8, 20, seed=1) + normal(20, seed=9), normal(4, 20, seed=2)
     t = x @ truth.T + noise * normal(9, 8, 4, seed=3)
     start = Affine(truth + far * normal(4, 20, seed=4), normal(4, seed=5) if bias else None)
-    held = held_out_blocks(9)
+    held = held_out_mask(9)
     fitted, found = solved(x, t, start, held, size=2)
     errors = {
         ridge: relative(x[held], t[held], ridge_on_tokens(x[~held], t[~held], start, ridge))
@@ -117,7 +117,7 @@ def test_wide_outputs_are_compared_in_some_directions(monkeypatch):
     """Which is nearly as good, and the errors that are told are those of all outputs."""
     x, truth = normal(9, 8, 20, seed=1), normal(64, 20, seed=2)
     t = x @ truth.T + 2 * normal(9, 8, 64, seed=3)
-    start, held = Affine(truth + 0.5 * normal(64, 20, seed=4)), held_out_blocks(9)
+    start, held = Affine(truth + 0.5 * normal(64, 20, seed=4)), held_out_mask(9)
     _, every = solved(x, t, start, held)
     monkeypatch.setattr(refit, "DIRECTIONS", 16)
     _, some = solved(x, t, start, held)
@@ -137,13 +137,13 @@ def test_data_choose_different_ridges():
         x, truth = normal(9, 8, 20, seed=1), normal(4, 20, seed=2)
         start = Affine(truth + far * normal(4, 20, seed=4))
         t = x @ truth.T + noise * normal(9, 8, 4, seed=3)
-        chosen.add(solved(x, t, start, held_out_blocks(9))[1].ridge)
+        chosen.add(solved(x, t, start, held_out_mask(9))[1].ridge)
     assert len(chosen) == 3
 
 
 def test_batches_do_not_matter(seen):
     x, t, start = seen
-    (fitted, one), *others = (solved(x, t, start, held_out_blocks(len(x)), size) for size in (1, 3, 10))
+    (fitted, one), *others = (solved(x, t, start, held_out_mask(len(x)), size) for size in (1, 3, 10))
     for solution, other in others:
         assert other.ridge == one.ridge
         assert one.held_out is not None
@@ -156,12 +156,12 @@ def test_batches_do_not_matter(seen):
     ("count", "held"), [(1, []), (2, [0]), (7, [0]), (8, [0]), (16, [0, 11]), (23, [0, 11])]
 )
 def test_blocks_are_held_out_by_their_number(count, held):
-    assert held_out_blocks(count).nonzero().flatten().tolist() == held
+    assert held_out_mask(count).nonzero().flatten().tolist() == held
 
 
 @pytest.mark.parametrize("sources", [2, 3, 4, 8])
 def test_interleaved_texts_are_all_held_out_alike(sources):
-    counts = torch.bincount(held_out_blocks(192).nonzero().flatten() % sources, minlength=sources)
+    counts = torch.bincount(held_out_mask(192).nonzero().flatten() % sources, minlength=sources)
     assert counts.sum() == 24
     assert counts.min() == counts.max()
 
@@ -187,7 +187,7 @@ def test_a_small_ridge_is_least_squares(seen, monkeypatch):
 
 def test_a_start_that_is_right_stays(seen):
     x, _, start = seen
-    fitted, found = solved(x, applied(x, start).float(), start, held_out_blocks(len(x)))
+    fitted, found = solved(x, applied(x, start).float(), start, held_out_mask(len(x)))
     torch.testing.assert_close(fitted.weight, start.weight.double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fitted.bias, start.bias.double(), rtol=1e-4, atol=1e-4)
     assert found.error.after == pytest.approx(0, abs=1e-12)
@@ -196,7 +196,7 @@ def test_a_start_that_is_right_stays(seen):
 @pytest.mark.parametrize("held", [True, False])
 def test_inputs_that_never_vary_are_left_to_the_start(seen, held):
     _, t, start = seen
-    mask = held_out_blocks(len(t)) if held else None
+    mask = held_out_mask(len(t)) if held else None
     fitted, found = solved(torch.zeros(10, 12, 6), t, start, mask)
     torch.testing.assert_close(fitted.weight, start.weight.double())
     torch.testing.assert_close(fitted.bias, t.flatten(0, 1).mean(dim=0).double(), rtol=1e-5, atol=1e-5)
@@ -225,6 +225,6 @@ def test_half_precision_inputs_are_summed_in_float32(monkeypatch):
 
 def test_records_survive_json(seen):
     x, t, start = seen
-    for mask in (None, held_out_blocks(len(x))):
+    for mask in (None, held_out_mask(len(x))):
         _, record = solved(x, t, start, mask)
         assert REFITS.validate_python([asdict(record)]) == [record]

@@ -15,7 +15,7 @@ import lrc.estimate.room
 from lrc.errors import UserError
 from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import resolve_model
-from lrc.run.launcher import Rank
+from lrc.run.launcher import ProcessRank
 from lrc.run.processes import Processes
 from lrc.run.settings import Run
 from lrc.verbs.evaluate import prepare_tasks
@@ -122,7 +122,7 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "--tasks and --streamed contradict" in refused("endings", streamed=True)
     assert "--tasks runs in one process" in refused(
-        "endings", run=lrc.Run(processes=Processes(Rank(0, 2, 0)))
+        "endings", run=lrc.Run(processes=Processes(ProcessRank(0, 2, 0)))
     )
     assert "no task is named" in refused()
     assert f"--tasks-dir {folder / 'none'} is not a folder" in refused("endings", tasks_dir=folder / "none")

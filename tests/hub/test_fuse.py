@@ -19,7 +19,7 @@ import lrc
 from lrc.families import families
 from lrc.modules import attention
 from lrc.modules.fused.fuse import FusedRMSNorm, fuse_norm, unfuse_norm
-from lrc.modules.fused.shared_input import SharesInput
+from lrc.modules.fused.merged import MergesProjections
 
 Make = Callable[..., Any]
 TOKENS = torch.arange(24).view(2, 12)
@@ -30,13 +30,13 @@ def logits(model: Any) -> Tensor:
     return model(TOKENS).logits
 
 
-def merged(model: nn.Module) -> list[SharesInput]:
-    return [m for m in model.modules() if isinstance(m, SharesInput) and m.shared is not None]
+def merged(model: nn.Module) -> list[MergesProjections]:
+    return [m for m in model.modules() if isinstance(m, MergesProjections) and m.merged is not None]
 
 
 @torch.no_grad()
 def in_use(model: nn.Module) -> list[bool]:
-    return [module.shared is not None and module.shared.holds() for module in merged(model)]
+    return [module.merged is not None and module.merged.holds() for module in merged(model)]
 
 
 @pytest.mark.parametrize(

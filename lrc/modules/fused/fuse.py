@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lrc.families import Family, family_of
 from lrc.modules.attention import ReducedAttention, set_class
-from lrc.modules.fused.shared_input import SharesInput, mergeable
+from lrc.modules.fused.merged import MergesProjections, mergeable
 
 
-class GatedMLP(SharesInput):
+class GatedMLP(MergesProjections):
     """Class that replaces a family's own on its gated MLP; the module's attributes stay."""
 
     family: Family
@@ -74,12 +74,12 @@ def unfuse(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, FusedRMSNorm):
             unfuse_norm(module)
-        if not isinstance(module, SharesInput) or module.shared is None:
+        if not isinstance(module, MergesProjections) or module.merged is None:
             continue
-        for name in module.shared.names:
+        for name in module.merged.names:
             for parameter in getattr(module, name).parameters():
                 parameter.data = parameter.data.clone()
-        module.shared = None
+        module.merged = None
         if isinstance(module, GatedMLP):
             module.__class__ = module.stock  # type: ignore[assignment]
             del module.family, module.stock

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrc.modules.low_rank import Factor, LowRankLinear
 
 
-class SharedInput:
+class MergedProjections:
     """Hold merged projections of one input: one product for dense weights and first factors, then the second factors.
 
     The members' parameters become views into the merged matrices, so that no weight is stored twice, and state dicts
@@ -64,26 +64,26 @@ class SharedInput:
         return type(None), ()
 
 
-class SharesInput(nn.Module):
+class MergesProjections(nn.Module):
     """A module whose projections may be merged; moving it to another device or dtype merges them again."""
 
-    shared: SharedInput | None = None
+    merged: MergedProjections | None = None
 
     def merge(self, names: Sequence[str]) -> bool:
         """Merge projections if possible; tell whether they were merged."""
-        self.shared = SharedInput(self, names) if mergeable(self, names) else None
-        return self.shared is not None
+        self.merged = MergedProjections(self, names) if mergeable(self, names) else None
+        return self.merged is not None
 
     def project(self, names: Sequence[str], x: Tensor) -> list[Tensor]:
         """Return the outputs of projections of ``x``, by one product if they are merged."""
-        if self.shared is not None and self.shared.holds():
-            return self.shared(x)
+        if self.merged is not None and self.merged.holds():
+            return self.merged(x)
         return [getattr(self, name)(x) for name in names]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self.shared is not None:
-            self.merge(self.shared.names)
+        if self.merged is not None:
+            self.merge(self.merged.names)
         return self
 
 

@@ -1,4 +1,4 @@
-"""``auto``: choose the method with the least predicted error, and a component as one or by its projections.
+"""Choose the method with the least predicted error, for a component as one or by its projections.
 
 Errors are compared only where they measure the same thing: for one target, of its own output; between a component and
 its projections, as nats of the loss, which add up. Without gradients, components follow the default of ``a3``.

@@ -106,6 +106,7 @@ class TableCompressor:
         """Solve a target, measure the stored result on the calibration text and stage it, on rank 0 alone."""
         stream, assignment = self._stream, self._assigned[target]
         if not stream.processes.first:
+            self._staging.write(target, {}, {})  # rank 0 stores the part
             return
         with self._watch.stage("solve"):
             problem = _problem(stream, target, final, blocks)
@@ -125,7 +126,7 @@ class TableCompressor:
         return ReducedOuter(target, self._staging.record(target)["table"], self._staging.tensors(target))
 
 
-def pose_outer(
+def make_outer_problems(
     stream: ModelStream, targets: Iterable[str], blocks: Tensor, batches: Iterable[Batch]
 ) -> dict[str, OuterProblem]:
     """Return the problems of ``targets``, from blocks (n, length) and their last hidden states ``batches``."""
@@ -179,7 +180,7 @@ def final_moment(stream: ModelStream, states: Iterable[Tensor]) -> Moment:
     total.reduce(stream.processes)
     moment = total.moment()
     if not bool(moment.second.diagonal().isfinite().all()):
-        raise UserError("the hidden states behind the last layer are NaN or inf")
+        raise UserError("the hidden states after the last layer are NaN or inf")
     return moment
 
 

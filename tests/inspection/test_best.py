@@ -1,4 +1,4 @@
-"""``auto``: least error of one thing, ties by what is cheap, components against their projections in nats."""
+"""The best method: least error of one target, ties by cost, components against their projections in nats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.inspection.auto import choose, choose_component
+from lrc.inspection.best import choose, choose_component
 from lrc.methods import methods
 from lrc.records.inspection import Choice, Estimate
 

@@ -22,7 +22,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import staging
 from lrc.compression.finish import target_records, write_checkpoint
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import held_out_blocks
+from lrc.compression.refit import held_out_mask
 from lrc.errors import UserError
 from lrc.families import family_of
 from lrc.hub.names import ASSETS, ResolvedModel
@@ -30,7 +30,7 @@ from lrc.methods import methods
 from lrc.modules.low_rank import FactorizedEmbedding
 from lrc.moments import collectors
 from lrc.plan.document import Document
-from lrc.plan.job import Job, templates
+from lrc.plan.job import Job, jobs_at_keeps
 from lrc.plan.library import read_draft
 from lrc.plan.resolve import Draft, parse_plan, resolve
 from lrc.run.stopwatch import Stopwatch
@@ -255,7 +255,7 @@ def test_the_scale_is_that_of_the_reduced_heads_logits(
 
     monkeypatch.setattr(Compressor, "run", run_and_keep)
     compress(source, out, body)
-    held = held_out_blocks(len(blocks()))
+    held = held_out_mask(len(blocks()))
     ids = torch.cat([blocks()[~held], blocks()[held]])  # in the order of the run
     stored, model = load_file(out / "model.safetensors"), load(source)
     shape = family_of(family)
@@ -369,7 +369,7 @@ def test_a_base_plan_for_a_budget_keeps_its_embedding(tiny_checkpoint, tmp_path)
     source, base = tiny_checkpoint("gpt2"), tmp_path / "base.yaml"
     base.write_text(f"format: 1\nprojections: {{{EMBED}}}\n")
     reader = CheckpointReader(source)
-    small, large = templates(ResolvedModel(source, str(source)), reader, read_draft(base), [0.5, 0.75])
+    small, large = jobs_at_keeps(ResolvedModel(source, str(source)), reader, read_draft(base), [0.5, 0.75])
     assert [a.size for a in small.plan.outer] == [a.size for a in large.plan.outer] == [12]
     assert any("the cost of embed is not measured" in warning for warning in small.plan.warnings)
     assert small.plan.keep == 0.5
