@@ -1,4 +1,4 @@
-"""Makes Hugging Face checkpoints smaller and faster by low-rank factorization, and says what that cost."""
+"""Make Hugging Face checkpoints smaller and faster by low-rank factorization, and report the cost."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from lrc.run.versions import __version__
     from lrc.verbs.ablate import ablate
     from lrc.verbs.bench import bench
+    from lrc.verbs.check import check
     from lrc.verbs.compress import compress
     from lrc.verbs.evaluate import evaluate, evaluate_against
     from lrc.verbs.inspect import inspect_model
     from lrc.verbs.plan import make_plan
+    from lrc.verbs.verify import verify
 
 __all__ = [
     "Limits",
@@ -31,6 +33,7 @@ __all__ = [
     "__version__",
     "ablate",
     "bench",
+    "check",
     "compress",
     "evaluate",
     "evaluate_against",
@@ -40,6 +43,7 @@ __all__ = [
     "make_plan",
     "read_report",
     "unfuse",
+    "verify",
 ]
 _HOMES = {
     "Limits": "lrc.allocation.sizing",
@@ -50,6 +54,7 @@ _HOMES = {
     "__version__": "lrc.run.versions",
     "ablate": "lrc.verbs.ablate",
     "bench": "lrc.verbs.bench",
+    "check": "lrc.verbs.check",
     "compress": "lrc.verbs.compress",
     "evaluate": "lrc.verbs.evaluate",
     "evaluate_against": "lrc.verbs.evaluate",
@@ -59,6 +64,7 @@ _HOMES = {
     "make_plan": "lrc.verbs.plan",
     "read_report": "lrc.records.compression",
     "unfuse": "lrc.modules.fused.fuse",
+    "verify": "lrc.verbs.verify",
 }
 
 

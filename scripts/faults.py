@@ -503,7 +503,7 @@ class Faults:
                 os.kill(child.pid, signal.SIGINT)
                 ended = child.wait()
                 if ended.code != 0 or number < LAYERS - 1:
-                    ended.must(130, "error: interrupted; run the same command again to go on")
+                    ended.must(130, "error: interrupted; run the same command again to resume")
                     if "Traceback" in ended.told:
                         raise Failed(ended.told)
                 self._go_on(case)

@@ -37,9 +37,6 @@ from transformers.utils import logging as transformers_logging
 import lrc
 from lrc.errors import UserError
 from lrc.hub.names import ASSETS
-from lrc.plan.job import make_job, open_checkpoint
-from lrc.plan.library import find_draft
-from lrc.verbs.check import check
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RUN = lrc.Run(device="cpu", dtype="float32")
@@ -518,11 +515,11 @@ def try_case(folder: Path, faults: list[Fault]) -> tuple[str, str]:
     """Return a verdict (``same``, ``refused`` or ``FAILED``) and the reason."""
     ids = torch.arange(2, 22)[None]
     expected, left_out = reference(folder, ids)
-    plan, out = find_draft(PLAN, None, None), folder.parent / "out"
+    out = folder.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     refused = ""
     try:
-        check(make_job(*open_checkpoint(folder, RUN), plan))
+        lrc.check(folder, PLAN, run=RUN)
     except UserError as error:
         refused = str(error)
     try:

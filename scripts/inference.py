@@ -73,7 +73,7 @@ def main(
         str, typer.Option(help="Batches and tokens attended to, or none.")
     ] = "1x512,32x512,128x512",
     modes: Annotated[
-        str | None, typer.Option(help="As --mode of lrc bench.", show_default="graphs on a GPU")
+        str | None, typer.Option(help="As --modes of lrc bench.", show_default="graphs on a GPU")
     ] = None,
     fusion: Annotated[str, typer.Option(help=f"Products that are merged: {', '.join(FUSIONS)}.")] = "both",
     fuse_dense: Annotated[bool, typer.Option("--fuse-dense", help="Have the dense model fused too.")] = False,

@@ -256,9 +256,6 @@ def _compress(
 ) -> list[str]:
     """The cells of one whole command: its wall time and what its report says."""
     import lrc
-    from lrc.plan.job import make_job, open_checkpoint
-    from lrc.plan.library import read_draft
-    from lrc.verbs.check import check
 
     way = WAYS[name]
     launcher = (
@@ -268,7 +265,7 @@ def _compress(
         (plan := Path(scratch) / "plan.yaml").write_text(
             yaml.safe_dump(_plan(way, data, samples, seq_len)), encoding="utf-8"
         )
-        checked = check(make_job(*open_checkpoint(model, lrc.Run()), read_draft(plan)))
+        checked = lrc.check(model, plan)
         if cold:
             _drop(model)
         out = Path(scratch) / "out"

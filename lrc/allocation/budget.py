@@ -22,16 +22,16 @@ _SHORT = 0.002  # fraction of a budget that may stay unspent
 class Budget:
     """Limit on what a compressed model keeps.
 
-    ``keep``: fraction of the weights of the decoder and of tables without a size in the plan. ``size``: bytes of the
+    ``keep``: fraction of the weights of the decoder and of tables without a size in the plan. ``bytes``: of the
     checkpoint's tensors, without other limits. ``kv_cache``: fraction of the KV cache, alone or with ``keep``.
     """
 
     keep: float | None = None
-    size: int | None = None
+    bytes: int | None = None
     kv_cache: float | None = None
 
     def __str__(self) -> str:
-        named = (("keep", self.keep), ("bytes", self.size), ("KV cache", self.kv_cache))
+        named = (("keep", self.keep), ("bytes", self.bytes), ("KV cache", self.kv_cache))
         return ", ".join(f"{name} {value:,}" for name, value in named if value is not None)
 
 
@@ -48,20 +48,20 @@ class Spent:
 
 
 def read_budgets(
-    keep: float | Sequence[float] | None, size: int | None, kv_cache: float | None
+    keep: float | Sequence[float] | None, bytes: int | None, kv_cache: float | None
 ) -> list[Budget]:
     """Return a budget per keep, or one without. Raises UserError for conflicts and fractions outside (0, 1]."""
     keeps = [] if keep is None else [keep] if isinstance(keep, int | float) else list(keep)
-    if size is not None and (keeps or kv_cache is not None):
+    if bytes is not None and (keeps or kv_cache is not None):
         raise UserError("--bytes stands alone; leave out --keep and --kv-cache")
-    if size is None and not keeps and kv_cache is None:
+    if bytes is None and not keeps and kv_cache is None:
         raise UserError("say what to keep: --keep 0.8, --bytes 4G or --kv-cache 0.5")
     for name, value in [*(("--keep", value) for value in keeps), ("--kv-cache", kv_cache)]:
         if value is not None and not 0 < value <= 1:
             raise UserError(f"{name} {value:g} is outside (0, 1]; it is a fraction of the original")
     if len({f"{value:g}" for value in keeps}) < len(keeps):  # plan names contain this text
         raise UserError("--keep names a fraction twice")
-    return [Budget(value, size, kv_cache) for value in keeps or [None]]
+    return [Budget(value, bytes, kv_cache) for value in keeps or [None]]
 
 
 def spend(budget: Budget, job: Job, offers: Sequence[Offer]) -> Spent:
@@ -71,10 +71,10 @@ def spend(budget: Budget, job: Job, offers: Sequence[Offer]) -> Spent:
     """
     if not offers:
         raise UserError(
-            f"there is nothing to allocate: {job.draft.name} leaves all whole at every measured size"
+            f"there is nothing to allocate: {job.draft.name} keeps every target whole at every measured size"
         )
-    if budget.size is not None:
-        return _spend_bytes(budget.size, job, offers)
+    if budget.bytes is not None:
+        return _spend_bytes(budget.bytes, job, offers)
     cached: list[Offer] = []
     cache = Allocation((), 0, 0.0)
     if budget.kv_cache is not None:
@@ -97,10 +97,10 @@ def shortfalls(budget: Budget, spent: Spent) -> list[str]:
     parts = (
         ("keep", budget.keep, plan.budget.keep),
         ("KV cache", budget.kv_cache, _cache_share(spent)),
-        ("bytes", budget.size, output_size(spent.job).bytes),
+        ("bytes", budget.bytes, output_size(spent.job).bytes),
     )
     return [
-        f"{name} {asked:,} comes to {round(kept, 4):,}"
+        f"{name} {round(kept, 4):,} instead of {asked:,}"
         for name, asked, kept in parts
         if asked is not None and kept < asked * (1 - _SHORT)
     ]

@@ -100,8 +100,8 @@ class Measuring:
     """How ``lrc plan`` finds what sizes cost.
 
     ``allocate``: one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's, else sensitivity). ``keeps``:
-    fractions of each target to measure. ``held_out``: text of which sensitivity reads the first ``samples`` blocks
-    (default: wikitext2:validation; for built-in models the part of builtin:train that calibration does not draw).
+    fractions of each target to measure. ``held_out``: text of which sensitivity reads the first ``held_out_samples``
+    blocks (default: wikitext2:validation; for built-in models the part of builtin:train outside the calibration text).
     ``curves``: the file that caches the costs (default: beside the plan, named by ``lrc.allocation.sizing.file_name``).
     ``fresh``: ignore the cached costs.
     """
@@ -109,7 +109,7 @@ class Measuring:
     allocate: str | None = None
     keeps: Sequence[float] | None = None
     held_out: str | None = None
-    samples: int | None = None
+    held_out_samples: int | None = None
     curves: str | Path | None = None
     fresh: bool = False
 
@@ -123,13 +123,13 @@ class Measuring:
         for option, given, used, why in (
             ("--keeps", self.keeps, allocator.keeps, "knows the cost of every size"),
             ("--held-out", self.held_out, allocator.held_out, "reads no held-out text"),
-            ("--held-out-samples", self.samples, allocator.held_out, "reads no held-out text"),
+            ("--held-out-samples", self.held_out_samples, allocator.held_out, "reads no held-out text"),
             ("--curves", self.curves, allocator.holds != "nothing", "measures nothing"),
         ):
             if given is not None and not used:
                 raise UserError(f"{option} has no effect: allocation {name} {why}; leave it out")
-        if self.samples is not None and self.samples < 1:
-            raise UserError(f"--held-out-samples {self.samples} is too small; the smallest is 1")
+        if self.held_out_samples is not None and self.held_out_samples < 1:
+            raise UserError(f"--held-out-samples {self.held_out_samples} is too small; the smallest is 1")
         return name
 
     @property
@@ -318,8 +318,8 @@ def buy(budget: Budget, job: Job, curves: Sequence[Curve], limits: Limits) -> Sp
         ("--kv-cache", budget.kv_cache, budget.kv_cache is not None),
     )
     excluding = " ".join(f"{option} {value:g}" for option, value, excludes in options if excludes)
-    within = f" within {excluding}" if excluding else ""
-    warning = f"{', '.join(short)}: the rest does not pay for the next larger size of any target{within}"
+    within = f"with {excluding} " if excluding else ""
+    warning = f"the plan has {', '.join(short)}: {within}no larger size of any target fits the budget"
     plan = replace(spent.job.plan, warnings=(*spent.job.plan.warnings, warning))
     return replace(spent, job=replace(spent.job, plan=plan))
 

@@ -67,9 +67,9 @@ def make_cases(
     modes = modes or (["eager"] if device.type == "cpu" else ["eager", "graphs"])
     for mode in modes:
         if mode not in MODES:
-            raise UserError(f"--mode {mode!r} is not known; {nearest(mode, MODES)}")
+            raise UserError(f"--modes {mode!r} is not known; {nearest(mode, MODES)}")
         if mode == "graphs" and device.type != "cuda":
-            raise UserError(f"--mode graphs is for GPUs, not for {device}; the nearest is --mode compile")
+            raise UserError(f"--modes graphs is for GPUs, not for {device}; the nearest is --modes compile")
     if prefill is None:
         prefill = [(batch, min(_PREFILL_TOKENS, positions)) for batch in _PREFILL_BATCHES]
     if decode is None:

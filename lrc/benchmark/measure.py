@@ -1,4 +1,4 @@
-"""Time models in turn, read their peak memory, and count the bytes and operations that bound their speed."""
+"""Time models in alternation, read their peak memory, and count the bytes and operations that bound their speed."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Timing:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Return tokens per second of which two models' intervals are apart if they differ; None without quartiles.
+        """Return an interval of tokens per second; None without quartiles.
 
-        R. McGill, J. Tukey, W. Larsen, "Variations of Box Plots", 1978: 95 % of 1.57 interquartile ranges over √n; but
-        no less than half the range, which tables show.
+        Two models differ (at 95 %) if their intervals do not overlap: R. McGill, J. Tukey, W. Larsen, "Variations of
+        Box Plots", 1978. The interval is the median ± 1.57 interquartile ranges over √n, at least ± half such a range.
         """
         if self.spread is None:
             return None

@@ -1,4 +1,4 @@
-"""Run a prefill or some tokens of a decode, again and again, in one of the modes."""
+"""Run prefill or decode steps of a model repeatedly, in one of the modes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Decode(Steps):
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"a step of {type(self.model).__name__} cannot be captured in a CUDA graph ({reason}); the nearest is "
-                "--mode eager"
+                "--modes eager"
             ) from error
         return graph.replay
 

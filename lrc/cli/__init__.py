@@ -1,4 +1,4 @@
-"""The command line: one file a verb, which parses, calls the library and prints."""
+"""The command line: one file for each verb, which parses options, calls the library and prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lrc.cli.interrupt import end_at_once, unwind
 
 
 def main() -> None:
-    """Run the command line. The exit code is 0, 2 for a user's mistake, 130 if interrupted, 1 for a failure of lrc."""
+    """Run the command line. Exit codes: 0 success, 2 wrong input, 130 interrupted, 1 a failure of lrc."""
     end_at_once()
     try:
         from lrc.cli.command import app

@@ -1,4 +1,4 @@
-"""``lrc bench``: how fast a model reads and writes, alone or beside another."""
+"""``lrc bench``: measure the speed and memory of a model, alone or against another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from lrc.cli.options import AsJson, Model, Place, Source, names, option, out_option, running
+from lrc.cli.options import AsJson, Model, Place, Repository, names, option, out_option, running
 from lrc.cli.screen import result
 
 
@@ -21,16 +21,18 @@ class Cases:
     """What is timed."""
 
     panel: ClassVar = "How it is measured"
-    against: str | None = option("Another model to compare with, by turns.", metavar="MODEL", first=True)
+    against: str | None = option(
+        "Another model to compare with; both are measured in alternation.", metavar="MODEL", first=True
+    )
     prefill: list[tuple[int, int]] | None = option(
-        "Batches of B prompts of N tokens, read at once; or none.",
+        "Prefill: batches of B prompts with N tokens each; or none.",
         metavar="BxN[,BxN...]",
-        shown="1x2048,8x2048, or what the models read",
+        shown="1x2048,8x2048, or the models' limit",
         read=_shapes,
         first=True,
     )
     decode: list[tuple[int, int]] | None = option(
-        "Batches of B sequences written a token at a time, up to N tokens; or none.",
+        "Decode: batches of B sequences, generated token by token up to N tokens; or none.",
         metavar="BxN[,BxN...]",
         shown="1x512,32x512",
         read=_shapes,
@@ -38,23 +40,24 @@ class Cases:
     )
     modes: list[str] | None = option(
         "eager, graphs (decode as a CUDA graph) or compile (torch.compile, and a CUDA graph on a GPU).",
-        flag="--mode",
         shown="eager,graphs on a GPU, eager on a CPU",
     )
-    new_tokens: int = option("Tokens that a sample of decode writes.", 16)
-    repeats: int = option("Samples of each model, in turn.", 10)
-    fuse: bool = option("Merge products of one input, if compressed.", True, flag="--fuse/--no-fuse")
+    new_tokens: int = option("Tokens that each decode sample generates.", 16)
+    repeats: int = option("Samples of each model.", 10)
+    fuse: bool = option(
+        "In a compressed model, run projections of one input as one product.", True, flag="--fuse/--no-fuse"
+    )
 
 
 def verb(
     model: Model,
     cases: Cases,
     place: Place,
-    source: Source,
-    out: Annotated[Path | None, out_option("Write the figures as JSON too.")] = None,
+    repository: Repository,
+    out: Annotated[Path | None, out_option("Also write the results to this file, as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure tokens per second, time to the first token, weights, KV cache and, of a GPU, peak memory of MODEL."""
+    """Measure tokens per second, time to first token, weights, KV cache and (on a GPU) peak memory of MODEL."""
     from lrc.checkpoint.durable import check_file, write_file
     from lrc.records.compression import json_text
     from lrc.report.tables import bench_tables
@@ -62,7 +65,7 @@ def verb(
 
     if out is not None:
         check_file("-o", out)
-    with running(place, source, as_json=as_json, split=False) as run:
+    with running(place, repository, as_json=as_json, split=False) as run:
         found = bench(model, **vars(cases), run=run)
     if out is not None:
         write_file(out, json_text(found.as_dict()))

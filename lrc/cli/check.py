@@ -1,4 +1,4 @@
-"""``lrc check``: sizes, bytes and memory that a plan gives for a model, from headers alone."""
+"""``lrc check``: show the sizes, bytes and memory that a plan gives for a model, from headers alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from lrc.cli.screen import result
 
 
 def verb(model: Model, plan: PlanOptions, source: Source, as_json: AsJson = False) -> None:
-    """Resolve a plan against MODEL: ranks, parameters, bytes, GPU memory. No weight is loaded."""
-    from lrc.plan.job import make_job, open_checkpoint
-    from lrc.plan.library import find_draft
+    """Show the ranks, parameters, bytes and GPU memory that a plan gives for MODEL. No weights are loaded."""
     from lrc.report.tables import check_tables
     from lrc.verbs.check import check
 
-    draft = find_draft(**vars(plan))
     with running(source, split=False) as run:
-        found = check(make_job(*open_checkpoint(model, run), draft))
+        found = check(model, **vars(plan), run=run)
     result(found, check_tables(found), as_json)

@@ -1,4 +1,4 @@
-"""The verbs as one command: parse words, report mistakes and interrupts, choose the exit code."""
+"""Parse the command line, call a verb, report errors and interrupts, and choose the exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrc.run.versions import __version__
 
 _MISTAKE = 2  # exit code
 _VERBS = ("compress", "eval", "compare", "plan", "bench", "check", "verify", "inspect", "list")
-_SPLIT = ("compress", "eval", "plan")  # over several processes; the first alone runs the others
+_SPLIT = ("compress", "eval", "plan")  # run in several processes; the other verbs in the first alone
 # Raised for words that do not parse. Typer has no name for it, and its module depends on typer's version.
 _Unparsed = cast(type[Exception], typer.BadParameter.__bases__[0])
 
@@ -58,7 +58,11 @@ class _Verbs(_PlainFlags, TyperGroup):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             resumes = ctx.invoked_subcommand == "compress" or isinstance(error, Paused)
-            then = "run the same command again to go on" if resumes else "the same command starts over"
+            then = (
+                "run the same command again to resume"
+                if resumes
+                else "the same command starts from the beginning"
+            )
             if speaks():
                 complain(f"interrupted; {then}")
             raise typer.Exit(INTERRUPTED) from None
@@ -75,7 +79,7 @@ def _mistakes() -> Iterator[None]:
 
 
 def _in_our_words(error: Any) -> str:
-    """Return a message on words that do not parse: the option, its value, and the nearest choice or the help."""
+    """Return a message about words that do not parse: the option, its value, and the nearest choice or the help."""
     if hasattr(error, "possibilities"):  # an option that is not there
         options = (option for option in error.ctx.command.params if option.param_type_name == "option")
         known = [name for option in options for name in (*option.opts, *option.secondary_opts)]
@@ -112,7 +116,7 @@ def _print_version(asked: bool) -> None:
 def _lrc(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop."),
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Make Hugging Face checkpoints smaller and faster by low-rank factorization, and say what that cost."""
+    """Make Hugging Face checkpoints smaller and faster by low-rank factorization, and report the cost."""

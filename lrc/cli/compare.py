@@ -1,4 +1,4 @@
-"""``lrc compare``: several outputs in one table, and in one picture of perplexity against bytes."""
+"""``lrc compare``: show several outputs in one table, and in one picture of perplexity against bytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lrc.cli.screen import result
 
 
 def verb(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of lrc compress.")],
-    out: Annotated[Path | None, out_option("Write an HTML page with the table and the picture.")] = None,
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Output folders of lrc compress.")],
+    out: Annotated[Path | None, out_option("Write an HTML page with the table and a picture.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the size, cache, perplexity and seconds of outputs. Nothing is measured again."""

@@ -1,4 +1,4 @@
-"""``lrc compress``: a checkpoint and a plan to a smaller checkpoint and a report."""
+"""``lrc compress``: compress a checkpoint by a plan, and write a report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ class Output:
 
     panel: ClassVar = "The output"
     out: Path | None = option("Output folder.", flag="-o --out", shown="./MODEL-PLAN", first=True)
-    fresh: bool = option("Start an unfinished run over, or resume it.", False, flag="--fresh/--resume")
-    force: bool = option("Replace an output folder that is not an lrc output.", False)
-    beside: list[Path] | None = option("Earlier output to show in the report; repeatable.", metavar="DIR")
+    fresh: bool = option(
+        "Start an unfinished run again from its beginning, or resume it.", False, flag="--fresh/--resume"
+    )
+    force: bool = option("Replace the output folder even if lrc did not write it.", False)
+    beside: list[Path] | None = option(
+        "Another output of MODEL to show in the report; may be repeated.", metavar="DIR"
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def verb(
     inputs: Inputs,
     as_json: AsJson = False,
 ) -> None:
-    """Compress MODEL to a fraction of its weights, or by a plan, into a new checkpoint; and report what it cost."""
+    """Compress MODEL to a fraction of its weights, or by a plan, and report size and perplexity before and after."""
     from lrc.report.tables import compression_tables
     from lrc.verbs.compress import compress
 

@@ -1,4 +1,4 @@
-"""``lrc eval``: perplexity and tasks of a checkpoint, by itself or beside another, and what shrinking parts costs."""
+"""``lrc eval``: measure perplexity and tasks of a model, alone or against another, and the cost of shrinking parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from lrc.cli.options import AsJson, Inputs, Place, Texts, calib_option, flags, option, running
+from lrc.cli.options import MODEL_HELP, AsJson, Inputs, Place, Texts, calib_option, flags, option, running
 from lrc.cli.screen import note, result
 from lrc.errors import Paused, UserError
 
@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 class Windows(Texts):
     """The texts, and the windows that perplexity is measured on."""
 
-    seq_len: int | None = option("Tokens of a window.", least=2, shown="2048, or the models' limit")
+    seq_len: int | None = option("Tokens in a window.", least=2, shown="2048, or the models' limit")
     context: list[int] | None = option(
-        "Several lengths of windows, a figure for each on the same part of the text; --max-windows counts those of "
-        "the longest."
+        "Several window lengths: measure each on the same part of the text. --max-windows counts the longest windows."
     )
     streamed: bool | None = option(
-        "Run the model a layer at a time, or load it whole; the figure is the same.",
+        "Load one layer at a time, or the whole model. The perplexity is the same.",
         flag="--streamed/--whole",
-        shown="whole where it fits",
+        shown="whole if the model fits",
     )
-    tokens: Path | None = option("Keep the results of every token.", metavar="FILE.parquet")
+    tokens: Path | None = option("Write the results of every token to this file.", metavar="FILE.parquet")
 
 
 @dataclass(frozen=True)
@@ -40,28 +39,32 @@ class Tasks:
 
     panel: ClassVar = "Tasks"
     tasks: list[str] | None = option(
-        "Tasks of lm-evaluation-harness, instead of a perplexity where no --ppl names one.", first=True
+        "Tasks of lm-evaluation-harness to run. Perplexity is then measured only with --ppl.", first=True
     )
-    tasks_dir: Path | None = option("Folder with YAML files of more tasks.")
+    tasks_dir: Path | None = option("Folder with YAML files that define more tasks.")
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What shrinking each part alone costs."""
+    """The cost of shrinking each part alone."""
 
     panel: ClassVar = "Ablation"
     ablate: bool = option(
-        "Perplexity with each projection and component of MODEL, an original, alone shrunk in all layers, and a heat "
-        "map.",
+        "Shrink one projection or component in all layers, measure the perplexity, repeat for each, and draw a heat "
+        "map. MODEL must be an original.",
         False,
     )
-    keeps: list[float] | None = option("Fractions that a target keeps.", shown="0.5,0.25,0.125")
+    keeps: list[float] | None = option("Fractions of its weights that a part keeps.", shown="0.5,0.25,0.125")
     method: str | None = option(
-        "What shrinks all that it can.", metavar="NAME", shown="a3 components, whitened_svd projections"
+        "Method that shrinks the parts. Parts that it does not support are left out.",
+        metavar="NAME",
+        shown="a3 for components, whitened_svd for projections",
     )
-    batch_size: int | None = option("Calibration blocks at once.", least=1, shown="by their length")
+    batch_size: int | None = option(
+        "Calibration blocks that run at once.", least=1, shown="chosen by their length"
+    )
     calib: str | None = calib_option("wikitext2; builtin for the built-in models")
-    fresh: bool = option("Measure again, whatever results there are here.", False)
+    fresh: bool = option("Ignore cached results and measure again.", False)
 
 
 def verb(
@@ -72,15 +75,17 @@ def verb(
     inputs: Inputs,
     model: Annotated[
         str | None,
-        typer.Argument(help="As for compress.", show_default="the newest lrc output under this folder"),
+        typer.Argument(help=MODEL_HELP, show_default="the newest lrc output below the current folder"),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Another model, usually the original, beside it token by token."),
+        typer.Option(
+            metavar="MODEL", help="Another model, usually the original, to compare with token by token."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure MODEL by perplexity and tasks; what it lost of another model; or what shrinking each part alone costs."""
+    """Measure perplexity and tasks of MODEL, alone or against another model, or the cost of shrinking each part."""
     from lrc.report.tables import evaluation_tables
 
     given = {"against": "--against"} if against else {}

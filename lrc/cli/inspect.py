@@ -1,4 +1,4 @@
-"""``lrc inspect``: what a model is made of and what compresses in it; or what an output of it has lost."""
+"""``lrc inspect``: show how well each target of a model compresses, or compare an output with the original."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ class Scope:
     """What is inspected."""
 
     panel: ClassVar = "What is inspected"
-    against: Path | None = option("An lrc output of MODEL, to compare with it.", metavar="OUT", first=True)
+    against: Path | None = option("An lrc output of MODEL to compare with MODEL.", metavar="OUT", first=True)
     layers: str | None = option(
-        "These layers alone, each by itself; -1 is the last.", metavar="N[-M],...", shown="all, by target"
+        "Inspect only these layers, with a row for each; -1 is the last.",
+        metavar="N[-M],...",
+        shown="all, with a row for each target",
     )
-    targets: list[str] | None = option("qk, ov, mlp, q, k, v, o ...; embed, lm_head.", read=names)
-    tables: bool = option("The embedding and the head too.", False)
-    method_names: list[str] | None = option("Methods to estimate.", flag="--methods", shown="all that apply")
+    targets: list[str] | None = option(
+        "Targets to inspect: qk, ov, mlp, q, k, v, o and so on; embed or lm_head.", read=names
+    )
+    tables: bool = option("Also inspect the embedding and the LM head.", False)
+    methods: list[str] | None = option("Methods whose errors to predict.", shown="all that apply")
     keeps: list[float] | None = option(
-        "Fractions of each target at which to estimate what methods lose.",
+        "Kept fractions at which to predict the errors.",
         shown="0.9,0.8,0.6,0.4",
         first=True,
     )
-    gradients: bool = option("What errors cost the loss too, by a sweep back.", False)
+    gradients: bool = option(
+        "Also predict the rise of the loss, by a backward sweep through the model.", False
+    )
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,9 @@ class Blocks:
     """The calibration text."""
 
     panel: ClassVar = Inputs.panel
-    calib: str | None = calib_option("wikitext2, for a built-in its own text")
+    calib: str | None = calib_option("wikitext2; builtin for the built-in models")
     samples: int = option("Blocks of calibration text.", 32, least=1)
-    seq_len: int | None = option("Tokens of a block.", least=2, shown="2048, or the model's limit")
+    seq_len: int | None = option("Tokens in a block.", least=2, shown="2048, or the model's limit")
 
 
 def verb(
@@ -46,10 +52,12 @@ def verb(
     layers: Layers,
     text: Blocks,
     inputs: Inputs,
-    out: Annotated[Path | None, out_option("Write inspect.json and inspect.html there.", None)] = None,
+    out: Annotated[
+        Path | None, out_option("Write inspect.json and inspect.html into this folder.", "DIR")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show spectra, ranks, conditioning, predicted errors and what auto would take, layer by layer of MODEL."""
+    """Show spectra, ranks, conditioning, predicted errors and the best method for each target of MODEL."""
     from lrc.report.inspection import check_folder, inspection_tables, write_inspection
     from lrc.verbs.inspect import inspect_model
 

@@ -1,4 +1,4 @@
-"""End at once on Ctrl-C while a command starts, as imports cannot be unwound; later Ctrl-C is a KeyboardInterrupt."""
+"""End at once on Ctrl-C while a command imports its modules; afterwards Ctrl-C raises KeyboardInterrupt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def end_at_once() -> None:
 
 
 def unwind() -> None:
-    """Raise KeyboardInterrupt on Ctrl-C again: there is something to tidy up."""
+    """Raise KeyboardInterrupt on Ctrl-C again, so that work in progress is cleaned up."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""``lrc list``: what there is to choose from."""
+"""``lrc list``: list methods, plans, data sets and other choices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def verb(
     group: Annotated[
         str | None,
         typer.Argument(
-            help="methods, allocations, families, kinds, plans, data or models.",
+            help="What to list: methods, allocations, families, kinds, plans, data or models.",
             show_default="the names in every group",
         ),
     ] = None,

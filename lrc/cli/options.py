@@ -1,4 +1,4 @@
-"""Options in groups: a verb takes a dataclass, its users an option for each field, in a titled panel of the help."""
+"""Turn dataclasses into groups of options: a field is an option, a class a titled panel of the help."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from lrc.errors import UserError
 if TYPE_CHECKING:
     from lrc.run.settings import Run
 
-Model = Annotated[
-    str,
-    typer.Argument(help="A folder, a hub id, a short name (llama-7b) or a built-in (tiny-gpt2, tiny-llama)."),
-]
+MODEL_HELP = "A folder, a hub id, a short name (llama-7b) or a built-in model (tiny-gpt2, tiny-llama)."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -44,9 +42,9 @@ def option(
 ) -> Any:
     """Make a dataclass field that is an option.
 
-    ``flag``: names on the command line (default: the field's). ``shown``: the default in words. ``least``: the smallest
-    number. ``read`` turns the long name and the text into the field's value. ``first``: the option is in the first
-    panel of the help, not in that of its group.
+    ``flag``: names on the command line (default: the field's name). ``shown``: the default in words. ``least``: the
+    smallest number. ``read``: a function of the option's long name and text that returns the field's value. ``first``:
+    show the option in the first panel of the help, not in the panel of its group.
     """
     how = {"help": help, "show_default": shown or True, "min": least}
     return field(
@@ -57,7 +55,7 @@ def option(
 
 def calib_option(shown: str) -> Any:
     """Make the option for calibration texts; ``shown``: the default in words."""
-    texts = "Calibration texts, weighted or not: as for lrc eval --ppl, or synthetic, which the model writes."
+    texts = "Calibration texts, with weights W if given. DATA is as for lrc eval --ppl; synthetic: the model writes it."
     return option(texts, metavar="DATA[=W],...", shown=shown)
 
 
@@ -94,12 +92,12 @@ def _changes(option: str, entries: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """A plan, or how much to keep without one, and entries to replace in it."""
+    """A plan or a fraction to keep, and entries to replace in the plan."""
 
     panel: ClassVar = None
     plan: str | None = option(
-        "A YAML file, the name of a shipped plan, or YAML that begins with {.",
-        shown="a3, with the sizes that cost least",
+        "The plan: a YAML file, a name (see lrc list plans), or YAML text that begins with {.",
+        shown="method a3, with the sizes of least cost",
     )
     keep: float | None = option("Fraction of the weights to keep.", shown="the plan's")
     changes: dict[str, Any] | None = option(
@@ -116,11 +114,11 @@ class Texts:
 
     panel: ClassVar = "Perplexity"
     ppl: list[str] | None = option(
-        "Perplexity texts: wikitext2, c4, ptb, pile, builtin, a file or FILE:COLUMN.",
+        "Texts to measure perplexity on: wikitext2, c4, ptb, pile, builtin, a file or FILE:COLUMN.",
         shown="wikitext2; builtin for the built-in models",
         first=True,
     )
-    max_windows: int | None = option("Windows of each perplexity text.", least=1, shown="all")
+    max_windows: int | None = option("Windows of each text to measure, from its start.", least=1, shown="all")
 
 
 @dataclass(frozen=True)
@@ -128,19 +126,23 @@ class Place:
     """Where the model runs; fields of ``lrc.Run``."""
 
     panel: ClassVar = "Where it runs"
-    device: str | None = option("cpu, cuda or cuda:N.", shown="the first GPU if there is one")
-    dtype: str | None = option("float32, bfloat16 or float16.", shown="as stored; float32 on a CPU")
+    device: str | None = option("cpu, cuda or cuda:N.", shown="the first GPU, if there is one")
+    dtype: str | None = option(
+        "Precision of the layers: float32, bfloat16 or float16.", shown="as stored; float32 on a CPU"
+    )
 
 
 @dataclass(frozen=True)
 class Layers(Place):
     """How layers run one at a time on calibration text; fields of ``lrc.Run``."""
 
-    batch_size: int | None = option("Calibration blocks at once.", least=1, shown="by their length")
+    batch_size: int | None = option(
+        "Calibration blocks that run at once.", least=1, shown="chosen by their length"
+    )
     offload: str | None = option(
-        "Where hidden states wait between two layers: device, host or disk.",
+        "Where hidden states are kept between two layers: device, host or disk.",
         metavar="PLACE",
-        shown="the first that has room",
+        shown="the first with enough room",
     )
 
 
@@ -153,13 +155,19 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Source:
-    """How MODEL is opened; fields of ``lrc.Run``."""
+class Repository:
+    """Where MODEL comes from; fields of ``lrc.Run``."""
 
     panel: ClassVar = "Where the model comes from"
-    revision: str | None = option("Branch, tag or commit, on the hub, of MODEL alone.")
-    allow_pickle: bool = option("Read pickled weights (.bin), as weights alone.", False)
+    revision: str | None = option("Branch, tag or commit of MODEL on the hub.")
     trust_remote_code: bool = option("Run Python code that comes with the checkpoint.", False)
+
+
+@dataclass(frozen=True)
+class Source(Repository):
+    """How MODEL is opened; fields of ``lrc.Run``."""
+
+    allow_pickle: bool = option("Also read weights in pickle files (.bin). Code in them is not run.", False)
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,9 @@ class Inputs(Source):
     """How MODEL and texts are opened; fields of ``lrc.Run``."""
 
     panel: ClassVar = Calibration.panel
-    data_dir: Path | None = option("Folder with data sets, instead of the hub.", shown="$LRC_DATA_DIR")
+    data_dir: Path | None = option(
+        "Folder to read data sets from, instead of the hub.", shown="$LRC_DATA_DIR"
+    )
 
 
 # How the text of an option becomes a list, and how a value of a type is shown in the help.
@@ -180,7 +190,7 @@ _METAVAR = {list[str]: "NAME[,NAME]", list[int]: "N[,N...]", list[float]: "F[,F.
 
 
 def flat(verb: Callable[..., None]) -> Callable[..., None]:
-    """Return a verb that takes an option for each field of the dataclasses among its parameters."""
+    """Return a verb whose dataclass parameters are replaced by one option for each of their fields."""
     parameters, groups, readers = [], dict[str, Any](), dict[str, Callable[[Any], Any]]()
     kinds = get_type_hints(verb, include_extras=True)
     for name, parameter in inspect.signature(verb).parameters.items():
@@ -220,15 +230,15 @@ def flat(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def flags(option: Field[Any]) -> Sequence[str]:
-    """Return the names of an option on the command line, the long one last."""
+    """Return the names of an option on the command line; the long name is last."""
     return option.metadata["flag"].split() or [f"--{option.name.replace('_', '-')}"]
 
 
 @contextmanager
 def running(*groups: Any, as_json: bool = False, split: bool = True, **given: Any) -> Iterator[Run]:
-    """Give a verb its Run: fields of ``groups`` and ``given``, progress and warnings on the screen, and all processes.
+    """Yield the Run of a verb, with the fields of ``groups`` and ``given``; show its progress and warnings.
 
-    A verb that is not ``split`` runs in one process.
+    ``split``: the verb runs in all processes of a launcher, else in one.
     """
     from lrc.run.processes import ALONE, launched
     from lrc.run.settings import Run

@@ -1,4 +1,4 @@
-"""``lrc plan``: plans for the budgets that are asked for, from what every size costs."""
+"""``lrc plan``: write plans for budgets, with the sizes of least cost."""
 
 from __future__ import annotations
 
@@ -24,48 +24,53 @@ def _bytes(option: str, size: str) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """What to keep, and the plan that the sizes are for."""
+    """What to keep, and the base plan."""
 
     panel: ClassVar = None
     keep: list[float] | None = option(
-        "Fraction of the weights of the decoder, and of an embedding or head that the base plan names without a size; "
-        "a plan for each."
+        "Fraction of the decoder's weights to keep; several fractions give a plan each. An embedding or head that "
+        "the base plan names without a size counts with the decoder."
     )
-    size: int | None = option(
-        "Of the checkpoint's tensors: 4G is 4e9 bytes, 4GiB 2**32.",
-        flag="--bytes",
+    bytes: int | None = option(
+        "Size of all tensors of the checkpoint. 4G is 4e9 bytes, 4GiB is 2**32 bytes.",
         metavar="SIZE",
         read=_bytes,
     )
-    kv_cache: float | None = option("Fraction of the KV cache; alone it leaves all else whole.")
+    kv_cache: float | None = option("Fraction of the KV cache to keep. Without --keep only qk and ov shrink.")
     base: str | None = option(
-        "Methods, options and calibration, in a plan without sizes in the layers.", metavar="PLAN", shown="a3"
+        "Plan with the methods, options and calibration to use. It sets no sizes in the layers.",
+        metavar="PLAN",
+        shown="method a3",
     )
 
 
 @dataclass(frozen=True)
 class MeasuringOptions:
-    """How to find what sizes cost; fields of ``lrc.Measuring``."""
+    """How the cost of sizes is found; fields of ``lrc.Measuring``."""
 
-    panel: ClassVar = "How to find what sizes cost"
+    panel: ClassVar = "How the cost of sizes is found"
     allocate: str | None = option(
-        "How to share out the budget: uniform, energy, fisher, importance or sensitivity.",
+        "How to find the cost of sizes: uniform, energy, fisher, importance or sensitivity.",
         metavar="NAME",
         shown="the base plan's, else sensitivity",
     )
     held_out: str | None = option(
-        "Text that sensitivity is measured on.",
+        "Held-out text on which sensitivity measures the loss.",
         metavar="DATA",
-        shown="wikitext2:validation; for the built-in models what calibration leaves of builtin:train",
+        shown="wikitext2:validation; for built-in models the part of builtin:train that calibration does not use",
     )
-    samples: int | None = option("Its first blocks.", flag="--held-out-samples", least=1, shown="16")
-    keeps: list[float] | None = option("Fractions to find the cost at.", shown="0.9,0.75,0.6,0.45,0.3")
+    held_out_samples: int | None = option(
+        "Blocks of the held-out text to read, from its start.", least=1, shown="16"
+    )
+    keeps: list[float] | None = option(
+        "Kept fractions at which the cost is measured.", shown="0.9,0.75,0.6,0.45,0.3"
+    )
     curves: Path | None = option(
-        "Curves of what sizes cost: used again where FILE is there, else written to it.",
+        "File that caches the cost of sizes. It is read if it exists, else written.",
         metavar="FILE",
-        shown="MODEL.ALLOCATION.KEY.curves.json beside the plan, KEY for all that decides the costs",
+        shown="MODEL.ALLOCATION.KEY.curves.json beside the plan; KEY is a hash of the settings",
     )
-    fresh: bool = option("Measure again, whatever curves there are.", False)
+    fresh: bool = option("Ignore cached costs and measure again.", False)
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,13 @@ class LimitOptions:
 
     panel: ClassVar = "Which sizes are allowed"
     round_to: int | None = option(
-        "Sizes are multiples of N.",
+        "Choose only sizes that are multiples of N.",
         metavar="N",
         flag="--round",
         shown="8 for targets of 1,024 and wider, else 1",
     )
-    floor: float | None = option("Of each target keep at least this.", shown="the smallest fraction measured")
-    cap: float = option("Of each target keep at most this; at 1 it may stay whole.", 1.0)
+    floor: float | None = option("Smallest fraction of a target to keep.", shown="the smallest of --keeps")
+    cap: float = option("Largest fraction of a target to keep. At 1 a target may stay whole.", 1.0)
 
 
 def verb(
@@ -91,10 +96,12 @@ def verb(
     layers: Layers,
     calibration: Calibration,
     inputs: Inputs,
-    out: Annotated[Path, out_option("The plan; NAME-F.yaml for several keeps.")] = Path("plan.yaml"),
+    out: Annotated[Path, out_option("File of the plan. Several fractions give NAME-F.yaml each.")] = Path(
+        "plan.yaml"
+    ),
     as_json: AsJson = False,
 ) -> None:
-    """Write a plan for MODEL and a budget: find what each size costs, and spend where it saves most."""
+    """Write a plan for MODEL and a budget: find the cost of each size, and choose the sizes of least cost."""
     from lrc.allocation.sizing import Limits, Measuring
     from lrc.report.planning import plan_tables
     from lrc.verbs.plan import make_plan

@@ -1,4 +1,4 @@
-"""Messages on stderr, results on stdout."""
+"""Print messages on stderr and results on stdout."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from lrc.run.launcher import own_rank
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_FILE_WIDTH = 120  # of tables in a file or a pipe
+_FILE_WIDTH = 120  # columns of tables in a file or a pipe
 
 
 def speaks(error: Exception | None = None) -> bool:
-    """Return whether this process prints: the first does, and any that finds another lost before all others."""
+    """Return whether this process prints.
+
+    The first process prints. If a process ended, the first one to notice that prints the ``error``.
+    """
     return not error.reported if isinstance(error, ProcessEnded) else own_rank().rank == 0
 
 
 def complain(message: str) -> None:
-    """Print an error on stderr. Lines stay whole, so that paths can be copied."""
+    """Print an error on stderr, without wrapping lines, so that paths can be copied."""
     line = Text.assemble(("error: ", "bold red"), message)
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
 
@@ -61,7 +64,7 @@ def result(found: Any, parts: Iterable[RenderableType], as_json: bool, *files: o
 
 
 def quiet() -> None:
-    """Keep the libraries' own bars and warnings off the screen; lrc reports what matters as an error."""
+    """Hide the progress bars and warnings of other libraries; lrc reports what matters as an error."""
     import warnings
 
     from datasets.utils import logging as datasets_logging
@@ -72,7 +75,7 @@ def quiet() -> None:
     warnings.filterwarnings(
         "ignore", module=r"(torch|transformers|huggingface_hub|datasets|accelerate)(\..*)?$"
     )
-    for each in (logging, hub_logging, datasets_logging):  # the hub logs a line for each retry
+    for each in (logging, hub_logging, datasets_logging):  # the hub library logs each retry
         each.set_verbosity_error()
     logging.disable_progress_bar()
     datasets_logging.disable_progress_bar()

@@ -1,8 +1,7 @@
-"""``lrc verify``: whether an output folder is as it was written."""
+"""``lrc verify``: check that an output folder is as lrc wrote it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from lrc.errors import UserError
 
 
 def verb(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of an lrc output.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of an lrc output.")],
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
     ] = False,
@@ -24,7 +23,7 @@ def verb(
     from lrc.verbs.verify import verify
 
     with progress() as track:
-        found = verify(Path(folder).expanduser(), trust_remote_code=trust_remote_code, progress=track)
+        found = verify(folder, trust_remote_code=trust_remote_code, progress=track)
     if found.sound or as_json:
         result(found, [found.message], as_json)
     if not found.sound:

@@ -1,1 +1,1 @@
-"""Every result as a typed record."""
+"""Results as typed records."""

@@ -1,4 +1,4 @@
-"""The result of ``lrc bench``: a row a case, and the ratios between two models."""
+"""The result of ``lrc bench``: a row for each case, and the ratios between two models."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lrc.methods.sizes import SizeValue
 
-INSPECTION_VERSION = 2
+INSPECTION_VERSION = 3
 
 # Errors by which methods are compared: predicted rise of the loss in nats per token, (E‖Δy‖² / E‖y‖²)^½ of the
 # target's output, the same of attention scores, or nats of divergence of the attention distribution.
@@ -72,7 +72,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The method with the least ``error`` at a kept fraction, which ``auto`` takes, and the next best.
+    """The best method at a kept fraction, by ``error``, and the next best (``lrc.inspection.best``).
 
     For a component compressed by projection, ``method`` names the method of each, and ``error`` is the sum in nats, or
     the largest of relative errors. ``kept``: the fraction that the size keeps, as sizes are whole numbers. The fields
@@ -119,7 +119,7 @@ class OutputErrors:
 
 @dataclass(frozen=True)
 class Inspected:
-    """One target; ``layer`` is None outside the layers. ``held``: the comparison with an output, if any.
+    """One target; ``layer`` is None outside the layers. ``output``: the comparison with an output, if any.
 
     ``plain`` and ``whitened``: singular values of W and W C^½. For qk, by head: W_qᵀ W_k and C^½ W_qᵀ W_k C^½. For ov:
     O V and O S^½, S the moment of the head's output. For an MLP: ‖w_i‖ and (C_ii)^½ ‖w_i‖ by neuron. For an embedding:
@@ -132,7 +132,7 @@ class Inspected:
     whitened: Spectrum
     estimates: list[Estimate]
     choices: list[Choice]
-    held: OutputErrors | None = None
+    output: OutputErrors | None = None
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class TableSize:
 class Planned:
     """One plan that was written. It keeps ``kept`` of ``whole`` weights of ``of``: the decoder, and tables it sized.
 
-    ``cost``: predicted, in the unit of the planning. ``factor``: on perplexity, if that unit is nats. ``tables``: sizes
-    outside the layers.
+    ``cost``: predicted, in the unit of the planning. ``factor``: on perplexity, if that unit is nats. ``targets`` has
+    the sizes in the layers, ``tables`` those outside.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Planned:
     kv_bytes_per_token: int
     cost: float
     factor: float | None
-    strips: list[LayerSizes]
+    targets: list[LayerSizes]
     tables: list[TableSize]
 
 

@@ -29,7 +29,7 @@ Groups = Mapping[str, Sequence[Inspected]]
 
 
 def inspection_tables(found: Inspection, *, by_layer: bool) -> Iterator[RenderableType]:
-    """Yield an inspection for a terminal, a row a target or a row a target of a layer."""
+    """Yield an inspection for a terminal, with a row for each target, or for each target of each layer."""
     yield heading(found)
     for each in tables(found, by_layer=by_layer):
         yield each.on_screen()
@@ -37,9 +37,9 @@ def inspection_tables(found: Inspection, *, by_layer: bool) -> Iterator[Renderab
 
 
 def tables(found: Inspection, *, by_layer: bool) -> list[Table]:
-    """Return an inspection as tables, a row a target or a row a target of a layer."""
+    """Return an inspection as tables, with a row for each target, or for each target of each layer."""
     groups = by_target(found.targets, by_layer=by_layer)
-    shown = [spectra_table(groups), *estimate_tables(found, groups), auto_table(groups, found.keeps)]
+    shown = [spectra_table(groups), *estimate_tables(found, groups), best_table(groups, found.keeps)]
     if found.moments:
         shown.append(moments_table(found.moments, by_layer=by_layer))
     if found.against is not None:
@@ -48,7 +48,7 @@ def tables(found: Inspection, *, by_layer: bool) -> list[Table]:
 
 
 def heading(found: Inspection) -> str:
-    """Return in a line what was inspected."""
+    """Return one line that says what was inspected."""
     layers = f"layer{'s' * (len(found.layers) > 1)} {spans(found.layers)}" if found.layers else "no layers"
     outside = list(dict.fromkeys(each.target for each in found.targets if each.layer is None))
     looked_at = ", ".join(outside if outside and not found.layers else [layers, *outside])
@@ -82,8 +82,8 @@ def spectra_table(groups: Groups) -> Table:
         )
     return table(
         rows,
-        "Ranks, plain and whitened by the moment of the inputs, means over the layers. Effective: exp of the entropy "
-        "of σ/Σσ. Stable: Σσ²/σ₁². 99 %: of the energy",
+        "Ranks, plain and whitened by the moment of the inputs; means over the layers. Effective rank: exp of the "
+        "entropy of σ/Σσ. Stable rank: Σσ²/σ₁². 99 %: the rank that holds 99 % of Σσ²",
     )
 
 
@@ -106,8 +106,8 @@ def moments_table(moments: Sequence[Conditioning], *, by_layer: bool) -> Table:
             }
             for name, each in grouped(moments, name).items()
         ),
-        "Moments of the inputs: largest over smallest eigenvalue, and the same with the damping that solves add, in "
-        "units of the mean diagonal",
+        "Moments of the inputs. Condition number: largest over smallest eigenvalue. Damped: the same with the damping "
+        "that solvers add. Damping: as a fraction of the mean diagonal",
     )
 
 
@@ -137,13 +137,13 @@ def estimate_tables(found: Inspection, groups: Groups) -> list[Table]:
     return tables
 
 
-def auto_table(groups: Groups, keeps: Sequence[float]) -> Table:
-    """Return the choices of ``auto`` by kept fraction: counts over layers, or the errors of a single layer."""
+def best_table(groups: Groups, keeps: Sequence[float]) -> Table:
+    """Return the best method by kept fraction: counts over layers, or the errors of a single layer."""
     rows = []
     for name, each in groups.items():
         choices = {keep: [c for one in each for c in one.choices if c.keep == keep] for keep in keeps}
         rows.append({"target": name, **{f"{keep:g}:w": _taken(some) for keep, some in choices.items()}})
-    return table(rows, "Taken by auto, by kept fraction")
+    return table(rows, "Best method, by kept fraction")
 
 
 def _taken(choices: Sequence[Choice]) -> str:
@@ -161,31 +161,33 @@ def output_table(groups: Groups, against: str) -> Table:
     """Return the errors of an output by target, beside those in its manifest."""
     rows = []
     for name, each in groups.items():
-        found = grouped((one.held for one in each if one.held is not None), lambda held: held.method)
-        for method, held in found.items():
-            sized = sorted((h for h in held if h.size is not None), key=lambda each: each.kept)
-            sizes = [h.size for h in sized if h.size is not None]
-            predicted = " nats KL" if held[0].recorded_unit == "nats KL" else ""
-            measured = " nats KL" if any(h.kl is not None for h in held) else ""
+        by_method = grouped(
+            (one.output for one in each if one.output is not None), lambda output: output.method
+        )
+        for method, errors in by_method.items():
+            sized = sorted((e for e in errors if e.size is not None), key=lambda each: each.kept)
+            sizes = [e.size for e in sized if e.size is not None]
+            predicted = " nats KL" if errors[0].recorded_unit == "nats KL" else ""
+            measured = " nats KL" if any(e.kl is not None for e in errors) else ""
             rows.append(
                 {
                     "target": name,
                     "method": method,
-                    "measured:n": _folded([h.kl if measured else h.measured for h in held], measured),
-                    "data error:n": _folded([h.data_error for h in held]),
-                    "‖W−W'‖/‖W‖:n": _folded([h.reconstruction for h in held]),
-                    "overlap:n:m": _folded([h.overlap for h in held], plain=True),
-                    "kept:n": f"{sum(h.kept for h in held) / sum(h.whole for h in held):.1%}",
+                    "measured:n": _folded([e.kl if measured else e.measured for e in errors], measured),
+                    "data error:n": _folded([e.data_error for e in errors]),
+                    "‖W−W'‖/‖W‖:n": _folded([e.reconstruction for e in errors]),
+                    "overlap:n:m": _folded([e.overlap for e in errors], plain=True),
+                    "kept:n": f"{sum(e.kept for e in errors) / sum(e.whole for e in errors):.1%}",
                     "size:n:m": size_span(sizes[0], sizes[-1]) if sizes else "",
-                    "recorded predicted:n": _folded([h.recorded_predicted for h in held], predicted),
-                    "recorded measured:n": _folded([h.recorded_measured for h in held], measured),
+                    "recorded predicted:n": _folded([e.recorded_predicted for e in errors], predicted),
+                    "recorded measured:n": _folded([e.recorded_measured for e in errors], measured),
                 }
             )
     return table(
         rows,
-        f"{against} against the original, as it is stored, refits included; recorded: by its manifest, before the "
-        "refit. Overlap: mean squared cosine of the principal angles between the inputs kept and the best ones of that "
-        "rank, of an MLP the share of its neurons among the largest scores",
+        f"Errors of {against} against the original, as it is stored, after refits. Recorded: from its manifest, "
+        "before refits. Overlap: mean squared cosine of the principal angles between the kept inputs and the best "
+        "inputs of that rank; for an MLP, the share of its neurons that are among the largest scores",
     )
 
 
@@ -207,7 +209,7 @@ def write_inspection(found: Inspection, folder: Path) -> list[Path]:
 
 
 def inspection_page(found: Inspection) -> str:
-    """Return an inspection as one page: tables by target, and the choices of ``auto`` layer by layer."""
+    """Return an inspection as one page: tables by target, and the best methods layer by layer."""
     names = list(dict.fromkeys(t.target for t in found.targets if t.layer is not None))
     facts = [
         ("fingerprint", found.fingerprint),
@@ -222,7 +224,7 @@ def inspection_page(found: Inspection) -> str:
             "What was found",
             [_ranks(found, names)] if names else [],
             tables=tables(found, by_layer=False),
-            folded={"Layer by layer": auto_table(by_target(found.targets, by_layer=True), found.keeps)},
+            folded={"Layer by layer": best_table(by_target(found.targets, by_layer=True), found.keeps)},
         ),
         Section("How it was made", facts=facts),
     ]
@@ -240,11 +242,11 @@ def _ranks(found: Inspection, names: Sequence[str]) -> Picture:
         [str(layer) for layer in found.layers],
         names,
         title="Effective over full rank, by layer",
-        below="whitened by the moment of what is read",
+        below="whitened by the moment of the inputs",
         label=f"Effective rank over full rank by layer of {', '.join(names)}",
     )
     return Picture(
-        drawn, "The smaller, the less a map of low rank loses of the outputs on the calibration text."
+        drawn, "The smaller the rank, the smaller the error of a low-rank map on the calibration text."
     )
 
 

@@ -29,8 +29,8 @@ def plan_tables(planning: Planning) -> Iterator[RenderableType]:
             f"{plan.path}: keeps {plan.keep:.2%} of {weights_of(plan.of)}, {plan.bytes:,} bytes"
             + (f"; predicted {cost}" if cost else "")
         )
-        if plan.strips:
-            yield table(_row(strip) for strip in plan.strips).on_screen()
+        if plan.targets:
+            yield table(map(_row, plan.targets)).on_screen()
         yield from (outside.text for outside in plan.tables)
     if planning.loss is not None:
         yield f"loss on {planning.held_out}: {planning.loss:.4f} nats per token"
@@ -40,19 +40,19 @@ def plan_tables(planning: Planning) -> Iterator[RenderableType]:
     yield seconds_line(planning.seconds)
 
 
-def _row(strip: LayerSizes) -> dict[str, Cell]:
-    sizes = [strip.full if size is None else size for size in strip.sizes]
-    _, least = min(zip(strip.keeps, sizes, strict=True), key=lambda each: each[0])
+def _row(target: LayerSizes) -> dict[str, Cell]:
+    sizes = [target.full if size is None else size for size in target.sizes]
+    _, least = min(zip(target.keeps, sizes, strict=True), key=lambda each: each[0])
     numbers = [size for size in sizes if isinstance(size, int)]
     bars = Text()
-    for keep in strip.keeps:
+    for keep in target.keeps:
         # The last mark is for a whole target.
         bar, colour = (marks[int(keep * (len(marks) - 1))] for marks in (_BARS, _COLOURS))
         bars.append(bar, colour)
     return {
-        "target": strip.target,
+        "target": target.target,
         "rank by layer, first to last": bars,
         "least:n": size_text(least),
         "mean:n": f"{fmean(numbers):.1f}" if len(numbers) == len(sizes) else "",
-        "of:n": size_text(strip.full),
+        "of:n": size_text(target.full),
     }

@@ -1,8 +1,11 @@
-"""Work out what a plan gives for a model, from headers alone: what ``lrc check`` calls."""
+"""Estimate sizes and memory of a compression, from headers alone: what ``lrc check`` calls."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,20 +15,30 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.sizes import size_of
 from lrc.estimate import memory
 from lrc.estimate.sizes import output_size, target_sizes
-from lrc.plan.job import Job
+from lrc.plan.job import make_job, open_checkpoint
+from lrc.plan.library import PlanLike, find_draft
 from lrc.records.check import Check
 from lrc.run.offload import Place
-from lrc.run.settings import default_batch, find_dtype, generating_batch
+from lrc.run.settings import Run, default_batch, find_dtype, generating_batch
 from lrc.text.datasets import SYNTHETIC
 from lrc.text.mixture import read_mixture
 
 
-def check(job: Job) -> Check:
-    """Return sizes, memory and warnings of a job as ``lrc compress`` runs it on a GPU with the default settings.
+def check(
+    model: str | Path,
+    plan: PlanLike | None = None,
+    *,
+    keep: float | None = None,
+    changes: Mapping[str, Any] | None = None,
+    run: Run = Run(),
+) -> Check:
+    """Return sizes, memory and warnings of a compression on a GPU with the default settings, from headers alone.
 
-    Raises UserError for a plan that its allocation cannot do, and for unknown or unfit calibration texts, which are not
-    read.
+    ``plan``, ``keep`` and ``changes`` are those of ``lrc.compress``. Of ``run``, only how the model is opened matters.
+    Raises UserError for a missing model, for every mistake of the plan, and for an unknown calibration text; texts are
+    not read.
     """
+    job = make_job(*open_checkpoint(model, run), find_draft(plan, keep, changes))
     reader, calibration, name = job.reader, job.plan.plan.calibration, job.plan.plan.allocate
     jobs = jobs_to_measure(job)
     gpu = torch.device("cuda")

@@ -31,7 +31,7 @@ def inspect_model(
     *,
     against: str | Path | None = None,
     keeps: Sequence[float] | None = None,
-    method_names: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
     layers: str | None = None,
     targets: Sequence[str] | None = None,
     tables: bool = False,
@@ -41,9 +41,9 @@ def inspect_model(
     seq_len: int | None = None,
     run: Run = Run(),
 ) -> Inspection:
-    """Return each target's spectra, moments, the errors that methods predict at ``keeps``, and the choice of ``auto``.
+    """Return each target's spectra, moments, the errors that methods predict at ``keeps``, and the best method.
 
-    ``method_names`` (default: all), ``layers`` (such as ``0-3,-1``; default: all) and ``targets`` (default: all of a
+    ``methods`` (default: all), ``layers`` (such as ``0-3,-1``; default: all) and ``targets`` (default: all of a
     layer) select what is inspected; ``tables`` adds the embedding and the head. ``gradients`` adds predicted losses, by
     one backward sweep through the model. Moments are of ``samples`` blocks of ``seq_len`` tokens of ``calib``.
     ``against``: the folder of an lrc output of the model, to compare with the original on the same tokens. Raises
@@ -52,7 +52,7 @@ def inspect_model(
     keeps = check_keeps(KEEPS if keeps is None else keeps)[::-1]
     setup = set_up(model, run)
     reader, architecture = setup.reader, setup.reader.architecture
-    chosen = (layers, targets, method_names)
+    chosen = (layers, targets, methods)
     selected = select(architecture, keeps, *chosen, tables=tables, gradients=gradients)
     output = None
     if against is not None:

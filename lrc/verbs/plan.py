@@ -1,4 +1,4 @@
-"""Write plans for a budget: measure what every size costs, then choose the cheapest sizes: what ``lrc plan`` calls."""
+"""Write plans for a budget: find the cost of each size, then choose the sizes of least cost. ``lrc plan`` calls it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_plan(
     model: str | Path,
     *,
     keep: float | Sequence[float] | None = None,
-    size: int | None = None,
+    bytes: int | None = None,
     kv_cache: float | None = None,
     base: PlanLike | None = None,
     calib: DataLike | None = None,
@@ -56,16 +56,16 @@ def make_plan(
     out: str | Path = "plan.yaml",
     run: Run = Run(),
 ) -> Planning:
-    """Write plans with the sizes of least cost that ``keep``, ``size`` or ``kv_cache`` allows.
+    """Write plans with the sizes of least cost that ``keep``, ``bytes`` or ``kv_cache`` allows.
 
     ``keep``: fraction of the weights of the decoder, and of tables that ``base`` names without a size; each of several
-    fractions gets a plan, NAME-KEEP.yaml. ``size``: bytes of all tensors. ``kv_cache``: fraction of the cache; alone it
-    shrinks only qk and ov, beside a keep it fixes their part. ``base``: a plan without sizes in the layers, for
-    methods, options and calibration (default: a3). ``measuring``: how costs are found. ``limits``: which sizes are
-    allowed. Raises UserError for every mistake that the user can fix; no plan is written then.
+    fractions gets a plan, NAME-KEEP.yaml. ``bytes``: of all tensors. ``kv_cache``: fraction of the cache, which
+    alone decides the sizes of qk and ov; without ``keep`` all else stays whole. ``base``: a plan without sizes in the
+    layers, for methods, options and calibration (default: a3). ``measuring``: how costs are found. ``limits``: which
+    sizes are allowed. Raises UserError for every mistake that the user can fix; no plan is written then.
     """
     out = Path(out)
-    budgets = read_budgets(keep, size, kv_cache)
+    budgets = read_budgets(keep, bytes, kv_cache)
     default = _DEFAULT if kv_cache is None else _FOR_CACHE
     draft = draft_of(default, "the default base plan") if base is None else read_draft(base)
     name, keeps = measuring.allocation(draft.plan), measuring.fractions
@@ -77,7 +77,8 @@ def make_plan(
     blank = blank_curves(name, jobs)
     for budget in budgets:  # before the measurement, as some budgets cannot be met
         buy(budget, jobs[0], blank, limits)
-    texts = setup.texts(jobs[0], calib, measuring.held_out, measuring.samples or default_samples(name))
+    held_out_samples = measuring.held_out_samples or default_samples(name)
+    texts = setup.texts(jobs[0], calib, measuring.held_out, held_out_samples)
     samples = len(texts.calibration.blocks)
     states = States(setup.offload(jobs[-1], samples), out.parent)
     sizing = Sizing(name, jobs, keeps, setup.setting(jobs, texts, states))
@@ -192,7 +193,7 @@ def _planned(path: Path, budget: Budget, spent: Spent, unit: str) -> Planned:
         kv_bytes_per_token=after.kv_bytes_per_token,
         cost=spent.cost,
         factor=factor(spent.cost, unit),
-        strips=[
+        targets=[
             _layer_sizes(target, [layer.get(name) for layer in layers])
             for name, target in job.reader.architecture.targets.items()
             if any(name in layer for layer in layers)

@@ -26,12 +26,15 @@ Hashes = Mapping[str, str]
 Headers = dict[str, dict[str, StoredTensor]]
 
 
-def verify(folder: Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Integrity:
+def verify(
+    folder: str | Path, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> Integrity:
     """Check an output's files against its manifest, and its weights against its index and the table in config.json.
 
     Files are read once, and a damaged file again, tensor by tensor. ``trust_remote_code``: run code that comes with the
     checkpoint. Raises UserError if ``folder`` is no lrc output, or its manifest is damaged or has no hashes.
     """
+    folder = Path(folder).expanduser()
     files, tensors = _read_manifest(folder)
     present = {name: folder / name for name in files if (folder / name).is_file()}
     damage = [Damage(name, "is missing") for name in files if name not in present]
@@ -94,7 +97,7 @@ def _by_tensor(file: Path, stored: Mapping[str, StoredTensor], hashes: Hashes) -
     problems |= {name: "is not of this checkpoint" for name in stored if name not in hashes}
     yield from (Damage(file.name, problem, name) for name, problem in problems.items())
     if not problems:
-        yield Damage(file.name, f"{_DIFFERS}, in its header or behind its tensors, whose values are sound")
+        yield Damage(file.name, f"{_DIFFERS}, in its header or after its tensors, whose values are sound")
 
 
 def _of_index(index: Path, headers: Headers) -> Iterator[Damage]:

@@ -54,8 +54,8 @@ def test_graphs_are_for_decode() -> None:
         ([], [(3, 4)], None, "4 new tokens; the nearest is --new-tokens 3"),
         ([], [(3, 1)], None, "the nearest is 3x2"),
         ([], [], None, "nothing to measure"),
-        (None, None, ["fast"], "--mode 'fast' is not known; known: compile, eager, graphs"),
-        (None, None, ["graphs"], "--mode graphs is for GPUs, not for cpu; the nearest is --mode compile"),
+        (None, None, ["fast"], "--modes 'fast' is not known; known: compile, eager, graphs"),
+        (None, None, ["graphs"], "--modes graphs is for GPUs, not for cpu; the nearest is --modes compile"),
     ],
 )
 def test_mistakes(prefill, decode, modes, message: str) -> None:

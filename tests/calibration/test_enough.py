@@ -52,10 +52,11 @@ def test_tokens_are_held_against_widths(
     plan = tmp_path / "plan.yaml"
     settings = f"{{samples: {samples}, gradient_samples: 1, seq_len: 8}}"
     plan.write_text(f"format: 1\n{body}\ncalibration: {settings}\n", encoding="utf-8")
-    job = prepare(tiny_checkpoint("llama"), plan)
+    model = tiny_checkpoint("llama")
+    job = prepare(model, plan)
     losses = "fisher" in body
     assert too_few(job.reader.architecture, job.plan, samples, losses=losses) == expected
-    assert [warning for warning in check(job).warnings if "dimensions" in warning] == expected
+    assert [warning for warning in check(model, plan).warnings if "dimensions" in warning] == expected
 
 
 def test_every_verb_says_it_before_the_work_and_keeps_it(

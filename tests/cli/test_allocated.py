@@ -135,7 +135,7 @@ def test_check_says_that_sizes_are_not_known_yet(work: Path, gpt2: Path, succeed
             "energy",
             "a3",
             "components: {mlp: {rank: 9}}",
-            "p.yaml:6: components.mlp.rank: is a size, which allocate",
+            "p.yaml:6: components.mlp.rank: sets a size, but allocate",
         ),
         (
             "energy",
@@ -176,4 +176,4 @@ def test_a_keep_that_coarse_sizes_leave_unspent_is_told(
     )
     report = json.loads(succeeds(*arguments, "--json", *RUN).stdout)
     assert report["keep"] < 0.998 * 0.7
-    assert f"keep 0.7 comes to {round(report['keep'], 4)}: the rest" in " ".join(report["warnings"])
+    assert f"keep {round(report['keep'], 4)} instead of 0.7" in " ".join(report["warnings"])

@@ -129,14 +129,14 @@ def test_a_config_with_numbers_that_json_has_not(
 
 
 HUGE = [
-    ("llama", "model.layers.0.mlp.down_proj.weight", "layer 0: activations behind mlp.down_proj are up to"),
+    ("llama", "model.layers.0.mlp.down_proj.weight", "layer 0: activations after mlp.down_proj are up to"),
     (
         "llama",
         "model.layers.1.self_attn.o_proj.weight",
-        "layer 1: activations behind self_attn.o_proj are up to",
+        "layer 1: activations after self_attn.o_proj are up to",
     ),
     ("llama", "model.layers.1.self_attn.q_proj.weight", "layer 1: "),
-    ("gpt2", "transformer.h.1.mlp.c_proj.weight", "layer 1: activations behind mlp.c_proj are up to"),
+    ("gpt2", "transformer.h.1.mlp.c_proj.weight", "layer 1: activations after mlp.c_proj are up to"),
     ("llama", "lm_head.weight", "the model's logits are NaN or inf"),
 ]
 

@@ -67,10 +67,10 @@ def test_mistakes(fails, tiny_checkpoint):
     quick = [*QUICK, "--device", "cpu"]
     assert "unknown model 'tiny-lama'" in fails("bench", "tiny-lama")
     assert "--prefill: '8' is not BATCHxTOKENS" in fails("bench", model, "--prefill", "8")
-    assert "--mode graphs is for GPUs" in fails("bench", model, *quick, "--mode", "graphs")
+    assert "--modes graphs is for GPUs" in fails("bench", model, *quick, "--modes", "graphs")
     assert "there is no folder nowhere" in fails("bench", model, *quick, "-o", "nowhere/figures.json")
     assert "-o . cannot be written: it is a folder" in fails("bench", model, *quick, "-o", ".")
-    assert "--mode '' is empty" in fails("bench", model, *quick, "--mode", "")
+    assert "--modes '' is empty" in fails("bench", model, *quick, "--modes", "")
     assert "--prefill '' is empty; name something, or leave it out" in fails("bench", model, "--prefill", "")
     assert "--repeats 0: the smallest is 1" in fails("bench", model, *quick, "--repeats", "0")
     message = fails("bench", model, *quick, "--decode", "4000000000000x8")

@@ -302,7 +302,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_interrupted_run_says_how_to_go_on(killed: Callable[..., Result], work: Path) -> None:
     result = killed(KeyboardInterrupt)
     assert result.exit_code == 130
-    assert result.stderr == "error: interrupted; run the same command again to go on\n"
+    assert result.stderr == "error: interrupted; run the same command again to resume\n"
     assert not (work / "out").exists()
 
 
@@ -318,7 +318,7 @@ def test_what_cannot_be_taken_up_says_that_it_starts_over(
     monkeypatch.setattr("lrc.verbs.evaluate.resolve_model", interrupt)
     result = run(*verb)
     assert result.exit_code == 130
-    assert result.stderr == "error: interrupted; the same command starts over\n"
+    assert result.stderr == "error: interrupted; the same command starts from the beginning\n"
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
@@ -505,7 +505,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     ("verb", "default"),
     [
         ("compress", "./MODEL-PLAN"),
-        ("eval", "the newest lrc output under this folder"),
+        ("eval", "the newest lrc output below the current folder"),
         ("plan", "0.9,0.75,0.6,0.45,0.3"),
         ("list", "the names in every group"),
     ],

@@ -346,7 +346,7 @@ def test_an_interrupted_ablation_says_that_it_goes_on(
     monkeypatch.setattr("lrc.verbs.ablate.losses", interrupt)
     result = run(*ablation)
     assert result.exit_code == 130
-    assert result.stderr == "error: interrupted; run the same command again to go on\n"
+    assert result.stderr == "error: interrupted; run the same command again to resume\n"
 
 
 @pytest.mark.parametrize(

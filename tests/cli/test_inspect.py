@@ -22,7 +22,7 @@ def test_by_target_and_layer_by_layer(succeeds, tiny_checkpoint, quick):
     model = tiny_checkpoint("llama")
     printed = succeeds("inspect", model, *quick, "--keeps", "0.5", "--methods", "svd,a3,whitened_svd").stdout
     assert printed.startswith(f"{model}: layers 0-1; moments of ")
-    for word in ("Effective", "condition", "Predicted error", "Taken by auto", "whitened_svd", "attn_in"):
+    for word in ("Effective", "condition", "Predicted error", "Best method", "whitened_svd", "attn_in"):
         assert word in printed
     assert "layer 1" not in printed
     detail = succeeds(
@@ -40,7 +40,7 @@ def test_help_speaks_of_no_plan(succeeds):
 
 def test_json_is_all_of_stdout(succeeds, tiny_checkpoint, quick):
     found = json.loads(succeeds("inspect", tiny_checkpoint("gpt2"), *quick, "--tables", "--json").stdout)
-    assert (found["version"], found["layers"]) == (2, [0, 1])
+    assert (found["version"], found["layers"]) == (3, [0, 1])
     assert {t["target"] for t in found["targets"]} >= {"qk", "fc_in", "embed"}
 
 
@@ -67,7 +67,7 @@ def test_beside_an_output(succeeds, fails, tiny_checkpoint, quick, tmp_path):
         (["--layers", "first"], "--layers first: 'first' names no layers; write such as"),
         (["--targets", "gat"], "llama has no target 'gat'; did you mean 'gate'?"),
         (["--targets", "q,fc_in"], "--targets fc_in: llama has no target 'fc_in'"),
-        (["--targets", "lm_head"], "the head of this model is its embedding; name embed"),
+        (["--targets", "lm_head"], "the head of this model is tied to its embedding; name embed"),
         (["--methods", "svdd"], "--methods svdd: there is no such method; did you mean 'svd'?"),
         (["--keeps", "0.5,1"], "--keeps 0.5,1: fractions are distinct, above 0 and below 1"),
         (["--keeps", "half"], "--keeps half: 'half' is not a number"),

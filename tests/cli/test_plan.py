@@ -72,7 +72,7 @@ def test_several_keeps_cost_one_measurement_and_each_is_kept(
     result: Result = succeeds("plan", llama, "--keep", "0.8,0.6", *QUICK)
     for keep in (0.8, 0.6):
         assert keep * 0.998 <= check(succeeds, f"plan-{keep}.yaml", llama)["keep"] <= keep
-    assert "comes to" not in result.stdout
+    assert "the plan has" not in result.stdout
     assert f"plan-{0.8}.yaml: keeps" in result.stdout
     (curves,) = work.glob("llama-*.sensitivity.????????.curves.json")
     before = curves.stat().st_mtime_ns
@@ -249,7 +249,7 @@ def test_a_budget_that_coarse_sizes_leave_unspent_is_told(work: Path, succeeds: 
     for rounded in (1, 6, 12) if name == "kv-cache" else (1, 8, 40):
         coarse = ("--round", rounded, f"--{name}", asked)
         report = json.loads(succeeds(*uniform, *coarse, "--json").stdout)
-        warnings = [warning for warning in report["warnings"] if "comes to" in warning]
+        warnings = [warning for warning in report["warnings"] if "the plan has" in warning]
         found = check(succeeds, "plan.yaml", "tiny-llama")
         before, after = (found[when]["kv_bytes_per_token"] for when in ("before", "after"))
         kept = {"keep": found["keep"], "kv-cache": after / before, "bytes": found["after"]["bytes"]}[name]
@@ -259,7 +259,7 @@ def test_a_budget_that_coarse_sizes_leave_unspent_is_told(work: Path, succeeds: 
         if warnings:
             (warning,) = warnings
             assert warning.startswith(
-                f"{name.replace('kv-c', 'KV c')} {asked:,} comes to {round(kept, 4):,}: the rest"
+                f"the plan has {name.replace('kv-c', 'KV c')} {round(kept, 4):,} instead of {asked:,}: "
             )
             assert f"--round {rounded}" in warning or rounded == 1
             assert f"# Warning: {warning}\n" in (work / "plan.yaml").read_text(encoding="utf-8")
@@ -270,8 +270,9 @@ def test_each_of_several_keeps_is_warned_of_by_itself(work: Path, llama: Path, s
     (work / "base.yaml").write_text(NARROW, encoding="utf-8")
     uniform = ("plan", llama, "--allocate", "uniform", *QUIET, "--round", "40", "--keep", "0.7,1")
     report = json.loads(succeeds(*uniform, "--json").stdout)
-    (warning,) = [warning for warning in report["warnings"] if "comes to" in warning]
-    assert warning.startswith("keep 0.7 comes to 0.6")
+    (warning,) = [warning for warning in report["warnings"] if "the plan has" in warning]
+    assert warning.startswith("the plan has keep 0.6")
+    assert "instead of 0.7" in warning
     heads = [(work / f"plan-{keep}.yaml").read_text(encoding="utf-8") for keep in ("0.7", "1")]
     assert [f"# Warning: {warning}" in head for head in heads] == [True, False]
 
@@ -363,9 +364,9 @@ def test_sizes_are_told_out_of_the_methods_own_full_one(work: Path, gpt2: Path, 
     arguments = ("plan", gpt2, "--keep", "0.95", "--allocate", "uniform", *QUIET)
     (plan,) = json.loads(succeeds(*arguments, "--json").stdout)["plans"]
     ranks = {row["size"] for row in check(succeeds, "plan.yaml", gpt2)["targets"]}
-    for strip in plan["strips"]:
-        assert strip["full"] == 32 // 4
-        assert set(strip["sizes"]) <= ranks | {32 // 4}
+    for sizes in plan["targets"]:
+        assert sizes["full"] == 32 // 4
+        assert set(sizes["sizes"]) <= ranks | {32 // 4}
 
 
 def test_curves_of_another_allocation_are_refused(work: Path, gpt2: Path, succeeds: Any, fails: Any) -> None:
@@ -511,9 +512,9 @@ def test_held_out_samples_need_held_out_text(work: Path, llama: Path, fails: Any
     [
         (
             "components: {mlp: {rank: 9}}",
-            "base.yaml:4: components.mlp.rank: is a size, which the allocation finds",
+            "base.yaml:4: components.mlp.rank: sets a size, but the allocation finds the sizes",
         ),
-        ("layers: [{match: 0, keep: 0.5}]", "base.yaml:4: layers[0].keep: is a size"),
+        ("layers: [{match: 0, keep: 0.5}]", "base.yaml:4: layers[0].keep: sets a size"),
         ("components: {mlp: {kep: 1}}", "base.yaml:4: components.mlp.kep: unknown key"),
         ("layers: [{match: 0-1, qk: keep-all, ov: keep-all, mlp: keep-all}]", "nothing to allocate"),
     ],

@@ -188,7 +188,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_bytes(
         assert ended[1 - rank].code == 2
         *_, told = ended[1 - rank].err.splitlines()
         assert told.startswith("error: another of the 2 processes of this run ended")
-        assert told.endswith("run the same command again: a compression goes on where it stopped")
+        assert told.endswith("run the same command again: a compression resumes where it stopped")
         assert not (work / out).exists()
         assert list((work / f".{out}.lrc-partial" / "parts").glob("layer-*.json"))
         assert codes(together(verb, [*command, "--out", out], cwd=work)) == [0, 0]

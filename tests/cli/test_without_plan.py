@@ -37,7 +37,7 @@ def test_sizes_are_measured_where_the_model_fits_else_by_gradients(
     assert report["allocation"]["allocation"] == name
     assert report["plan"] == "a3-0.7"
     (note,) = [warning for warning in report["warnings"] if "no plan is given" in warning]
-    for told in ("a3", f"allocate: {name}", "--set allocate=uniform"):
+    for told in ("a3", f"allocate {name}", "--set allocate=uniform"):
         assert told in note
     assert note in result.stderr.replace("\n", " ")
     # The same by a plan that says so, of the text that the report shows.

@@ -88,7 +88,7 @@ def test_sizes_are_those_of_the_written_checkpoint(
     if "layers:" in body and family == "gpt2":
         body = body.replace("keep: 0.4", "keep: 0.6")
     model, plan = tiny_checkpoint(family), write_plan(body)
-    expected = check(prepare(model, plan))
+    expected = check(model, plan)
     report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], run=Run(device="cpu"))
     assert expected.before == report.before
     assert expected.after == report.after
@@ -137,7 +137,7 @@ def test_factors_have_the_precision_of_what_they_replace(
     mixed = {name: tensor.to(dtype(name)) for name, tensor in tensors.items()}
     save_file(mixed, model / "model.safetensors", metadata={"format": "pt"})
     report = compress(model, plan, out=tmp_path / "out", calib=str(text), ppl=[], run=Run(device="cpu"))
-    assert check(prepare(model, plan)).after == report.after
+    assert check(model, plan).after == report.after
     stored = load_file(tmp_path / "out" / "model.safetensors")
     found = {name: t.dtype for name, t in stored.items() if t.is_floating_point()}
     assert found == {name: dtype(module(name)) for name in found}
@@ -308,11 +308,11 @@ def test_more_gradient_samples_than_blocks_are_no_more_states(
 ) -> None:
     model = tiny_checkpoint("llama")
     few, many = (
-        check(prepare(model, write_plan("keep: 0.5\nmethod: two_sided_svd", samples=3, gradient_samples=n)))
+        check(model, write_plan("keep: 0.5\nmethod: two_sided_svd", samples=3, gradient_samples=n))
         for n in (3, 99)
     )
     assert few.memory.gradients == many.memory.gradients > 0
-    without = check(prepare(model, write_plan("keep: 0.5\nmethod: svd", gradient_samples=3))).memory
+    without = check(model, write_plan("keep: 0.5\nmethod: svd", gradient_samples=3)).memory
     assert without.gradients == 0
 
 
@@ -322,10 +322,10 @@ def test_memory_counts_what_an_allocation_takes_before(
     """Gradients of every target where it predicts losses, the whole model where it measures them."""
     model = tiny_checkpoint("llama")
     uniform, energy, fisher, measured = (
-        check(prepare(model, write_plan(f"keep: 0.6\nmethod: svd\nallocate: {name}", gradient_samples=3)))
+        check(model, write_plan(f"keep: 0.6\nmethod: svd\nallocate: {name}", gradient_samples=3))
         for name in ("uniform", "energy", "fisher", "sensitivity")
     )
     assert uniform.memory.gradients == energy.memory.gradients == 0
-    swept = check(prepare(model, write_plan("keep: 0.6\nmethod: two_sided_svd", gradient_samples=3))).memory
+    swept = check(model, write_plan("keep: 0.6\nmethod: two_sided_svd", gradient_samples=3)).memory
     assert fisher.memory.gradients == swept.gradients > 0
     assert measured.memory.peak > measured.before.bytes + uniform.memory.peak / 2

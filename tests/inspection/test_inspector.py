@@ -50,7 +50,7 @@ def test_estimates_are_what_a_compression_would_predict(
 def test_whitened_svd_loses_the_tail_of_the_whitened_spectrum(
     tiny_checkpoint: Any, inspected: Any, find: Any
 ) -> None:
-    found = inspected(tiny_checkpoint("llama"), targets=["o", "up"], method_names=["svd", "whitened_svd"])
+    found = inspected(tiny_checkpoint("llama"), targets=["o", "up"], methods=["svd", "whitened_svd"])
     for role in ("o", "up"):
         one = find(found, 0, role)
         energy = dict(zip(one.whitened.ranks, one.whitened.energy, strict=True))
@@ -82,7 +82,7 @@ def test_layers_and_targets_as_asked_and_the_same_figures(
     whole = inspected(folder)
     names = ("qk", "ov", "mlp", "q", "k", "v", "o", "gate", "up", "down")
     assert [(t.layer, t.target) for t in whole.targets] == [(i, name) for i in range(3) for name in names]
-    some = inspected(folder, layers="1,-1", targets=["up", "ov"], method_names=["whitened_svd", "a3"])
+    some = inspected(folder, layers="1,-1", targets=["up", "ov"], methods=["whitened_svd", "a3"])
     assert some.layers == [1, 2]
     assert [(t.layer, t.target) for t in some.targets] == [(1, "ov"), (1, "up"), (2, "ov"), (2, "up")]
     assert {(m.layer, m.site) for m in some.moments} == {(i, s) for i in (1, 2) for s in ("o_in", "mlp_in")}
@@ -107,7 +107,7 @@ def test_the_record_is_json_with_a_version(tiny_checkpoint: Any, inspected: Any)
     folder = tiny_checkpoint("gpt2")
     found: Inspection = inspected(folder, targets=["q"], keeps=[0.5])
     read = json.loads(json_text(asdict(found)))
-    assert read["version"] == 2
+    assert read["version"] == 3
     assert read["fingerprint"] == CheckpointReader(folder).fingerprint
     assert read["targets"][0]["estimates"][0]["keep"] == 0.5
     assert set(read) == set(asdict(found))
@@ -125,7 +125,7 @@ def test_few_tokens_are_told_by_the_widest_moment_that_is_taken(tiny_checkpoint:
     wide = ["calibration has 32 tokens for moments of 128 dimensions; use more samples"]
     assert told(16, targets=["q"]) == told(16, targets=["embed"]) == narrow
     assert told(32, targets=["q", "embed"]) == told(32, targets=["embed"], gradients=True) == []
-    assert told(32, targets=["fc_out"], method_names=["svd"]) == wide  # its spectrum is whitened all the same
+    assert told(32, targets=["fc_out"], methods=["svd"]) == wide  # its spectrum is whitened all the same
     assert told(32, targets=["fc_out"], gradients=True) == wide
     assert told(16, targets=["ov"], gradients=True) == [
         *narrow,

@@ -19,7 +19,7 @@ ROOT = "model.layers.1."
 
 
 def held(found: Any, find: Any, layer: int | None, target: str) -> OutputErrors:
-    one = find(found, layer, target).held
+    one = find(found, layer, target).output
     assert one is not None
     return one
 
@@ -164,7 +164,7 @@ def test_what_was_only_fitted_again_is_shown(
     assert o.reconstruction is not None
     assert 0 < o.reconstruction < 1
     assert o.measured == pytest.approx(o.data_error, rel=1e-3)
-    assert find(found, 1, "v").held is None
+    assert find(found, 1, "v").output is None
 
 
 @pytest.mark.parametrize("tied", [True, False])

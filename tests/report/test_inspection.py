@@ -22,7 +22,7 @@ from lrc.records.inspection import (
     Spectrum,
 )
 from lrc.report.inspection import (
-    auto_table,
+    best_table,
     by_target,
     check_folder,
     estimate_tables,
@@ -53,7 +53,7 @@ OTHER = replace(
     whitened=replace(SPECTRUM, rank_99=8),
     estimates=[replace(ESTIMATE, error=0.4, loss=0.02), replace(ESTIMATE, method="whitened_svd", error=0.2)],
     choices=[Choice(0.6, "whitened_svd", 0.2, "relative error", 0.6)],
-    held=replace(HELD, size=3, data_error=0.4, overlap=0.7, reconstruction=None),
+    output=replace(HELD, size=3, data_error=0.4, overlap=0.7, reconstruction=None),
 )
 MOMENT = Conditioning(0, "attn_in", 32, 1000, True, 1e3, 9e2, 1e-6, 32)
 
@@ -68,7 +68,7 @@ def inspection(**changes: object) -> Inspection:
         calibration="text (4 blocks of 32 tokens)",
         device="cpu",
         dtype="float32",
-        targets=[ONE, OTHER, replace(ONE, layer=None, target="embed", held=None)],
+        targets=[ONE, OTHER, replace(ONE, layer=None, target="embed", output=None)],
         moments=[MOMENT, replace(MOMENT, layer=1, condition=float("inf"), numerical_rank=30)],
         against="out",
         seconds={"solve": 1.25},
@@ -125,8 +125,8 @@ def test_methods_are_named_with_options_that_are_not_their_defaults() -> None:
 
 def test_auto_counts_the_layers_where_they_differ_and_has_figures_of_one() -> None:
     figures = "svd: 0.3 relative error, keeps 60.0%\nnext whitened_svd: 0.35, keeps 50.0%"
-    assert auto_table(GROUPS, [0.6]).rows == [["q", "1 svd\n1 whitened_svd"], ["embed", figures]]
-    alone = auto_table(by_target([OTHER], by_layer=True), [0.6]).rows
+    assert best_table(GROUPS, [0.6]).rows == [["q", "1 svd\n1 whitened_svd"], ["embed", figures]]
+    alone = best_table(by_target([OTHER], by_layer=True), [0.6]).rows
     assert alone == [["1 q", "whitened_svd: 0.2 relative error, keeps 60.0%"]]
 
 
@@ -134,7 +134,7 @@ def test_an_output_beside_the_original() -> None:
     (row,) = output_table(GROUPS, "out").rows
     assert row == ["q", "svd", "0.3000", "0.3536", "0.5000", "0.8000", "60.0%", "2-3", "0.3000", "0.3100"]
     kl = replace(HELD, measured=None, kl=0.02, recorded_predicted=0.01, recorded_unit="nats KL")
-    (row,) = output_table({"qk": [replace(ONE, held=kl)]}, "out").rows
+    (row,) = output_table({"qk": [replace(ONE, output=kl)]}, "out").rows
     assert (row[2], *row[8:]) == ("0.02 nats KL", "0.01 nats KL", "0.31 nats KL")
 
 
@@ -170,7 +170,7 @@ def test_a_folder_with_all_of_it(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_has_no_picture_and_no_section(tmp_path: Path) -> None:
-    table = replace(ONE, layer=None, target="embed", estimates=[], choices=[], held=None)
+    table = replace(ONE, layer=None, target="embed", estimates=[], choices=[], output=None)
     bare = inspection(targets=[table], moments=[], layers=[], against=None, gradients=False)
     written = write_inspection(bare, tmp_path / "seen")
     page = written[1].read_text(encoding="utf-8")
