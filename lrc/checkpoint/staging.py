@@ -281,7 +281,7 @@ def staging(
                     pass
             raise UserError(
                 f"an unfinished run of {out} had other settings ({', '.join(changed)}); "
-                "pass --fresh to start over, or the same settings to go on"
+                "pass --fresh to start over, or the same settings to resume"
             )
         with _space(out):
             write_text(journal, json.dumps(key, allow_nan=False))

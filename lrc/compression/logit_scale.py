@@ -23,10 +23,10 @@ _STEPS, _PRECISION = 50, 1e-6
 
 @dataclass(frozen=True)
 class LogitScale:
-    """The factor, and KL(p‖q) in nats per token with logits as they were and scaled.
+    """Hold the fitted factor, and KL(p‖q) in nats per token before and after scaling.
 
-    Both are over ``tokens`` of the calibration text that the fits have seen, so that on other text the scale may be
-    another and gain less.
+    Both are means over ``tokens`` of the calibration text. The compression was fitted to that text, so the best factor
+    for other text may differ, and its gain may be smaller.
     """
 
     value: float
@@ -65,8 +65,8 @@ class Final:
 def fit_scale(original: Final, compressed: Final, vocab: int, processes: Processes = ALONE) -> LogitScale:
     """Return the scale from 0.1 to 10 that minimises the KL divergence from the original, over all processes' tokens.
 
-    Newton's method, with bisection if a step leaves the bracket. Each step computes the logits again, in chunks. Raises
-    UserError if the divergence is NaN or inf.
+    Uses Newton's method, with bisection if a step leaves the bracket. Each step computes the logits again, in chunks.
+    Raises UserError if the divergence is NaN or inf.
     """
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     old, new = (

@@ -17,7 +17,6 @@ from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_scal
 from lrc.compression.measure import LayerMeasure, target_record
 from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_mask
 from lrc.compression.solve import solve_layer
-from lrc.compression.tables import TableCompressor
 from lrc.errors import UserError
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment

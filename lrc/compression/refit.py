@@ -62,11 +62,11 @@ class StreamError:
 
 @dataclass(frozen=True)
 class RefitRecord:
-    """What is kept of the refit of a layer's ``role``.
+    """Record the refit of one output projection ``role``.
 
-    ``ridge`` is a fraction of the mean diagonal; ``raised`` what the solve took instead where that was not enough.
-    ``error`` is that of all blocks and the final fit; ``held_out`` that of the blocks which chose the ridge, by the fit
-    without them, None where there was one block and the ridge is a fixed one.
+    ``ridge``: as a fraction of the mean diagonal. ``raised``: the larger ridge that the solve needed, None if it needed
+    none. ``error``: on all blocks, of the final fit. ``held_out``: on the held-out blocks, of the fit without them;
+    None if there is only one block, which leaves the ridge at its default.
     """
 
     layer: int
@@ -148,9 +148,7 @@ class LayerRefit:
         ((fitted, record),) = processes.spread([start], solve)
         errors = [record.error, *([record.held_out] if record.held_out else [])]
         if not all(math.isfinite(each) for error in errors for each in (error.before, error.after)):
-            raise UserError(
-                f"layer {self._index}: the error of the stream behind {half.output} is NaN or inf"
-            )
+            raise UserError(f"layer {self._index}: the error of the stream after {half.output} is NaN or inf")
         reduced.state[weight] = fitted.weight.to(start.weight.dtype)
         if fitted.bias is not None:
             reduced.state[bias] = fitted.bias.to(reduced.state[bias].dtype)
@@ -193,8 +191,8 @@ class RefitSum:
     def add(self, x: Tensor, goal: Tensor, reached: Tensor, held: bool) -> None:
         """Add inputs x (blocks, tokens, width), the original stream ``goal`` and the compressed one ``reached``.
 
-        The streams are (blocks, tokens, out) in float32. ``reached`` is that of the unfitted projection. ``held`` keeps
-        the tokens out of the fit that chooses the ridge.
+        The streams are (blocks, tokens, out) in float32. ``reached`` is with the projection before the refit. ``held``:
+        the tokens choose the ridge and are not part of the fit that is tried with it.
         """
         (self._held if held else self._fitted).add(x, goal, reached)
 

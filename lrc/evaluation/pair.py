@@ -15,10 +15,9 @@ from lrc.evaluation.bootstrap import FEW, Estimate, mean, percentile, ratio
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.passage import Passage, passages
 from lrc.evaluation.perplexity import (
-    Keep,
     Model,
-    TokenWriter,
     Perplexity,
+    TokenWriter,
     default_batch,
     measure,
     steps,

@@ -101,7 +101,7 @@ Problem = ProjectionProblem | EmbeddingProblem | QKProblem | OVProblem | MLPProb
 
 @dataclass(frozen=True)
 class Prediction:
-    """A squared error and the squared size of what it is an error of, both means over tokens, in the metric named.
+    """Hold a squared error and the square of the exact value, both means over tokens, in the metric named.
 
     ``metric``: ``output`` (E‖Δy‖² at the projection, OV or MLP output), ``scores`` (attention scores, before their
     scale), ``kl`` (divergence of the attention distribution in nats, mean over queries and heads) or ``loss`` (rise of

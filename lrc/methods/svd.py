@@ -1,4 +1,4 @@
-"""Truncated SVD: the best pair in the Frobenius norm, blind to the data but for the bias."""
+"""Truncated SVD: the best pair in the Frobenius norm; only the bias depends on the calibration text."""
 
 from __future__ import annotations
 

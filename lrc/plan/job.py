@@ -47,10 +47,10 @@ def make_job(model: ResolvedModel, reader: CheckpointReader, draft: Draft) -> Jo
 def jobs_at_keeps(
     model: ResolvedModel, reader: CheckpointReader, draft: Draft, keeps: Sequence[float]
 ) -> list[Job]:
-    """Resolve a plan at each of ``keeps`` in place of its own, for an allocation to find its sizes.
+    """Return a job for each of ``keeps``, with the plan resolved at that keep instead of its own.
 
-    Sizes outside the layers stay. Raises UserError with every mistake of the plan, among them every size in the layers
-    other than ``keep-all``.
+    Sizes outside the layers stay. Raises UserError with every mistake of the plan. A size in the layers is a mistake,
+    as an allocation finds these; only ``keep-all`` is allowed.
     """
     found = []
     for keep in keeps:

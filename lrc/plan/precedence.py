@@ -159,7 +159,7 @@ class Levels:
                 self.outside[path] = entry
             elif target == "lm_head":
                 self.document.mistake(
-                    path, "the head of this model is its embedding; write embed, which stands for both"
+                    path, "the head of this model is tied to its embedding; write embed for both"
                 )
             else:
                 known = nearest(target, self.architecture.matrices)
@@ -172,7 +172,7 @@ class Levels:
         entries = self._sound(path, rule.entries())
         if list(self.document.values["layers"][position]) == ["match"]:
             self.document.mistake(
-                path, "says nothing of its layers; add keep, method or an entry such as mlp"
+                path, "sets nothing for its layers; add keep, method or an entry such as mlp"
             )
         try:
             return PlacedRule(path, rule, matched_layers(rule.match, self.architecture.layers), entries)

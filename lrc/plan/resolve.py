@@ -159,10 +159,8 @@ class _Assigner:
         kept = rule.weights(target, size, options)
         share, whole = kept / target.parameters, kept >= target.parameters
         if own is None and share > wish.keep and (whole or not self.finder):
-            least = "all of it, so it stays whole" if whole else f"{share:.3g} of it"
-            self.warn(
-                path, f"{wish.keep:g} of {wish.target} cannot be met; the smallest size is {least}", index
-            )
+            least = "saves nothing, so it stays whole" if whole else f"keeps {share:.3g} of its weights"
+            self.warn(path, f"{wish.keep:g} is too small for {wish.target}: its smallest size {least}", index)
         if not whole:
             return Assignment(wish.target, wish.method, size, options, kept, target.parameters)
         if own is not None and wish.target not in COMPONENTS:
@@ -233,9 +231,7 @@ def _refuse_sizes(plan: Plan, document: Document, methods: Methods, finder: str)
     sizes = [(*path, word) for path, entry in entries.items() for word in words & entry.own.keys()]
     sizes += [(*path, "keep") for path, each in (entries | rules).items() if each.keep not in (None, 1)]
     for path in sizes:
-        document.mistake(
-            path, f"is a size, which {finder} finds; leave it out, or write {WHOLE} for what stays whole"
-        )
+        document.mistake(path, f"sets a size, but {finder} finds the sizes; leave it out, or write {WHOLE}")
 
 
 def _read_options(

@@ -178,9 +178,9 @@ def matched_layers(match: str, count: int) -> set[int]:
 class Calibration(Strict):
     """The calibration texts; ``seq_len`` None means the model's limit, at most 2048.
 
-    Gradients are taken on ``gradient_samples`` of the blocks, drawn with the seed. In the moments of the layers'
-    activations the first token of a block has the weight of ``first_token`` tokens, as many models use it as an
-    attention sink. None means one for every 256 tokens of the block, at least one.
+    Gradients are taken on ``gradient_samples`` of the blocks, drawn with the seed. Many models use the first token of a
+    text as an attention sink. ``first_token`` is the weight of a block's first token in the moments, in tokens
+    (default: one for every 256 tokens of the block, at least one).
     """
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None

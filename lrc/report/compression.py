@@ -51,7 +51,7 @@ def report_sections(report: Report) -> list[Section]:
     ]
     costs = cost_table(report.before, report.after, report.perplexity)
     targets = [targets_table(report.targets)]
-    refitted = {f"{len(report.refits)} output projections fitted again": _refits_table(report)}
+    refitted = {f"{len(report.refits)} output projections refitted": _refits_table(report)}
     return [
         Section("What it cost", beside=[costs], notes=notes),
         Section("What was kept, and the errors", notes=[error_note(report.targets)], tables=targets),
@@ -67,16 +67,16 @@ def _refits_table(report: Report) -> Table:
     rows = []
     for refit in report.refits:
         raised = "" if refit.raised is None else f", raised to {refit.raised:g}"
-        row = {"layer:n": f"{refit.layer}", "behind": refit.role, "ridge:n": f"{refit.ridge:g}{raised}"}
-        for of, errors in (("", refit.error), ("left out, ", refit.held_out)):
+        row = {"layer:n": f"{refit.layer}", "projection": refit.role, "ridge:n": f"{refit.ridge:g}{raised}"}
+        for of, errors in (("", refit.error), ("held-out, ", refit.held_out)):
             row[f"{of}before:n"] = "" if errors is None else f"{errors.before:.3g}"
             row[f"{of}after:n"] = "" if errors is None else f"{errors.after:.3g}"
         rows.append(row)
     return table(
         rows,
-        "Squared error of the compressed residual stream over the original's square, with the method's own solution "
-        "and refitted. Left out: the error on the held-out blocks, which chose the ridge, of the fit without them. "
-        "The method's solution and earlier refits have seen those blocks.",
+        "Squared error of the compressed residual stream over the original's square, before and after the refit. "
+        "Held-out: on the blocks that chose the ridge, for the fit without them. The method and earlier refits have "
+        "seen those blocks.",
     )
 
 
@@ -237,7 +237,7 @@ def _costs(original: Original) -> Iterator[Picture]:
     for i, text in enumerate(text for text in original.texts if 0 in text.changes):
         caption = f"{text.windows}, the same for all."
         if len(original.outputs) == 1:
-            caption += " lrc compare puts other outputs beside it."
+            caption += " lrc compare shows other outputs beside it."
         yield Picture(cost(f"cost-{i}", text.text, points(original, text), original.methods), caption)
 
 

@@ -1,1 +1,1 @@
-"""How and where a command runs: devices, processes, hidden states off the device, seconds and peaks."""
+"""How and where a command runs: devices, processes, offloading, seconds and peak memory."""

@@ -1,7 +1,7 @@
 """Split, sum and send between the processes of one run, which torchrun or accelerate started.
 
-Tensors on GPUs are sent by NCCL, everything else by gloo. Before each exchange the processes meet over gloo: there a
-failed process sends its error to the others, and a dead one is noticed at once, so that no process waits in vain.
+Tensors on GPUs are sent by NCCL, everything else by gloo. Before each exchange the processes meet over gloo. A failed
+process then sends its error to the others, and a process that ended is noticed at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lrc.errors import OutOfResources, ProcessEnded, UserError
 from lrc.run.launcher import ProcessRank, own_rank
 
 TIMEOUT = timedelta(minutes=10)  # the others wait while one process solves or writes alone
-AGAIN = "run the same command again: a compression goes on where it stopped"
+AGAIN = "run the same command again: a compression resumes where it stopped"
 
 Split = TypeVar("Split", bound=Sequence[Any] | Tensor)
 Item = TypeVar("Item")
@@ -36,10 +36,10 @@ Number = TypeVar("Number", int, Tensor)
 
 
 class Processes:
-    """Hold the processes of a run as one of them sees it: ``rank`` of ``size``, ``local`` on its own machine.
+    """Connect this process with the others of its run; it is number ``rank`` of ``size``, ``local`` on its machine.
 
-    A single process gets its arguments back. Several must call each operation in the same order; an error in one of
-    them is raised on all, ``ProcessEnded`` if one ended or does not answer.
+    A single process gets its arguments back. Several processes must call each method in the same order. An error in one
+    of them is raised on all; ``ProcessEnded`` if one ended or does not answer.
     """
 
     def __init__(self, rank: ProcessRank, store: Store | None = None) -> None:
@@ -48,7 +48,7 @@ class Processes:
         self._store = store
         self._failed = False  # after a failure the processes no longer meet
         self._reports: bool | None = (
-            None  # whether this process reports the end of another, once it noticed one
+            None  # whether this process reports another's end; None before it notices
         )
 
     def mine(self, items: Split) -> Split:
@@ -115,7 +115,7 @@ class Processes:
             raise next(each for each in failures if each is not None)
 
     def ended(self, message: str) -> ProcessEnded:
-        """Return an error that the first process to notice another's end reports, and the later ones do not."""
+        """Return an error about another process that ended; only the first process to notice that reports it."""
         error = ProcessEnded(f"{message}; {AGAIN}")
         if self._reports is None:
             self._reports = True
@@ -182,8 +182,8 @@ ALONE = Processes(ProcessRank())
 def launched() -> Iterator[Processes]:
     """Connect the processes that a launcher started until the context closes; ``ALONE`` without a launcher.
 
-    A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened. A
-    launcher that misses a process stops the others by SIGTERM, which raises ``ProcessEnded`` here.
+    A UserError in one process is raised on all. Any other exception keeps its type and traceback where it happened. If
+    one process ends, the launcher stops the others by SIGTERM, which raises ``ProcessEnded`` here.
     """
     here = own_rank()
     if here.size == 1:

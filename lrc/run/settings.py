@@ -1,4 +1,4 @@
-"""Choose device, precision and batch size: what the user says, or the default."""
+"""Choose device, precision and batch size from the user's options, or by default."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unseen(label: str, total: int) -> Callable[[int], object]:
 
 @dataclass(frozen=True)
 class Run:
-    """Say where and how a verb runs; the plan alone decides the bytes of an output.
+    """Say where and how a verb runs.
 
     ``device``: cpu, cuda or cuda:N (default: the first GPU). ``dtype``: of the layers (default: the checkpoint's on a
     GPU, float32 on a CPU). ``batch_size``: blocks at once (default: by their length). ``offload``: place of hidden
@@ -35,8 +35,8 @@ class Run:
     with the data sets, instead of the hub. ``revision``: branch, tag or commit of the model on the hub.
     ``allow_pickle``: read pickled weights. ``trust_remote_code``: run code that comes with the checkpoint. ``progress``
     gets a stage's name and length and returns a function to call with steps done; a resumed run first calls it with the
-    steps of earlier processes. ``warn`` gets each warning once, as soon as it is known. ``processes``: share the work;
-    each makes the same call.
+    steps of earlier processes. ``warn`` gets each warning once, as soon as it is known. ``processes`` share the work;
+    each of them calls the verb with the same arguments.
     """
 
     device: str | None = None

@@ -1,4 +1,4 @@
-"""The version of lrc, and those of the packages that decide what a run gives."""
+"""The versions of lrc and of the packages that a result depends on."""
 
 from __future__ import annotations
 

@@ -43,13 +43,14 @@ def ablate(
     out: str | Path = ".",
     run: Run = Run(),
 ) -> Ablation:
-    """Measure perplexity with each projection and each component alone shrunk to fractions ``keeps`` of its weights.
+    """Measure perplexity with one target shrunk to a fraction of its weights, for each target and each of ``keeps``.
 
-    A target is shrunk in all layers at once, without a refit: components by a3 and projections by whitened_svd, or by
-    ``method`` whatever it can solve. Solutions are fitted to the original's activations on the calibration text.
-    Perplexity is measured on one text, as by ``lrc.evaluate``. One layer at a time is on the device. Results are cached
-    in ``out/MODEL.ablation.KEY.json``, beside the heat map; an interrupted run resumes from it, and only new fractions
-    are measured. ``fresh=True`` ignores the cache. Raises UserError for every mistake that the user can fix.
+    A target is a projection or a component. It is shrunk in all layers at once, without a refit. Components use a3 and
+    projections use whitened_svd; ``method`` replaces both, and targets that it does not support are left out. Solutions
+    are fitted to the original's activations on the calibration text. Perplexity is measured on one text, as by
+    ``lrc.evaluate``. One layer at a time is on the device. Results are cached in ``out/MODEL.ablation.KEY.json``; an
+    interrupted run resumes from it, and only new fractions are measured. ``fresh=True`` ignores the cache. Raises
+    UserError for every mistake that the user can fix.
     """
     setup = set_up(model, run)
     asked = check_keeps(KEEPS if keeps is None else keeps)[::-1]

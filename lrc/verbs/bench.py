@@ -35,7 +35,7 @@ def bench(
     fuse: bool = True,
     run: Run = Run(),
 ) -> Bench:
-    """Measure the speed and memory of a model, and of another by turns if both fit on the device.
+    """Measure the speed and memory of a model, and of ``against`` in alternation if both fit on the device.
 
     ``prefill`` and ``decode``: pairs of batch and length. ``modes``: some of ``lrc.benchmark.cases.MODES``. A decode
     sample generates ``new_tokens``. ``fuse`` merges products of a compressed model (``lrc.fuse``); an original runs as

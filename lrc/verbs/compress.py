@@ -58,10 +58,10 @@ def compress(
     beside: Sequence[str | Path] | None = None,
     run: Run = Run(),
 ) -> Report:
-    """Compress a checkpoint by a plan into the folder ``out`` (default: ./MODEL-PLAN) and report its size and losses.
+    """Compress a checkpoint by a plan into the folder ``out`` (default: ./MODEL-PLAN) and report size and perplexity.
 
     ``plan``: ``lrc.Plan``, a file, the name of a shipped plan, or YAML that begins with ``{``. Without a plan, ``keep``
-    is the fraction of the weights to keep; method a3 is used, at the sizes that cost least. ``keep`` and ``changes``
+    is the fraction of the weights to keep; method a3 is used, at the sizes of least cost. ``keep`` and ``changes``
     (values by dotted key, such as ``{"calibration.samples": 32}``) replace entries of the plan. ``calib``: calibration
     texts (default: the plan's, else the model's). ``ppl``: texts for the perplexity before and after, or an empty list.
     The output appears under its name before the perplexity is measured, with a report that says so. An unfinished run
@@ -125,15 +125,16 @@ def _choose_allocation(
     place, batch, device = setup.offload(job, samples), setup.batch_size(job), setup.device
     fits = fits_measuring(jobs_to_measure(job)[-1], device, setup.dtype, batch, samples, place)
     fits = setup.processes.share(fits)  # rank 0 decides, as free memory differs between processes
-    name, losses = "sensitivity", "measured on held-out text with each target shrunk alone"
+    name = "sensitivity"
     if not fits:
-        name, losses = "fisher", "predicted from gradients"
+        name = "fisher"
         draft = read_draft(BEST.model_copy(update={"allocate": name}), keep, changes)
         job = make_job(setup.model, setup.reader, draft)
-    given = f"no plan is given: method {job.plan.plan.method}, keep {job.plan.plan.keep:g}"
+    used = f"method {job.plan.plan.method}, keep {job.plan.plan.keep:g} and allocate {name}"
+    reason = f"the whole model {'fits' if fits else 'does not fit'} on the device"
     return job, (
-        f"{given}; the whole model {'fits' if fits else 'does not fit'} on the device, so sizes are chosen by losses "
-        f"{losses} (allocate: {name}). For uniform sizes, which take no measurement: --set allocate=uniform"
+        f"no plan is given, so lrc uses {used}, as {reason}. For uniform sizes without a measurement, add "
+        "--set allocate=uniform"
     )
 
 

@@ -235,9 +235,9 @@ class ModelStream:
 
     @contextmanager
     def checked(self, layer: nn.Module, index: int) -> Iterator[None]:
-        """Watch the outputs of a layer's halves and its own while the context is open; wait for the device once.
+        """Check the outputs of a layer and of its halves while the context is open; synchronize the device once.
 
-        Raises UserError that names layer and module if one, on any process, is NaN or inf or has such a square.
+        Raises UserError with layer and module if an output on any process, or its square, is NaN or inf.
         """
         family, peaks = self.reader.family, dict[str, list[Tensor]]()
         watched = {family.projections[half.output].module: half.module for half in family.halves}
@@ -259,10 +259,10 @@ class ModelStream:
             for name, peak in zip(peaks, found, strict=False):
                 if not math.isfinite(peak):
                     advice = "; try --dtype float32" if self.dtype == torch.float16 else ""
-                    raise UserError(f"layer {index}: activations are NaN or inf behind {name}{advice}")
+                    raise UserError(f"layer {index}: activations are NaN or inf after {name}{advice}")
                 if peak > most:
                     what = f"up to {peak:.2g}, too large for squares in float32"
-                    raise UserError(f"layer {index}: activations behind {name} are {what}")
+                    raise UserError(f"layer {index}: activations after {name} are {what}")
 
     def fetch(self, x: Tensor) -> Tensor:
         """Return a tensor moved to the device."""

@@ -21,7 +21,7 @@ Stage = Callable[[str], AbstractContextManager[object]]
 class Walk:
     """Visit the first ``end`` layers (default: all), ``group`` at a time, and run ``batches`` through them, in place.
 
-    When the loop goes on, the visit runs its layers if it has not yet, and drops them. ``load`` replaces reading layers
+    After each iteration the visit runs its layers if it has not yet, and frees them. ``load`` replaces reading layers
     from the checkpoint. The first token of a block has weight ``first_token`` in moments. ``watch`` times the stages
     ``load`` and ``observe``.
     """
@@ -110,7 +110,7 @@ class Visit:
             return found | {GRADIENTS: fetched.by_target(self._stream.reader.family)}
 
     def _run(self, observers: Sequence[Observer]) -> None:
-        assert not self.observed, "the batches are behind the layers already"
+        assert not self.observed, "the batches have passed the last layer already"
         assert {observer.index for observer in observers} <= self.loaded.keys(), (
             "an observer of another layer"
         )

@@ -176,7 +176,7 @@ def test_a_keep_of_the_call_goes_over_a_changed_entry() -> None:
         (
             None,
             {"allocate": "fisher"},
-            "mine.yaml:4: components.mlp.keep: is a size, which allocate fisher finds",
+            "mine.yaml:4: components.mlp.keep: sets a size, but allocate fisher finds the sizes",
         ),
         (
             None,

@@ -149,7 +149,7 @@ CASES = {
         ["3: layers[0].match: 'first' names no layers"],
     ),
     "rule without match": ("layers: [{mlp: keep-all}]", ["3: layers[0].match: is missing"]),
-    "rule that says nothing": ("layers: [{match: 0}]", ["3: layers[0]: says nothing of its layers"]),
+    "rule that says nothing": ("layers: [{match: 0}]", ["3: layers[0]: sets nothing for its layers"]),
     "rules are a list": ("layers: {match: 0}", ["3: layers: {'match': 0} is not a list of rules"]),
     "component and its projection": (
         "components: {qk: {rank: 4}}\nprojections: {k: {rank: 4, method: pairs}}",
@@ -211,8 +211,8 @@ CASES = {
     "allocation beside sizes": (
         "allocate: fisher\ncomponents: {mlp: {rank: 9}, qk: keep-all}\nlayers: [{match: 0, keep: 0.5}]",
         [
-            "4: components.mlp.rank: is a size, which allocate fisher finds",
-            "5: layers[0].keep: is a size, which allocate fisher finds",
+            "4: components.mlp.rank: sets a size, but allocate fisher finds the sizes",
+            "5: layers[0].keep: sets a size, but allocate fisher finds the sizes",
         ],
     ),
     "statistic of an option not collected": (
@@ -376,7 +376,7 @@ def test_gpt2_names_its_own_projections(mistakes: Mistakes) -> None:
 
 def test_the_head_of_a_tied_model_is_its_embedding(mistakes: Mistakes) -> None:
     text = HEAD + "projections: {lm_head: {rank: 4, method: pairs}}"
-    message = "the head of this model is its embedding; write embed, which stands for both"
+    message = "the head of this model is tied to its embedding; write embed for both"
     assert mistakes(text, "small-gpt2") == [f"p.yaml:3: projections.lm_head: {message}"]
 
 

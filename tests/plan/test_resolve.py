@@ -159,11 +159,11 @@ def test_a_pair_as_large_as_its_matrix_warns_and_stays_dense(resolved: Resolved)
 def test_a_fraction_that_no_size_meets_warns(resolved: Resolved) -> None:
     plan = resolved("format: 1\nkeep: 0.1\n")
     assert sizes(plan) == {"qk": 2, "ov": 1, "mlp": 17}
-    said = "p.yaml:2: keep: 0.1 of qk cannot be met; the smallest size is 0.125 of it"
+    said = "p.yaml:2: keep: 0.1 is too small for qk: its smallest size keeps 0.125 of its weights"
     assert plan.warnings == (said,)
     narrow = resolved("format: 1\nkeep: 0.5\n", "narrow-llama")
     assert sizes(narrow) == {"ov": 1, "mlp": 88}
-    said = "p.yaml:2: keep: 0.5 of qk cannot be met; the smallest size is all of it, so it stays whole"
+    said = "p.yaml:2: keep: 0.5 is too small for qk: its smallest size saves nothing, so it stays whole"
     assert narrow.warnings == (said,)
 
 

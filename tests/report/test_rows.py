@@ -91,7 +91,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
         "logits scaled by 0.930 in the final norm; KL divergence from the original on 2,048 calibration tokens, "
         "which the fits have used too: "
     )
-    assert "method's solution and earlier refits have seen those blocks" in page
+    assert "The method and earlier refits have seen those blocks" in page
     assert f"Scale: {scaled}0.4 nats before, 0.375 after." in page
     typed = json.loads(report.to_json())
     assert REFITS.validate_python(typed["refits"]) == report.refits

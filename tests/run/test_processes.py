@@ -24,7 +24,6 @@ from lrc.compression.embedding import final_moment
 from lrc.compression.logit_scale import Final, fit_scale
 from lrc.compression.refit import RefitSum
 from lrc.compression.solve import solve_layer
-from lrc.compression.tables import final_moment
 from lrc.errors import OutOfResources, ProcessEnded, UserError
 from lrc.families import Architecture
 from lrc.hub.loader import load
@@ -165,6 +164,7 @@ def disagreeing() -> str:
         return str(error)
     return ""
 
+
 def staged(folder: Path) -> tuple[list[bool], dict[str, Any]]:
     """What the second process alone asks of a staging folder that an earlier run left, and what both then read."""
     with launched() as processes:
@@ -183,7 +183,6 @@ def test_a_process_may_ask_alone_what_is_staged(tmp_path: Path, together: Togeth
     first, second = values(together(staged, tmp_path))
     assert first == ([], {"rank": 3})
     assert second == ([True, False, True], {"rank": 3})
-
 
 
 def test_processes_that_see_other_files_are_refused(together: Together) -> None:

@@ -151,7 +151,7 @@ def test_what_lies_beside_the_values_is_vouched_for_too(out):
     file.write_bytes(file.read_bytes() + b"\0")
     (damage,) = found(out)
     assert damage.tensor is None
-    assert "in its header or behind its tensors" in damage.problem
+    assert "in its header or after its tensors" in damage.problem
 
 
 def test_an_index_that_does_not_fit_the_shards_is_told(out):

@@ -142,5 +142,5 @@ def test_solvers_read_the_moments_and_the_batches_move_on_once(tiny_checkpoint: 
     found = visit.read(plan, None, targets=["fc_out"])
     assert found.keys() == {"moments"}
     assert found["moments"].keys() == {"o", "fc_out"}
-    with pytest.raises(AssertionError, match="behind the layers already"):
+    with pytest.raises(AssertionError, match="passed the last layer already"):
         visit.observe()

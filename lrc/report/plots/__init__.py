@@ -1,1 +1,1 @@
-"""Pictures of reports and tables as SVG: one file a picture, each a function from figures to SVG text."""
+"""Pictures of reports and tables as SVG: one file for each picture, each a function from figures to SVG text."""

@@ -1,4 +1,4 @@
-"""Picture: a table of figures, whose colours are fuller for larger figures."""
+"""Picture: a table of numbers, with stronger colours for larger numbers."""
 
 from __future__ import annotations
 
