@@ -1,38 +1,46 @@
-"""Fit one factor for the logits of a compressed model: temperature scaling (arXiv:1706.04599) to the original.
+"""Scale the logits of a compressed model toward the original: by one factor, then by one for each channel.
 
 With p the original's next-token distribution, z the compressed logits and q = softmax(s z), the factor s minimises
-KL(p‖q) = E_p[log p] − s E_p[z] + log Σ exp(s z). It is convex in s, with slope E_q[z] − E_p[z] and curvature Var_q[z].
+KL(p‖q) = E_p[log p] − s E_p[z] + log Σ exp(s z). It is convex in s, with slope E_q[z] − E_p[z] and curvature Var_q[z]
+(temperature scaling, arXiv:1706.04599). Factors v of the channels of the final norm minimise the same divergence plus
+‖v − s‖² / (2 ``SPREAD``² tokens), also convex: the most probable factors if they vary by ``SPREAD`` around s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from lrc.errors import UserError
 from lrc.run.processes import ALONE, Processes
+from lrc.walk.stream import Tail
 
 LEAST, MOST = 0.1, 10.0
 CHUNK_BYTES = 2**27  # float32 logits of a chunk
+SPREAD = 0.1  # of the channels' factors
 _STEPS, _PRECISION = 50, 1e-6
+_CHANNEL_STEPS = 20
 
 
 @dataclass(frozen=True)
 class LogitScale:
     """Hold the fitted factor, and KL(p‖q) in nats per token before and after scaling.
 
-    Both are means over ``tokens`` of the calibration text. The compression was fitted to that text, so the best factor
-    for other text may differ, and its gain may be smaller.
+    Both are means over ``tokens`` of the calibration text that no other fit has seen. ``channels``: the least and the
+    largest factor of a channel, None with one factor for all.
     """
 
     value: float
     before: float
     after: float
     tokens: int
+    channels: tuple[float, float] | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -47,18 +55,20 @@ class LogitScale:
     @property
     def text(self) -> str:
         """Return the scale in words."""
+        by = "" if self.channels is None else ", its channels by {:.3f} to {:.3f}".format(*self.channels)
         return (
-            f"logits scaled by {self.value:.3f} in the final norm; KL divergence from the original on {self.tokens:,} "
-            f"calibration tokens, which the fits have used too: {self.before:.4g} nats before, {self.after:.4g} after"
+            f"logits scaled by {self.value:.3f} in the final norm{by}; KL divergence from the original on "
+            f"{self.tokens:,} calibration tokens that no other fit has used: {self.before:.4g} nats before, "
+            f"{self.after:.4g} after"
         )
 
 
 @dataclass(frozen=True)
 class Final:
-    """Outputs (..., hidden) of a model's last layer, and a function from (tokens, hidden) to logits (tokens, vocab)."""
+    """Outputs (..., hidden) of a model's last layer, and its final norm and head."""
 
     states: Sequence[Tensor]
-    logits: Callable[[Tensor], Tensor]
+    logits: Tail
 
 
 @torch.no_grad()
@@ -68,11 +78,7 @@ def fit_scale(original: Final, compressed: Final, vocab: int, processes: Process
     Uses Newton's method, with bisection if a step leaves the bracket. Each step computes the logits again, in chunks.
     Raises UserError if the divergence is NaN or inf.
     """
-    rows = max(CHUNK_BYTES // (4 * vocab), 1)
-    old, new = (
-        [chunk for states in model.states for chunk in states.flatten(0, -2).split(rows)]
-        for model in (original, compressed)
-    )
+    old, new = _chunks(original, vocab), _chunks(compressed, vocab)
     tokens, logits = processes.total(sum(len(chunk) for chunk in new)), compressed.logits
 
     def means(sums: list[Tensor]) -> list[float]:
@@ -103,6 +109,61 @@ def fit_scale(original: Final, compressed: Final, vocab: int, processes: Process
         scale = step
         found = _, slope, curvature = at(scale)
     return LogitScale(scale, before, found[0], tokens)
+
+
+def fit_channels(
+    original: Final,
+    compressed: Final,
+    scale: LogitScale,
+    hidden: int,
+    vocab: int,
+    processes: Processes = ALONE,
+) -> tuple[Tensor, LogitScale]:
+    """Return factors (hidden,), float64, for the channels of the final norm, and ``scale`` with what they reach.
+
+    Uses L-BFGS from the fitted ``scale``; each step computes the logits of all processes' tokens again.
+    """
+    old, new = _chunks(original, vocab), _chunks(compressed, vocab)
+    stiffness = 1 / (SPREAD**2 * scale.tokens)
+
+    def at(factors: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the divergence and its gradient."""
+        found = torch.zeros(1 + len(factors), dtype=torch.float64)
+        for a, b in zip(old, new, strict=True):
+            v = torch.tensor(factors, dtype=torch.float32, device=b.device, requires_grad=True)
+            with torch.no_grad():
+                p = original.logits(a).float().softmax(dim=-1)
+            cross = -(p * compressed.logits(b, v).float().log_softmax(dim=-1)).sum(dim=-1).double().sum()
+            (gradient,) = torch.autograd.grad(cross, v)
+            kl = cross.detach() - torch.special.entr(p).sum(dim=-1).double().sum()
+            found += torch.cat([kl[None], gradient.double()]).cpu()
+        mean = processes.total(found) / scale.tokens
+        return float(mean[0]), mean[1:].numpy()
+
+    def penalized(factors: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the objective and its gradient, computed by all processes at the factors of the first."""
+        kl, gradient = at(processes.share(factors))
+        off = factors - scale.value
+        return kl + stiffness / 2 * float(off @ off), gradient + stiffness * off
+
+    best = np.full(hidden, scale.value)
+    if processes.first:
+        options = {"maxiter": _CHANNEL_STEPS}
+        best = minimize(penalized, best, jac=True, method="L-BFGS-B", options=options).x
+        processes.share(None)
+    else:
+        while (asked := processes.share(None)) is not None:
+            at(asked)
+    best = processes.share(best)
+    kl, _ = at(best)
+    channels = float(best.min()), float(best.max())
+    return torch.from_numpy(best), replace(scale, after=kl, channels=channels)
+
+
+def _chunks(model: Final, vocab: int) -> list[Tensor]:
+    """Return the states in parts (rows, hidden) whose logits fit ``CHUNK_BYTES``."""
+    rows = max(CHUNK_BYTES // (4 * vocab), 1)
+    return [chunk for states in model.states for chunk in states.flatten(0, -2).split(rows)]
 
 
 def _fixed(original: Tensor, compressed: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrc.checkpoint.staging import SharedStaging, Staging
 from lrc.compression.assemble import ReducedLayer, assemble
 from lrc.compression.embedding import TableCompressor
-from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_scale
+from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_channels, fit_scale
 from lrc.compression.measure import LayerMeasure, target_record
 from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_mask
 from lrc.compression.solve import solve_layer
@@ -81,7 +81,7 @@ class Compressor:
         self._family = self._architecture.family
         self._tables = TableCompressor(stream, plan, staging, watch)
         self._batches: list[Batch] = []
-        # Per batch: held out of the fits, to choose ridges and the logit scale. Held-out batches come last.
+        # Per batch: held out of all fits with a refit, to judge them and fit the logit scale. They come last.
         self._held: list[bool] = []
         # Whether any process has held-out blocks; whether this one has the first measured block.
         self._any_held = self._opens = False
@@ -99,13 +99,16 @@ class Compressor:
         unsolved = [plan for plan in self._plan.layers if part_name(plan.index) not in known]
         with self._watch.stage("gradients"):
             calibration = self._plan.plan.calibration
+            seen = blocks[~held_out_mask(len(blocks))] if self._refits else blocks
             self._gradients = read_gradients(
-                self._stream, unsolved, calibration, blocks, batch_size, start=start
+                self._stream, unsolved, calibration, seen, batch_size, start=start
             )
         ids = self._split(blocks, batch_size)
         with self._watch.stage("embed"):
             self._batches = self._stream.embed(ids)
-        embedding = self._tables.embedding(blocks, self._batches)
+            for batch, held in zip(self._batches, self._held, strict=True):
+                batch.held = held and self._refits
+        embedding = self._tables.embedding(seen, self._seen)
         if embedding is not None and self._refits:
             with self._watch.stage("embed"):
                 self._compressed = [batch.hidden for batch in self._stream.embed(ids, embedding)]
@@ -119,16 +122,15 @@ class Compressor:
             self._layer(plan, visit)
             (resumed if part_name(plan.index) in known else advance)(1)
         self._check_logits()
-        head = self._tables.head(self._batches)
+        head = self._tables.head(self._seen)
         with self._watch.stage("scale"):
-            scale = self._scale(head)
+            factors, scale = self._scale(head)
         with self._watch.stage("write"):
             rest = self._tables.unreplaced(self._stream.reader.rest())
-            if scale is not None:
-                # A scaled norm scales the logits of a head without bias.
-                for name in (f"{self._family.final_norm}.{each}" for each in ("weight", "bias")):
-                    if name in rest:
-                        rest[name] = (scale.value * rest[name].double()).to(rest[name].dtype)
+            # A scaled norm scales the logits of a head without bias.
+            for name in (f"{self._family.final_norm}.{each}" for each in ("weight", "bias")):
+                if scale is not None and name in rest:
+                    rest[name] = (factors * rest[name].double()).to(rest[name].dtype)
             record = {"table": {}, "results": [], "scale": scale and asdict(scale)}
             self._staging.write(REST, rest, record)
 
@@ -148,6 +150,11 @@ class Compressor:
     @property
     def _refits(self) -> bool:
         return self._plan.plan.refit == "residual"
+
+    @property
+    def _seen(self) -> list[Batch]:
+        """Return the batches that methods see."""
+        return [batch for batch in self._batches if not batch.held]
 
     def _layer(self, plan: LayerPlan, visit: Visit) -> None:
         if self._staging.has(part_name(plan.index)):
@@ -202,21 +209,27 @@ class Compressor:
             if not bool(logits.isfinite().all()):
                 raise UserError("the model's logits are NaN or inf; try --dtype float32")
 
-    def _scale(self, head: nn.Module | None) -> LogitScale | None:
-        """Fit the logit scale on the held-out blocks; ``head`` is the reduced LM head, if any.
+    def _scale(self, head: nn.Module | None) -> tuple[Tensor, LogitScale | None]:
+        """Fit the scale of the logits on the held-out blocks; return factors of the final norm, and the record.
 
-        None if the plan has no scale, no block is held out or nothing is reduced.
+        ``head`` is the reduced LM head, if any. The record is None if the plan has no scale, no block is held out or
+        nothing is reduced.
         """
         chosen = [i for i, held in enumerate(self._held) if held]
         parted = self._compressed is not None or head is not None
-        if not (self._any_held and parted and self._plan.plan.scales):
-            return None
+        one, plan = torch.ones((), dtype=torch.float64), self._plan.plan
+        if not (self._any_held and parted and plan.scales):
+            return one, None
         logits = self._stream.tail()
         states = [batch.hidden for batch in self._batches]
         original = Final([states[i] for i in chosen], logits)
         reduced = states if self._compressed is None else self._compressed
         compressed = Final([reduced[i] for i in chosen], logits if head is None else self._stream.tail(head))
-        return fit_scale(original, compressed, self._architecture.vocab, self._processes)
+        vocab, processes = self._architecture.vocab, self._processes
+        scale = fit_scale(original, compressed, vocab, processes)
+        if plan.scale == "logits":
+            return scale.value * one, scale
+        return fit_channels(original, compressed, scale, self._architecture.hidden, vocab, processes)
 
     def _part_streams(self) -> None:
         if self._refits and self._compressed is None:

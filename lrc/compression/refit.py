@@ -1,7 +1,7 @@
 """Refit output projections to the original residual stream by ridge regression toward the method's solution.
 
-The ridge is chosen on held-out calibration blocks; the final fit uses all blocks. The moments and the refits of earlier
-layers have seen the held-out blocks too. For wide outputs ridges are compared in random directions, which keep the
+The ridge is chosen on held-out calibration blocks, which no moment, gradient or refit has seen. A refit that does not
+lower the error on them is not applied. For wide outputs ridges are compared in random directions, which keep the
 expected squared error (Johnson and Lindenstrauss) and make a trial cost little more than its Cholesky factor.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from pydantic import TypeAdapter
@@ -30,25 +30,20 @@ from lrc.walk.stream import Batch, ModelStream
 
 RIDGE = 0.1  # without held-out blocks
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # the strongest first, as ties take the first
-_BLOCKS_PER_HELD_OUT = 8
+SHARE = 16  # of the blocks, one is held out
 DIRECTIONS = 256
 _SEED = 0
 
 
 def held_out_mask(count: int) -> Tensor:
-    """Return the mask (count,) of calibration blocks held out to choose ridges and the logit scale.
+    """Return the mask (count,) of calibration blocks held out of all fits, to judge them and to fit the logit scale.
 
-    One block in eight, at least one; none if there is only one block.
+    One block in ``SHARE``, at least one; none if there is only one block.
     """
-    # Its place within each eight varies, as blocks of several texts are interleaved.
     held = torch.zeros(count, dtype=torch.bool)
     if count > 1:
-        held[
-            [
-                _BLOCKS_PER_HELD_OUT * i + 3 * i % _BLOCKS_PER_HELD_OUT
-                for i in range(max(count // _BLOCKS_PER_HELD_OUT, 1))
-            ]
-        ] = True
+        # The place within each share varies, as blocks of several texts are interleaved.
+        held[[SHARE * i + i % SHARE for i in range(max(count // SHARE, 1))]] = True
     return held
 
 
@@ -65,8 +60,8 @@ class RefitRecord:
     """Record the refit of one output projection ``role``.
 
     ``ridge``: as a fraction of the mean diagonal. ``raised``: the larger ridge that the solve needed, None if it needed
-    none. ``error``: on all blocks, of the final fit. ``held_out``: on the held-out blocks, of the fit without them;
-    None if there is only one block, which leaves the ridge at its default.
+    none. ``error``: on the fitted blocks. ``held_out``: on the held-out blocks; None if there is only one block, which
+    leaves the ridge at its default. ``applied``: False if the refit does not lower the error on the held-out blocks.
     """
 
     layer: int
@@ -75,6 +70,7 @@ class RefitRecord:
     raised: float | None
     error: StreamError
     held_out: StreamError | None
+    applied: bool = True
 
 
 # Read back from JSON values.
@@ -149,10 +145,11 @@ class LayerRefit:
         errors = [record.error, *([record.held_out] if record.held_out else [])]
         if not all(math.isfinite(each) for error in errors for each in (error.before, error.after)):
             raise UserError(f"layer {self._index}: the error of the stream after {half.output} is NaN or inf")
-        reduced.state[weight] = fitted.weight.to(start.weight.dtype)
-        if fitted.bias is not None:
-            reduced.state[bias] = fitted.bias.to(reduced.state[bias].dtype)
-        self._stream.filled(module, reduced.state)
+        if record.applied:
+            reduced.state[weight] = fitted.weight.to(start.weight.dtype)
+            if fitted.bias is not None:
+                reduced.state[bias] = fitted.bias.to(reduced.state[bias].dtype)
+            self._stream.filled(module, reduced.state)
         if read:
             self._attention = linear, read
         return record
@@ -206,25 +203,23 @@ class RefitSum:
         """Return the W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F, where ``start`` is (W₀, b₀), and the record.
 
         The target t has t − W₀ x − b₀ = ``goal`` − ``reached``. λ is the ridge times the mean diagonal of E[x xᵀ],
-        centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks when
-        fitted without them.
+        centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks;
+        ``start`` is returned if that is not less than its own.
         """
         biased = start.bias is not None
-        ridge, held_out = RIDGE, None
-        if self._held.tokens:
-            fitted, held = _means(self._fitted), _means(self._held)
+        fitted, held = _means(self._fitted), _means(self._held) if self._held.tokens else None
+        ridge = RIDGE
+        if held:
             fitted_in, held_in = fitted.projected(), held.projected()
-            changes = {each: held_in.gained(fitted_in.change(each, biased)[0]) for each in RIDGES}
-            ridge = max(changes, key=changes.__getitem__)
-            error = held.error(fitted.change(ridge, biased)[0])
-            held_out = StreamError(held.missing / held.size, error / held.size)
-            del fitted, held, fitted_in, held_in
-        every = _means(self._fitted, self._held)
-        change, damping = every.change(ridge, biased)
-        bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
+            gains = {each: held_in.gained(fitted_in.change(each, biased)[0]) for each in RIDGES}
+            ridge = max(gains, key=gains.__getitem__)
+            del fitted_in, held_in
+        change, damping = fitted.change(ridge, biased)
         raised = None if damping == ridge else damping
-        error = StreamError(every.missing / every.size, every.error(change) / every.size)
-        record = RefitRecord(layer, role, ridge, raised, error, held_out)
+        record = RefitRecord(layer, role, ridge, raised, fitted.errors(change), held and held.errors(change))
+        if record.held_out and record.held_out.after >= record.held_out.before:
+            return start, replace(record, applied=False)
+        bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
         return Affine(start.weight.double() + change.weight, bias), record
 
 
@@ -249,11 +244,10 @@ class _Sums:
         self.tokens += rows.shape[0]
 
 
-def _means(*sums: _Sums) -> _Means:
-    tokens = sum(each.tokens for each in sums)
-    gram, *rest = (reduce(torch.add, each) for each in zip(*(each.tensors for each in sums), strict=True))
-    cross, x, r, missing, size = (each.double() / tokens for each in rest)
-    return _Means(mirrored(gram / tokens), cross, x, r, float(missing), float(size))
+def _means(sums: _Sums) -> _Means:
+    gram, *rest = sums.tensors
+    cross, x, r, missing, size = (each.double() / sums.tokens for each in rest)
+    return _Means(mirrored(gram / sums.tokens), cross, x, r, float(missing), float(size))
 
 
 @dataclass(frozen=True)
@@ -293,7 +287,8 @@ class _Means:
             found -= bias @ (bias - 2 * (self.r - weight @ self.x))
         return float(found)
 
-    def error(self, change: Affine) -> float:
-        """Return E‖r − D x − d‖²."""
+    def errors(self, change: Affine) -> StreamError:
+        """Return the errors without and with D, d."""
         # The difference of float32 sums may round below zero.
-        return max(self.missing - self.gained(change), 0.0)
+        left = max(self.missing - self.gained(change), 0.0)
+        return StreamError(self.missing / self.size, left / self.size)

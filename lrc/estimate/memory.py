@@ -211,7 +211,7 @@ def _tables(run: _Run) -> int:
     if run.job.plan.plan.scales:
         rows = min(run.held_out * run.job.plan.seq_len, max(CHUNK_BYTES // (4 * architecture.vocab), 1))
         heads = run.tables + each * sum(a.kept for a in run.job.plan.outer)
-        work = max(work, heads + rows * architecture.vocab * (2 * each + 6 * 4))
+        work = max(work, heads + rows * architecture.vocab * (2 * each + 8 * 4))
     return work
 
 

@@ -86,8 +86,9 @@ def resolve(
     if not outer and not any(layer.assignments for layer in layers):
         for index in range(count):
             assigner.warn(("keep",), "every layer stays whole", index)
-    if plan.scale == "fitted" and plan.refit == "none":
-        document.mistake(("scale",), "fitted needs 'refit: residual'; with 'refit: none' the nearest is none")
+    if plan.scale in ("channels", "logits") and plan.refit == "none":
+        message = f"{plan.scale} needs 'refit: residual'; with 'refit: none' the nearest is none"
+        document.mistake(("scale",), message)
     limit = architecture.positions
     seq_len = plan.calibration.seq_len or min(limit, MAX_SEQ_LEN)
     if seq_len > limit:

@@ -194,7 +194,7 @@ class Calibration(Strict):
 class Plan(Strict):
     """A plan, made in Python as in YAML. Raises UserError with every mistake at once.
 
-    A pair in ``keep`` runs linearly from the first layer to the last. ``scale`` None means fitted with a residual
+    A pair in ``keep`` runs linearly from the first layer to the last. ``scale`` None means channels with a residual
     refit, else none.
     """
 
@@ -206,7 +206,7 @@ class Plan(Strict):
     projections: Projections = Projections()
     layers: tuple[Rule | None, ...] = Field(default=(), strict=False)
     refit: Literal["residual", "none"] = "residual"
-    scale: Literal["fitted", "none"] | None = None
+    scale: Literal["channels", "logits", "none"] | None = None
     calibration: Calibration = Calibration()
 
     @model_validator(mode="wrap")
@@ -231,7 +231,7 @@ class Plan(Strict):
 
     @property
     def scales(self) -> bool:
-        """Whether the logit scale is fitted."""
+        """Whether a scale of the logits is fitted."""
         return self.refit == "residual" and self.scale != "none"
 
 

@@ -67,7 +67,8 @@ def _refits_table(report: Report) -> Table:
     rows = []
     for refit in report.refits:
         raised = "" if refit.raised is None else f", raised to {refit.raised:g}"
-        row = {"layer:n": f"{refit.layer}", "projection": refit.role, "ridge:n": f"{refit.ridge:g}{raised}"}
+        ridge = f"{refit.ridge:g}{raised}" if refit.applied else "not applied"
+        row = {"layer:n": f"{refit.layer}", "projection": refit.role, "ridge:n": ridge}
         for of, errors in (("", refit.error), ("held-out, ", refit.held_out)):
             row[f"{of}before:n"] = "" if errors is None else f"{errors.before:.3g}"
             row[f"{of}after:n"] = "" if errors is None else f"{errors.after:.3g}"
@@ -75,8 +76,8 @@ def _refits_table(report: Report) -> Table:
     return table(
         rows,
         "Squared error of the compressed residual stream over the original's square, before and after the refit. "
-        "Held-out: on the blocks that chose the ridge, for the fit without them. The method and earlier refits have "
-        "seen those blocks.",
+        "Held-out: on the blocks that chose the ridge, which no method and no fit has seen. A refit that does not "
+        "lower the error there is not applied.",
     )
 
 

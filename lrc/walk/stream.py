@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -21,7 +21,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.modules.table import Table, apply_table
 from lrc.moments.observe import observe
-from lrc.moments.statistic import Observer
+from lrc.moments.statistic import Observer, Statistic
 from lrc.run.offload import ON_DEVICE, States, send
 from lrc.run.processes import ALONE, Processes
 
@@ -37,12 +37,24 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
 
+class Tail(Protocol):
+    """The final norm and the head of a model."""
+
+    def __call__(self, hidden: Tensor, factors: Tensor | None = None) -> Tensor:
+        """Return logits (..., vocab) of hidden states (..., hidden), normed and multiplied by ``factors`` (hidden,)."""
+        raise NotImplementedError
+
+
 @dataclass
 class Batch:
-    """Hidden states (blocks, tokens, hidden) between two layers, perhaps offloaded, and each layer's arguments."""
+    """Hidden states (blocks, tokens, hidden) between two layers, perhaps offloaded, and each layer's arguments.
+
+    ``held``: kept out of statistics.
+    """
 
     hidden: Tensor
     calls: list[LayerCall]
+    held: bool = False
 
 
 class ModelStream:
@@ -150,7 +162,7 @@ class ModelStream:
         with torch.cuda.device(self.device):  # new threads default to the first GPU
             return tensor.pin_memory()
 
-    def tail(self, head: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+    def tail(self, head: nn.Module | None = None) -> Tail:
         """Return the function from the last hidden states (..., hidden) to logits (..., vocab): final norm and head.
 
         ``head`` replaces the checkpoint's. Raises UserError if a weight of either is missing.
@@ -159,9 +171,10 @@ class ModelStream:
         stored = family.embedding if self.reader.config.tie_word_embeddings else family.head
         norm, last = self.final_norm(), head or self._outer(family.head, stored)
 
-        def logits(hidden: Tensor) -> Tensor:
+        def logits(hidden: Tensor, factors: Tensor | None = None) -> Tensor:
             with self.precision():
-                return last(norm(self.fetch(hidden)))
+                normed = norm(self.fetch(hidden))
+                return last(normed if factors is None else (normed * factors).to(normed.dtype))
 
         return logits
 
@@ -226,7 +239,8 @@ class ModelStream:
                 with observe(layer, paths) as calls:
                     out = self.run(layer, index, batch, hidden)
                 for observer in observers:
-                    observer.add(calls)
+                    if not (batch.held and isinstance(observer, Statistic)):
+                        observer.add(calls)
                 if not stay:
                     batch.hidden = self.states.keep(out)
                 del out  # so that the device does not hold two outputs

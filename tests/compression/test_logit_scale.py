@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrc.compression import logit_scale
-from lrc.compression.logit_scale import LEAST, MOST, Final, LogitScale, fit_scale
+from lrc.compression.logit_scale import LEAST, MOST, SPREAD, Final, LogitScale, fit_channels, fit_scale
 from lrc.errors import UserError
 
 
@@ -19,8 +19,8 @@ def normal(*shape: int, seed: int) -> Tensor:
 HEAD = normal(50, 8, seed=0)
 
 
-def logits(hidden: Tensor) -> Tensor:
-    return hidden @ HEAD.T
+def logits(hidden: Tensor, factors: Tensor | None = None) -> Tensor:
+    return (hidden if factors is None else hidden * factors) @ HEAD.to(hidden.dtype).T
 
 
 def divergence(original: Tensor, compressed: Tensor, by: float) -> float:
@@ -62,7 +62,8 @@ def test_a_factor_alone_is_undone(by: float) -> None:
 def test_each_has_logits_of_its_own() -> None:
     """States that are the same, with heads that differ by a factor."""
     states = normal(3, 20, 8, seed=1).split(2)
-    found = fit_scale(Final(states, logits), Final(states, lambda hidden: logits(hidden) / 2), len(HEAD))
+    halved = Final(states, lambda hidden, factors=None: logits(hidden, factors) / 2)
+    found = fit_scale(Final(states, logits), halved, len(HEAD))
     assert found.value == pytest.approx(2, rel=1e-3)
     assert found.after == pytest.approx(0, abs=1e-5)
 
@@ -86,9 +87,9 @@ def test_neither_batches_nor_chunks_matter(monkeypatch: pytest.MonkeyPatch) -> N
     expected = fit(original, compressed)
     seen: list[int] = []
 
-    def watched(hidden: Tensor) -> Tensor:
+    def watched(hidden: Tensor, factors: Tensor | None = None) -> Tensor:
         seen.append(len(hidden))
-        return logits(hidden)
+        return logits(hidden, factors)
 
     monkeypatch.setattr(logit_scale, "CHUNK_BYTES", 4 * len(HEAD) * 7)
     before, after = (Final(states.split(3), watched) for states in (original, compressed))
@@ -111,3 +112,39 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
     states = normal(2, 3, 8, seed=1)
     with pytest.raises(UserError, match="NaN or inf"):
         fit(states, states / 0)
+
+
+def channels(original: Tensor, compressed: Tensor) -> tuple[Tensor, LogitScale]:
+    before, after = (Final(states.split(2), logits) for states in (original, compressed))
+    return fit_channels(before, after, fit_scale(before, after, len(HEAD)), 8, len(HEAD))
+
+
+def test_factors_of_channels_are_undone_but_for_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_scale, "SPREAD", 100)
+    monkeypatch.setattr(logit_scale, "_CHANNEL_STEPS", 1000)
+    original, by = normal(5, 200, 8, seed=1), torch.linspace(0.7, 1.3, 8)
+    factors, found = channels(original, original / by)
+    torch.testing.assert_close(factors, by.double(), rtol=5e-3, atol=0)
+    assert found.channels == (float(factors.min()), float(factors.max()))
+    assert found.after < 1e-4 < fit(original, original / by).after
+
+
+def test_factors_minimise_the_divergence_and_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_scale, "_CHANNEL_STEPS", 1000)
+    original = normal(5, 20, 8, seed=1)
+    compressed = original + 0.5 * normal(5, 20, 8, seed=2)
+    factors, found = channels(original, compressed)
+    v = factors.clone().requires_grad_()
+    p, q = (logits(h.double()).log_softmax(-1).flatten(0, -2) for h in (original, compressed * v))
+    kl = functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    assert found.after == pytest.approx(float(kl), rel=1e-4)
+    (kl + (v - found.value).square().sum() / (2 * SPREAD**2 * 100)).backward()
+    assert v.grad is not None
+    assert v.grad.abs().max() < 1e-3
+    assert found.after < fit(original, compressed).after
+
+
+def test_few_tokens_hold_the_factors_near_one_number() -> None:
+    original = normal(1, 2, 8, seed=1)
+    factors, found = channels(original, original + 0.5 * normal(1, 2, 8, seed=2))
+    assert (factors - found.value).abs().max() < SPREAD

@@ -260,10 +260,10 @@ CASES = {
     ),
     "embedding in a layer": ("layers: [{match: 0, embed: {rank: 4}}]", ["3: layers[0].embed: unknown key"]),
     "unknown refit": ("refit: residuals", ["3: refit: 'residuals' is not known; did you mean 'residual'?"]),
-    "unknown scale": ("scale: 0.9", ["3: scale: 0.9 is not known; known: fitted, none"]),
+    "unknown scale": ("scale: 0.9", ["3: scale: 0.9 is not known; known: channels, logits, none"]),
     "scale without refit": (
-        "refit: none\nscale: fitted",
-        ["4: scale: fitted needs 'refit: residual'; with 'refit: none' the nearest is none"],
+        "refit: none\nscale: logits",
+        ["4: scale: logits needs 'refit: residual'; with 'refit: none' the nearest is none"],
     ),
     "no samples": (
         "calibration: {samples: 0}",

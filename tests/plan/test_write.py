@@ -39,7 +39,8 @@ def test_the_scale_comes_back_where_it_was_written(architecture):
     for line, scale, scales in (
         ("", None, True),
         ("scale: none", "none", False),
-        ("scale: fitted", "fitted", True),
+        ("scale: channels", "channels", True),
+        ("scale: logits", "logits", True),
         ("refit: none", None, False),
     ):
         plan = resolve(

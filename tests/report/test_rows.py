@@ -88,10 +88,10 @@ def test_page_and_table_show_nats_beside_nats() -> None:
     assert "| 0 | o | 0.1 | 0.125 | 0.1 | 0.15 | 0.123 |" in page
     assert "| 1 | down | 0.1, raised to 0.2 | 0.5 | 0.25 |  |  |" in page
     scaled = (
-        "logits scaled by 0.930 in the final norm; KL divergence from the original on 2,048 calibration tokens, "
-        "which the fits have used too: "
+        "logits scaled by 0.930 in the final norm; KL divergence from the original on 2,048 calibration tokens "
+        "that no other fit has used: "
     )
-    assert "The method and earlier refits have seen those blocks" in page
+    assert "which no method and no fit has seen" in page
     assert f"Scale: {scaled}0.4 nats before, 0.375 after." in page
     typed = json.loads(report.to_json())
     assert REFITS.validate_python(typed["refits"]) == report.refits

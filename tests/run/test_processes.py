@@ -21,7 +21,7 @@ from lrc.calibration.synthetic import write_blocks
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import SharedStaging, staging
 from lrc.compression.embedding import final_moment
-from lrc.compression.logit_scale import Final, fit_scale
+from lrc.compression.logit_scale import Final, fit_channels, fit_scale
 from lrc.compression.refit import RefitSum
 from lrc.compression.solve import solve_layer
 from lrc.errors import OutOfResources, ProcessEnded, UserError
@@ -238,17 +238,18 @@ def sums(processes: Processes, folder: Path, text: str, count: int) -> dict[str,
     numbers = iter(processes.mine(range(count)))
     for block in (block for batch in batches for block in batch.hidden.split(1)):
         number = next(numbers)
-        refit.add(block, block + normal(number, *block.shape), block, held=number == count - 1)
+        refit.add(block, 2 * block + 0.1 * normal(number, *block.shape), block, held=number == count - 1)
     refit.reduce(processes)
     start = Affine(torch.zeros(architecture.hidden, architecture.hidden))
     ((fitted, _),) = processes.spread([start], lambda each: refit.solve(each, 0, "o"))
     found["refit"] = fitted.weight
-    scale = fit_scale(
+    finals = (
         Final([batch.hidden for batch in batches], stream.tail()),
         Final([batch.hidden * 1.2 for batch in batches], stream.tail()),
-        architecture.vocab,
-        processes,
     )
+    scale = fit_scale(*finals, architecture.vocab, processes)
+    factors, _ = fit_channels(*finals, scale, architecture.hidden, architecture.vocab, processes)
+    found["channels"] = factors
     found["scale"] = torch.tensor([scale.value, scale.before, scale.after, scale.tokens])
     for target, solution in solve_layer(architecture, plan, visit.layer.state, statistics, processes).items():
         if solution.rotary_columns is not None:
