@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,10 +24,23 @@ class Estimate:
     low: float | None
     high: float | None
 
+    def between(self, form: Callable[[float], str]) -> str:
+        """Return the interval in words, such as 1.2 to 1.3; an empty string if there is none."""
+        return "" if self.low is None or self.high is None else f"{form(self.low)} to {form(self.high)}"
+
 
 def few(windows: int) -> str:
-    """Return what follows a figure of too few windows for a sure interval: their number; else an empty string."""
-    return f" ({windows} window{'s' * (windows != 1)} only)" if windows < FEW else ""
+    """Return the number of windows in words where they are too few for a sure interval, else an empty string."""
+    return f"{windows} window{'s' * (windows != 1)} only" if windows < FEW else ""
+
+
+def caveat(windows: int) -> str | None:
+    """Say why the intervals of a figure of few windows are missing or unsure; None if they are sure."""
+    if windows < 2:
+        return "one window is measured, so the figures have no interval"
+    if windows < FEW:
+        return f"{windows} windows are few; below {FEW} the intervals cover the true value less often than stated"
+    return None
 
 
 def mean(tokens: Tensor) -> Estimate:
@@ -67,22 +79,13 @@ def _estimate(windows: int, figure: Callable[[np.ndarray], np.ndarray]) -> Estim
     The seed is fixed, so all figures of a comparison use the same resamples, and two models are compared in pairs.
     B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    from scipy.stats import bootstrap  # takes a second to import
-
-    every = np.arange(windows)
-    value = float(figure(every[None])[0])
+    value = float(figure(np.arange(windows)[None])[0])
     if windows < 2:
         return Estimate(value, None, None)
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore")  # scipy's own interval is NaN if a figure is infinite
-        found = bootstrap(
-            (every,),
-            lambda drawn, axis: figure(drawn),
-            n_resamples=RESAMPLES,
-            batch=max(_CELLS // windows, 1),
-            method="percentile",
-            rng=np.random.default_rng(_SEED),
-        )
+    rng, batch, found = np.random.default_rng(_SEED), max(_CELLS // windows, 1), []
+    with np.errstate(invalid="ignore"):  # a figure may be infinite
+        for start in range(0, RESAMPLES, batch):
+            found.append(figure(rng.integers(windows, size=(min(batch, RESAMPLES - start), windows))))
     # Interpolation between two infinite values would give NaN.
-    low, high = np.quantile(found.bootstrap_distribution, TAILS, method="inverted_cdf")
+    low, high = np.quantile(np.concatenate(found), TAILS, method="inverted_cdf")
     return Estimate(value, float(low), float(high))

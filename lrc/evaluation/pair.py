@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lrc.errors import UserError
-from lrc.evaluation.bootstrap import FEW, Estimate, mean, percentile, ratio
+from lrc.evaluation.bootstrap import Estimate, caveat, mean, percentile, ratio
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.passage import Passage, passages
 from lrc.evaluation.perplexity import (
@@ -52,6 +52,11 @@ class TokenByToken:
     kl_p99: Estimate
     top1_agreement: Estimate
 
+    def notes(self, measured: Perplexity) -> tuple[str, ...]:
+        """Return the caveats of the intervals, given the perplexity of the same windows."""
+        found = caveat(measured.windows)
+        return (f"{measured.data}: {found}",) if found else ()
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -87,12 +92,7 @@ class Pair:
     def notes(self) -> tuple[str, ...]:
         if self.refused is not None:
             return (f"{self.ours.data}: {self.refused}",)
-        if self.tokens and 1 < self.ours.windows < FEW:
-            return (
-                f"{self.ours.data}: {self.ours.windows} windows are few; below {FEW} the intervals cover the true "
-                "value less often than stated",
-            )
-        return ()
+        return self.tokens.notes(self.ours) if self.tokens else ()
 
 
 def evaluate_pair(
@@ -104,10 +104,53 @@ def evaluate_pair(
     max_windows: int | None = None,
     keep: TokenWriter | None = None,
 ) -> list[Pair]:
-    """Evaluate two folders' models on each text in windows of each length, as ``passages`` cuts them.
+    """Load two folders' models and compare them on each text in windows of each length: ``LoadedPair.compare``."""
+    with loaded_pair(folders, texts, seq_lens, loading, max_windows=max_windows, keep=keep) as pair:
+        return pair.compare()
 
-    Both models run on a batch before the next one, so that only one batch's logits are in memory. Models with different
-    tokenizers or vocabularies are measured separately; with ``keep`` they raise UserError.
+
+@dataclass(frozen=True)
+class LoadedPair:
+    """Hold two models with their tokenizers, and each text as cut for either."""
+
+    models: list[Model]
+    tokenizers: list[PreTrainedTokenizerBase]
+    sides: list[tuple[Passage, Passage]]
+    run: Run
+    keep: Keep | None
+
+    def compare(self) -> list[Pair]:
+        """Compare the models on each text.
+
+        Both models run on a batch before the next one, so that only one batch's logits are in memory. Models with
+        different tokenizers or vocabularies are measured separately; with ``keep`` they raise UserError.
+        """
+        found = []
+        for pair in self.sides:
+            if (refused := _refusal(self.models, pair)) is None:
+                found.append(_compared(self.models, pair[0], self.tokenizers[0], self.run, self.keep))
+                continue
+            if self.keep:  # only now known: the vocabularies differ
+                raise UserError(f"{pair[0].data}: {refused}; leave --tokens out")
+            each = zip(self.models, pair, self.tokenizers, strict=True)
+            ours, theirs = (measure(*side, self.run) for side in each)
+            found.append(Pair(ours, theirs, refused=refused))
+        return found
+
+
+@contextmanager
+def loaded_pair(
+    folders: tuple[Path, Path],
+    texts: Sequence[Text],
+    seq_lens: Sequence[int],
+    loading: Loading,
+    *,
+    max_windows: int | None = None,
+    keep: Keep | None = None,
+) -> Iterator[LoadedPair]:
+    """Cut texts by ``passages``, load two folders' models, and free them when the context closes.
+
+    ``keep`` gets each passage with its results by token. Raises UserError if it is given and the tokenizers differ.
     """
     run = loading.run
     tokenizers = [load_tokenizer(f, trust_remote_code=run.trust_remote_code) for f in folders]
@@ -116,7 +159,7 @@ def evaluate_pair(
         config = causal_config(folder, trust_remote_code=run.trust_remote_code).get_text_config()
         with about(f"{folder}"):
             cut.append(passages(tokenizer, texts, seq_lens, max_windows, config.vocab_size))
-    sides = [*zip(*cut, strict=True)]
+    sides = [(ours, theirs) for ours, theirs in zip(*cut, strict=True)]
     differ = next((ours for ours, theirs in sides if not torch.equal(ours.ids, theirs.ids)), None)
     if keep and differ:
         raise UserError(
@@ -124,16 +167,7 @@ def evaluate_pair(
             "by token; leave --tokens out to compare bits per byte"
         )
     with loaded(folders, sum(map(len, tokenizers)), loading) as models:
-        found = []
-        for pair in sides:
-            if (refused := _refusal(models, pair)) is None:
-                found.append(_compared(models, pair[0], tokenizers[0], run, keep))
-                continue
-            if keep:  # only now known: the vocabularies differ
-                raise UserError(f"{pair[0].data}: {refused}; leave --tokens out")
-            ours, theirs = (measure(*each, run) for each in zip(models, pair, tokenizers, strict=True))
-            found.append(Pair(ours, theirs, refused=refused))
-        return found
+        yield LoadedPair(models, tokenizers, sides, run, keep)
 
 
 def _compared(

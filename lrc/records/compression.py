@@ -14,12 +14,14 @@ from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
 from lrc.compression.refit import RefitRecord
 from lrc.errors import UserError
+from lrc.evaluation.answers import Answers
 from lrc.evaluation.bootstrap import few
+from lrc.evaluation.pair import TokenByToken
 from lrc.evaluation.perplexity import Perplexity
 from lrc.methods.contract import Prediction
 from lrc.methods.sizes import SizeValue
 from lrc.plan.resolved import Share
-from lrc.records.number import number
+from lrc.records.number import number, ratio_text
 
 REPORT = "report.json"
 REPORT_VERSION = 4
@@ -28,15 +30,31 @@ _RAN = 1e-3  # seconds
 
 @dataclass(frozen=True)
 class PerplexityChange:
-    """Perplexity of the original and of the saved, reloaded output on the same windows."""
+    """Perplexity of the original and of the saved, reloaded output on the same windows.
+
+    ``tokens``: the output compared with the original token by token, with intervals; None in reports of earlier lrc.
+    """
 
     before: Perplexity
     after: Perplexity
+    tokens: TokenByToken | None = None
 
     @property
     def ratio(self) -> float:
         """After over before."""
         return self.after.value / self.before.value
+
+    @property
+    def sureness(self) -> str:
+        """What stands in brackets behind the ratio: its interval, and the windows where they are few; or nothing."""
+        interval = self.tokens and self.tokens.perplexity_ratio.between(ratio_text)
+        parts = [f"95 % interval {interval}" if interval else "", few(self.before.windows)]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def notes(self) -> list[str]:
+        """Caveats of the text and of the intervals."""
+        return [*self.after.notes, *(self.tokens.notes(self.before) if self.tokens else ())]
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,7 @@ class Report:
     were found, None if the plan gives them. ``offload``: where hidden states waited between two layers. ``seconds`` and
     (on a GPU) ``device_bytes``, its peak memory, by stage; ``peak_bytes`` of ``host`` and ``device``: sums and maxima
     over all processes of a run that was resumed. ``pending``: texts whose perplexity is still to be measured.
+    ``answers``: to a few prompts, before and after; None if nothing was evaluated.
     """
 
     model: str
@@ -128,6 +147,7 @@ class Report:
     warnings: list[str]
     versions: dict[str, str]
     pending: list[str] = field(default_factory=list)
+    answers: Answers | None = None
     version: int = REPORT_VERSION
 
     @property
@@ -149,9 +169,10 @@ class Report:
         )
         if not self.perplexity:
             return f"{done}. {self.unmeasured}"
-        before, after = self.perplexity[0].before, self.perplexity[0].after
-        values = f"{number(after.value)} instead of {number(before.value)}{few(before.windows)}"
-        return f"{done}, at a perplexity on {before.data} of {values}."
+        first = self.perplexity[0]
+        values = f"{number(first.after.value)} instead of {number(first.before.value)}"
+        ratio = f"× {ratio_text(first.ratio)}{f' ({first.sureness})' if first.sureness else ''}"
+        return f"{done}, at a perplexity on {first.before.data} of {values}, {ratio}."
 
     @property
     def unmeasured(self) -> str:

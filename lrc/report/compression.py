@@ -10,15 +10,22 @@ from typing import Any
 import yaml
 
 from lrc.checkpoint.sizes import byte_text
-from lrc.evaluation.bootstrap import few
 from lrc.records.compression import Report, TargetRecord
-from lrc.records.number import number
+from lrc.records.number import number, ratio_text
 from lrc.report.outputs import Original, Output, as_original, points
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import cost
 from lrc.report.plots.kept import Row, kept
 from lrc.report.table import Table, grouped, table
-from lrc.report.tables import cost_table, every_table, listed, size_ends, size_span, targets_table
+from lrc.report.tables import (
+    answers_table,
+    cost_table,
+    every_table,
+    listed,
+    size_ends,
+    size_span,
+    targets_table,
+)
 
 _LICENSES = {"Apache License Version 2.0": "apache-2.0", "MIT License": "mit"}
 
@@ -47,13 +54,15 @@ def report_sections(report: Report) -> list[Section]:
         f"Calibrated on {blocks} of {record.seq_len} tokens: {drawn}.",
         *([f"Scale: {report.scale.text}."] if report.scale else []),
         *([] if report.perplexity else [report.unmeasured]),
-        *(note for change in report.perplexity for note in change.after.notes),
+        *(note for change in report.perplexity for note in change.notes),
+        *(report.answers.skipped if report.answers else []),
     ]
     costs = cost_table(report.before, report.after, report.perplexity)
+    answers = [answers_table(report.answers)] if report.answers and report.answers.answers else []
     targets = [targets_table(report.targets)]
     refitted = {f"{len(report.refits)} output projections refitted": _refits_table(report)}
     return [
-        Section("What it cost", beside=[costs], notes=notes),
+        Section("What it cost", beside=[costs], notes=notes, tables=answers),
         Section("What was kept, and the errors", notes=[error_note(report.targets)], tables=targets),
         *([Section("Residual stream", folded=refitted)] if report.refits else []),
         Section("Time and memory", tables=[_stages_table(report)]),
@@ -224,8 +233,12 @@ def _warnings(report: Report) -> list[str]:
 def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
     before, after = report.before, report.after
     for change in report.perplexity:
-        both = f"{number(change.before.value)} to {number(change.after.value)}{few(change.before.windows)}"
-        yield f"perplexity, {change.before.data}", f"× {change.ratio:.3f}", both
+        both = f"{number(change.before.value)} to {number(change.after.value)}"
+        detail = f"{both} ({change.sureness})" if change.sureness else both
+        yield f"perplexity, {change.before.data}", f"× {ratio_text(change.ratio)}", detail
+        if found := change.tokens:
+            kl = f"KL divergence {number(found.kl_mean.value, 3)} nats per token"
+            yield f"same top token, {change.before.data}", f"{found.top1_agreement.value:.1%}", kl
     both = f"{byte_text(before.bytes)} to {byte_text(after.bytes)}"
     yield "bytes", f"× {after.bytes / before.bytes:.3f}", both
     cache = before.kv_bytes_per_token, after.kv_bytes_per_token

@@ -18,7 +18,7 @@ from lrc.records.number import number
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import Point, cost, front
 from lrc.report.table import Cell, Table, grouped, table
-from lrc.report.tables import warning_lines
+from lrc.report.tables import ratio_cell, warning_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,6 +125,7 @@ class Original:
                             "before": text.changes[i].before.value,
                             "after": text.changes[i].after.value,
                             "ratio": text.changes[i].ratio,
+                            "tokens": (tokens := text.changes[i].tokens) and asdict(tokens),
                         }
                         for text in self.texts
                         if i in text.changes
@@ -194,12 +195,12 @@ def outputs_tables(originals: Iterable[Original]) -> Iterator[RenderableType]:
 def outputs_table(original: Original) -> Table:
     """Return a row for the original and one for each output."""
 
-    def row(label: str, size: Size, quality: Mapping[str, tuple[float, float]], keep: str) -> dict[str, Cell]:
-        """Return the cells of a model, given its perplexity and the ratio to the original's by text."""
+    def row(label: str, size: Size, quality: Mapping[str, tuple[float, str]], keep: str) -> dict[str, Cell]:
+        """Return the cells of a model, given its perplexity and the ratio to the original's, by text."""
         cells: dict[str, Cell] = {"output:w": label}
         for text, (value, ratio) in quality.items():
             of_text = f", {text}" if len(original.texts) > 1 else ""
-            cells |= {f"{text}:n": number(value), f"× dense{of_text}:n": f"{ratio:.3f}"}
+            cells |= {f"{text}:n": number(value), f"× dense{of_text}:n": ratio}
         return cells | {
             "bytes:n": byte_text(size.bytes),
             "of dense:n:m": f"{size.bytes / original.before.bytes:.3f}",
@@ -208,11 +209,16 @@ def outputs_table(original: Original) -> Table:
         }
 
     rows = [
-        row("dense", original.before, {text.text: (text.dense.value, 1.0) for text in original.texts}, "100%")
+        row(
+            "dense",
+            original.before,
+            {text.text: (text.dense.value, "1.000") for text in original.texts},
+            "100%",
+        )
     ]
     for i, output in enumerate(original.outputs):
         changes = {text.text: text.changes[i] for text in original.texts if i in text.changes}
-        quality = {text: (change.after.value, change.ratio) for text, change in changes.items()}
+        quality = {text: (change.after.value, ratio_cell(change)) for text, change in changes.items()}
         cells = row(output.label, output.report.after, quality, f"{output.report.keep:.1%}")
         rows.append(cells | {"method:m": output.method, "seconds:n:m": f"{output.seconds:.1f}"})
     return table(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lrc.benchmark.measure import Timing
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.compression.measure import Measured
+from lrc.evaluation.answers import NEW_TOKENS, Answers, Written
 from lrc.evaluation.bootstrap import RESAMPLES, Estimate
 from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
@@ -20,7 +22,7 @@ from lrc.records.benchmark import Bench
 from lrc.records.check import Check, Item
 from lrc.records.comparison import Comparison, Evaluated
 from lrc.records.compression import PerplexityChange, Report, TargetRecord
-from lrc.records.number import number
+from lrc.records.number import number, ratio_text
 from lrc.report.table import Table, grouped, table
 
 if TYPE_CHECKING:
@@ -31,6 +33,12 @@ def compression_tables(report: Report) -> Iterator[RenderableType]:
     """Yield what a compression did and what it cost."""
     yield targets_table(report.targets).on_screen()
     yield cost_table(report.before, report.after, report.perplexity).on_screen()
+    for change in report.perplexity:
+        yield from change.tokens.notes(change.before) if change.tokens else ()
+    if report.answers:
+        if report.answers.answers:
+            yield answers_table(report.answers).on_screen()
+        yield from report.answers.skipped
     if report.scale is not None:
         yield f"scale: {report.scale.text}"
     samples = report.calibration.samples
@@ -41,10 +49,10 @@ def compression_tables(report: Report) -> Iterator[RenderableType]:
 
 
 def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange] = ()) -> Table:
-    """Return parameters, bytes, cache and perplexity before and after."""
+    """Return parameters, bytes, cache and perplexity before and after, and how far predictions moved."""
 
     def row(name: str, old: str, new: str, ratio: float) -> dict[str, str]:
-        return {":w": name, "before:n": old, "after:n": new, "ratio:n": f"{ratio:.3f}"}
+        return {":w": name, "before:n": old, "after:n": new, "ratio:n": ratio_text(ratio)}
 
     rows = [
         row(name, shown(old), shown(new), new / old)
@@ -58,11 +66,50 @@ def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange]
         old, new = change.before, change.after
         label = f"perplexity, {old.data} ({old.windows} × {old.seq_len} tokens, {old.dtype})"
         rows.append(row(label, number(old.value), number(new.value), change.ratio))
+        if found := change.tokens:
+            rows[-1] |= _interval_cell(found.perplexity_ratio, ratio_text)
         if old.bits_per_byte is not None and new.bits_per_byte is not None:
             ratio = new.bits_per_byte / old.bits_per_byte if old.bits_per_byte else math.nan
             bits = f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}"
             rows.append(row(f"bits per byte, {old.data}", *bits, ratio))
+        if found := change.tokens:
+            for name, estimate, form in (
+                ("KL divergence from the original, nats per token", found.kl_mean, lambda v: number(v, 3)),
+                ("KL divergence, 99th percentile", found.kl_p99, lambda v: number(v, 3)),
+                ("same top token as the original", found.top1_agreement, "{:.1%}".format),
+            ):
+                cells = {":w": f"{name}, {old.data}", "after:n": form(estimate.value)}
+                rows.append(cells | _interval_cell(estimate, form))
     return table(rows)
+
+
+def ratio_cell(change: PerplexityChange) -> str:
+    """Return the ratio of perplexities with its interval below, if there is one."""
+    interval = change.tokens and change.tokens.perplexity_ratio.between(ratio_text)
+    return ratio_text(change.ratio) + (f"\n{interval}" if interval else "")
+
+
+def _interval_cell(estimate: Estimate, form: Callable[[float], str]) -> dict[str, str]:
+    return {"95 % interval": estimate.between(form) or "none: 1 window"}
+
+
+def answers_table(found: Answers) -> Table:
+    """Return a row for each prompt with the answers before and after."""
+    how = "Prompts through the chat template" if found.chat else "Prompts continued as plain text"
+    return table(
+        (
+            {"prompt:w": each.prompt, "before:w": _written(each.before), "after:w": _written(each.after)}
+            for each in found.answers
+        ),
+        f"{how}, answered with the most likely tokens: at most {NEW_TOKENS} new ones. … marks an answer "
+        "that was cut there; the model itself ended the others.",
+    )
+
+
+def _written(answer: Written) -> str:
+    """Return a text as one line, without the control characters that a damaged model may write."""
+    line = re.sub(r"\s*[\r\n]\s*", " ↵ ", answer.text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line) + ("" if answer.ended else " …")
 
 
 def targets_table(records: Iterable[TargetRecord]) -> Table:
@@ -187,7 +234,7 @@ def check_tables(check: Check) -> Iterator[RenderableType]:
         f"{memory.batch_size} at once, {memory.dtype}); "
         f"{byte_text(least.peak)} with --offload host or disk, where hidden states then take "
         f"{byte_text(memory.states)}{f' and gradients {byte_text(memory.gradients)}' if memory.gradients else ''}; "
-        "perplexity is measured with the model whole where it fits, else a layer at a time"
+        "perplexity is measured with both models whole where they fit, else a layer at a time"
     )
     yield from warning_lines(check.warnings)
 

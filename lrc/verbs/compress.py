@@ -21,9 +21,10 @@ from lrc.compression.loop import Compressor
 from lrc.errors import UserError
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
-from lrc.evaluation.folder import Loading, evaluate_folder
-from lrc.evaluation.passage import DEFAULT_SEQ_LEN, count_windows
-from lrc.evaluation.perplexity import Perplexity
+from lrc.evaluation.answers import Answers, write_answers
+from lrc.evaluation.folder import Loading
+from lrc.evaluation.pair import loaded_pair
+from lrc.evaluation.passage import DEFAULT_SEQ_LEN, choose_seq_lens, count_windows
 from lrc.hub.names import default_text
 from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
@@ -92,9 +93,9 @@ def compress(
         work = _compress_layers(work, stage)
         report = _publish(work, own, target, held_out, others) if own and not own.published else None
         setup.processes.meet()
-        perplexity = _evaluate(work, stage, held_out, max_windows) if held_out else []
+        perplexity, answers = _evaluate(work, stage, held_out, max_windows) if held_out else ([], None)
         if own and (perplexity or report is None):
-            report = replace(_report(work, own, target), perplexity=perplexity)
+            report = replace(_report(work, own, target), perplexity=perplexity, answers=answers)
             _write_report(own, report, source, others)
     return setup.processes.share(cast(Report, report))
 
@@ -252,21 +253,29 @@ def _publish(
 
 def _evaluate(
     work: _Work, stage: SharedStaging, held_out: list[str], max_windows: int | None
-) -> list[PerplexityChange]:
-    """Measure the perplexity of the original and of the published checkpoint."""
+) -> tuple[list[PerplexityChange], Answers | None]:
+    """Compare the published checkpoint with the original on each text, and by answers to prompts, on rank 0 alone."""
     setup = work.setup
     advice = "the same command with --no-eval, then lrc eval with --streamed: the checkpoint is finished"
 
-    def measured(path: Path, when: str) -> list[Perplexity]:
-        run = replace(setup.run, progress=lambda label, total: setup.run.stage(f"{when}: {label}", total))
-        loading = Loading(setup.device, setup.dtype, stage.scratch, run)
-        return evaluate_folder(path, held_out, loading, max_windows=max_windows)
+    def progress(label: str, total: int) -> Callable[[int], object]:
+        return setup.run.stage(f"before and after: {label}", total)
 
-    with setup.watch.stage("evaluate"), memory_advice(advice):
-        before, after = measured(work.job.model.path, "before"), measured(stage.out, "after")
-    if wrong := next((each for each in before if not math.isfinite(each.nats)), None):
-        raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
-    return [PerplexityChange(*pair) for pair in zip(before, after, strict=True)]
+    loading = Loading(setup.device, setup.dtype, stage.scratch, replace(setup.run, progress=progress))
+    texts = [read_text(spec, "evaluation", setup.run.data_folder) for spec in held_out]
+    lengths = choose_seq_lens([("the model", work.job.reader.config)], None)
+    folders, answers = (stage.out, work.job.model.path), None
+    with (
+        setup.watch.stage("evaluate"),
+        memory_advice(advice),
+        loaded_pair(folders, texts, lengths, loading, max_windows=max_windows) as pair,
+    ):
+        changes = [PerplexityChange(each.theirs, each.ours, each.tokens) for each in pair.compare()]
+        if wrong := next((each.before for each in changes if not math.isfinite(each.before.nats)), None):
+            raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
+        if setup.processes.first:
+            answers = write_answers(pair.models[::-1], folders[::-1], pair.tokenizers[0], loading)
+    return changes, answers
 
 
 def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lrc.evaluation import bootstrap as module
-from lrc.evaluation.bootstrap import few, mean, percentile, ratio
+from lrc.evaluation.bootstrap import caveat, few, mean, percentile, ratio
 
 
 def resamples(windows: int) -> list[torch.Tensor]:
@@ -102,9 +102,22 @@ def test_memory_grows_with_the_text_and_not_with_resamples_by_windows():
 
 def test_few_windows_stand_beside_a_figure() -> None:
     assert [few(n) for n in (1, 2, 29, 30, 148)] == [
-        " (1 window only)",
-        " (2 windows only)",
-        " (29 windows only)",
+        "1 window only",
+        "2 windows only",
+        "29 windows only",
         "",
         "",
     ]
+
+
+def test_a_caveat_names_the_windows_where_an_interval_is_missing_or_unsure() -> None:
+    assert "no interval" in str(caveat(1))
+    assert "29 windows are few" in str(caveat(29))
+    assert caveat(30) is None
+
+
+def test_one_window_has_no_interval_and_infinite_figures_have_one() -> None:
+    values = torch.tensor([[1.0, 3.0], [5.0, math.inf]])
+    one, two = mean(values[:1]), mean(values)
+    assert (one.value, one.low, one.high, one.between(str)) == (2.0, None, None, "")
+    assert (two.value, two.low, two.high, two.between(str)) == (math.inf, 2.0, math.inf, "2.0 to inf")

@@ -76,6 +76,22 @@ def test_is_what_each_is_by_itself_and_what_the_whole_models_say(both, text):
         assert estimate.low < estimate.value < estimate.high
 
 
+def test_a_model_is_no_distance_from_itself(both, text):
+    found = evaluate_against(both[1], both[1], ppl=str(text), seq_len=40, run=Run(device="cpu"))
+    tokens = found.pairs[0].tokens
+    assert tokens is not None
+    figures = [(each.value, each.low, each.high) for each in vars(tokens).values()]
+    assert figures == [(1, 1, 1), (0, 0, 0), (0, 0, 0), (1, 1, 1)]
+
+
+def test_one_window_has_no_interval_and_says_so(both, text):
+    found = evaluate_against(*both, ppl=str(text), seq_len=40, max_windows=1, run=Run(device="cpu"))
+    tokens = found.pairs[0].tokens
+    assert tokens is not None
+    assert {(each.low, each.high) for each in vars(tokens).values()} == {(None, None)}
+    assert found.notes == [f"{text}: one window is measured, so the figures have no interval"]
+
+
 def test_the_same_to_the_last_digit_again_and_a_layer_at_a_time(both, text, tmp_path, monkeypatch):
     tables = []
     made = []

@@ -12,6 +12,9 @@ from lrc.checkpoint.sizes import Size
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
 from lrc.compression.refit import RefitRecord, StreamError
+from lrc.evaluation.answers import Answer, Answers, Written
+from lrc.evaluation.bootstrap import Estimate
+from lrc.evaluation.pair import TokenByToken
 from lrc.evaluation.perplexity import Perplexity
 from lrc.methods.contract import Prediction
 from lrc.plan.resolved import Share
@@ -39,7 +42,14 @@ def perplexity(value: float, data: str = "wikitext2:test", ids: str = "ab", **fi
 
 
 def change(before: float, after: float, data: str = "wikitext2:test", **fields: Any) -> PerplexityChange:
-    return PerplexityChange(perplexity(before, data, **fields), perplexity(after, data, **fields))
+    ratio = after / before
+    tokens = TokenByToken(
+        Estimate(ratio, ratio - 0.01, ratio + 0.01),
+        Estimate(0.1234, 0.12, 0.127),
+        Estimate(1.5, 1.4, 1.6),
+        Estimate(0.871, 0.869, 0.873),
+    )
+    return PerplexityChange(perplexity(before, data, **fields), perplexity(after, data, **fields), tokens)
 
 
 def target(name: str, layer: int | None, kept: float = 0.5, **fields: Any) -> TargetRecord:
@@ -100,6 +110,11 @@ def make_report() -> MakeReport:
             peak_bytes={"host": 2**31},
             warnings=[],
             versions={"lrc": "0.1.0", "torch": "2.13.0"},
+            answers=Answers(
+                True,
+                [Answer("Why?", Written("Because light is scattered.", True), Written("The sky", False))],
+                ["no answers to 'Who?': the tokenizer fails (KeyError: 'role')"],
+            ),
         )
         return replace(known, **fields)
 
@@ -162,6 +177,17 @@ def worst(make_report: MakeReport) -> Report:
         processes=8,
         offload="disk",
         versions={f"package-{i}": "1.2.3+cu128" for i in range(20)},
+        answers=Answers(
+            False,
+            [
+                Answer(
+                    "<b>Why|How?</b>" + 40 * "long-",
+                    Written("```\n\n# <script>alert(1)</script> | \x1b[31mred\x00", True),
+                    Written(300 * "x" + "\r\n模型", False),
+                )
+            ],
+            ["<b>none</b> " + 60 * "reasons "],
+        ),
     )
 
 

@@ -87,7 +87,7 @@ def test_what_users_name_is_escaped(worst: Report, worst_page: str) -> None:
 def test_what_was_done_is_said_in_a_sentence(make_report: MakeReport) -> None:
     assert Page(html_page(make_report())).has(
         "llama-7b was compressed by the plan a3-2x to 50.0% of its decoder's weights: 6.519 GiB instead of 12.55 GiB, "
-        "at a perplexity on wikitext2:test of 6.81 instead of 5.47."
+        "at a perplexity on wikitext2:test of 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255)."
     )
 
 
@@ -96,8 +96,40 @@ def test_few_windows_stand_beside_the_headline(make_report: MakeReport) -> None:
     change = report.perplexity[0]
     two = replace(change, before=replace(change.before, windows=2), after=replace(change.after, windows=2))
     page = Page(html_page(replace(report, perplexity=[two])))
-    assert page.has("of 6.81 instead of 5.47 (2 windows only).")
-    assert page.has("5.47 to 6.81 (2 windows only)")
+    assert page.has("of 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255, 2 windows only).")
+    assert page.has("5.47 to 6.81 (95 % interval 1.235 to 1.255, 2 windows only)")
+    assert page.has("wikitext2:test: 2 windows are few")
+
+
+def test_one_window_has_no_interval_and_the_page_says_so(make_report: MakeReport) -> None:
+    report = make_report()
+    change = report.perplexity[0]
+    assert change.tokens is not None
+    figures = {name: replace(each, low=None, high=None) for name, each in vars(change.tokens).items()}
+    one = replace(change, before=replace(change.before, windows=1), tokens=replace(change.tokens, **figures))
+    page = Page(html_page(replace(report, perplexity=[one])))
+    assert page.has("of 6.81 instead of 5.47, × 1.245 (1 window only).")
+    assert page.has("none: 1 window")
+    assert page.has("wikitext2:test: one window is measured, so the figures have no interval")
+
+
+def test_divergence_and_answers_are_shown(make_report: MakeReport, worst: Report, worst_page: str) -> None:
+    page = Page(html_page(make_report()))
+    for told in (
+        "87.1%KL divergence 0.123 nats per token",
+        "1.235 to 1.255",
+        "0.12 to 0.127",
+        "86.9% to 87.3%",
+        "Prompts through the chat template",
+        "Because light is scattered.",
+        "The sky …",
+        "no answers to 'Who?': the tokenizer fails (KeyError: 'role')",
+    ):
+        assert page.has(told), told
+    assert worst.answers is not None
+    assert Page(worst_page).has(worst.answers.skipped[0])
+    assert Page(worst_page).has("``` ↵ # <script>alert(1)</script> | \ufffd[31mred\ufffd")
+    assert "same top token" not in html_page(make_report(perplexity=[]))
 
 
 def test_provenance_is_whole(make_report: MakeReport) -> None:

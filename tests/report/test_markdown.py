@@ -30,7 +30,22 @@ def test_a_name_with_a_bar_breaks_no_table(worst: Report) -> None:
     named = replace(change, before=replace(change.before, data="a|b.txt"))
     page = report_page(replace(worst, perplexity=[named]))
     (row,) = [line for line in page.splitlines() if line.startswith("| perplexity")]
-    assert row.replace("\\|", "").count("|") == 5
+    assert row.replace("\\|", "").count("|") == 6
+    (answer,) = [line for line in page.splitlines() if line.startswith("| <b>Why")]
+    assert answer.replace("\\|", "").count("|") == 4
+
+
+def test_intervals_and_answers_are_on_the_page_and_on_the_card(make_report: Callable[..., Report]) -> None:
+    report = make_report()
+    for page in (report_page(report), model_card(report)):
+        for told in (
+            "| 5.47 | 6.81 | 1.245 | 1.235 to 1.255 |",
+            "| KL divergence from the original, nats per token, wikitext2:test |  | 0.123 |  | 0.12 to 0.127 |",
+            "| same top token as the original, wikitext2:test |  | 87.1% |  | 86.9% to 87.3% |",
+            "| Why? | Because light is scattered. | The sky … |",
+            "no answers to 'Who?'",
+        ):
+            assert told in page
 
 
 def test_errors_are_explained_where_there_are_such(make_report: Callable[..., Report]) -> None:

@@ -50,8 +50,8 @@ def test_figures_of_other_tokens_are_on_no_axis_together(
 ) -> None:
     first = make_report()
     (figure,) = first.perplexity
-    figures = [replace(each, **{field: value}) for each in (figure.before, figure.after)]
-    second = replace(first, perplexity=[type(figure)(*figures)])
+    before, after = (replace(each, **{field: value}) for each in (figure.before, figure.after))
+    second = replace(first, perplexity=[replace(figure, before=before, after=after)])
     (source,) = read_outputs(written(a=first, b=second))
     assert [list(text.changes) for text in source.texts] == [[0], [1]]
     assert len({text.text for text in source.texts}) == 2
@@ -105,7 +105,9 @@ def test_json_has_every_figure(written: Written, make_report: MakeReport) -> Non
     found = json.loads(json.dumps(source.as_dict()))
     (output,) = found["outputs"]
     assert output["after"]["bytes"] == report.after.bytes
-    assert output["perplexity"]["wikitext2:test"]["ratio"] == pytest.approx(6.81 / 5.47)
+    figures = output["perplexity"]["wikitext2:test"]
+    assert figures["ratio"] == pytest.approx(6.81 / 5.47)
+    assert figures["tokens"]["top1_agreement"] == {"value": 0.871, "low": 0.869, "high": 0.873}
     assert found["before"]["kv_bytes_per_token"] == report.before.kv_bytes_per_token
     assert math.isclose(output["seconds"], sum(report.seconds.values()))
 
@@ -159,3 +161,7 @@ def test_only_outputs_of_the_model_stand_beside_it(written: Written, make_report
 )
 def test_what_all_labels_begin_with_is_left_out(labels: list[str], shorter: list[str]) -> None:
     assert short(labels) == shorter
+
+
+def test_ratios_have_their_intervals(written: Written, make_report: MakeReport) -> None:
+    assert "1.245\n1.235 to 1.255</td>" in compared_page(read_outputs(written(a=make_report())))

@@ -64,7 +64,7 @@ def stopped(shared_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr("lrc.verbs.compress.html_page", lambda report, others: report.sentence)
         compress(folder, "whole")
         with pytest.raises(KeyboardInterrupt):
-            compress(folder, "out", run=stopping("after: "))
+            compress(folder, "out", run=stopping("before and after: "))
     return Runs(folder, json.loads((folder / ".out.lrc-partial" / "times.json").read_text(encoding="utf-8")))
 
 
@@ -115,7 +115,7 @@ def test_the_same_command_goes_on_with_the_evaluation_alone(again: Runs, solved:
     found = compress(again.folder, "out", run=lrc.Run(device="cpu", progress=progress))
     out, whole = again.folder / "out", read_report(again.whole)
     assert solved == []
-    assert [label.split()[0] for label in labels] == ["compress", *["before:"] * 2, *["after:"] * 2]
+    assert [label.split()[0] for label in labels] == ["compress", "before", "before"]
     assert weights(out) == kept
     assert at == {name: (out / name).stat().st_mtime_ns for name in kept}  # not even written again
     assert read_report(out) == found
@@ -125,6 +125,37 @@ def test_the_same_command_goes_on_with_the_evaluation_alone(again: Runs, solved:
     assert not any("pending" in (out / name).read_text("utf-8") for name in REPORTS - {"report.json"})
     assert verify(out).sound
     assert not (again.folder / ".out.lrc-partial").exists()
+
+
+def test_figures_are_those_of_lrc_eval(stopped: Runs) -> None:
+    report, run = read_report(stopped.whole), lrc.Run(device="cpu")
+    (change,) = report.perplexity
+    with chdir(stopped.folder):
+        (pair,) = lrc.evaluate_against("whole", "model", "text.txt", run=run).pairs
+        alone = [lrc.evaluate(folder, "text.txt", run=run)[0].nats for folder in ("model", "whole")]
+    assert [change.before.nats, change.after.nats] == alone
+    assert change.tokens == pair.tokens
+    assert change.tokens is not None
+    assert change.tokens.perplexity_ratio.value == pytest.approx(change.ratio)
+
+
+def test_prompts_are_answered_before_and_after(stopped: Runs) -> None:
+    found = read_report(stopped.whole).answers
+    assert found is not None
+    assert not found.chat
+    assert [each.prompt for each in found.answers] == ["Why is the sky blue?", "What is 17 + 25?"]
+    assert all(each.before != each.after for each in found.answers)
+    assert len(found.skipped) == 3  # the model has 64 positions
+    assert all("exceed the model's 64 positions" in reason for reason in found.skipped)
+    assert read_report(stopped.folder / "out").answers is None
+
+
+def test_a_template_that_raises_ends_no_run(again: Runs) -> None:
+    (again.folder / "model" / "chat_template.jinja").write_text("{{ raise_exception('no') }}", "utf-8")
+    found = compress(again.folder, "new").answers
+    assert found is not None
+    assert (found.chat, found.answers, len(found.skipped)) == (True, [], 5)
+    assert "TemplateError: no" in (again.folder / "new" / "report.md").read_text(encoding="utf-8")
 
 
 def test_times_and_peaks_of_all_processes_add_up(again: Runs) -> None:
@@ -186,7 +217,7 @@ def test_a_mistake_in_the_evaluation_keeps_the_run(again: Runs, monkeypatch: pyt
         raise lrc.errors.UserError("the text is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lrc.verbs.compress.evaluate_folder", fail)
+        patch.setattr("lrc.verbs.compress.loaded_pair", fail)
         with pytest.raises(lrc.errors.UserError, match="the text is gone"):
             compress(again.folder, "out")
     assert read_report(again.folder / "out").pending
@@ -212,8 +243,6 @@ def test_every_stage_has_a_name_and_its_steps_add_up(again: Runs) -> None:
         "gradients",
         "compress",
         "write",
-        "before: load",
-        "before: text.txt",
-        "after: load",
-        "after: text.txt",
+        "before and after: load",
+        "before and after: text.txt",
     ]
