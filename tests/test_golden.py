@@ -33,6 +33,7 @@ SAME_EVERYWHERE = {
     "MKL_CBWR": "COMPATIBLE",
     "ATEN_CPU_CAPABILITY": "default",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "OPENBLAS_CORETYPE": "Prescott",  # of scipy
     "HF_HUB_OFFLINE": "1",
 }
 
