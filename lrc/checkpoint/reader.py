@@ -46,6 +46,8 @@ class CheckpointReader:
 
         self.folder, self._trust_remote_code = folder, trust_remote_code
         self.raw_config = read_json(folder / "config.json")
+        if (generation := folder / "generation_config.json").is_file():
+            read_json(generation)  # it is copied, and transformers loads no model beside some damaged ones
         self._check_quantization(quantized)
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
         causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
@@ -186,6 +187,15 @@ def test_a_folder_without_config_or_weights_is_refused(tiny_checkpoint, tmp_path
         CheckpointReader(folder)
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]"])
+def test_a_damaged_generation_config_is_refused(tiny_checkpoint, damaged):
+    """transformers loads no model beside a list, and takes other damage for no file, which would be copied."""
+    folder = tiny_checkpoint("llama")
+    (folder / "generation_config.json").write_text(damaged)
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        CheckpointReader(folder)
+
+
 @pytest.mark.parametrize("length", [4, 100, -10])
 def test_a_file_cut_short_is_refused(tiny_checkpoint, length):
     folder = tiny_checkpoint("llama")
@@ -236,7 +246,6 @@ def test_the_precision_is_that_of_most_weights(tiny_checkpoint):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_are_the_modules_own_maps(tiny_checkpoint, family):
     """Unfused and turned to (out, in), they give what transformers' modules give."""
-    from transformers import AutoModelForCausalLM
 
     folder = tiny_checkpoint(family)
     reader = CheckpointReader(folder)
