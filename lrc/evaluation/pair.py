@@ -117,7 +117,7 @@ class LoadedPair:
     tokenizers: list[PreTrainedTokenizerBase]
     sides: list[tuple[Passage, Passage]]
     run: Run
-    keep: Keep | None
+    keep: TokenWriter | None
 
     def compare(self) -> list[Pair]:
         """Compare the models on each text.
@@ -146,7 +146,7 @@ def loaded_pair(
     loading: Loading,
     *,
     max_windows: int | None = None,
-    keep: Keep | None = None,
+    keep: TokenWriter | None = None,
 ) -> Iterator[LoadedPair]:
     """Cut texts by ``passages``, load two folders' models, and free them when the context closes.
 
