@@ -39,9 +39,24 @@ class Tasks:
 
     panel: ClassVar = "Tasks"
     tasks: list[str] | None = option(
-        "Tasks of lm-evaluation-harness to run. Perplexity is then measured only with --ppl.", first=True
+        "Tasks of lm-evaluation-harness to run, or standard: six tasks and their mean, and LAMBADA. Perplexity is then "
+        "measured only with --ppl.",
+        first=True,
     )
     tasks_dir: Path | None = option("Folder with YAML files that define more tasks.")
+    limit: int | None = option("Documents of each task to run, from its start.", least=1, shown="all")
+    num_fewshot: int | None = option("Solved examples in each prompt.", least=0, shown="the tasks'")
+
+
+@dataclass(frozen=True)
+class Where(Place):
+    """Where the model runs, and how much at once; fields of ``lrc.Run``."""
+
+    batch_size: int | None = option(
+        "Requests of tasks, or calibration blocks of --ablate, that run at once.",
+        least=1,
+        shown="8 requests; blocks by their length",
+    )
 
 
 @dataclass(frozen=True)
@@ -60,9 +75,6 @@ class Ablation:
         metavar="NAME",
         shown="a3 for components, whitened_svd for projections",
     )
-    batch_size: int | None = option(
-        "Calibration blocks that run at once.", least=1, shown="chosen by their length"
-    )
     calib: str | None = calib_option("wikitext2; builtin for the built-in models")
     fresh: bool = option("Ignore cached results and measure again.", False)
 
@@ -71,7 +83,7 @@ def verb(
     windows: Windows,
     tasks: Tasks,
     ablation: Ablation,
-    place: Place,
+    where: Where,
     inputs: Inputs,
     model: Annotated[
         str | None,
@@ -89,7 +101,7 @@ def verb(
     from lrc.report.tables import evaluation_tables
 
     given = {"against": "--against"} if against else {}
-    for group in (windows, tasks, ablation, inputs):
+    for group in (windows, tasks, ablation, where, inputs):
         given |= {f.name: flags(f)[-1] for f in fields(group) if getattr(group, f.name) != f.default}
 
     def refuse(*options: str, why: str) -> None:
@@ -97,12 +109,14 @@ def verb(
             raise UserError(f"{' and '.join(found)}: no effect {why}")
 
     if ablation.ablate:
-        refuse("against", "context", "tokens", "streamed", "tasks", why="with --ablate; leave it out")
-        _ablate(model, windows, ablation, (place, inputs), as_json)
+        refused = "against", "context", "tokens", "streamed", *vars(tasks)
+        refuse(*refused, why="with --ablate; leave it out")
+        _ablate(model, windows, ablation, (where, inputs), as_json)
         return
-    refuse("keeps", "method", "batch_size", "calib", "fresh", why="without --ablate; leave it out")
+    refuse("keeps", "method", "calib", "fresh", why="without --ablate; leave it out")
     if tasks.tasks is None:
-        refuse("tasks_dir", why="without --tasks; name tasks, or leave it out")
+        refuse(*vars(tasks), why="without --tasks; name tasks, or leave it out")
+        refuse("batch_size", why="without --tasks or --ablate; leave it out")
     elif windows.ppl is None:
         why = "with --tasks alone; name a text with --ppl, or leave it out"
         refuse("seq_len", "context", "max_windows", "tokens", "data_dir", why=why)
@@ -111,7 +125,7 @@ def verb(
 
         model = str(newest_output(Path.cwd()))
         note(f"evaluating {model}, the newest lrc output here")
-    with running(place, inputs, as_json=as_json) as run:
+    with running(where, inputs, as_json=as_json) as run:
         comparison = _measure(model, against, windows, tasks, run)
     result(comparison.as_dict(), evaluation_tables(comparison), as_json, windows.tokens)
 
@@ -137,7 +151,7 @@ def _measure(model: str, against: str | None, windows: Windows, tasks: Tasks, ru
 
 
 def _ablate(
-    model: str | None, windows: Windows, asked: Ablation, groups: tuple[Place, Inputs], as_json: bool
+    model: str | None, windows: Windows, asked: Ablation, groups: tuple[Where, Inputs], as_json: bool
 ) -> None:
     from lrc.report.ablation import ablation_table
     from lrc.verbs.ablate import ablate
@@ -148,7 +162,7 @@ def _ablate(
     if len(texts) > 1:
         raise UserError(f"--ablate measures on one text, not {len(texts)}; run it again for each")
     try:
-        with running(*groups, as_json=as_json, batch_size=asked.batch_size) as run:
+        with running(*groups, as_json=as_json) as run:
             ablation = ablate(
                 model,
                 keeps=asked.keeps,

@@ -207,6 +207,7 @@ def evaluation_tables(comparison: Comparison) -> Iterator[RenderableType]:
         yield f"95 % intervals in brackets: {RESAMPLES:,} resamples of whole windows, both models' together"
     if of.tasks:
         yield _tasks(of, against).on_screen()
+        yield listed(comparison.versions)
     yield from warning_lines(comparison.notes)
 
 
@@ -352,13 +353,21 @@ def _tasks(of: Evaluated, against: Evaluated | None) -> Table:
             "task": score.task,
             "metric": f"{name}{better}",
             "shots:n": "" if score.shots is None else str(score.shots),
-            "documents:n": "" if score.documents is None else str(score.documents),
+            "documents:n": _documents(score),
+            "version:n": score.version or "",
             "model:n": _score(score),
         }
         if other := others.get((score.task, score.metric, score.filter)):
             row |= {"against:n": _score(other), "difference:n": f"{score.value - other.value:+.4f}"}
         rows.append(row)
     return table(rows)
+
+
+def _documents(score: TaskScore) -> str:
+    if score.documents is None:
+        return ""
+    limited = score.documents != score.all_documents
+    return f"first {score.documents} of {score.all_documents}" if limited else str(score.documents)
 
 
 def _score(score: TaskScore) -> str:

@@ -30,7 +30,8 @@ class Run:
     """Say where and how a verb runs.
 
     ``device``: cpu, cuda or cuda:N (default: the first GPU). ``dtype``: of the layers (default: the checkpoint's on a
-    GPU, float32 on a CPU). ``batch_size``: blocks at once (default: by their length). ``offload``: place of hidden
+    GPU, float32 on a CPU). ``batch_size``: blocks, or requests of tasks, at once (default: blocks by
+    their length). ``offload``: place of hidden
     states between two layers, one of ``lrc.run.offload.PLACES`` (default: the first with room). ``data_dir``: folder
     with the data sets, instead of the hub. ``revision``: branch, tag or commit of the model on the hub.
     ``allow_pickle``: read pickled weights. ``trust_remote_code``: run code that comes with the checkpoint. ``progress``

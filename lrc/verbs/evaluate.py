@@ -87,24 +87,28 @@ def prepare_tasks(
     tasks: Sequence[str],
     *,
     tasks_dir: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
     streamed: bool | None = None,
     run: Run = Run(),
 ) -> Callable[[], list[list[TaskScore]]]:
     """Check everything that can be checked without loading a model, then return the function that runs the tasks.
 
-    The tasks are those of lm-evaluation-harness and those in ``tasks_dir``. ``run.revision`` is of the first model.
-    Raises UserError if the harness, a task or its data is missing, a model does not fit, or several processes run.
+    The tasks are those of lm-evaluation-harness and those in ``tasks_dir``. ``limit``: documents of each task, from its
+    start. ``num_fewshot``: examples in a prompt. ``run.batch_size``: requests at once. ``run.revision`` is of the first
+    model. Raises UserError if the harness, a task or its data is missing, if a model does not fit, and if several
+    processes run.
     """
     if not run.processes.alone:
         raise UserError("--tasks runs in one process; start the command without a launcher")
     folders = [_folder(model, replace(run, revision=None) if i else run) for i, model in enumerate(models)]
     loading = find_loading(run, streamed)
-    found = Tasks(tasks, tasks_dir)
+    found = Tasks(tasks, tasks_dir, shots=num_fewshot, limit=limit)
     for folder in folders:
         found.check(folder, loading)
 
     def evaluate() -> list[list[TaskScore]]:
-        with memory_advice("--dtype bfloat16, or --device cpu"):
+        with memory_advice("--batch-size 1, --dtype bfloat16, or --device cpu"):
             return [found.evaluate(folder, loading) for folder in folders]
 
     return evaluate

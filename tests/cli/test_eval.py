@@ -12,6 +12,7 @@ import pytest
 from typer.testing import Result
 
 from lrc.plan.schema import Calibration
+from lrc.run.versions import versions
 
 Run = Callable[..., Result]
 Fails = Callable[..., str]
@@ -295,9 +296,32 @@ def test_tasks_without_the_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch) 
     assert message.endswith("pip install 'lrc[tasks]'\n")
 
 
-def test_a_folder_of_tasks_without_tasks(fails: Fails, tasks_dir: Path) -> None:
-    told = fails("eval", "tiny-gpt2", "--tasks-dir", tasks_dir)
-    assert "--tasks-dir: no effect without --tasks" in told
+@pytest.mark.parametrize(
+    "option", [["--tasks-dir", "."], ["--limit", "2"], ["--num-fewshot", "1"], ["--batch-size", "2"]]
+)
+def test_options_of_tasks_without_tasks(fails: Fails, option: list[str]) -> None:
+    assert f"{option[0]}: no effect without --tasks" in fails("eval", "tiny-gpt2", *option)
+
+
+def test_numbers_of_tasks_that_are_too_small(fails: Fails) -> None:
+    argv = ["eval", "tiny-gpt2", "--tasks", "endings"]
+    assert "--limit '0'" in fails(*argv, "--limit", 0)
+    assert "--num-fewshot '-1'" in fails(*argv, "--num-fewshot", -1)
+    assert "--batch-size '0'" in fails(*argv, "--batch-size", 0)
+
+
+def test_the_first_documents_of_a_task(
+    succeeds: Run, tiny_checkpoint: TinyCheckpoint, tasks_dir: Path
+) -> None:
+    argv = ["eval", tiny_checkpoint("llama"), "--device", "cpu", "--tasks", "endings"]
+    argv += ["--tasks-dir", tasks_dir, "--limit", 1, "--batch-size", 2]
+    found = json.loads(succeeds(*argv, "--json").stdout)
+    assert (found["tasks"][0]["documents"], found["tasks"][0]["all_documents"]) == (1, 2)
+    assert found["versions"] == versions("lm_eval", "torch", "transformers")
+    printed = " ".join(succeeds(*argv).stdout.split())
+    assert "first 1 of 2" in printed
+    assert "first 1 documents of a task; published figures are of all" in printed
+    assert f"lm_eval {found['versions']['lm_eval']}" in printed
 
 
 @pytest.fixture
@@ -369,8 +393,6 @@ def test_an_ablation_names_its_model(fails: Fails) -> None:
     assert "--ablate needs MODEL, an original: lrc eval --ablate MODEL" in fails("eval", "--ablate")
 
 
-@pytest.mark.parametrize(
-    "option", [["--keeps", "0.5"], ["--method", "svd"], ["--batch-size", "2"], ["--fresh"]]
-)
+@pytest.mark.parametrize("option", [["--keeps", "0.5"], ["--method", "svd"], ["--fresh"]])
 def test_options_of_an_ablation_alone(fails: Fails, option: list[str]) -> None:
     assert f"{option[0]}: no effect without --ablate; leave it out" in fails("eval", "tiny-gpt2", *option)

@@ -13,6 +13,7 @@ import torch
 import lrc
 import lrc.estimate.room
 from lrc.errors import UserError
+from lrc.evaluation.tasks import TaskScore
 from lrc.hub.loader import load_tokenizer
 from lrc.hub.names import resolve_model
 from lrc.run.launcher import ProcessRank
@@ -48,16 +49,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found.mkdir()
     rows = [{"start": s, "endings": e, "right": r} for s, e, r in QUESTIONS]
     (found / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (found / "endings.yaml").write_text(TASK.format(data=found / "data.jsonl"), encoding="utf-8")
+    (found / "endings.yaml").write_text(TASK.format(data="data.jsonl"), encoding="utf-8")
     return found
 
 
-def by_hand(model: Path | str) -> float:
+def write_task(folder: Path, name: str, *, normed: bool = False, added: str = "") -> None:
+    """Write a task like ``endings`` under another name; ``normed``: with acc_norm. ``added``: more lines of YAML."""
+    text = TASK.format(data="data.jsonl").replace("task: endings", f"task: {name}")
+    if normed:
+        metric = "{metric: acc_norm, aggregation: mean, higher_is_better: true}"
+        text = text.replace("metric_list: [", f"metric_list: [{metric}, ")
+    (folder / f"{name}.yaml").write_text(text + added, encoding="utf-8")
+
+
+def by_hand(model: Path | str, questions: int = len(QUESTIONS)) -> float:
     """The share of questions whose right ending is the likeliest, each ending run by itself."""
     path = resolve_model(str(model)).path
     loaded, tokenizer = lrc.load(path, dtype=torch.float32), load_tokenizer(path)
     right = 0
-    for start, endings, which in QUESTIONS:
+    for start, endings, which in QUESTIONS[:questions]:
         scores = []
         for ending in endings:
             prompt, ids = (
@@ -67,7 +77,7 @@ def by_hand(model: Path | str) -> float:
                 logs = loaded(ids).logits[0, :-1].log_softmax(-1)
             scores.append(logs.gather(1, ids[0, 1:, None])[prompt.shape[1] - 1 :].sum())
         right += int(torch.stack(scores).argmax()) == which
-    return right / len(QUESTIONS)
+    return right / questions
 
 
 def test_scores_are_what_the_logits_say_and_come_again(folder: Path) -> None:
@@ -113,6 +123,54 @@ def test_token_ids_beyond_the_embedding(folder: Path, tiny_checkpoint) -> None:
         score()
 
 
+def test_the_first_documents(folder: Path) -> None:
+    def first(limit: int) -> TaskScore:
+        ((score,),) = prepare_tasks(
+            ["tiny-gpt2"],
+            ["endings"],
+            tasks_dir=folder,
+            limit=limit,
+            run=Run(device="cpu", batch_size=1),
+        )()
+        return score
+
+    assert [(first(n).documents, first(n).all_documents) for n in (3, 9)] == [(3, 4), (4, 4)]
+    assert first(3).value == by_hand("tiny-gpt2", 3)
+    assert "first 3 documents" in first(3).notes[0]
+    assert first(9).notes == []
+
+
+def test_the_standard_set_and_its_mean(folder: Path) -> None:
+    for name in ("piqa", "arc_easy", "arc_challenge", "openbookqa", "hellaswag_1k"):
+        write_task(folder, f"{name}_local", normed=True)
+    for name in ("winogrande_local", "lambada_openai_local"):
+        write_task(folder, name)
+    (scores,) = prepare_tasks(["tiny-gpt2"], ["standard"], tasks_dir=folder, run=Run(device="cpu"))()
+    *each, mean = scores
+    assert {score.task for score in each} == {path.stem for path in folder.glob("*_local.yaml")}
+    normed = [score for score in each if score.metric == "acc_norm"]
+    averaged = [*normed, *(score for score in each if score.task == "winogrande_local")]
+    assert (mean.task, mean.metric, len(averaged)) == ("standard", "mean of 6", 6)
+    assert mean.value == pytest.approx(sum(score.value for score in averaged) / 6)
+    assert mean.stderr == pytest.approx(sum((score.stderr or 0) ** 2 for score in averaged) ** 0.5 / 6)
+
+
+def test_examples_in_the_prompt(folder: Path) -> None:
+    def shots(name: str, asked: int) -> int | None:
+        ((score,),) = prepare_tasks(
+            ["tiny-gpt2"], [name], tasks_dir=folder, num_fewshot=asked, run=Run(device="cpu")
+        )()
+        return score.shots
+
+    write_task(folder, "solved", added="fewshot_split: test\n")
+    write_task(folder, "never", added="num_fewshot: 0\n")
+    assert (shots("solved", 3), shots("endings", 0), shots("never", 2)) == (3, 0, 0)
+    with pytest.raises(UserError, match="--num-fewshot 4: solved has examples for at most 3"):
+        shots("solved", 4)
+    with pytest.raises(UserError, match=r"--num-fewshot 1: endings has no documents .*fewshot_split"):
+        shots("endings", 1)
+
+
 def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*names: str, **options: Any) -> str:
         asked: dict[str, Any] = {"tasks_dir": folder, "run": lrc.Run(device="cpu"), **options}
@@ -144,3 +202,5 @@ def test_a_model_that_does_not_fit_whole_is_refused(folder: Path, monkeypatch: p
 def test_an_unknown_task_is_told_with_the_nearest(folder: Path) -> None:
     with pytest.raises(UserError, match=r"has no task 'endigns'; did you mean 'endings'"):
         prepare_tasks(["tiny-gpt2"], ["endigns"], tasks_dir=folder, run=Run(device="cpu"))
+    with pytest.raises(UserError, match=r"has no task 'standrad'; did you mean 'standard'"):
+        prepare_tasks(["tiny-gpt2"], ["standrad"], tasks_dir=folder, run=Run(device="cpu"))
