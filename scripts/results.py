@@ -4,8 +4,9 @@
     python scripts/results.py effects smollm2-135m-instruct --data-dir data   # what every option is worth
 
 Every figure is that of a whole ``lrc compress``: the perplexity of the saved folder, loaded back, on WikiText-2's test
-split and the first 96 windows of C4's validation split. Devices named with ``--devices`` work beside one another; one
-named twice does two things at a time. With ``--work`` figures are kept as they come, and a later run makes the rest.
+split and the first 96 windows of C4's validation split. ``table --tasks-dir tasks`` also runs ``lrc eval --tasks
+standard`` on it. Devices named with ``--devices`` work beside one another; one named twice does two things at a time.
+With ``--work`` figures are kept as they come, and a later run makes the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
 TEXTS = {"wikitext2:test": None, "c4:validation": 96}  # windows; None is all
 PPL = ",".join(TEXTS)
 MEASURED = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
-
+# Of lrc eval --tasks standard: the beginnings of a task's name and of its metric's.
+SCORES = {
+    "LAMBADA perplexity": ("lambada_openai", "perplexity"),
+    "LAMBADA accuracy": ("lambada_openai", "acc"),
+    "zero-shot mean": ("standard", "mean"),
+}
 
 PUBLISHED = {
     "qk": {"metric": "score"},
@@ -89,6 +95,15 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Tasks:
+    """How the standard tasks are run: local ones in ``folder``, the first ``limit`` documents of each."""
+
+    folder: Path
+    limit: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class Setting:
     """What all tasks of a run share. ``work``: where figures and curves are kept, with what they hang on."""
 
@@ -99,6 +114,7 @@ class Setting:
     max_windows: int | None
     texts: list[str]
     work: Path
+    tasks: Tasks | None = None
 
     def known(self, task: Task, step: int | None, keep: float) -> Figure | None:
         """The figure that an earlier run made."""
@@ -119,9 +135,13 @@ class Setting:
         return self.work / "figures.jsonl"
 
     def _key(self, task: Task, step: int | None, keep: float) -> dict[str, Any]:
-        shared = {key: value for key, value in asdict(self).items() if key not in ("data_dir", "work")}
+        shared = {
+            key: value for key, value in asdict(self).items() if key not in ("data_dir", "work", "tasks")
+        }
+        tasks = {"tasks": {"limit": self.tasks.limit}} if self.tasks else {}
         return {
             **shared,
+            **tasks,
             "plan": task.plan,
             "allocate": task.allocate,
             "seed": task.seed,
@@ -132,7 +152,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Figure:
-    """What came of a task at one keep: perplexity by text, seconds by stage, the peak in bytes."""
+    """What came of a task at one keep: perplexity by text, scores by name, seconds by stage, the peak in bytes."""
 
     row: str
     asked: float
@@ -140,14 +160,17 @@ class Figure:
     perplexity: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
     peak: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 Model = Annotated[str, typer.Argument(help="Folder or name of the model.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with the texts.")]
-Calib = Annotated[str, typer.Option(help="Calibration text, all blocks of it.")]
+Calib = Annotated[str, typer.Option(help="Calibration texts, as for lrc compress --calib.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens of a calibration block.")]
 Devices = Annotated[str | None, typer.Option(help="Such as cuda:0,cuda:1.")]
-Samples = Annotated[str, typer.Option(help="Calibration blocks, or all.")]
+Samples = Annotated[
+    str | None, typer.Option(help="Calibration blocks, or all.", show_default="as a plan without samples")
+]
 GradientSamples = Annotated[int, typer.Option(help="Blocks that gradients are taken on.")]
 FirstToken = Annotated[
     int | None,
@@ -175,7 +198,7 @@ def table(
     ] = "default",
     seeds: Annotated[int, typer.Option(help="Draws of gradient blocks and labels.")] = 3,
     calib: Calib = "wikitext2:train",
-    samples: Samples = "all",
+    samples: Samples = None,
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
     first_token: FirstToken = None,
@@ -184,10 +207,17 @@ def table(
     devices: Devices = None,
     dtype: Dtype = None,
     work: Work = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="Folder with tasks: also run lrc eval --tasks standard with them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, from its start.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests of tasks that run at once.")] = 8,
     baselines: Annotated[bool, typer.Option(help="The field beside us.")] = True,
     out: Out = None,
 ) -> None:
-    """Perplexity by kept weights: allocated sizes, beside the field at uniform sizes."""
+    """Perplexity by kept weights, and standard tasks: allocated sizes, beside the field at uniform sizes."""
+    if limit is not None and tasks_dir is None:
+        raise typer.BadParameter("--limit has no effect without --tasks-dir; name a folder, or leave it out")
     kept, texts = tuple(float(keep) for keep in keeps.split(",")), ppl.split(",")
     rounded = tuple(None if step == "default" else int(step) for step in steps.split(","))
     calibration = _calibration(calib, samples, gradient_samples, seq_len, first_token)
@@ -198,19 +228,20 @@ def table(
     ]
     if baselines:
         tasks += [Task(row, plan, (keep,)) for row, plan in BASELINES.items() for keep in kept]
+    standard = Tasks(tasks_dir.resolve(), limit, batch_size) if tasks_dir else None
     with _folder(work) as kept_in:
-        setting = Setting(model, calibration, dtype, data_dir, max_windows, texts, kept_in)
+        setting = Setting(model, calibration, dtype, data_dir, max_windows, texts, kept_in, standard)
         figures = _run(tasks, setting, devices)
     rows = dict.fromkeys(figure.row for figure in figures if figure.row != "dense")
     lines = [
         f"| keep | {' | '.join(rows)} |",
         f"|---|{'---|' * len(rows)}",
-        f"| 1 (dense) | {' | '.join([_perplexities([f for f in figures if f.row == 'dense'])] * len(rows))} |",
+        f"| 1 (dense) | {' | '.join([_measured([f for f in figures if f.row == 'dense'])] * len(rows))} |",
     ]
     for keep in kept:
         cells = [[f for f in figures if f.row == row and f.asked == keep] for row in rows]
-        lines.append(f"| {keep:g} | {' | '.join(_perplexities(cell) for cell in cells)} |")
-    lines += ["", _legend(texts), "", *_stages([f for f in figures if f.row in rows])]
+        lines.append(f"| {keep:g} | {' | '.join(_measured(cell) for cell in cells)} |")
+    lines += ["", _legend(texts, standard), "", *_stages([f for f in figures if f.row in rows])]
     _print(lines, out)
 
 
@@ -222,7 +253,7 @@ def effects(
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only these rows.")] = None,
     seeds: Annotated[int, typer.Option(help="Draws of gradient blocks and labels.")] = 1,
     calib: Calib = "wikitext2:train",
-    samples: Samples = "all",
+    samples: Samples = None,
     gradient_samples: GradientSamples = 64,
     seq_len: SeqLen = 2048,
     first_token: FirstToken = None,
@@ -248,7 +279,7 @@ def effects(
             max(each.peak for each in mine) / 2**30,
         )
         cost = f"{seconds:.1f} | {peak:.2f}" if seconds else " | "
-        lines.append(f"| {row} | {mine[0].keep:.4f} | {_perplexities(mine)} | {cost} |")
+        lines.append(f"| {row} | {mine[0].keep:.4f} | {_measured(mine)} | {cost} |")
     _print([*lines, "", _legend(texts)], out)
 
 
@@ -261,17 +292,18 @@ def _effects(model: str) -> dict[str, dict[str, Any]]:
     return EFFECTS if rotary else {**EFFECTS, **UNTURNED}
 
 
-def _legend(texts: Sequence[str]) -> str:
-    return f"Perplexity on {' / '.join(texts)}, mean ± standard deviation over seeds where there are several."
+def _legend(texts: Sequence[str], tasks: Tasks | None = None) -> str:
+    first = f", of the first {tasks.limit} documents of each task" if tasks and tasks.limit else ""
+    scores = f" / {' / '.join(SCORES)}{first}" if tasks else ""
+    return f"Perplexity on {' / '.join(texts)}{scores}, mean ± standard deviation over seeds where there are several."
 
 
 def _calibration(
-    calib: str, samples: str, gradient_samples: int, seq_len: int, first_token: int | None
+    calib: str, samples: str | None, gradient_samples: int, seq_len: int, first_token: int | None
 ) -> dict[str, Any]:
-    texts = calib.split(",")
     return {
-        "data": texts if texts[1:] else calib,
-        "samples": samples if samples == "all" else int(samples),
+        "data": calib,
+        **({} if samples is None else {"samples": samples if samples == "all" else int(samples)}),
         "seq_len": seq_len,
         "gradient_samples": gradient_samples,
         **({"first_token": first_token} if first_token is not None else {}),
@@ -327,7 +359,8 @@ def _figures(
         return
     run = lrc.Run(data_dir=setting.data_dir, device=device)
     if not task.plan:
-        yield 1.0, Figure(task.row, 1.0, 1.0, _perplexity(setting.model, setting, run))
+        perplexity, scores = _perplexity(setting.model, setting, run), _scores(setting.model, setting, run)
+        yield 1.0, Figure(task.row, 1.0, 1.0, perplexity, scores=scores)
         return
     row = task.row if step is None else f"{task.row}, sizes in {step}s"
     calibration = {**task.plan.get("calibration", {}), **setting.calibration, "seed": task.seed}
@@ -361,8 +394,11 @@ def _figures(
                 force=True,
             )
             peak = report.peak_bytes.get("device", report.peak_bytes["host"])
-            perplexity = _perplexity(folder, setting, run)
-            yield keep, Figure(row, keep, report.keep, perplexity, {**before, **report.seconds}, peak)
+            perplexity, scores = _perplexity(folder, setting, run), _scores(folder, setting, run)
+            yield (
+                keep,
+                Figure(row, keep, report.keep, perplexity, {**before, **report.seconds}, peak, scores),
+            )
 
 
 def _perplexity(path: str | Path, setting: Setting, run: Run) -> dict[str, float]:
@@ -374,13 +410,34 @@ def _perplexity(path: str | Path, setting: Setting, run: Run) -> dict[str, float
     }
 
 
-def _perplexities(figures: Sequence[Figure]) -> str:
-    """Means over seeds, one for each text."""
+def _scores(path: str | Path, setting: Setting, run: Run) -> dict[str, float]:
+    """The standard tasks' scores, by the names of ``SCORES``."""
+    from lrc.verbs.evaluate import prepare_tasks
+
+    if (asked := setting.tasks) is None:
+        return {}
+    (scores,) = prepare_tasks(
+        [path],
+        ["standard"],
+        tasks_dir=asked.folder,
+        limit=asked.limit,
+        run=replace(run, batch_size=asked.batch_size),
+    )()
+    return {
+        name: next(
+            each.value for each in scores if each.task.startswith(task) and each.metric.startswith(metric)
+        )
+        for name, (task, metric) in SCORES.items()
+    }
+
+
+def _measured(figures: Sequence[Figure]) -> str:
+    """Means over seeds, one for each text and score."""
     if not figures:
         return ""
-    cells = []
-    for text in figures[0].perplexity:
-        values = [figure.perplexity[text] for figure in figures]
+    cells, all_measured = [], [{**figure.perplexity, **figure.scores} for figure in figures]
+    for name in all_measured[0]:
+        values = [measured[name] for measured in all_measured]
         cells.append(f"{mean(values):.4g}" + (f" ± {stdev(values):.2g}" if values[1:] else ""))
     return " / ".join(cells)
 
