@@ -75,7 +75,7 @@ def write_answers(
     limit = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
     for prompt in prompts:
         try:
-            ids = _encode(tokenizer, prompt, chat, rows)
+            ids = encode_prompt(tokenizer, prompt, chat, rows)
         except Exception as error:  # templates and tokenizers raise whatever they like
             skipped.append(f"no answers to {prompt!r}: the tokenizer fails ({_reason(error)})")
             continue
@@ -102,7 +102,11 @@ def write_answers(
     return Answers(chat, [Answer(*each) for each in zip(encoded, *written, strict=True)], skipped)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, rows: int) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, rows: int) -> list[int]:
+    """Return the ids of a prompt, written by the chat template if ``chat``.
+
+    ``rows``: of the embedding. Raises UserError for an id beyond them; templates raise whatever they like.
+    """
     text = prompt
     if chat:
         turn = [{"role": "user", "content": prompt}]
@@ -118,11 +122,23 @@ def _reason(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
-@torch.no_grad()
 def _write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
 ) -> list[Written]:
-    """Return a model's most likely continuation of each prompt, all in one batch, padded at the left."""
+    return [
+        Written(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), ended)
+        for ids, ended in continue_prompts(model, prompts, NEW_TOKENS)
+    ]
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel, prompts: Sequence[list[int]], new_tokens: int
+) -> list[tuple[list[int], bool]]:
+    """Return a model's most likely continuation of each prompt, and whether the model ended it.
+
+    All run in one batch, padded at the left, for at most ``new_tokens``. The end token is left out.
+    """
     ends = model.generation_config.eos_token_id if model.generation_config else None
     end = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=model.device).view(-1)
     longest = max(map(len, prompts))
@@ -131,7 +147,7 @@ def _write(
     mask = (torch.arange(longest) >= pads).long().to(model.device)
     places, cache, found = (mask.cumsum(1) - 1).clamp_min(0), None, list[Tensor]()
     ended = torch.zeros_like(last[:, :1], dtype=torch.bool)
-    while len(found) < NEW_TOKENS and not ended.all():
+    while len(found) < new_tokens and not ended.all():
         out = model(
             input_ids=last, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
         )
@@ -139,9 +155,8 @@ def _write(
         ended = ended | torch.isin(last, end)
         found.append(last)
         places, mask = places[:, -1:] + 1, torch.cat([mask, torch.ones_like(last)], dim=1)
-    answers = list[Written]()
+    written = list[tuple[list[int], bool]]()
     for ids in torch.cat(found, dim=1).tolist():
         stop = next((i for i, token in enumerate(ids) if token in end.tolist()), None)
-        text = str(tokenizer.decode(ids[:stop], skip_special_tokens=True))
-        answers.append(Written(text.strip(), stop is not None))
-    return answers
+        written.append((ids[:stop], stop is not None))
+    return written
