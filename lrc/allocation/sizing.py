@@ -30,6 +30,7 @@ from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.schema import Plan
 from lrc.run.settings import Progress
 from lrc.run.versions import versions
+from lrc.text.mixture import DataLike
 from lrc.walk.needs import reads_gradients, solver_of
 
 FORMAT = 6  # of files of curves
@@ -100,15 +101,16 @@ class Measuring:
     """How ``lrc plan`` finds what sizes cost.
 
     ``allocate``: one of ``lrc.allocation.ALLOCATORS`` (default: the base plan's, else sensitivity). ``keeps``:
-    fractions of each target to measure. ``held_out``: text of which sensitivity reads the first ``held_out_samples``
-    blocks (default: wikitext2:validation; for built-in models the part of builtin:train outside the calibration text).
+    fractions of each target to measure. ``held_out``: texts of which sensitivity reads the first ``held_out_samples``
+    blocks (default: the validation splits of general where calibration is on general, else wikitext2:validation; for
+    built-in models the part of builtin:train outside the calibration text).
     ``curves``: the file that caches the costs (default: beside the plan, named by ``lrc.allocation.sizing.file_name``).
     ``fresh``: ignore the cached costs.
     """
 
     allocate: str | None = None
     keeps: Sequence[float] | None = None
-    held_out: str | None = None
+    held_out: DataLike | None = None
     held_out_samples: int | None = None
     curves: str | Path | None = None
     fresh: bool = False
@@ -337,7 +339,7 @@ def jobs_to_measure(job: Job) -> list[Job]:
     name = job.plan.plan.allocate
     if name == "uniform":
         return []
-    jobs = jobs_at_keeps(job.model, job.reader, job.draft, sorted(KEEPS))
+    jobs = jobs_at_keeps(job.model, job.reader, job.draft, sorted(KEEPS), job.plan.plan.calibration.data)
     sized_by(job, jobs[0], blank_curves(name, jobs))
     return jobs
 

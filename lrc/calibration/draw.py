@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,29 +15,37 @@ from lrc.plan.job import Job
 from lrc.plan.resolved import ResolvedPlan
 from lrc.plan.schema import Calibration as Settings
 from lrc.text.blocks import gradient_blocks, ids_sha256
+from lrc.text.corpus import Corpus, Drawn
 from lrc.text.datasets import DATASETS
-from lrc.text.mixture import Calibration
-from lrc.text.source import Text, read_text
+from lrc.text.mixture import DataLike, Mixture, general_mixture, read_mixture
 from lrc.walk.needs import gradients_needed
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Calibration blocks and, for an allocation that measures losses, a held-out text and its blocks (n, tokens)."""
+    """Calibration blocks and, for an allocation that measures losses, held-out blocks."""
 
-    calibration: Calibration
-    held_out: Text | None = None
-    held_blocks: Tensor | None = None
+    calibration: Drawn
+    held_out: Drawn | None = None
+
+    @property
+    def held_blocks(self) -> Tensor | None:
+        """The held-out blocks (n, tokens)."""
+        return None if self.held_out is None else self.held_out.blocks
 
     @property
     def warnings(self) -> list[str]:
         """Warnings about the texts, for the report."""
-        warnings, text = list(self.calibration.notes), self.held_out
-        data_set = DATASETS.get(text.name) if text else None
-        if text and data_set and text.split == data_set.evaluation:
-            warnings.append(
-                f"{text.label} is what perplexity is measured on: sizes were chosen on it, so its figures are too good"
-            )
+        held = self.held_out
+        warnings = [*self.calibration.notes, *(held.notes if held else ())]
+        for source in held.sources if held else ():
+            name, _, split = source.label.partition(":")
+            data_set = DATASETS.get(name)
+            if data_set and data_set.stream is None and split == data_set.evaluation:
+                warnings.append(
+                    f"{source.label} is what perplexity is measured on: sizes were chosen on it, so its figures are "
+                    "too good"
+                )
         return warnings
 
     @property
@@ -49,19 +56,19 @@ class Texts:
     @property
     def measured_on(self) -> str | None:
         """The held-out text and its blocks, in words."""
-        if self.held_out is None or self.held_blocks is None:
+        if self.held_out is None:
             return None
-        return _described(self.held_out.label, self.held_blocks)
+        splits = "the validation splits of " if self.held_out.name else ""
+        return _described(f"{splits}{self.held_out.label}", self.held_out.blocks)
 
 
-def held_out_text(job: Job, named: str | None, folder: Path | None) -> Text:
-    """Return the named held-out text, by default one of the same corpus as the default calibration text."""
-    default = "builtin:train" if job.model.builtin else "wikitext2:validation"
-    spec = default if named is None else named
-    # `lrc eval` reads a bare name as the test split; sizes are chosen on that split only if the user names it.
-    if spec in DATASETS and "validation" in DATASETS[spec].splits:
-        spec = f"{spec}:validation"
-    return read_text(spec, "evaluation", folder)
+def held_out_mixture(job: Job, named: DataLike | None, calibration: Corpus) -> Mixture:
+    """Return the named held-out texts, by default those of the general calibration, else of the same corpus."""
+    if named is not None:
+        return read_mixture(named, "held-out")
+    if calibration.mixture.general:
+        return general_mixture("held-out", calibration.mixture.names)
+    return Mixture(("builtin:train" if job.model.builtin else "wikitext2:validation",), None)
 
 
 def _described(label: str, blocks: Tensor) -> str:

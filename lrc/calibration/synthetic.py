@@ -24,8 +24,8 @@ from lrc.run.processes import ALONE, Processes
 from lrc.run.settings import Run, generating_batch
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched, ids_sha256, uniforms
+from lrc.text.corpus import Source
 from lrc.text.datasets import SYNTHETIC
-from lrc.text.mixture import Source
 
 
 def synthesize(

@@ -75,7 +75,7 @@ class Ablation:
         metavar="NAME",
         shown="a3 for components, whitened_svd for projections",
     )
-    calib: str | None = calib_option("wikitext2; builtin for the built-in models")
+    calib: str | None = calib_option("general; builtin for the built-in models")
     fresh: bool = option("Ignore cached results and measure again.", False)
 
 

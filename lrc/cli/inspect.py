@@ -41,7 +41,7 @@ class Blocks:
     """The calibration text."""
 
     panel: ClassVar = Inputs.panel
-    calib: str | None = calib_option("wikitext2; builtin for the built-in models")
+    calib: str | None = calib_option("general; builtin for the built-in models")
     samples: int = option("Blocks of calibration text.", 32, least=1)
     seq_len: int | None = option("Tokens in a block.", least=2, shown="2048, or the model's limit")
 

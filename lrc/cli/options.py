@@ -55,7 +55,7 @@ def option(
 
 def calib_option(shown: str) -> Any:
     """Make the option for calibration texts; ``shown``: the default in words."""
-    texts = "Calibration texts, with weights W if given. DATA is as for lrc eval --ppl; synthetic: the model writes it."
+    texts = "Calibration texts, weighted or not: general, a name of lrc list data, a file of text or chats, synthetic."
     return option(texts, metavar="DATA[=W],...", shown=shown)
 
 
@@ -151,7 +151,7 @@ class Calibration:
     """The calibration texts."""
 
     panel: ClassVar = "Where the model and the texts come from"
-    calib: str | None = calib_option("the plan's, else as for --ppl")
+    calib: str | None = calib_option("the plan's, else general; builtin for the built-in models")
 
 
 @dataclass(frozen=True)

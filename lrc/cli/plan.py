@@ -55,13 +55,12 @@ class MeasuringOptions:
         shown="the base plan's, else sensitivity",
     )
     held_out: str | None = option(
-        "Held-out text on which sensitivity measures the loss.",
-        metavar="DATA",
-        shown="wikitext2:validation; for built-in models the part of builtin:train that calibration does not use",
+        "Held-out texts on which sensitivity measures the damage.",
+        metavar="DATA[=W],...",
+        shown="the validation splits of general where calibration is on general, else wikitext2:validation; for the "
+        "built-in models the part of builtin:train that calibration does not use",
     )
-    held_out_samples: int | None = option(
-        "Blocks of the held-out text to read, from its start.", least=1, shown="16"
-    )
+    held_out_samples: int | None = option("Blocks of the held-out texts to read.", least=1, shown="16")
     keeps: list[float] | None = option(
         "Kept fractions at which the cost is measured.", shown="0.9,0.75,0.6,0.45,0.3"
     )

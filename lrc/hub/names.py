@@ -84,10 +84,19 @@ def resolve_model(
 
 def default_text(model: str) -> str:
     """Return the default text of an evaluation: ``builtin`` for built-in models and their outputs, else WikiText-2."""
+    return "builtin" if _is_builtin(model) else "wikitext2"
+
+
+def default_calibration(model: str) -> str:
+    """Return the default calibration: ``builtin`` for built-in models and their outputs, else ``general``."""
+    return "builtin" if _is_builtin(model) else "general"
+
+
+def _is_builtin(model: str) -> bool:
     manifest = Path(model).expanduser() / "lrc.json"
     if manifest.is_file():
         model = json.loads(manifest.read_text(encoding="utf-8"))["model"]["source"]
-    return "builtin" if model in BUILTIN else "wikitext2"
+    return model in BUILTIN
 
 
 def _download(repository: str, revision: str | None, allow_pickle: bool, remedy: str) -> ResolvedModel:

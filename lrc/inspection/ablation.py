@@ -28,6 +28,7 @@ from lrc.plan.schema import Calibration, Plan
 from lrc.records.ablation import Ablated, Losses
 from lrc.run.offload import States
 from lrc.text.blocks import batched
+from lrc.text.mixture import DataLike
 from lrc.walk.stream import ModelStream
 
 # A3 for components; for one matrix SVD whitened by its input (SVD-LLM), which reads no gradients.
@@ -111,13 +112,19 @@ class Trial:
 
     @classmethod
     def of(
-        cls, model: ResolvedModel, reader: CheckpointReader, target: str, method: str, keep: float
+        cls,
+        model: ResolvedModel,
+        reader: CheckpointReader,
+        target: str,
+        method: str,
+        keep: float,
+        calib: DataLike | None = None,
     ) -> Trial:
-        """Return a trial. Raises UserError if the method has no legal size for the target."""
+        """Return a trial on calibration texts. Raises UserError if the method has no legal size for the target."""
         section = "components" if target in COMPONENTS else "projections"
         entries: dict[str, Any] = {section: {target: {"method": method, "keep": keep}}}
         plan = Plan(refit="none", calibration=CALIBRATION, **entries)
-        job = make_job(model, reader, draft_of(plan, f"ablation of {target} at keep {keep:g}"))
+        job = make_job(model, reader, draft_of(plan, f"ablation of {target} at keep {keep:g}"), calib)
         return cls(target, method, keep, job)
 
     @property

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.hub.names import ResolvedModel, resolve_model
+from lrc.hub.names import ResolvedModel, default_calibration, resolve_model
 from lrc.methods import methods
 from lrc.moments import collectors
 from lrc.plan.resolve import Draft, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.settings import Run
+from lrc.text.mixture import DataLike, read_mixture
+
+GENERAL_SAMPLES = {"samples": 256, "gradient_samples": 64}  # defaults of the mixture ``general``
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,28 @@ def open_checkpoint(model: str | Path, run: Run) -> tuple[ResolvedModel, Checkpo
     )
 
 
-def make_job(model: ResolvedModel, reader: CheckpointReader, draft: Draft) -> Job:
-    """Resolve a plan for a model. Raises UserError with every mistake of the plan at once."""
+def make_job(
+    model: ResolvedModel, reader: CheckpointReader, draft: Draft, calib: DataLike | None = None
+) -> Job:
+    """Resolve a plan for a model; ``calib``: calibration texts instead of the plan's.
+
+    Raises UserError with every mistake of the plan at once.
+    """
     found = resolve(draft, reader.architecture, methods(), collectors())
-    return Job(model, reader, draft, replace(found, warnings=(*reader.warnings, *found.warnings)))
+    return _job(model, reader, draft, found, calib)
 
 
 def jobs_at_keeps(
-    model: ResolvedModel, reader: CheckpointReader, draft: Draft, keeps: Sequence[float]
+    model: ResolvedModel,
+    reader: CheckpointReader,
+    draft: Draft,
+    keeps: Sequence[float],
+    calib: DataLike | None = None,
 ) -> list[Job]:
     """Return a job for each of ``keeps``, with the plan resolved at that keep instead of its own.
 
-    Sizes outside the layers stay. Raises UserError with every mistake of the plan. A size in the layers is a mistake,
-    as an allocation finds these; only ``keep-all`` is allowed.
+    ``calib`` as for ``make_job``. Sizes outside the layers stay. Raises UserError with every mistake of the plan. A
+    size in the layers is a mistake, as an allocation finds these; only ``keep-all`` is allowed.
     """
     found = []
     for keep in keeps:
@@ -60,6 +72,18 @@ def jobs_at_keeps(
             source, names = draft.document.source, " and ".join(fixed)
             unmeasured = f"{source}: the cost of {names} is not measured, so predictions leave it out"
             resolved = replace(resolved, warnings=(*resolved.warnings, unmeasured))
-        warnings = (*reader.warnings, *resolved.warnings)
-        found.append(Job(model, reader, draft, replace(resolved, warnings=warnings)))
+        found.append(_job(model, reader, draft, resolved, calib))
     return found
+
+
+def _job(
+    model: ResolvedModel, reader: CheckpointReader, draft: Draft, found: ResolvedPlan, calib: DataLike | None
+) -> Job:
+    """Return a job whose plan names its calibration texts: ``calib``, else the plan's, else the model's default."""
+    settings = found.plan.calibration
+    planned = settings.data or default_calibration(model.source)
+    mixture = read_mixture(planned if calib is None else calib)
+    more = GENERAL_SAMPLES if mixture.general else {}
+    update = {"data": mixture.data} | {k: v for k, v in more.items() if k not in settings.model_fields_set}
+    plan = found.plan.model_copy(update={"calibration": settings.model_copy(update=update)})
+    return Job(model, reader, draft, replace(found, plan=plan, warnings=(*reader.warnings, *found.warnings)))

@@ -178,9 +178,10 @@ def matched_layers(match: str, count: int) -> set[int]:
 class Calibration(Strict):
     """The calibration texts; ``seq_len`` None means the model's limit, at most 2048.
 
-    Gradients are taken on ``gradient_samples`` of the blocks, drawn with the seed. Many models use the first token of a
-    text as an attention sink. ``first_token`` is the weight of a block's first token in the moments, in tokens
-    (default: one for every 256 tokens of the block, at least one).
+    Without ``data``, a job names the model's default. For ``general``, a job raises the defaults of ``samples`` and
+    ``gradient_samples`` to 256 and 64. Gradients are taken on ``gradient_samples`` of the blocks, drawn with the seed.
+    Many models use the first token of a text as an attention sink. ``first_token`` is the weight of a block's first
+    token in the moments, in tokens (default: one for every 256 tokens of the block, at least one).
     """
 
     data: Annotated[Data | None, PlainValidator(check_data), PlainSerializer(lambda data: data)] = None

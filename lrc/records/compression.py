@@ -78,12 +78,16 @@ class TargetRecord:
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """One calibration text; ``start`` and ``temperature`` if the model itself wrote it."""
+    """One calibration text; ``start`` and ``temperature`` if the model itself wrote it.
+
+    ``origin``: the hub's repository, or the file by its name in the data folder.
+    """
 
     data: str
     blocks: int
     weight: float | None = None
     text_sha256: str | None = None
+    origin: str | None = None
     start: int | None = None
     temperature: float | None = None
     ids_sha256: str | None = None

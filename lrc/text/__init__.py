@@ -1,1 +1,1 @@
-"""Turn data sets and files into token blocks: ``datasets``, ``files``, ``source``, ``mixture``, ``blocks``."""
+"""Turn data sets and files into token blocks: ``source``, ``mixture``, ``corpus``, ``blocks``."""

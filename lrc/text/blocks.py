@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _RUN = 64  # tokens in a row that two unrelated texts do not share
+_BASE = 0x1E3779B97F4A7C15  # odd
+_INVERSE = (pow(_BASE, -1, 2**64) + 2**63) % 2**64 - 2**63
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, rows: int | None = None) -> Tensor:
@@ -101,7 +103,7 @@ def held_out_blocks(ids: Tensor, count: int, fitted: Tensor) -> Tensor:
             f"asked for; {remedy}another text"
         )
     chosen, run = left[:count], min(_RUN, seq_len // 2)
-    shared = torch.isin(_hashes(chosen, run, 1), _hashes(fitted, run, 1)).any(dim=1)
+    shared = _overlapping(chosen, fitted)
     if shared.any():
         numbers = ", ".join(str(int(n)) for n in shared.nonzero()[:5])
         raise UserError(
@@ -109,6 +111,12 @@ def held_out_blocks(ids: Tensor, count: int, fitted: Tensor) -> Tensor:
             "measured on it would be too low; use another text"
         )
     return chosen
+
+
+def unshared_blocks(ids: Tensor, fitted: Tensor) -> Tensor:
+    """Return the blocks (n, tokens) of ids that share no run of tokens with ``fitted``, as ``held_out_blocks`` says."""
+    blocks = windows(ids, fitted.shape[1])
+    return blocks[~_overlapping(blocks, fitted)]
 
 
 def batched(blocks: Tensor, size: int) -> list[Tensor]:
@@ -137,8 +145,20 @@ def _drawn(blocks: Tensor, samples: int, seed: int) -> Tensor:
     return blocks[chosen.sort().values]
 
 
+def _overlapping(blocks: Tensor, fitted: Tensor) -> Tensor:
+    """Return which blocks (n, tokens) share a run of tokens with the fitted blocks: (n,), bool."""
+    run = min(_RUN, fitted.shape[1] // 2)
+    return torch.isin(_hashes(blocks, run, 1), _hashes(fitted, run, 1)).any(dim=1)
+
+
 def _hashes(blocks: Tensor, run: int, stride: int) -> Tensor:
     """Return a 64-bit hash of every run of ``run`` tokens in each block, ``stride`` apart: (blocks, runs)."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (run,), generator=generator) * 2 + 1
-    return torch.stack([(block.unfold(0, run, stride) * weights).sum(dim=1) for block in blocks])
+    # A polynomial in an odd base, modulo 2**64, whose inverse powers shift every run to its start.
+    mixed = blocks * _BASE
+    mixed = (mixed ^ (mixed >> 31)) * _BASE
+    powers, inverses = (
+        torch.full((blocks.shape[1],), base, dtype=torch.int64).cumprod(0) for base in (_BASE, _INVERSE)
+    )
+    sums = torch.nn.functional.pad((mixed * powers).cumsum(1), (1, 0))
+    found = (sums[:, run:] - sums[:, :-run]) * inverses[: sums.shape[1] - run]
+    return found[:, ::stride]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,13 @@ class Split:
     """Hold one split of a data set.
 
     ``local``: file names in the data folder, tried in order. ``hub_file``: the file to read from the hub; None uses the
-    hub's config. ``documents``: how many rows from the start are used; None means all.
+    hub's config. ``documents``: how many rows are used; None means all. ``skip``: rows of the hub's stream before them.
     """
 
     local: tuple[str, ...]
     hub_file: str | None = None
     documents: int | None = None
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class DataSet:
 
     ``hub`` is None for text inside the package; its ``local`` names are in ``lrc/assets``. ``lines`` says how a line of
     a local text file becomes a row: ``row`` keeps the newline and turns a blank line into an empty row, ``stripped``
-    strips white space, ``none`` uses the whole file as it is.
+    strips white space, ``none`` uses the whole file as it is. ``column`` is that of the hub; local files have ``text``
+    or ``messages``. ``stream``: the hub's split that holds the rows of both train and validation; a local file then
+    holds both too, and its last tenth is validation.
     """
 
     name: str
@@ -43,9 +46,52 @@ class DataSet:
     column: str = "text"
     joiner: str = "\n\n"
     lines: Literal["row", "stripped", "none"] = "none"
+    stream: str | None = None
+
+
+def _streamed(name: str, summary: str, licence: str, hub: str, local: str, **options: Any) -> DataSet:
+    """Return a data set of one stream: the first 2,000 rows are train, the next 200 are validation."""
+    train, validation = 2_000, 200
+    return DataSet(
+        name,
+        summary,
+        licence,
+        f"rows joined with two newlines: the first {train:,} of the hub's stream, for validation the next "
+        f"{validation}; of a local file its last tenth is validation",
+        {
+            "train": Split((local,), documents=train),
+            "validation": Split((local,), documents=validation, skip=train),
+        },
+        evaluation="validation",
+        hub=hub,
+        stream="train",
+        **options,
+    )
 
 
 SYNTHETIC = "synthetic"  # the name of calibration text that the model itself generates
+MESSAGES = "messages"  # the column of conversations
+
+# The default calibration: a mixture of texts by weight. Calibrated on WikiText-2 alone, a model forgets all else.
+GENERAL = "general"
+GENERAL_WEIGHTS = {
+    "wikitext2": 2.3,
+    "wikipedia": 1.7,
+    "web": 2,
+    "c4": 2,
+    "textbooks": 0.75,
+    "code": 0.5,
+    "wikipedia-es": 0.25,
+    "wikipedia-fr": 0.25,
+    "chat": 0.75,
+}
+FOREIGN = (
+    "wikipedia-es",
+    "wikipedia-fr",
+)  # left out of ``general`` if the tokenizer does not handle the language
+HELD_OUT = {
+    "c4": "web"
+}  # texts that stand in where held-out text is wanted; c4:validation measures perplexity
 
 # the hub's conversion; the main branch has a script (refused by datasets 4) or needs zstandard
 _PARQUET = "refs/convert/parquet"
@@ -125,6 +171,54 @@ _ALL = (
         licence="public domain",
         protocol="the text as it is",
         splits={"train": Split(("calibration.txt",)), "test": Split(("heldout.txt",))},
+    ),
+    *(
+        _streamed(
+            f"wikipedia{suffix}",
+            f"Wikipedia articles in {language}",
+            "CC BY-SA 3.0 and GFDL",
+            "wikimedia/wikipedia",
+            f"text/wikipedia-{file}.jsonl.xz",
+            config=f"20231101.{code}",
+        )
+        for suffix, language, code, file in (
+            ("", "English", "en", "articles"),
+            ("-es", "Spanish", "es", "leads-es"),
+            ("-fr", "French", "fr", "leads-fr"),
+        )
+    ),
+    _streamed(
+        "web",
+        "FineWeb: filtered web pages in English",
+        "ODC-BY 1.0; Common Crawl terms of use for the pages",
+        "HuggingFaceFW/fineweb",
+        "text/web-c4-redpajama.jsonl.xz",
+        config="sample-10BT",
+    ),
+    _streamed(
+        "textbooks",
+        "FineWeb-Edu: educational web pages in English; locally textbooks",
+        "ODC-BY 1.0; Common Crawl terms of use for the pages",
+        "HuggingFaceFW/fineweb-edu",
+        "text/openstax-textbooks.jsonl.xz",
+        config="sample-10BT",
+    ),
+    _streamed(
+        "code",
+        "CodeParrot: Python files of GitHub",
+        "that of each file's repository",
+        "codeparrot/codeparrot-clean-valid",
+        "text/code-python-stdlib.jsonl.xz",
+        column="content",
+    ),
+    _streamed(
+        "chat",
+        "SmolTalk: conversations with an assistant, by the tokenizer's chat template; not for perplexity",
+        "Apache 2.0, and that of each source",
+        "HuggingFaceTB/smoltalk",
+        "text/chat.jsonl.xz",
+        config="all",
+        column=MESSAGES,
     ),
 )
 

@@ -13,7 +13,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader, BytesIO, FileIO, StringIO
@@ -22,7 +22,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from lrc.errors import UserError
+from lrc.text.chat import Conversation, read_conversation
+from lrc.text.datasets import MESSAGES
 
+Row = str | Conversation
+_TEXT = "text"
 _MARKS = (  # UTF-32 first: its mark in little-endian order begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -52,12 +56,17 @@ def read_plain(path: Path) -> str:
         return _decode(file.read(), path)
 
 
-def read_column(path: Path, column: str, limit: int | None = None) -> list[str]:
+def read_rows(path: Path, column: str | None = None, limit: int | None = None) -> list[Row]:
     """Read ``column`` of the first ``limit`` rows of a file that ``holds_rows``, each value as it is written.
 
-    Raises UserError if the file cannot be read, has no such column, or has no text in it.
+    A row is a text, or a conversation if the column holds messages. The default column is ``text``, else ``messages``.
+    Raises UserError if the file cannot be read, has no such column, has no text in it, or holds text and conversations.
     """
-    return list(islice(_READERS[_form(path)](path, column), limit))
+    rows = list(islice(_READERS[_form(path)](path, column), limit))
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, str) != isinstance(rows[0], str):
+            raise UserError(f"{path}, row {number}: text and messages in one column; keep them in two files")
+    return rows
 
 
 def holds_rows(path: Path) -> bool:
@@ -121,7 +130,8 @@ def _decode(data: bytes, path: Path, line: int = 1, start: int = 0) -> str:
         raise UserError(f"{path} is not {name}: {error.reason} at {place(at)}; convert it to UTF-8") from None
 
 
-def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[str]:
+def _table_rows(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
+    column = _TEXT if column is None else column
     with _opened(path) as file:
         text = _decode(file.read(), path)
     if not text.strip():
@@ -149,7 +159,7 @@ def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[str]:
         raise UserError(f"{path}, line {line}: the row's quotes cannot be read: {error}") from None
 
 
-def _json_rows(path: Path, column: str) -> Iterator[str]:
+def _json_rows(path: Path, column: str | None) -> Iterator[Row]:
     with _opened(path) as file:
         if _form(path) == ".json" and re.match(rb"[^{\w]*\[", file.peek(16)):  # after a mark and white space
             for number, row in enumerate(_json(_decode(file.read(), path), f"{path}"), 1):
@@ -180,15 +190,26 @@ def _json(text: str, place: str) -> Any:
         raise UserError(f"{place}: not JSON: {error.msg} at {where}column {error.colno}") from None
 
 
-def _json_field(row: object, column: str, place: str) -> str:
+def _json_field(row: object, column: str | None, place: str) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object with a field {column!r}, found {type(row).__name__}")
-    if not isinstance(value := row.get(column), str):
+        raise UserError(
+            f"{place}: expected an object with a field {column or _TEXT!r}, found {type(row).__name__}"
+        )
+    column = _default(row) if column is None else column
+    value = row.get(column)
+    if isinstance(value, list):
+        return read_conversation(value, f"{place}, field {column!r}")
+    if not isinstance(value, str):
         raise UserError(f"{place}: no text in field {column!r}; fields: {_listed(sorted(row))}")
     return value
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+def _default(names: Collection[str]) -> str:
+    """Return the column that is read of a row with these names if the user names none."""
+    return MESSAGES if MESSAGES in names and _TEXT not in names else _TEXT
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -197,13 +218,16 @@ def _parquet_rows(path: Path, column: str) -> Iterator[str]:
             plain = isinstance(getattr(file, "raw", None), FileIO)
             table = ParquetFile(file if plain else BytesIO(file.read()))  # which begins to read at the end
             names = table.schema_arrow.names
+            column = _default(names) if column is None else column
             if column not in names:
                 raise UserError(f"{path}: no column {column!r}; columns: {_listed(names)}")
             number = 0
             for batch in table.iter_batches(columns=[column]):
                 for value in batch[column].to_pylist():
                     number += 1
-                    if not isinstance(value, str):
+                    if isinstance(value, list):
+                        value = read_conversation(value, f"{path}, row {number}")
+                    elif not isinstance(value, str):
                         held = "null" if value is None else str(batch[column].type)
                         raise UserError(f"{path}, row {number}: no text in column {column!r}: it is {held}")
                     yield value

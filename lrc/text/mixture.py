@@ -1,95 +1,41 @@
-"""Draw calibration blocks from several sources in proportion to their weights."""
+"""Parse the texts of a mixture, and split samples between them in proportion to their weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lrc.errors import UserError, as_text_number
-from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize, windows
-from lrc.text.datasets import SYNTHETIC
-from lrc.text.source import check_text, read_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from lrc.text.datasets import GENERAL, GENERAL_WEIGHTS, HELD_OUT, SYNTHETIC
+from lrc.text.source import Use, check_text
 
 Data = str | tuple[str, ...] | dict[str, float]
 DataLike = str | Sequence[str] | Mapping[str, float]  # accepted from callers as Data
 
 
 @dataclass(frozen=True)
-class Source:
-    """Hold the blocks (n, tokens) of one source; ``provenance`` identifies its text, as JSON values."""
-
-    label: str
-    blocks: Tensor
-    provenance: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Hold the calibration ``blocks`` (samples, tokens) of all sources; ``weights`` is None if none were given.
-
-    Each block is of one source. Sources are interleaved evenly, each in the order of its text, so that any run of
-    blocks has about the proportions of the whole.
-    """
-
-    sources: tuple[Source, ...]
-    weights: tuple[float, ...] | None
-    blocks: Tensor
-
-    @property
-    def data(self) -> Data:
-        """Return the texts as a plan writes them, with explicit splits."""
-        labels = tuple(source.label for source in self.sources)
-        if self.weights is not None:
-            return dict(zip(labels, self.weights, strict=True))
-        return labels if labels[1:] else labels[0]
-
-    @property
-    def label(self) -> str:
-        """Return the texts as the command line writes them: ``wikitext2:train=2,c4:train=1``."""
-        return _label([source.label for source in self.sources], self.weights)
-
-    @property
-    def notes(self) -> list[str]:
-        return [note for source in self.sources for note in source.notes]
-
-    def as_dict(self, seed: int) -> dict[str, Any]:
-        """Return the output's record of the blocks, which were drawn with ``seed``."""
-        samples, seq_len = self.blocks.shape
-        weights = [{"weight": w} for w in self.weights or ()] or [{}] * len(self.sources)
-        return {
-            "data": self.label,
-            "samples": samples,
-            "seq_len": seq_len,
-            "seed": seed,
-            "sources": [
-                {"data": source.label, **weight, "blocks": len(source.blocks), **source.provenance}
-                for source, weight in zip(self.sources, weights, strict=True)
-            ],
-            "ids_sha256": ids_sha256(self.blocks),
-        }
-
-
-@dataclass(frozen=True)
 class Mixture:
-    """Hold sources by name, as ``read_text`` takes them or ``synthetic``, and their ``weights``, if any."""
+    """Hold sources by name, as ``read_text`` takes them or ``synthetic``, and their ``weights``, if any.
+
+    ``general``: the default mixture, of which sources that cannot be had are left out.
+    """
 
     names: tuple[str, ...]
     weights: tuple[float, ...] | None
+    general: bool = False
 
-    def check(self, samples: int | Literal["all"]) -> None:
+    def check(self, samples: int | Literal["all"], use: Use = "calibration") -> None:
         """Raise UserError for an unknown source, and for ``samples`` that no texts of these sources could give."""
+        if self.general:
+            return
         if samples == "all" and SYNTHETIC in self.names:
             raise UserError(
                 "samples: all is not possible with synthetic text; give a number, such as samples: 128"
@@ -100,74 +46,39 @@ class Mixture:
                 f"({', '.join(self.names)}); use {len(self.names)} or more"
             )
         for name in self.names:
-            if name != SYNTHETIC:
-                check_text(name, "calibration")
+            if name != SYNTHETIC or use != "calibration":
+                check_text(name, use)
 
-    def draw(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        samples: int | Literal["all"],
-        seq_len: int,
-        seed: int,
-        data_dir: Path | None,
-        generate: Callable[[int], Source],
-        rows: int | None = None,
-    ) -> Calibration:
-        """Draw ``samples`` blocks of ``seq_len`` tokens, split by ``shares``, each source without replacement.
+    @property
+    def fractions(self) -> list[Fraction]:
+        """Return the weights, equal if there are none."""
+        return [Fraction(str(weight)) for weight in self.weights or [1] * len(self.names)]
 
-        ``all`` takes every block of every source; with weights, as many as the scarcest source allows in proportion.
-        ``generate`` makes the blocks of synthetic text and is called last. Raises UserError as ``check`` does, for a
-        text that cannot be read or is named twice, for an id beyond the ``rows`` of the embedding, and for too few
-        blocks.
-        """
-        self.check(samples)
-        texts = [read_text(n, "calibration", data_dir) if n != SYNTHETIC else None for n in self.names]
-        first: dict[str, str] = {}
-        for name, text in zip(self.names, texts, strict=True):
-            if text and (other := first.setdefault(text.sha256, name)) != name:
-                raise UserError(f"calibration on {other} and {name}: they are the same text; name it once")
-        labels = [text.label if text else SYNTHETIC for text in texts]
-        ids: list[Tensor | None] = []
-        room: list[int | None] = []
-        for label, text in zip(labels, texts, strict=True):
-            with about(f"calibration on {label}"):
-                ids.append(each := tokenize(tokenizer, text.text, rows) if text else None)
-                room.append(None if each is None else len(windows(each, seq_len)))
-        counts = self._counts(labels, samples, room)
-        found: dict[str, Source] = {}
-        for text, each, count in zip(texts, ids, counts, strict=True):
-            if text is not None and each is not None:
-                with about(f"calibration on {text.label}"):
-                    blocks = calibration_blocks(each, count, seq_len, seed)
-                found[text.label] = Source(text.label, blocks, {"text_sha256": text.sha256}, text.notes)
-        if SYNTHETIC in labels:
-            found[SYNTHETIC] = generate(counts[labels.index(SYNTHETIC)])
-        sources = tuple(found[label] for label in labels)
-        return Calibration(sources, self.weights, interleaved([source.blocks for source in sources]))
+    @property
+    def data(self) -> Data:
+        """Return the names as a plan writes them."""
+        if self.general:
+            return GENERAL
+        return self.names if self.weights is None else dict(zip(self.names, self.weights, strict=True))
 
-    def _counts(
-        self, labels: Sequence[str], samples: int | Literal["all"], room: Sequence[int | None]
-    ) -> list[int]:
-        """Return the blocks to draw of each source; ``room`` is what each has, None without a limit."""
-        weights = [Fraction(str(weight)) for weight in self.weights or [1] * len(labels)]
-        if samples == "all":
-            full = [blocks or 0 for blocks in room]
-            return full if self.weights is None else shares(_most(weights, room, sum(full)), weights)
-        counts = shares(samples, weights)
-        short = [i for i, blocks in enumerate(room) if blocks is not None and blocks < counts[i]]
-        if short and labels[1:]:  # for a single text the draw has a better message
-            lacking = [
-                f"{labels[i]} has {room[i]} blocks, fewer than the {counts[i]} of its share" for i in short
-            ]
-            raise UserError(
-                f"calibration on {_label(labels, self.weights)}: {'; '.join(lacking)}; use at most samples: "
-                f"{_most(weights, room, samples)}, other weights or a longer text"
-            )
-        return counts
+    def of(self, names: Collection[str]) -> Mixture:
+        """Return the mixture of these sources alone."""
+        kept = [i for i, name in enumerate(self.names) if name in names]
+        weights = None if self.weights is None else tuple(self.weights[i] for i in kept)
+        return replace(self, names=tuple(self.names[i] for i in kept), weights=weights)
 
 
-def read_mixture(data: DataLike) -> Mixture:
-    """Parse calibration texts: a string as on the command line, a list of names, or a mapping from names to weights.
+def general_mixture(use: Use = "calibration", names: Collection[str] = GENERAL_WEIGHTS) -> Mixture:
+    """Return the default mixture of those of its sources that are named; for held-out text with their stand-ins."""
+    weights = dict[str, float]()
+    for name in (name for name in GENERAL_WEIGHTS if name in names):
+        here = HELD_OUT.get(name, name) if use == "held-out" else name
+        weights[here] = weights.get(here, 0) + GENERAL_WEIGHTS[name]
+    return Mixture(tuple(weights), tuple(weights.values()), general=True)
+
+
+def read_mixture(data: DataLike, use: Use = "calibration") -> Mixture:
+    """Parse texts: a string as on the command line, a list of names, or a mapping from names to weights.
 
     In a string, commas separate sources, and the last ``=`` of a source precedes its weight. A string, or a part, that
     is the name of a file is that file. Raises UserError for a source named twice, weights on only some sources, and a
@@ -178,7 +89,9 @@ def read_mixture(data: DataLike) -> Mixture:
     except ValueError as error:
         unread = isinstance(data, str) and "=" in data and "not a number" in str(error)
         hint = "; there is no file of this name, so the part after = is the weight" if unread else ""
-        raise UserError(f"calibration data {data!r}: {error}{hint}") from None
+        raise UserError(f"{use} data {data!r}: {error}{hint}") from None
+    if checked == GENERAL:
+        return general_mixture(use)
     if isinstance(checked, dict):
         return Mixture(tuple(checked), tuple(checked.values()))
     return Mixture((checked,) if isinstance(checked, str) else checked, None)
@@ -195,8 +108,8 @@ class Misplaced(ValueError):
 def check_data(value: object) -> Data:
     """Return a value as calibration texts; of weights only the ratios count.
 
-    Raises Misplaced for an empty or repeated name and for a weight that is not above 0, and ValueError for a value that
-    names no text.
+    Raises Misplaced for an empty or repeated name, for ``general`` among other names and for a weight that is not above
+    0, and ValueError for a value that names no text.
     """
     if isinstance(value, str) and value.strip():
         return value
@@ -205,6 +118,11 @@ def check_data(value: object) -> Data:
         for place, name in enumerate(value):
             if not isinstance(name, str) or not name.strip():
                 wrong[str(name) if isinstance(value, Mapping) else place] = f"{name!r} is not a name"
+            elif name == GENERAL:
+                texts = ",".join(f"{text}={weight}" for text, weight in GENERAL_WEIGHTS.items())
+                wrong[name if isinstance(value, Mapping) else place] = (
+                    f"{GENERAL} is a mixture, not a part of one; name it alone, or its texts: {texts}"
+                )
             elif isinstance(value, Mapping):
                 wrong[name] = _wrong_weight(value[name])
             elif name in value[:place]:
@@ -242,6 +160,22 @@ def shares(samples: int, weights: Sequence[Fraction]) -> list[int]:
     return [next(rest) if count else 1 for count in counts]
 
 
+def filled(samples: int, weights: Sequence[Fraction], room: Sequence[int]) -> list[int]:
+    """Split samples as ``shares`` does; a source with fewer blocks than its share gives all, and others fill up.
+
+    ``samples`` must be at least the number of weights and at most the sum of ``room``.
+    """
+    full = dict[int, int]()
+    while True:
+        others = [i for i in range(len(weights)) if i not in full]
+        counts = shares(samples - sum(full.values()), [weights[i] for i in others])
+        short = [i for i, count in zip(others, counts, strict=True) if count > room[i]]
+        if not short:
+            found = full | dict(zip(others, counts, strict=True))
+            return [found[i] for i in range(len(weights))]
+        full |= {i: room[i] for i in short}
+
+
 def interleaved(parts: Sequence[Tensor]) -> Tensor:
     """Join the blocks (n, tokens) of several sources, each spread evenly and in its own order."""
     order = [
@@ -260,7 +194,7 @@ def about(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from None
 
 
-def _most(weights: Sequence[Fraction], room: Sequence[int | None], limit: int) -> int:
+def most(weights: Sequence[Fraction], room: Sequence[int | None], limit: int) -> int:
     """Return the most samples up to ``limit`` whose shares fit in ``room``, at least one for each source."""
     total, count = sum(weights), len(weights)
     # A share is below its exact quota by at most one for rounding and one for each source that was given a sample.
@@ -309,7 +243,8 @@ def _is_file(name: str) -> bool:
     return Path(name).expanduser().is_file()
 
 
-def _label(labels: Sequence[str], weights: Sequence[float] | None) -> str:
+def label_of(labels: Sequence[str], weights: Sequence[float] | None) -> str:
+    """Return texts and their weights as the command line writes them."""
     if weights is None:
         return ",".join(labels)
     return ",".join(f"{label}={weight}" for label, weight in zip(labels, weights, strict=True))

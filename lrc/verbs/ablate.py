@@ -55,7 +55,7 @@ def ablate(
     setup = set_up(model, run)
     asked = check_keeps(KEEPS if keeps is None else keeps)[::-1]
     trials = [
-        Trial.of(setup.model, setup.reader, target, name, keep)
+        Trial.of(setup.model, setup.reader, target, name, keep, calib)
         for target, name in choose_targets(setup.reader.architecture, method).items()
         for keep in asked
     ]
@@ -65,7 +65,7 @@ def ablate(
     text = read_text(ppl or default_text(setup.model.source), "evaluation", run.data_folder)
     (passage,) = passages(setup.tokenizer, [text], [length], max_windows, setup.reader.architecture.vocab)
     job = trials[0].job
-    texts, plan = setup.texts(job, calib), job.plan
+    texts, plan = setup.texts(job), job.plan
     blocks = texts.calibration.blocks
     key = {  # everything that decides a result
         "model": setup.reader.fingerprint,

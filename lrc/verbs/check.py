@@ -20,8 +20,10 @@ from lrc.plan.library import PlanLike, find_draft
 from lrc.records.check import Check
 from lrc.run.offload import Place
 from lrc.run.settings import Run, default_batch, find_dtype, generating_batch
-from lrc.text.datasets import SYNTHETIC
-from lrc.text.mixture import read_mixture
+from lrc.text.chat import folder_has_template
+from lrc.text.datasets import DATASETS, GENERAL, MESSAGES, SYNTHETIC
+from lrc.text.mixture import Mixture, read_mixture
+from lrc.text.source import DATA_DIR_VARIABLE, data_folder, local_file
 
 
 def check(
@@ -66,13 +68,14 @@ def check(
             f"allocate {name}: lrc compress measures what sizes cost and then chooses them; all figures here are at "
             "equal fractions"
         )
-    if calibration.data is not None:
-        mixture = read_mixture(calibration.data)
-        mixture.check(calibration.samples)
-        if SYNTHETIC in mixture.names:
-            batch = min(generating_batch(job.plan.seq_len), on_device.samples)
-            needed = memory.generating_memory(job, dtype, batch)
-            warnings.append(f"the whole model writes synthetic text beforehand: about {needed:,} bytes")
+    assert calibration.data is not None, "a job names its texts"
+    mixture = read_mixture(calibration.data)
+    mixture.check(calibration.samples)
+    warnings += _sources(mixture, job.model.path)
+    if SYNTHETIC in mixture.names:
+        batch = min(generating_batch(job.plan.seq_len), on_device.samples)
+        needed = memory.generating_memory(job, dtype, batch)
+        warnings.append(f"the whole model writes synthetic text beforehand: about {needed:,} bytes")
     return Check(
         model=job.model.source,
         plan=job.draft.name,
@@ -85,3 +88,23 @@ def check(
         least_memory=memory_with("host"),
         warnings=warnings,
     )
+
+
+def _sources(mixture: Mixture, model: Path) -> list[str]:
+    """Return warnings about sources of the general mixture that may be left out."""
+    if not mixture.general:
+        return []
+    found, folder, names = [], data_folder(None), mixture.names
+    chats = [name for name in names if DATASETS[name].column == MESSAGES]
+    if not folder_has_template(model):
+        found = [
+            f"calibration on {GENERAL} leaves out {', '.join(chats)}: the tokenizer has no chat template"
+        ]
+        names = [name for name in names if name not in chats]
+    if remote := [name for name in names if local_file(DATASETS[name], "", "calibration", folder) is None]:
+        where = f"in {folder}" if folder else f"on this machine ({DATA_DIR_VARIABLE} names no folder)"
+        found.append(
+            f"calibration on {GENERAL}: {', '.join(remote)} not {where}; lrc compress reads them from the hub, and "
+            "leaves out those that the hub does not give"
+        )
+    return found

@@ -35,7 +35,8 @@ from lrc.run.offload import Place, States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
 from lrc.text.blocks import tokenize
-from lrc.text.mixture import Calibration, DataLike, about
+from lrc.text.corpus import Drawn
+from lrc.text.mixture import DataLike, about
 from lrc.text.source import read_text
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
@@ -71,7 +72,7 @@ def compress(
     """
     draft = find_draft(plan, keep, changes)
     setup = set_up(model, run)
-    job, notes = make_job(setup.model, setup.reader, draft), list[str]()
+    job, notes = make_job(setup.model, setup.reader, draft, calib), list[str]()
     if plan is None and "allocate" not in (changes or {}):
         job, note = _choose_allocation(setup, job, keep, changes)
         notes.append(note)
@@ -79,7 +80,7 @@ def compress(
     check_output(target, source=job.model.path, force=force)
     others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
     held_out = _check_held_out(setup, ppl, max_windows)
-    work = _prepare(setup, job, calib, notes)
+    work = _prepare(setup, job, notes)
     setup.processes.agree(work.settings)
     setup.warn(work.warnings)
     source = job.model.path
@@ -109,7 +110,7 @@ class _Work:
 
     setup: Setup
     job: Job
-    calibration: Calibration
+    calibration: Drawn
     sizing: Sizing | None
     batch: int
     offload: Place
@@ -130,7 +131,7 @@ def _choose_allocation(
     if not fits:
         name = "fisher"
         draft = read_draft(BEST.model_copy(update={"allocate": name}), keep, changes)
-        job = make_job(setup.model, setup.reader, draft)
+        job = make_job(setup.model, setup.reader, draft, job.plan.plan.calibration.data)
     used = f"method {job.plan.plan.method}, keep {job.plan.plan.keep:g} and allocate {name}"
     reason = f"the whole model {'fits' if fits else 'does not fit'} on the device"
     return job, (
@@ -152,10 +153,10 @@ def _check_held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: 
     return specs
 
 
-def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -> _Work:
+def _prepare(setup: Setup, job: Job, notes: list[str]) -> _Work:
     """Draw the texts and fix everything that decides the output. Raises UserError for a plan that cannot be done."""
     name, jobs = job.plan.plan.allocate, jobs_to_measure(job)
-    texts, batch = setup.texts(job, calib, samples=default_samples(name)), setup.batch_size(job)
+    texts, batch = setup.texts(job, samples=default_samples(name)), setup.batch_size(job)
     calibration, samples = texts.calibration, len(texts.calibration.blocks)
     run: dict[str, Any] = {"device": setup.device.type, "dtype": setup.dtype_name, "batch_size": batch}
     if not setup.processes.alone:  # how blocks are split decides how sums over them are rounded
@@ -177,7 +178,7 @@ def _prepare(setup: Setup, job: Job, calib: DataLike | None, notes: list[str]) -
         sizing = Sizing(name, jobs, sorted(KEEPS), setup.setting(jobs, texts))
         settings["allocation"] = sizing.key
     few = too_few(job.reader.architecture, job.plan, samples, losses=ALLOCATORS[name].losses)
-    warnings = [*notes, *job.plan.warnings, *calibration.notes, *few]
+    warnings = [*notes, *job.plan.warnings, *texts.warnings, *few]
     return _Work(setup, job, calibration, sizing, batch, setup.offload(job, samples), settings, warnings)
 
 

@@ -59,9 +59,9 @@ def inspect_model(
         folder, trusted = Path(against).expanduser(), run.trust_remote_code
         output = Output(folder, reader, str(model), setup.device, trust_remote_code=trusted)
     plan = base_plan(architecture, samples, seq_len, gradients=gradients)
-    (job,) = jobs_at_keeps(setup.model, reader, draft_of(plan, "lrc inspect"), [0.5])
+    (job,) = jobs_at_keeps(setup.model, reader, draft_of(plan, "lrc inspect"), [0.5], calib)
     with setup.watch.stage("text"):
-        texts = setup.texts(job, calib)
+        texts = setup.texts(job)
     blocks, batch = texts.calibration.blocks, setup.batch_size(job)
     looked_at = replace(job.plan, layers=selected.plans if gradients else (), outer=())
     names = {target.name for target in (*selected.inside, *selected.outside)}

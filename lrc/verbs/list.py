@@ -17,7 +17,7 @@ from lrc.methods import Method, methods
 from lrc.modules import kinds
 from lrc.plan.library import shipped_plans
 from lrc.records.check import Item
-from lrc.text.datasets import DATASETS, SYNTHETIC
+from lrc.text.datasets import DATASETS, GENERAL, GENERAL_WEIGHTS, SYNTHETIC
 
 _PAPER = re.compile(r"\s*\(?(arXiv:\d{4}\.\d{4,5})\)?")
 
@@ -33,6 +33,7 @@ def catalogue(group: str | None = None) -> dict[str, list[Item]]:
         "plans": [Item(name, _plan_summary(path)) for name, path in shipped_plans().items()],
         "data": [
             *(Item(name, data.summary, data.hub or "in the package") for name, data in DATASETS.items()),
+            Item(GENERAL, f"the default calibration, a mixture of {', '.join(GENERAL_WEIGHTS)}", "several"),
             Item(SYNTHETIC, "text that the model itself writes, for calibration alone", "the model"),
         ],
         "models": [

@@ -73,12 +73,11 @@ def make_plan(
     paths = [out.with_name(f"{out.stem}-{b.keep:g}{out.suffix}") if budgets[1:] else out for b in budgets]
     _check_files(paths, measuring.curves)
     setup = set_up(model, run)
-    jobs = jobs_at_keeps(setup.model, setup.reader, draft, keeps)
+    jobs = jobs_at_keeps(setup.model, setup.reader, draft, keeps, calib)
     blank = blank_curves(name, jobs)
     for budget in budgets:  # before the measurement, as some budgets cannot be met
         buy(budget, jobs[0], blank, limits)
-    held_out_samples = measuring.held_out_samples or default_samples(name)
-    texts = setup.texts(jobs[0], calib, measuring.held_out, held_out_samples)
+    texts = setup.texts(jobs[0], measuring.held_out, measuring.held_out_samples or default_samples(name))
     samples = len(texts.calibration.blocks)
     states = States(setup.offload(jobs[-1], samples), out.parent)
     sizing = Sizing(name, jobs, keeps, setup.setting(jobs, texts, states))

@@ -11,19 +11,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lrc.allocation.contract import Setting
-from lrc.calibration.draw import Texts, held_out_text
+from lrc.calibration.draw import Texts, held_out_mixture
 from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.estimate.room import choose_place, known_place
 from lrc.hub.loader import load_tokenizer
-from lrc.hub.names import ResolvedModel, default_text
+from lrc.hub.names import ResolvedModel
 from lrc.plan.job import Job, open_checkpoint
 from lrc.run.offload import ON_DEVICE, Place, States
 from lrc.run.processes import Processes
 from lrc.run.settings import Run, default_batch, find_device, find_dtype
 from lrc.run.stopwatch import Stopwatch
-from lrc.text.blocks import held_out_blocks, tokenize
-from lrc.text.mixture import DataLike, about, read_mixture
+from lrc.text.corpus import read_corpus
+from lrc.text.mixture import DataLike, read_mixture
 
 
 @dataclass(frozen=True)
@@ -82,32 +82,33 @@ class Setup:
             start=self.run.stage,
         )
 
-    def texts(
-        self, job: Job, calib: DataLike | None, held_out: str | None = None, samples: int | None = None
-    ) -> Texts:
-        """Draw a job's calibration blocks: of ``calib``, else of the plan's text, else of the model's default text.
+    def texts(self, job: Job, held_out: DataLike | None = None, samples: int | None = None) -> Texts:
+        """Draw a job's calibration blocks; if ``samples`` is given, also the first ``samples`` blocks held out of them.
 
-        If ``samples`` is given, also draw the first ``samples`` blocks of a held-out text. Raises UserError for a
-        missing or short text, and for held-out text that overlaps a calibration source.
+        ``held_out``: other texts than the default. Raises UserError for a missing or short text, and for held-out text
+        that overlaps a calibration source.
         """
-        folder, settings = self.run.data_folder, job.plan.plan.calibration
-        rows = self.reader.architecture.vocab
+        settings, seq_len = job.plan.plan.calibration, job.plan.seq_len
+        assert settings.data is not None, "a job names its texts"
+        read = partial(
+            read_corpus,
+            tokenizer=self.tokenizer,
+            seq_len=seq_len,
+            data_dir=self.run.data_folder,
+            rows=self.reader.architecture.vocab,
+        )
+        calibration, held = read(read_mixture(settings.data), samples=settings.samples), None
         # First, so that an unusable held-out text is an error before the model generates synthetic text.
-        text = None if samples is None else held_out_text(job, held_out, folder)
-        with about(f"held-out text {text.label if text else ''}"):
-            ids = tokenize(self.tokenizer, text.text, rows) if text else None
-        default = settings.data or default_text(self.model.source)
-        mixture = read_mixture(default if calib is None else calib)
+        if samples is not None:
+            mixture = held_out_mixture(job, held_out, calibration)
+            held = read(mixture, samples=samples, use="held-out")
         generate = partial(
             synthesize, job=job, device=self.device, dtype=self.dtype, run=self.run, watch=self.watch
         )
-        calibration = mixture.draw(
-            self.tokenizer, settings.samples, job.plan.seq_len, settings.seed, folder, generate, rows
-        )
-        if text is None or ids is None or samples is None:
-            return Texts(calibration)
-        with about(f"held-out text {text.label}"):
-            return Texts(calibration, text, held_out_blocks(ids, samples, calibration.blocks))
+        drawn = calibration.draw(settings.samples, settings.seed, generate)
+        if held is None or samples is None:
+            return Texts(drawn)
+        return Texts(drawn, held.held_out(samples, drawn.blocks))
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Show the user each warning that has not been shown yet."""

@@ -19,7 +19,7 @@ from lrc.moments import collectors
 from lrc.moments.gradient import GradientMoment, GradientTargets
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
-from lrc.text.mixture import Calibration, Source
+from lrc.text.corpus import Drawn, Source
 from lrc.walk.backward import GradientSweep
 from lrc.walk.needs import solver_of
 from lrc.walk.stream import ModelStream
@@ -39,7 +39,7 @@ def setting(blocks: Tensor) -> Callable[..., Setting]:
     def make(folder: Path, plan: str, keeps: Sequence[float] = (0.3, 0.6), losses: bool = False) -> Setting:
         reader = CheckpointReader(folder)
         plans = [resolved(reader, f"keep: {keep}\n{plan}") for keep in keeps]
-        texts = Texts(Calibration((Source("drawn", blocks, {}),), None, blocks))
+        texts = Texts(Drawn((Source("drawn", blocks, {}),), None, blocks))
         return Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2, losses)
 
     return make

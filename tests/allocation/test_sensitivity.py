@@ -24,7 +24,7 @@ from lrc.moments import collectors
 from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.text.blocks import calibration_blocks, tokenize
-from lrc.text.mixture import Calibration, Source
+from lrc.text.corpus import Drawn, Source
 
 CALIBRATION = "calibration: {samples: 4, seq_len: 32, first_token: 5}"
 TEXT = "".join(f"{n} bottles of beer on wall {n * 7919 % 1000}, take {n % 13} down. " for n in range(80))
@@ -42,7 +42,7 @@ def sensitivity(folder: Path, held_out: Tensor, *plans: ResolvedPlan) -> Sensiti
     from transformers import AutoTokenizer
 
     blocks = calibration_blocks(tokenize(AutoTokenizer.from_pretrained(folder), TEXT), 4, 32, 0)
-    texts = Texts(Calibration((Source("counted", blocks, {}),), None, blocks), held_blocks=held_out)
+    texts = Texts(Drawn((Source("counted", blocks, {}),), None, blocks), Drawn((), None, held_out))
     reader = CheckpointReader(folder)
     return Sensitivity(Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2))
 

@@ -19,6 +19,7 @@ from lrc.evaluation.perplexity import window_losses
 from lrc.methods import methods
 from lrc.methods.contract import EmbeddingProblem
 from lrc.moments.moment import Moment
+from lrc.text.corpus import Drawn
 
 WHOLE = "components: {qk: keep-all, ov: keep-all, mlp: keep-all}"
 TIED = [("gpt2", {}, "embed"), ("llama", {"tie_word_embeddings": True}, "embed")]
@@ -110,7 +111,7 @@ def test_sensitivity_is_the_divergence_with_the_table_replaced(
 ) -> None:
     folder = tiny_checkpoint(family, **config)
     plan = setting(folder, open_(target, method))
-    plan = replace(plan, texts=replace(plan.texts, held_blocks=held_out))
+    plan = replace(plan, texts=replace(plan.texts, held_out=Drawn((), None, held_out)))
     (curve,), dense = ALLOCATORS["sensitivity"].curves(plan, lambda done: None)
     by_hand = ByHand(folder, target, blocks)
     assert (curve.layer, curve.target, len(curve.sizes)) == (None, target, 2)
@@ -145,7 +146,7 @@ def test_measures_the_layers_as_without_the_tables(
     both = "embed: {method: svd}, lm_head: {method: whitened_svd}"
     for projections in (both, "embed: {method: svd, rank: 5}"):
         plan = setting(folder, f"allocate: energy\n{rest}\nprojections: {{{projections}}}")
-        plan = replace(plan, texts=replace(plan.texts, held_blocks=held_out))
+        plan = replace(plan, texts=replace(plan.texts, held_out=Drawn((), None, held_out)))
         found.append(ALLOCATORS["sensitivity"].curves(plan, done.append)[0])
         blank = ALLOCATORS["sensitivity"].blank(plan.reader.architecture, plan.plans)
         assert [replace(c, costs=(0.0, 0.0)) for c in found[-1]] == blank

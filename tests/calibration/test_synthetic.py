@@ -22,7 +22,7 @@ from lrc.plan.library import read_draft
 from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import ids_sha256, uniforms
-from lrc.text.mixture import Source
+from lrc.text.corpus import Source
 
 TinyCheckpoint = Callable[..., Path]
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from typer.testing import Result
 import lrc.allocation.sizing
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sensitivity import Sensitivity
+from lrc.text.datasets import GENERAL_WEIGHTS
 
 BASE = "format: 1\nmethod: a3\ncalibration: {data: calib.txt, samples: 3, seq_len: 48}\n"
 NARROW = f"{BASE}components: {{qk: {{metric: attention}}}}\n"
@@ -301,11 +302,14 @@ def test_a_model_of_ones_own_is_measured_on_the_validation_split(
         (work / f"{name}.txt").rename(work / "wikitext2-raw" / f"{split}.txt")
     few = ("--held-out-samples", "2", "--keeps", "0.7,0.4")
     options = (shared_checkpoint("gpt2"), "--keep", "0.8", *QUIET, *few, "--data-dir", work)
-    for named in ((), ("--held-out", "wikitext2")):
-        found = json.loads(succeeds("plan", *options, *named, "--json").stdout)
-        assert found["held_out"] == "wikitext2:validation (2 blocks of 48 tokens)"
-        assert found["calibration"] == "wikitext2:train (3 blocks of 48 tokens)"
-        assert found["warnings"] == []
+    for named, label in (((), "the validation splits of general"), (("wikitext2",), "wikitext2:validation")):
+        held = [word for name in named for word in ("--held-out", name)]
+        found = json.loads(succeeds("plan", *options, *held, "--json").stdout)
+        assert found["held_out"] == f"{label} (2 blocks of 48 tokens)"
+        assert found["calibration"] == "general (3 blocks of 48 tokens)"
+        assert len(found["warnings"]) == len(GENERAL_WEIGHTS) - 1
+        assert all("calibration on general without " in warning for warning in found["warnings"])
+        assert "calibration: {data: general, samples: 3, " in (work / "plan.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-gpt2"])
@@ -489,7 +493,7 @@ def test_an_allocation_asked_of_a_method_that_has_no_curve_is_refused(
         (("--keep", "0.8", "--curves", "base.yaml"), "base.yaml holds no curves of lrc plan"),
         (("--keep", "0.8", "--held-out-samples", "10000"), "fewer than the 10000 held-out samples"),
         (("--keep", "0.8", "--held-out", "nothing"), "unknown text 'nothing'"),
-        (("--keep", "0.8", "--held-out", ""), "unknown text ''"),
+        (("--keep", "0.8", "--held-out", ""), "held-out data '': '' names no text"),
         (("--keep", "0.8", "--calib", ""), "calibration data '': '' names no text"),
         (("--keep", "0.8", "--device", "tpu"), "there is no device 'tpu'"),
     ],

@@ -23,7 +23,7 @@ from lrc.families import families
 from lrc.methods import methods
 from lrc.moments import collectors, statistics
 from lrc.plan.resolve import parse_plan, resolve
-from lrc.text.mixture import Calibration, Source
+from lrc.text.corpus import Drawn, Source
 from lrc.walk.stream import ModelStream
 from lrc.walk.walk import Walk
 
@@ -106,7 +106,7 @@ def energy(folder: Path, plan: str, blocks: Tensor) -> tuple[Setting, list[Curve
     reader = CheckpointReader(folder)
     draft = parse_plan(f"format: 1\nkeep: 0.5\n{plan}", "p.yaml")
     plans = [resolve(draft, reader.architecture, methods(), collectors())]
-    texts = Texts(Calibration((Source("drawn", blocks, {}),), None, blocks))
+    texts = Texts(Drawn((Source("drawn", blocks, {}),), None, blocks))
     setting = Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2)
     return setting, ALLOCATORS["energy"].curves(setting, lambda done: None)[0]
 

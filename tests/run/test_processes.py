@@ -36,7 +36,7 @@ from lrc.plan.resolve import parse_plan, resolve
 from lrc.plan.resolved import ResolvedPlan
 from lrc.run.processes import ALONE, Processes, launched
 from lrc.text.blocks import batched
-from lrc.text.mixture import Calibration, Source
+from lrc.text.corpus import Drawn, Source
 from lrc.walk.backward import GradientSweep
 from lrc.walk.stream import ModelStream
 from lrc.walk.walk import Walk
@@ -319,7 +319,7 @@ def test_the_queries_kept_are_those_that_one_process_keeps(count: int, together:
 
 def curves(processes: Processes, folder: Path) -> Iterator[tuple[str, list[float]]]:
     reader, ids = CheckpointReader(folder), blocks(7)
-    texts = Texts(Calibration((Source("drawn", ids[:4], {}),), None, ids[:4]), None, ids[4:])
+    texts = Texts(Drawn((Source("drawn", ids[:4], {}),), None, ids[:4]), Drawn((), None, ids[4:]))
     tables = "projections: {embed: {method: whitened_svd}}\n"
     for name, base, losses in (
         ("energy", f"method: a3\n{tables}", False),

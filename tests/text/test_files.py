@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from lrc.errors import UserError
-from lrc.text.files import read_column, read_plain
+from lrc.text.files import read_plain, read_rows
 from lrc.text.mixture import read_mixture
 from lrc.text.source import read_text
 
@@ -65,9 +65,9 @@ def test_the_column_text_of_every_form_has_its_values_as_they_are_written(tmp_pa
     for name in (f"a{form}{packed}", f"A{form.upper()}{packed.upper()}", f"a{form}"):
         path = tmp_path / name
         path.write_bytes(data)
-        assert read_column(path, "text") == TEXTS
+        assert read_rows(path, "text") == TEXTS
         assert read_text(str(path), "calibration").text == "\n\n".join(TEXTS)
-    assert read_column(path, "text", 2) == TEXTS[:2]
+    assert read_rows(path, "text", 2) == TEXTS[:2]
 
 
 @pytest.mark.parametrize("packed", PACKERS)
@@ -85,7 +85,7 @@ def test_a_column_by_name_and_a_file_whose_name_has_the_colon(tmp_path):
     parquet.write_table(pa.table({"body": ["one", "two"]}), tmp_path / "t.parquet")
     spec = f"{tmp_path}/t.csv:id"
     found = read_text(spec, "calibration")
-    assert (found.text, found.label) == ("1\n\n007", spec)
+    assert (found.text, found.label, found.origin) == ("1\n\n007", spec, "t.csv")
     assert read_text(f"{tmp_path}/t.csv:a:b", "calibration").text == "x\n\ny"
     for form in ("jsonl", "parquet"):
         assert read_text(f"{tmp_path}/t.{form}:body", "evaluation").text == "one\n\ntwo"
@@ -147,7 +147,7 @@ def test_rows_of_parquet_without_text_are_named(tmp_path):
 
 def test_a_cell_longer_than_the_csv_module_reads_by_default(tmp_path):
     (tmp_path / "t.csv").write_text("text\n" + "long " * 50_000 + "\n")
-    assert len(read_column(tmp_path / "t.csv", "text")[0]) == 250_000
+    assert len(read_rows(tmp_path / "t.csv", "text")[0]) == 250_000
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-be", "utf-32-be"])
@@ -157,10 +157,10 @@ def test_texts_with_a_byte_order_mark_are_read_without_it(tmp_path, encoding):
     assert read_plain(tmp_path / "a.txt") == "Zürich\r\nżółw"
     for name in ("a.csv", "a.tsv"):
         (tmp_path / name).write_bytes(gzip.compress(mark + "text\nżółw".encode(encoding)))
-        assert read_column(tmp_path / name, "text") == ["żółw"]
+        assert read_rows(tmp_path / name, "text") == ["żółw"]
     for name, lines in (("a.jsonl", '{"text": "ż"}\n{"text": "ó"}'), ("a.json", '[{"text": "ż"}]')):
         (tmp_path / name).write_bytes(mark + lines.encode(encoding))
-        assert read_column(tmp_path / name, "text")[0] == "ż"
+        assert read_rows(tmp_path / name, "text")[0] == "ż"
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lrc.errors import UserError
 from lrc.text.blocks import calibration_blocks, ids_sha256, tokenize
-from lrc.text.mixture import Calibration, Mixture, Source, _most, interleaved, read_mixture, shares
+from lrc.text.corpus import Drawn, Source, read_corpus
+from lrc.text.mixture import Mixture, interleaved, most, read_mixture, shares
 
 SEQ_LEN = 16
-Draw = Callable[..., Calibration]
+Draw = Callable[..., Drawn]
 
 
 def ones(count: int) -> Source:
@@ -38,8 +39,8 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedT
         text = "".join(chr(ord(first) + i * i * i % 13) for i in range(blocks * SEQ_LEN + 5))
         Path(name).write_text(text, encoding="utf-8")
 
-    def drawn(data, samples, seed=0) -> Calibration:
-        return read_mixture(data).draw(tokenizer, samples, SEQ_LEN, seed, None, ones)
+    def drawn(data, samples, seed=0) -> Drawn:
+        return read_corpus(read_mixture(data), tokenizer, SEQ_LEN, samples).draw(samples, seed, ones)
 
     return drawn
 
@@ -90,7 +91,7 @@ def test_the_most_samples_that_do_are_found(sources, extra):
         for n in range(len(sources), limit + 1)
         if all(s <= r for s, r in zip(shares(n, weights), room, strict=True))
     ]
-    assert _most(weights, room, limit) == fits[-1]
+    assert most(weights, room, limit) == fits[-1]
 
 
 # --- blocks ---

@@ -57,6 +57,7 @@ def test_wikitext_test_split_is_the_official_one_joined_by_the_protocol(data_dir
     assert text.text.endswith("Eddie Pelkey . \n\n\n")
     assert (text.name, text.split, text.label, text.notes) == ("wikitext2", "test", "wikitext2:test", ())
     assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
+    assert text.origin == "wikitext2-raw/test.txt"
 
 
 def test_wikitext_from_text_and_from_parquet_is_the_same_text(tmp_path):
@@ -111,8 +112,7 @@ def test_c4_joins_documents_and_stops_at_the_protocols_number(tmp_path):
 def test_c4_samples_are_read_whole(data_dir):
     texts = read_text("c4", "evaluation", data_dir), read_text("c4", "calibration", data_dir)
     for text, documents in zip(texts, (2000, 1480), strict=True):
-        assert text.split
-        lines = (data_dir / DATASETS["c4"].splits[text.split].local[-1]).read_bytes().split(b"\n")[:-1]
+        lines = (data_dir / text.origin).read_bytes().split(b"\n")[:-1]
         assert len(lines) == documents
         assert text.text == "\n\n".join(json.loads(line)["text"] for line in lines)
 
@@ -277,7 +277,8 @@ def test_a_file_named_like_a_data_set_is_reached_by_its_path(tmp_path, monkeypat
 
 def test_unknown_names_give_the_nearest(tmp_path):
     assert message("wikitxt2") == (
-        "unknown text 'wikitxt2': did you mean 'wikitext2'? known: builtin, c4, pile, ptb, wikitext2; "
+        "unknown text 'wikitxt2': did you mean 'wikitext2'? known: builtin, c4, chat, code, pile, ptb, "
+        "textbooks, web, wikipedia, wikipedia-es, wikipedia-fr, wikitext2; "
         "or a path to a text file"
     )
     assert "no split 'tset': did you mean 'test'? known: test, train, validation" in message("wikitext2:tset")
