@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrc.errors import UserError
@@ -40,13 +39,6 @@ def read_conversation(value: Sequence[object], place: str) -> Conversation:
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
-
-
-def folder_has_template(folder: Path) -> bool:
-    """Tell whether the tokenizer in a model's folder has a chat template, without loading the tokenizer."""
-    config = folder / "tokenizer_config.json"
-    written = config.is_file() and "chat_template" in config.read_text(encoding="utf-8", errors="replace")
-    return written or any(folder.glob("chat_template.*"))
 
 
 def render(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import jobs_to_measure
@@ -15,12 +16,13 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.sizes import size_of
 from lrc.estimate import memory
 from lrc.estimate.sizes import output_size, target_sizes
+from lrc.hub.loader import load_tokenizer
 from lrc.plan.job import make_job, open_checkpoint
 from lrc.plan.library import PlanLike, find_draft
 from lrc.records.check import Check
 from lrc.run.offload import Place
 from lrc.run.settings import Run, default_batch, find_dtype, generating_batch
-from lrc.text.chat import folder_has_template
+from lrc.text.chat import has_template
 from lrc.text.datasets import DATASETS, GENERAL, MESSAGES, SYNTHETIC
 from lrc.text.mixture import Mixture, read_mixture
 from lrc.text.source import DATA_DIR_VARIABLE, data_folder, local_file
@@ -37,8 +39,8 @@ def check(
     """Return sizes, memory and warnings of a compression on a GPU with the default settings, from headers alone.
 
     ``plan``, ``keep`` and ``changes`` are those of ``lrc.compress``. Of ``run``, only how the model is opened matters.
-    Raises UserError for a missing model, for every mistake of the plan, and for an unknown calibration text; texts are
-    not read.
+    Raises UserError for a missing model, for every mistake of the plan, for a tokenizer that does not work, and for an
+    unknown calibration text; texts are not read.
     """
     job = make_job(*open_checkpoint(model, run), find_draft(plan, keep, changes))
     reader, calibration, name = job.reader, job.plan.plan.calibration, job.plan.plan.allocate
@@ -71,7 +73,8 @@ def check(
     assert calibration.data is not None, "a job names its texts"
     mixture = read_mixture(calibration.data)
     mixture.check(calibration.samples)
-    warnings += _sources(mixture, job.model.path)
+    tokenizer = load_tokenizer(job.model.path, trust_remote_code=run.trust_remote_code)
+    warnings += _sources(mixture, tokenizer)
     if SYNTHETIC in mixture.names:
         batch = min(generating_batch(job.plan.seq_len), on_device.samples)
         needed = memory.generating_memory(job, dtype, batch)
@@ -90,13 +93,13 @@ def check(
     )
 
 
-def _sources(mixture: Mixture, model: Path) -> list[str]:
+def _sources(mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return warnings about sources of the general mixture that may be left out."""
     if not mixture.general:
         return []
     found, folder, names = [], data_folder(None), mixture.names
     chats = [name for name in names if DATASETS[name].column == MESSAGES]
-    if not folder_has_template(model):
+    if not has_template(tokenizer):
         found = [
             f"calibration on {GENERAL} leaves out {', '.join(chats)}: the tokenizer has no chat template"
         ]

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
+import lrc
 from lrc.cli import main
 from lrc.compression.loop import Compressor
+from lrc.errors import UserError
 
 Run = Callable[..., Result]
 Fails = Callable[..., str]
@@ -194,6 +196,8 @@ def test_no_tokenizer(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:
     message = refuses(model)
     assert f"{model} has no tokenizer that works" in message
     assert "tokenizer.json" in message
+    with pytest.raises(UserError, match="has no tokenizer that works"):
+        lrc.check(model, keep=0.8)
 
 
 def test_a_compressed_checkpoint(refuses: Fails, tiny_checkpoint: TinyCheckpoint) -> None:

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lrc.errors import UserError
-from lrc.text.chat import folder_has_template, has_template
+from lrc.text.chat import has_template
 from lrc.text.corpus import read_corpus
 from lrc.text.encoding import encode
 from lrc.text.mixture import read_mixture
@@ -139,13 +139,3 @@ def test_a_chat_is_no_text_for_perplexity(chat: Path) -> None:
     for spec in ("chat.jsonl", "chat"):
         with pytest.raises(UserError, match=rf"{spec} is a chat.*plain text"):
             read_text(spec, "evaluation")
-
-
-def test_a_folder_tells_of_its_template_without_a_tokenizer(tmp_path: Path) -> None:
-    assert not folder_has_template(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}', encoding="utf-8")
-    assert folder_has_template(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    assert not folder_has_template(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("x", encoding="utf-8")
-    assert folder_has_template(tmp_path)
