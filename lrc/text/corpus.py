@@ -16,7 +16,7 @@ from lrc.text.chat import has_template
 from lrc.text.datasets import DATASETS, FOREIGN, GENERAL, MESSAGES, SYNTHETIC
 from lrc.text.encoding import FEW_BYTES, encode, excerpt, handles
 from lrc.text.mixture import Data, Mixture, about, filled, interleaved, label_of, most, shares
-from lrc.text.source import DATA_DIR_VARIABLE, Missing, Text, Use, read_text
+from lrc.text.source import DATA_DIR_VARIABLE, Missing, Text, Use, data_folder, local_file, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -232,14 +232,16 @@ def read_corpus(
     """
     mixture.check(samples, use)
     what = "calibration on" if use == "calibration" else "held-out text"
-    texts, notes, first = dict[str, Text | None](), list[str](), dict[str, str]()
+    texts, first = dict[str, Text | None](), dict[str, str]()
+    notes, lost = list[str](), dict[str, UserError]()
     for name in mixture.names:
         if name == SYNTHETIC and use == "calibration":
             texts[name] = None
             continue
-        with _noted(notes, use, name, mixture):
+        with _kept(lost, name, mixture):
             if mixture.general:
-                _check_template(tokenizer, name)
+                offline = any(isinstance(error, Missing) and error.unreachable for error in lost.values())
+                _check_chance(tokenizer, name, use, data_dir, offline=offline)
             texts[name] = text = read_text(name, use, data_dir)
             if (other := first.setdefault(text.sha256, name)) != name:
                 raise UserError(f"{what} {other} and {name}: they are the same text; name it once")
@@ -251,7 +253,7 @@ def read_corpus(
         if mixture.general and samples != "all":
             share = float(weight / sum(there.fractions)) * samples
             text = excerpt(text, int(_CHARACTERS * max(share, _LEAST_SHARE) * seq_len))
-        with _noted(notes, use, name, mixture):
+        with _kept(lost, name, mixture):
             with nullcontext() if mixture.general else about(f"{what} {text.label}"):
                 encoded = encode(tokenizer, text, rows, lenient=mixture.general)
                 windows(encoded.ids, seq_len)
@@ -264,29 +266,41 @@ def read_corpus(
             notes += [*text.notes, *encoded.notes]
             provenance = {"text_sha256": text.sha256, "origin": text.origin}
             parts.append(Part(name, text.label, encoded.ids, provenance))
+    reasons = {
+        name: error.reason if isinstance(error, Missing) else str(error) for name, error in lost.items()
+    }
     if not parts:
+        name, reason = next(iter(reasons.items()))
         raise UserError(
-            f"{what} {GENERAL}: none of its texts can be had ({notes[0]}). Pass --data-dir or set {DATA_DIR_VARIABLE} "
-            "to a folder with data sets, or name a text file with --calib FILE"
+            f"{what} {GENERAL}: none of its texts can be had (such as {name}: {reason}). Pass --data-dir or set "
+            f"{DATA_DIR_VARIABLE} to a folder with data sets, or name a text file with --calib FILE"
         )
+    notes = [*(_without(use, name, reason) for name, reason in reasons.items()), *notes]
     return Corpus(mixture.of([part.name for part in parts]), tuple(parts), use, seq_len, tuple(notes))
 
 
 @contextmanager
-def _noted(notes: list[str], use: Use, name: str, mixture: Mixture) -> Iterator[None]:
-    """Turn a UserError about a source of the general mixture into a note."""
+def _kept(lost: dict[str, UserError], name: str, mixture: Mixture) -> Iterator[None]:
+    """Keep a UserError about a source of the general mixture in ``lost`` instead of raising it."""
     try:
         yield
     except UserError as error:
         if not mixture.general:
             raise
-        notes.append(_without(use, name, error.reason if isinstance(error, Missing) else str(error)))
+        lost[name] = error
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise UserError for a chat that the tokenizer has no template for, before it is downloaded."""
+def _check_chance(
+    tokenizer: PreTrainedTokenizerBase, name: str, use: Use, data_dir: Path | None, *, offline: bool
+) -> None:
+    """Raise UserError for a source that cannot be had, before the hub is asked.
+
+    It is a chat without a template, or a text that only the hub has while the hub is ``offline``.
+    """
     if DATASETS[name].column == MESSAGES and not has_template(tokenizer):
         raise UserError("the tokenizer has no chat template")
+    if offline and local_file(DATASETS[name], "", use, data_folder(data_dir)) is None:
+        raise UserError("there is no local file, and the hub does not answer")
 
 
 def _without(use: Use, names: str, reason: str) -> str:

@@ -23,11 +23,14 @@ Use = Literal["calibration", "held-out", "evaluation"]
 
 
 class Missing(UserError):
-    """A data set is neither in the data folder nor on the hub; ``reason`` says so in a clause."""
+    """A data set is neither in the data folder nor on the hub; ``reason`` says so in a clause.
 
-    def __init__(self, message: str, reason: str) -> None:
+    ``unreachable``: the hub did not answer, so that it gives no other text either.
+    """
+
+    def __init__(self, message: str, reason: str, *, unreachable: bool) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.unreachable = reason, unreachable
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,7 @@ def _hub_rows(data_set: DataSet, hub: str, name: str, data_dir: Path | None) -> 
             f"network, pass --data-dir or set {DATA_DIR_VARIABLE} to a folder with {' or '.join(split.local)}, "
             "or name a text file or 'builtin'",
             f"there is no local file, and the hub does not give {hub} ({reason})",
+            unreachable=isinstance(error, ConnectionError),
         ) from error
     places = (f"{hub}, row {number}" for number in count(split.skip + 1))
     return [

@@ -156,7 +156,7 @@ def test_a_language_that_the_tokenizer_does_not_handle_is_left_out_and_another_t
     monkeypatch.setattr("lrc.text.encoding._BYTE_LEVEL", 0)
     corpus = read()
     assert {"wikipedia-es", "wikipedia-fr"}.isdisjoint(corpus.mixture.names)
-    left, warned = corpus.notes[-3:-1], corpus.notes[0]
+    left, warned = corpus.notes[:2], corpus.notes[2]
     assert all("1.00 bytes a token, below 2" in note for note in (*left, warned))
     assert "without wikipedia-es" in left[0]
     assert "calibration on wikitext2:train" in warned
@@ -179,9 +179,9 @@ def test_missing_sources_are_left_out_each_with_its_reason(read: Corpora, folder
     ]
     for name, note in zip(("web", "code"), found.notes, strict=True):
         assert f"general without {name}: " in note
-        assert "HuggingFaceFW/fineweb" in note if name == "web" else "codeparrot" in note
-        assert "no route" in note
         assert str(folder) not in note
+    assert "HuggingFaceFW/fineweb (no route)" in found.notes[0]
+    assert "the hub does not answer" in found.notes[1]  # it is asked once
 
 
 def test_without_any_source_the_error_says_what_to_do(
