@@ -106,7 +106,7 @@ def error_note(records: Sequence[TargetRecord]) -> str:
     """Explain the errors of a report's targets."""
     note = (
         "Errors are of each target alone, before the refit. Measured ones compare the original and the reduced module "
-        "on one calibration block in eight"
+        "on one calibration block in sixteen"
     )
     if any(r.layer is None for r in records):
         note += "; those of an embedding and a head use counts and moments of all blocks"
