@@ -133,7 +133,8 @@ def fit_channels(
             v = torch.tensor(factors, dtype=torch.float32, device=b.device, requires_grad=True)
             with torch.no_grad():
                 p = original.logits(a).float().softmax(dim=-1)
-            cross = -(p * compressed.logits(b, v).float().log_softmax(dim=-1)).sum(dim=-1).double().sum()
+            with torch.enable_grad():
+                cross = -(p * compressed.logits(b, v).float().log_softmax(dim=-1)).sum(dim=-1).double().sum()
             (gradient,) = torch.autograd.grad(cross, v)
             kl = cross.detach() - torch.special.entr(p).sum(dim=-1).double().sum()
             found += torch.cat([kl[None], gradient.double()]).cpu()

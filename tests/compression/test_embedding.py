@@ -256,7 +256,7 @@ def test_the_scale_is_that_of_the_reduced_heads_logits(
         run_all(self, *args)
 
     monkeypatch.setattr(Compressor, "run", run_and_keep)
-    compress(source, out, body)
+    compress(source, out, f"{body}\nscale: logits")
     held = held_out_mask(len(blocks()))
     ids = torch.cat([blocks()[~held], blocks()[held]])  # in the order of the run
     stored, model = load_file(out / "model.safetensors"), load(source)

@@ -17,7 +17,7 @@ def tokenizer(tiny_checkpoint):
 
 
 def text(name: str, size: int) -> Text:
-    return Text(name, None, "".join(chr(97 + i * i % 26) for i in range(size)), "")
+    return Text(name, None, "".join(chr(97 + i * i % 26) for i in range(size)), "", "")
 
 
 def test_all_lengths_are_of_the_same_tokens(tokenizer):
