@@ -28,7 +28,13 @@ from lrc.walk.stream import ModelStream
 CPU = torch.device("cpu")
 WORDS = "It was a bright cold day in April, and nobody had yet counted the words of this sentence. " * 12
 # Heads narrower in keys and values, fewer neurons: everything that the compressed attention can do.
-PLAN = "format: 1\nkeep: 0.5\ncomponents: {qk: {metric: attention}}\ncalibration: {samples: 8, seq_len: 32}\n"
+PLAN = """\
+format: 1
+keep: 0.5
+scale: logits
+components: {qk: {metric: attention}}
+calibration: {samples: 8, seq_len: 32}
+"""
 
 
 @dataclass(frozen=True)

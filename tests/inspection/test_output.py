@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lrc.compression import loop
 from lrc.families import families
 from lrc.inspection.output import overlap, product_difference
 from lrc.records.inspection import OutputErrors
@@ -145,7 +146,7 @@ def test_the_published_choices_overlap_with_the_best(
 ) -> None:
     folder = tiny_checkpoint("llama", num_key_value_heads=4)
     published = "ov: {metric: output, subspace: stacked}, mlp: {metric: output}"
-    found = inspected(folder, against=output(folder, f"keep: 0.5\ncomponents: {{{published}}}"))
+    found = inspected(folder, against=output(folder, f"keep: 0.5\nrefit: none\ncomponents: {{{published}}}"))
     assert held(found, find, 0, "ov").overlap == pytest.approx(1, abs=1e-4)
     assert held(found, find, 0, "mlp").overlap == 1
     by_loss = inspected(folder, against=output(folder, "keep: 0.5", "loss"))
@@ -155,8 +156,10 @@ def test_the_published_choices_overlap_with_the_best(
 
 
 def test_what_was_only_fitted_again_is_shown(
-    tiny_checkpoint: Any, inspected: Any, find: Any, output: Any
+    tiny_checkpoint: Any, inspected: Any, find: Any, output: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Without held-out blocks every refit is applied.
+    monkeypatch.setattr(loop, "held_out_mask", lambda count: torch.zeros(count, dtype=torch.bool))
     folder = tiny_checkpoint("llama")
     found = inspected(folder, against=output(folder, "projections: {q: {method: svd, keep: 0.5}}"))
     o = held(found, find, 1, "o")
@@ -173,7 +176,7 @@ def test_tables_of_an_output(
 ) -> None:
     folder = tiny_checkpoint("llama", tie_word_embeddings=tied)
     head = "" if tied else ", lm_head: {method: monarch, keep: 0.5}"
-    plan = f"projections: {{embed: {{method: whitened_svd, rank: 8}}{head}}}"
+    plan = f"refit: none\nprojections: {{embed: {{method: whitened_svd, rank: 8}}{head}}}"
     out = output(folder, plan)
     found = inspected(folder, against=out, targets=["embed"] if tied else ["embed", "lm_head"])
     table = stored(folder, "model.embed_tokens.weight")
