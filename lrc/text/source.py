@@ -227,7 +227,7 @@ def _no_chat(spec: str) -> UserError:
 def _text(found: Text, rows: Sequence[Row], joiner: str, place: str) -> Text:
     """Return a text with what its rows hold. Raises UserError, which names the ``place``, for no text."""
     chat = tuple(row for row in rows if not isinstance(row, str))
-    lines = [json.dumps(row, ensure_ascii=False) for row in chat]
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in chat]
     text = "\n".join(lines) if chat else joiner.join(row for row in rows if isinstance(row, str))
     if not text.strip():
         raise UserError(f"{place} is empty: it holds no text")
