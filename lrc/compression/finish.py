@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lrc.checkpoint.sizes import Size, size_of
 from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
@@ -80,7 +82,7 @@ def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
 def logit_scale(staging: Staging) -> LogitScale | None:
     """Return the logit scale, or None if none was fitted."""
     record = staging.record(REST)["scale"]
-    return None if record is None else LogitScale(**record)
+    return None if record is None else TypeAdapter(LogitScale).validate_python(record)
 
 
 def sizes(job: Job, staging: Staging) -> tuple[Size, Size]:
