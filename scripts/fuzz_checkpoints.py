@@ -558,7 +558,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--only", type=int, nargs="+", help="run these cases alone")
     parser.add_argument(
         "--keep-folders", action="store_true", help="leave the checkpoints in the working folder"
     )
@@ -567,7 +567,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     started, verdicts, work = time.perf_counter(), Counter[str](), Path(tempfile.mkdtemp())
     print("| case | faults | verdict | what was said |\n|---|---|---|---|")
-    for number in range(arguments.cases) if arguments.only is None else [arguments.only]:
+    for number in arguments.only or range(arguments.cases):
         rng = Random(f"{arguments.seed} {number}")
         folder = work / str(number) / "model"
         make(folder, rng)
