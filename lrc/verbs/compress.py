@@ -280,10 +280,11 @@ def _evaluate(
 
 
 def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:
-    """Write or replace the report in its forms, each whole or not at all."""
+    """Write or replace the report in its forms, each whole or not at all; the page once perplexity is known."""
     own.write_file(REPORT, report.to_json())
     own.write_file("report.md", report_page(report))
-    own.write_file("report.html", html_page(report, others))
+    if not report.pending:
+        own.write_file("report.html", html_page(report, others))
     own.write_file("README.md", model_card(report, source))
 
 
