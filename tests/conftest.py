@@ -29,6 +29,11 @@ os.environ |= {
 COMMON = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 256}  # as the byte tokenizer has it
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest test first, so that the other worker has something to do beside it."""
+    items.sort(key=lambda item: item.path.name != "test_golden.py")
+
+
 class TinyCheckpoint(Protocol):
     """Writes a new checkpoint folder of a family; keywords override its config."""
 
@@ -70,8 +75,9 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
 
 @pytest.fixture
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the HTML page of every output empty: its pictures are most of the time of a small compression."""
+    """Leaves the page of every output empty and prompts unanswered: most of the time of a small compression."""
     monkeypatch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
+    monkeypatch.setattr("lrc.verbs.compress.write_answers", lambda *models: None)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from lrc.modules import Factors, kinds
 FAKES = Path(__file__).parents[1] / "fakes.py"
 BASE = "format: 1\nmethod: two_ranks\ncalibration: {samples: 2, seq_len: 32}\n"
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch, work: Path) -> None:

@@ -18,6 +18,8 @@ from lrc.run.settings import Run
 FEW = ("--set", "calibration={samples: 4, seq_len: 48, gradient_samples: 2}")
 TEXT = ("--calib", "builtin:train", "--no-eval", "--device", "cpu")
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 
 @pytest.mark.parametrize("name", ["sensitivity", "fisher"])
 def test_sizes_are_measured_where_the_model_fits_else_by_gradients(

@@ -137,7 +137,7 @@ def test_factors_minimise_the_divergence_and_the_penalty(monkeypatch: pytest.Mon
     v = factors.clone().requires_grad_()
     p, q = (logits(h.double()).log_softmax(-1).flatten(0, -2) for h in (original, compressed * v))
     kl = functional.kl_div(q, p, log_target=True, reduction="batchmean")
-    assert found.after == pytest.approx(float(kl), rel=1e-4)
+    assert found.after == pytest.approx(float(kl.detach()), rel=1e-4)
     (kl + (v - found.value).square().sum() / (2 * SPREAD**2 * 100)).backward()
     assert v.grad is not None
     assert v.grad.abs().max() < 1e-3
