@@ -121,14 +121,15 @@ def fit_channels(
 ) -> tuple[Tensor, LogitScale]:
     """Return factors (hidden,), float64, for the channels of the final norm, and ``scale`` with what they reach.
 
-    Uses L-BFGS from the fitted ``scale``; each step computes the logits of all processes' tokens again.
+    Uses L-BFGS from the fitted ``scale``; each step computes the logits of all processes' tokens again. Raises
+    UserError if the divergence is NaN or inf.
     """
     old, new = _chunks(original, vocab), _chunks(compressed, vocab)
     stiffness = 1 / (SPREAD**2 * scale.tokens)
 
     def at(factors: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the divergence and its gradient."""
-        found = torch.zeros(1 + len(factors), dtype=torch.float64)
+        found = []
         for a, b in zip(old, new, strict=True):
             v = torch.tensor(factors, dtype=torch.float32, device=b.device, requires_grad=True)
             with torch.no_grad():
@@ -137,8 +138,10 @@ def fit_channels(
                 cross = -(p * compressed.logits(b, v).float().log_softmax(dim=-1)).sum(dim=-1).double().sum()
             (gradient,) = torch.autograd.grad(cross, v)
             kl = cross.detach() - torch.special.entr(p).sum(dim=-1).double().sum()
-            found += torch.cat([kl[None], gradient.double()]).cpu()
-        mean = processes.total(found) / scale.tokens
+            found.append(torch.cat([kl[None], gradient.double()]))
+        # A process may have no blocks.
+        own = torch.stack(found).sum(dim=0).cpu() if found else torch.zeros(1 + hidden, dtype=torch.float64)
+        mean = processes.total(own) / scale.tokens
         return float(mean[0]), mean[1:].numpy()
 
     def penalized(factors: np.ndarray) -> tuple[float, np.ndarray]:
@@ -157,6 +160,8 @@ def fit_channels(
             at(asked)
     best = processes.share(best)
     kl, _ = at(best)
+    if not (math.isfinite(kl) and np.isfinite(best).all()):
+        raise UserError("the factors of the final norm's channels are NaN or inf; set scale: logits")
     channels = float(best.min()), float(best.max())
     return torch.from_numpy(best), replace(scale, after=kl, channels=channels)
 
