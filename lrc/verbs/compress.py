@@ -280,7 +280,7 @@ def _evaluate(
 
 
 def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:
-    """Write or replace the report in its forms, each whole or not at all; the page once perplexity is known."""
+    """Write or replace the report in its forms, each whole or not at all; the page only after the evaluation."""
     own.write_file(REPORT, report.to_json())
     own.write_file("report.md", report_page(report))
     if not report.pending:
