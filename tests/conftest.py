@@ -75,8 +75,11 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
 
 @pytest.fixture
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the page of every output empty and prompts unanswered: most of the time of a small compression."""
+    """Leaves out the page, the domains and the answers of outputs: most of the time of a small compression."""
+    from lrc.evaluation.domains import DomainPassages
+
     monkeypatch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
+    monkeypatch.setattr("lrc.verbs.compress.domain_passages", lambda *given: DomainPassages([], []))
     monkeypatch.setattr("lrc.verbs.compress.write_answers", lambda *models: None)
 
 

@@ -70,10 +70,10 @@ def verb(
 
 def next_steps(report: Report) -> Iterator[str]:
     """Yield the commands that come next: evaluate the output, load it in Python, measure its speed."""
-    from lrc.hub.names import default_text
+    from lrc.hub.names import default_texts
 
     out, model = shlex.quote(report.out), shlex.quote(report.model)
-    texts = [change.before.data for change in report.perplexity] or [default_text(report.model)]
+    texts = [change.before.data for change in report.perplexity] or default_texts(report.model)
     yield "next:"
     yield f"  lrc eval {out} --against {model} --ppl {shlex.quote(','.join(texts))}"
     yield f"  lrc bench {out} --against {model}"

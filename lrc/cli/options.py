@@ -115,7 +115,7 @@ class Texts:
     panel: ClassVar = "Perplexity"
     ppl: list[str] | None = option(
         "Texts to measure perplexity on: wikitext2, c4, ptb, pile, builtin, a file or FILE:COLUMN.",
-        shown="wikitext2; builtin for the built-in models",
+        shown="wikitext2,c4; builtin for the built-in models",
         first=True,
     )
     max_windows: int | None = option("Windows of each text to measure, from its start.", least=1, shown="all")

@@ -20,7 +20,7 @@ from lrc.evaluation.perplexity import Model, Perplexity, TokenWriter, measure
 from lrc.evaluation.streamed import StreamedModel
 from lrc.hub.loader import load, load_tokenizer
 from lrc.run.settings import Run, find_device, find_dtype
-from lrc.text.source import read_text
+from lrc.text.source import Text
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,22 @@ def loaded(folders: Sequence[Path], vocab: int, loading: Loading) -> Iterator[li
 
 def evaluate_folder(
     path: Path,
-    specs: list[str],
+    texts: Sequence[Text],
     loading: Loading,
     *,
     seq_len: int | Sequence[int] | None = None,
     max_windows: int | None,
     keep: TokenWriter | None = None,
 ) -> list[Perplexity]:
-    """Load a folder's model and measure its perplexity on each text, named as for ``read_text``.
+    """Load a folder's model and measure its perplexity on each text.
 
     Windows are of each ``seq_len``. Every process of the run loads the model and runs its share of the windows. Every
-    text is read and cut before the model runs. Raises UserError as ``read_text``, ``choose_seq_lens`` and ``passages``.
+    text is cut before the model runs. Raises UserError as ``choose_seq_lens`` and ``passages`` do.
     """
     run = loading.run
     tokenizer = load_tokenizer(path, trust_remote_code=run.trust_remote_code)
     with loaded([path], len(tokenizer), loading) as (model,):
         lengths = choose_seq_lens([("the model", model.config)], seq_len)
-        texts = [read_text(spec, "evaluation", run.data_folder) for spec in specs]
         rows = model.config.get_text_config().vocab_size
         cut = passages(tokenizer, texts, lengths, max_windows, rows)
         return [measure(model, passage, tokenizer, run, keep) for passage in cut]

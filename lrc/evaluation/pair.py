@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ class LoadedPair:
         found = []
         for pair in self.sides:
             if (refused := _refusal(self.models, pair)) is None:
-                found.append(_compared(self.models, pair[0], self.tokenizers[0], self.run, self.keep))
+                found += self.on(pair[:1], pair[0].data)
                 continue
             if self.keep:  # only now known: the vocabularies differ
                 raise UserError(f"{pair[0].data}: {refused}; leave --tokens out")
@@ -136,6 +136,53 @@ class LoadedPair:
             ours, theirs = (measure(*side, self.run) for side in each)
             found.append(Pair(ours, theirs, refused=refused))
         return found
+
+    def on(self, passages: Sequence[Passage], label: str) -> list[Pair]:
+        """Compare the models on passages, which both tokenize alike, as one stage of progress."""
+        if not passages:
+            return []
+        counts = [len(self.run.processes.mine(passage.cut)) for passage in passages]
+        # a step for both models' windows
+        total = sum(steps(model, count) for model in self.models for count in counts) - sum(counts)
+        advance = self.run.stage(label, total)
+        return [self._on(passage, advance) for passage in passages]
+
+    def _on(self, passage: Passage, advance: Callable[[int], object]) -> Pair:
+        """Run both models on a passage, one batch after another, and compare them token by token."""
+        watch, processes = Stopwatch(self.models[0].device), self.run.processes
+        mine = processes.mine(passage.cut)
+        size = min(default_batch(model, passage.seq_len) for model in self.models)
+        none = torch.empty(0, passage.seq_len - 1)
+        parts = [Divergence(none, none, none, none.bool())]  # a process may have no windows
+        with ExitStack() as stack:
+            ours, theirs = (
+                stack.enter_context(closing(window_logits(model, mine, size, advance)))
+                for model in self.models
+            )
+            with watch.stage("ours"), watch.stage("theirs"):
+                pass  # both stages exist even without a window
+            for batch in batched(mine, size):
+                with watch.stage("ours"):
+                    logits = next(ours)
+                with watch.stage("theirs"):
+                    against = next(theirs)
+                parts.append(Divergence(*(column.cpu() for column in divergence(logits, against, batch))))
+                del logits, against  # frees them before the next batch
+                advance(len(batch))
+        whole = Divergence(*(processes.gather_rows(torch.cat(column)) for column in zip(*parts, strict=True)))
+        if self.keep:
+            self.keep(passage, whole._asdict())
+        ours, theirs = (
+            summarise(nll, passage, model.dtype, seconds, self.tokenizers[0], processes)
+            for nll, model, seconds in zip(whole[:2], self.models, watch.seconds.values(), strict=True)
+        )
+        tokens = TokenByToken(
+            ratio(whole.nll, whole.nll_against),
+            mean(whole.kl),
+            percentile(whole.kl, _TAIL),
+            mean(whole.agree),
+        )
+        return Pair(ours, theirs, tokens)
 
 
 @contextmanager
@@ -168,51 +215,6 @@ def loaded_pair(
         )
     with loaded(folders, sum(map(len, tokenizers)), loading) as models:
         yield LoadedPair(models, tokenizers, sides, run, keep)
-
-
-def _compared(
-    models: Sequence[Model],
-    passage: Passage,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run,
-    keep: TokenWriter | None,
-) -> Pair:
-    """Run both models on a passage, one batch after another, and compare them."""
-    watch, processes = Stopwatch(models[0].device), run.processes
-    mine = processes.mine(passage.cut)
-    size = min(default_batch(model, passage.seq_len) for model in models)
-    total = sum(steps(model, len(mine)) for model in models) - len(mine)  # a step for both models' windows
-    advance = run.stage(passage.data, total)
-    none = torch.empty(0, passage.seq_len - 1)
-    parts = [Divergence(none, none, none, none.bool())]  # a process may have no windows
-    with ExitStack() as stack:
-        ours, theirs = (
-            stack.enter_context(closing(window_logits(model, mine, size, advance))) for model in models
-        )
-        with watch.stage("ours"), watch.stage("theirs"):
-            pass  # both stages exist even without a window
-        for batch in batched(mine, size):
-            with watch.stage("ours"):
-                logits = next(ours)
-            with watch.stage("theirs"):
-                against = next(theirs)
-            parts.append(Divergence(*(column.cpu() for column in divergence(logits, against, batch))))
-            del logits, against  # frees them before the next batch
-            advance(len(batch))
-    whole = Divergence(*(processes.gather_rows(torch.cat(column)) for column in zip(*parts, strict=True)))
-    if keep:
-        keep(passage, whole._asdict())
-    ours, theirs = (
-        summarise(nll, passage, model.dtype, seconds, tokenizer, processes)
-        for nll, model, seconds in zip(whole[:2], models, watch.seconds.values(), strict=True)
-    )
-    tokens = TokenByToken(
-        ratio(whole.nll, whole.nll_against),
-        mean(whole.kl),
-        percentile(whole.kl, _TAIL),
-        mean(whole.agree),
-    )
-    return Pair(ours, theirs, tokens)
 
 
 def _refusal(models: Sequence[Model], sides: tuple[Passage, Passage]) -> str | None:

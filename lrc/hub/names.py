@@ -82,9 +82,9 @@ def resolve_model(
     raise UserError(f"unknown model {name!r}; {known}, or a folder, or org/name")
 
 
-def default_text(model: str) -> str:
-    """Return the default text of an evaluation: ``builtin`` for built-in models and their outputs, else WikiText-2."""
-    return "builtin" if _is_builtin(model) else "wikitext2"
+def default_texts(model: str) -> tuple[str, ...]:
+    """Return the default texts of an evaluation: ``builtin`` for built-in models and their outputs, else two texts."""
+    return ("builtin",) if _is_builtin(model) else ("wikitext2", "c4")
 
 
 def default_calibration(model: str) -> str:

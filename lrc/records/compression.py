@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,6 +18,7 @@ from lrc.compression.refit import RefitRecord
 from lrc.errors import UserError
 from lrc.evaluation.answers import Answers
 from lrc.evaluation.bootstrap import few
+from lrc.evaluation.last_words import LastWords
 from lrc.evaluation.pair import TokenByToken
 from lrc.evaluation.perplexity import Perplexity
 from lrc.methods.contract import Prediction
@@ -26,6 +29,7 @@ from lrc.records.number import number, ratio_text
 REPORT = "report.json"
 REPORT_VERSION = 4
 _RAN = 1e-3  # seconds
+_KNOWN, _FORGOTTEN = 1.25, 1.5
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,54 @@ class PerplexityChange:
     def notes(self) -> list[str]:
         """Caveats of the text and of the intervals."""
         return [*self.after.notes, *(self.tokens.notes(self.before) if self.tokens else ())]
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The cost by domain, on small texts of the package, each named as its domain.
+
+    ``skipped``: why other domains are missing.
+    """
+
+    changes: list[PerplexityChange] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def lost(self) -> list[PerplexityChange]:
+        """The domains that the original knows and the output has forgotten.
+
+        The original knows a domain if its bits per byte are at most 1.25 times the median over domains. The output has
+        forgotten one if its perplexity rose by more than half, and by more than the square of the median's ratio.
+        """
+        typical = median(change.ratio for change in self.changes) if self.changes else 1.0
+        bits = [change.before.bits_per_byte or math.inf for change in self.changes]
+        known = _KNOWN * median(bits) if bits else 0.0
+        least = max(_FORGOTTEN, typical**2)
+        return [
+            change
+            for change, of in zip(self.changes, bits, strict=True)
+            if of <= known and change.ratio > least
+        ]
+
+    @property
+    def warnings(self) -> list[str]:
+        """A warning for each domain that is lost."""
+        return [
+            f"{change.before.data} is largely forgotten: perplexity rises from {number(change.before.value)} to "
+            f"{number(change.after.value)}, × {ratio_text(change.ratio)}; keep more, or calibrate on text of this kind"
+            for change in self.lost
+        ]
+
+    @property
+    def summary(self) -> str:
+        """The domains of the least and the largest cost, in a sentence."""
+        if not self.changes:
+            return ""
+        ordered = sorted(self.changes, key=lambda change: change.ratio)
+        least, most = (
+            f"× {ratio_text(each.ratio)} ({each.before.data})" for each in (ordered[0], ordered[-1])
+        )
+        return f"By domain it is from {least} to {most}."
 
 
 @dataclass(frozen=True)
@@ -120,7 +172,8 @@ class Report:
     were found, None if the plan gives them. ``offload``: where hidden states waited between two layers. ``seconds`` and
     (on a GPU) ``device_bytes``, its peak memory, by stage; ``peak_bytes`` of ``host`` and ``device``: sums and maxima
     over all processes of a run that was resumed. ``pending``: texts whose perplexity is still to be measured.
-    ``answers``: to a few prompts, before and after; None if nothing was evaluated.
+    ``domains``: the cost by domain. ``last_words``: on LAMBADA; None if it is not at hand. ``answers``: to a few
+    prompts, before and after; None if nothing was evaluated.
     """
 
     model: str
@@ -151,6 +204,8 @@ class Report:
     warnings: list[str]
     versions: dict[str, str]
     pending: list[str] = field(default_factory=list)
+    domains: Domains = field(default_factory=Domains)
+    last_words: LastWords | None = None
     answers: Answers | None = None
     version: int = REPORT_VERSION
 
@@ -173,10 +228,13 @@ class Report:
         )
         if not self.perplexity:
             return f"{done}. {self.unmeasured}"
-        first = self.perplexity[0]
-        values = f"{number(first.after.value)} instead of {number(first.before.value)}"
-        ratio = f"× {ratio_text(first.ratio)}{f' ({first.sureness})' if first.sureness else ''}"
-        return f"{done}, at a perplexity on {first.before.data} of {values}, {ratio}."
+        costs = []
+        for change in self.perplexity:
+            values = f"{number(change.after.value)} instead of {number(change.before.value)}"
+            sure = f" ({change.sureness})" if change.sureness else ""
+            costs.append(f"on {change.before.data} {values}, × {ratio_text(change.ratio)}{sure}")
+        by_domain = f" {self.domains.summary}" if self.domains.changes else ""
+        return f"{done}. Perplexity is {'; '.join(costs)}.{by_domain}"
 
     @property
     def unmeasured(self) -> str:

@@ -20,6 +20,7 @@ from lrc.report.table import Table, grouped, table
 from lrc.report.tables import (
     answers_table,
     cost_table,
+    domains_table,
     every_table,
     listed,
     size_ends,
@@ -55,14 +56,16 @@ def report_sections(report: Report) -> list[Section]:
         *([f"Scale: {report.scale.text}."] if report.scale else []),
         *([] if report.perplexity else [report.unmeasured]),
         *(note for change in report.perplexity for note in change.notes),
+        *report.domains.skipped,
         *(report.answers.skipped if report.answers else []),
     ]
-    costs = cost_table(report.before, report.after, report.perplexity)
+    costs = cost_table(report.before, report.after, report.perplexity, report.last_words)
+    domains = [domains_table(report.domains)] if report.domains.changes else []
     answers = [answers_table(report.answers)] if report.answers and report.answers.answers else []
     targets = [targets_table(report.targets)]
     refitted = {f"{len(report.refits)} output projections refitted": _refits_table(report)}
     return [
-        Section("What it cost", beside=[costs], notes=notes, tables=answers),
+        Section("What it cost", beside=[costs], notes=notes, tables=[*domains, *answers]),
         Section("What was kept, and the errors", notes=[error_note(report.targets)], tables=targets),
         *([Section("Residual stream", folded=refitted)] if report.refits else []),
         Section("Time and memory", tables=[_stages_table(report)]),
@@ -239,6 +242,10 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
         if found := change.tokens:
             kl = f"KL divergence {number(found.kl_mean.value, 3)} nats per token"
             yield f"same top token, {change.before.data}", f"{found.top1_agreement.value:.1%}", kl
+    if report.domains.changes:
+        worst = max(report.domains.changes, key=lambda change: change.ratio)
+        both = f"{number(worst.before.value)} to {number(worst.after.value)}"
+        yield f"worst domain, {worst.before.data}", f"× {ratio_text(worst.ratio)}", f"perplexity {both}"
     both = f"{byte_text(before.bytes)} to {byte_text(after.bytes)}"
     yield "bytes", f"× {after.bytes / before.bytes:.3f}", both
     cache = before.kv_bytes_per_token, after.kv_bytes_per_token

@@ -130,6 +130,14 @@ class Original:
                         for text in self.texts
                         if i in text.changes
                     },
+                    "domains": {
+                        change.before.data: {
+                            "before": change.before.value,
+                            "after": change.after.value,
+                            "ratio": change.ratio,
+                        }
+                        for change in output.report.domains.changes
+                    },
                 }
                 for i, output in enumerate(self.outputs)
             ],
@@ -188,6 +196,8 @@ def outputs_tables(originals: Iterable[Original]) -> Iterator[RenderableType]:
     for original in originals:
         yield original.model
         yield outputs_table(original).on_screen()
+        if (by_domain := domain_ratios(original)).rows:
+            yield by_domain.on_screen()
         yield from (f"{text.text}: perplexity, {text.windows}" for text in original.texts)
         yield from warning_lines(original.notes)
 
@@ -224,6 +234,18 @@ def outputs_table(original: Original) -> Table:
     return table(rows)
 
 
+def domain_ratios(original: Original) -> Table:
+    """Return a row for each domain: the original's perplexity, and for each output the ratio to it."""
+    rows = dict[str, dict[str, Cell]]()
+    for output in original.outputs:
+        for change in output.report.domains.changes:
+            row = rows.setdefault(
+                change.before.data, {"domain": change.before.data, "dense:n": number(change.before.value)}
+            )
+            row[f"× dense, {output.label}:n"] = ratio_cell(change)
+    return table(rows.values(), "Perplexity by domain, on small texts of the package, with 95 % intervals.")
+
+
 def compared_page(originals: Sequence[Original]) -> str:
     """Return the page of all originals, each with axes of its own."""
     models = ", ".join(original.model for original in originals)
@@ -236,7 +258,7 @@ def compared_page(originals: Sequence[Original]) -> str:
             f"{original.model}, {byte_text(original.before.bytes)}",
             [_picture(f"cost-{number}-{i}", original, text) for i, text in enumerate(original.texts)],
             notes=original.notes,
-            tables=[outputs_table(original)],
+            tables=[outputs_table(original), *([ratios] if (ratios := domain_ratios(original)).rows else [])],
         )
         for number, original in enumerate(originals)
     ]

@@ -13,6 +13,8 @@ from lrc.checkpoint.sizes import Size, byte_text
 from lrc.compression.measure import Measured
 from lrc.evaluation.answers import NEW_TOKENS, Answers, Written
 from lrc.evaluation.bootstrap import RESAMPLES, Estimate
+from lrc.evaluation.domains import WINDOW
+from lrc.evaluation.last_words import LastWords
 from lrc.evaluation.pair import Pair
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import TaskScore
@@ -21,7 +23,7 @@ from lrc.methods.sizes import SizeValue, size_text
 from lrc.records.benchmark import Bench
 from lrc.records.check import Check, Item
 from lrc.records.comparison import Comparison, Evaluated
-from lrc.records.compression import PerplexityChange, Report, TargetRecord
+from lrc.records.compression import Domains, PerplexityChange, Report, TargetRecord
 from lrc.records.number import number, ratio_text
 from lrc.report.table import Table, grouped, table
 
@@ -32,9 +34,12 @@ if TYPE_CHECKING:
 def compression_tables(report: Report) -> Iterator[RenderableType]:
     """Yield what a compression did and what it cost."""
     yield targets_table(report.targets).on_screen()
-    yield cost_table(report.before, report.after, report.perplexity).on_screen()
+    yield cost_table(report.before, report.after, report.perplexity, report.last_words).on_screen()
     for change in report.perplexity:
         yield from change.tokens.notes(change.before) if change.tokens else ()
+    if report.domains.changes:
+        yield domains_table(report.domains).on_screen()
+    yield from report.domains.skipped
     if report.answers:
         if report.answers.answers:
             yield answers_table(report.answers).on_screen()
@@ -48,8 +53,13 @@ def compression_tables(report: Report) -> Iterator[RenderableType]:
     yield f"wrote {report.out}"
 
 
-def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange] = ()) -> Table:
-    """Return parameters, bytes, cache and perplexity before and after, and how far predictions moved."""
+def cost_table(
+    before: Size,
+    after: Size,
+    perplexity: Iterable[PerplexityChange] = (),
+    words: LastWords | None = None,
+) -> Table:
+    """Return parameters, bytes, cache, perplexity and last words before and after, and how far predictions moved."""
 
     def row(name: str, old: str, new: str, ratio: float) -> dict[str, str]:
         return {":w": name, "before:n": old, "after:n": new, "ratio:n": ratio_text(ratio)}
@@ -80,7 +90,37 @@ def cost_table(before: Size, after: Size, perplexity: Iterable[PerplexityChange]
             ):
                 cells = {":w": f"{name}, {old.data}", "after:n": form(estimate.value)}
                 rows.append(cells | _interval_cell(estimate, form))
+    if words:
+        name = f"LAMBADA (first {words.passages} passages)"
+        both = number(words.perplexity_before), number(words.perplexity_after)
+        rows.append(row(f"perplexity of the last word, {name}", *both, words.ratio.value))
+        rows[-1] |= _interval_cell(words.ratio, ratio_text)
+        label = {":w": f"last word is the most likely one, {name}"}
+        shares = {"before:n": f"{words.right_before:.1%}", "after:n": f"{words.right_after:.1%}"}
+        gain = words.gain.between("{:+.1%}".format)
+        rows.append(label | shares | ({"95 % interval": f"change {gain}"} if gain else {}))
     return table(rows)
+
+
+def domains_table(found: Domains) -> Table:
+    """Return a row for each domain: perplexity before and after, and how often both rank the same token first."""
+    rows = []
+    for change in found.changes:
+        row = {
+            "domain": change.before.data + (": largely forgotten" if change in found.lost else ""),
+            "before:n": number(change.before.value),
+            "after:n": number(change.after.value),
+            "ratio:n": ratio_text(change.ratio),
+        }
+        if tokens := change.tokens:
+            row |= _interval_cell(tokens.perplexity_ratio, ratio_text)
+            row |= {"same top token:n": f"{tokens.top1_agreement.value:.1%}"}
+        rows.append(row)
+    return table(
+        rows,
+        f"Perplexity by domain, on about 10,000 bytes each in windows of at most {WINDOW} tokens. The texts were "
+        "written for lrc, so that no calibration holds them.",
+    )
 
 
 def ratio_cell(change: PerplexityChange) -> str:

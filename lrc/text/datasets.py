@@ -123,8 +123,8 @@ _ALL = (
         name="c4",
         summary="C4 (English): cleaned web pages",
         licence="ODC-BY 1.0; Common Crawl terms of use for the pages",
-        protocol="the first documents of the first shard, joined with two newlines: 2,000 of validation, "
-        "10,000 of train",
+        protocol="the first documents of the first shard, joined with two newlines: 600 of validation, about as "
+        "many tokens as WikiText-2 has in test, and 10,000 of train",
         hub="allenai/c4",
         evaluation="validation",
         splits={
@@ -133,7 +133,7 @@ _ALL = (
             )
             for split, file, sample, documents in (
                 ("train", "en/c4-train.00000-of-01024.json.gz", "calibration", 10_000),
-                ("validation", "en/c4-validation.00000-of-00008.json.gz", "validation", 2_000),
+                ("validation", "en/c4-validation.00000-of-00008.json.gz", "validation", 600),
             )
         },
     ),

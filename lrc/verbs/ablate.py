@@ -14,7 +14,7 @@ from lrc.estimate.room import memory_advice
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.passage import Passage, choose_seq_lens, passages
 from lrc.evaluation.perplexity import measure
-from lrc.hub.names import default_text
+from lrc.hub.names import default_texts
 from lrc.inspection.ablation import Trial, choose_targets, coarse_notes, losses
 from lrc.plan.job import Job
 from lrc.plan.precedence import COMPONENTS
@@ -62,7 +62,7 @@ def ablate(
     if not (folder := Path(out)).is_dir():
         raise UserError(f"{folder} is not a folder; results are cached there")
     (length,) = choose_seq_lens([("the model", setup.reader.config)], seq_len)
-    text = read_text(ppl or default_text(setup.model.source), "evaluation", run.data_folder)
+    text = read_text(ppl or default_texts(setup.model.source)[0], "evaluation", run.data_folder)
     (passage,) = passages(setup.tokenizer, [text], [length], max_windows, setup.reader.architecture.vocab)
     job = trials[0].job
     texts, plan = setup.texts(job), job.plan

@@ -22,13 +22,22 @@ from lrc.errors import UserError
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.evaluation.answers import Answers, write_answers
+from lrc.evaluation.domains import domain_passages
 from lrc.evaluation.folder import Loading
+from lrc.evaluation.last_words import LastWords, find_passages, last_words
 from lrc.evaluation.pair import loaded_pair
 from lrc.evaluation.passage import DEFAULT_SEQ_LEN, choose_seq_lens, count_windows
-from lrc.hub.names import default_text
+from lrc.evaluation.texts import evaluation_texts
 from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
-from lrc.records.compression import REPORT, CalibrationRecord, PerplexityChange, Report, TargetRecord
+from lrc.records.compression import (
+    REPORT,
+    CalibrationRecord,
+    Domains,
+    PerplexityChange,
+    Report,
+    TargetRecord,
+)
 from lrc.report.compression import html_page, model_card, report_page
 from lrc.report.outputs import Output, read_beside
 from lrc.run.offload import Place, States
@@ -37,7 +46,7 @@ from lrc.run.versions import versions
 from lrc.text.blocks import tokenize
 from lrc.text.corpus import Drawn
 from lrc.text.mixture import DataLike, about
-from lrc.text.source import read_text
+from lrc.text.source import Text
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream
@@ -79,8 +88,9 @@ def compress(
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
     others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
-    held_out = _check_held_out(setup, ppl, max_windows)
-    work = _prepare(setup, job, notes)
+    texts, missing = evaluation_texts(setup.model.source, ppl, run.data_folder)
+    _check_lengths(setup, texts, max_windows)
+    work = _prepare(setup, job, [*notes, *missing])
     setup.processes.agree(work.settings)
     setup.warn(work.warnings)
     source = job.model.path
@@ -92,11 +102,12 @@ def compress(
         work = _times_kept(work, own) if own else work
         work = _find_sizes(work, stage)
         work = _compress_layers(work, stage)
-        report = _publish(work, own, target, held_out, others) if own and not own.published else None
+        report = _publish(work, own, target, texts, others) if own and not own.published else None
         setup.processes.meet()
-        perplexity, answers = _evaluate(work, stage, held_out, max_windows) if held_out else ([], None)
-        if own and (perplexity or report is None):
-            report = replace(_report(work, own, target), perplexity=perplexity, answers=answers)
+        cost = _evaluate(work, stage, texts, max_windows) if texts else None
+        if own and (cost or report is None):
+            report = _report(work, own, target, cost=cost)
+            setup.warn(report.warnings)
             _write_report(own, report, source, others)
     return setup.processes.share(cast(Report, report))
 
@@ -140,17 +151,13 @@ def _choose_allocation(
     )
 
 
-def _check_held_out(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> list[str]:
-    """Return the perplexity texts; a missing or short text is an error now rather than after the compression."""
-    asked = default_text(setup.model.source) if ppl is None else ppl
-    specs = [asked] if isinstance(asked, str) else list(asked)
+def _check_lengths(setup: Setup, texts: Sequence[Text], max_windows: int | None) -> None:
+    """Raise UserError for a text that is too short to measure, now rather than after the compression."""
     window = min(DEFAULT_SEQ_LEN, setup.reader.architecture.positions)
-    for spec in specs:
-        text = read_text(spec, "evaluation", setup.run.data_folder)
+    for text in texts:
         with about(text.label):
             ids = tokenize(setup.tokenizer, text.text, setup.reader.architecture.vocab)
         count_windows(text, ids, window, max_windows)
-    return specs
 
 
 def _prepare(setup: Setup, job: Job, notes: list[str]) -> _Work:
@@ -239,23 +246,31 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
 
 
 def _publish(
-    work: _Work, own: Staging, target: Path, pending: Sequence[str], others: Sequence[Output]
+    work: _Work, own: Staging, target: Path, texts: Sequence[Text], others: Sequence[Output]
 ) -> Report:
     """Write the checkpoint and its report, give it its name and return the report."""
     with work.setup.watch.stage("write"):
         advance = work.setup.run.stage("write", 1)
         finish.write_checkpoint(work.job, own, {**work.settings, "warnings": work.warnings})
         advance(1)
-    report = _report(work, own, target, pending)
+    report = _report(work, own, target, pending=[text.label for text in texts])
     _write_report(own, report, work.job.model.path, others)
     own.publish()
     return report
 
 
-def _evaluate(
-    work: _Work, stage: SharedStaging, held_out: list[str], max_windows: int | None
-) -> tuple[list[PerplexityChange], Answers | None]:
-    """Compare the published checkpoint with the original on each text, and by answers to prompts, on rank 0 alone."""
+@dataclass(frozen=True)
+class _Cost:
+    """What the evaluation found, as fields of the report."""
+
+    perplexity: list[PerplexityChange]
+    domains: Domains
+    last_words: LastWords | None
+    answers: Answers | None
+
+
+def _evaluate(work: _Work, stage: SharedStaging, texts: Sequence[Text], max_windows: int | None) -> _Cost:
+    """Compare the published checkpoint with the original; last words and answers on rank 0 alone."""
     setup = work.setup
     advice = "the same command with --no-eval, then lrc eval with --streamed: the checkpoint is finished"
 
@@ -263,9 +278,9 @@ def _evaluate(
         return setup.run.stage(f"before and after: {label}", total)
 
     loading = Loading(setup.device, setup.dtype, stage.scratch, replace(setup.run, progress=progress))
-    texts = [read_text(spec, "evaluation", setup.run.data_folder) for spec in held_out]
     lengths = choose_seq_lens([("the model", work.job.reader.config)], None)
-    folders, answers = (stage.out, work.job.model.path), None
+    folders, words, answers = (stage.out, work.job.model.path), None, None
+    shape = setup.reader.architecture
     with (
         setup.watch.stage("evaluate"),
         memory_advice(advice),
@@ -274,9 +289,14 @@ def _evaluate(
         changes = [PerplexityChange(each.theirs, each.ours, each.tokens) for each in pair.compare()]
         if wrong := next((each.before for each in changes if not math.isfinite(each.before.nats)), None):
             raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
+        cut = domain_passages(pair.tokenizers[0], shape.vocab, shape.positions, max_windows)
+        by_domain = pair.on(cut.passages, "domains")
+        domains = [PerplexityChange(each.theirs, each.ours, each.tokens) for each in by_domain]
         if setup.processes.first:
+            if passages := None if work.job.model.builtin else find_passages(setup.run.data_folder):
+                words = last_words(pair.models, pair.tokenizers[0], passages[:max_windows], loading.run)
             answers = write_answers(pair.models[::-1], folders[::-1], pair.tokenizers[0], loading)
-    return changes, answers
+    return _Cost(changes, Domains(domains, cut.skipped), words, answers)
 
 
 def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:
@@ -288,8 +308,10 @@ def _write_report(own: Staging, report: Report, source: Path, others: Sequence[O
     own.write_file("README.md", model_card(report, source))
 
 
-def _report(work: _Work, own: Staging, target: Path, pending: Sequence[str] = ()) -> Report:
-    """Return the report of finished layers, without perplexity; ``pending``: texts that are measured next."""
+def _report(
+    work: _Work, own: Staging, target: Path, *, pending: Sequence[str] = (), cost: _Cost | None = None
+) -> Report:
+    """Return the report of finished layers; ``pending``: texts that are measured next."""
     setup, job, settings = work.setup, work.job, work.settings
     before, after = finish.sizes(job, own)
     return Report(
@@ -304,7 +326,7 @@ def _report(work: _Work, own: Staging, target: Path, pending: Sequence[str] = ()
         with_tables=job.plan.with_tables,
         before=before,
         after=after,
-        perplexity=[],
+        **(vars(cost) if cost else {"perplexity": []}),
         pending=list(pending),
         targets=TypeAdapter(list[TargetRecord]).validate_python(finish.target_records(job, own)),
         refits=finish.refit_records(job, own),
@@ -319,6 +341,6 @@ def _report(work: _Work, own: Staging, target: Path, pending: Sequence[str] = ()
         seconds=setup.watch.seconds,
         device_bytes=setup.watch.device_bytes,
         peak_bytes=setup.watch.peak_bytes,
-        warnings=work.warnings,
+        warnings=[*work.warnings, *(cost.domains.warnings if cost else [])],
         versions=settings["versions"],
     )

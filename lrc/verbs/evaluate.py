@@ -14,12 +14,13 @@ from lrc.evaluation.pair import evaluate_pair
 from lrc.evaluation.passage import choose_seq_lens
 from lrc.evaluation.perplexity import Perplexity
 from lrc.evaluation.tasks import Tasks, TaskScore
+from lrc.evaluation.texts import evaluation_texts
 from lrc.evaluation.token_file import token_file
 from lrc.hub.loader import causal_config
-from lrc.hub.names import default_text, resolve_model
+from lrc.hub.names import resolve_model
 from lrc.records.comparison import Comparison, Evaluated
 from lrc.run.settings import Run
-from lrc.text.source import named_texts, read_text
+from lrc.text.source import Text, named_texts
 
 _ADVICE = "--streamed, a shorter --seq-len, or --device cpu"
 
@@ -36,7 +37,7 @@ def evaluate(
 ) -> list[Perplexity]:
     """Measure the perplexity of a model, compressed or not, on each text; without ``model``, of the newest output here.
 
-    ``ppl``: texts (default: wikitext2, or a built-in model's own), by the protocol of ``lrc.evaluation.perplexity``.
+    ``ppl``: texts (default: wikitext2 and c4, or a built-in model's own), by ``lrc.evaluation.perplexity``.
     ``seq_len``: tokens of a window, or several lengths to measure on the same part of the text. ``streamed``: load one
     layer at a time (default: if the model does not fit whole). ``tokens``: a file for the loss of each token
     (``lrc.evaluation.token_file``). Raises UserError for a missing model or text.
@@ -44,9 +45,9 @@ def evaluate(
     named = None if ppl is None else named_texts(ppl)
     path = newest_output(Path.cwd()) if model is None else _folder(model, run)
     loading = find_loading(run, streamed)
-    specs = named or [default_text(str(model or path))]
+    texts = _read(str(model or path), named, run)
     with memory_advice(_ADVICE), token_file(tokens, paired=False, processes=run.processes) as keep:
-        return evaluate_folder(path, specs, loading, seq_len=seq_len, max_windows=max_windows, keep=keep)
+        return evaluate_folder(path, texts, loading, seq_len=seq_len, max_windows=max_windows, keep=keep)
 
 
 def evaluate_against(
@@ -71,7 +72,7 @@ def evaluate_against(
     folders = _folder(model, run), _folder(against, replace(run, revision=None))
     configs = [causal_config(folder, trust_remote_code=run.trust_remote_code) for folder in folders]
     lengths = choose_seq_lens(zip((str(model), str(against)), configs, strict=True), seq_len)
-    texts = [read_text(spec, "evaluation", run.data_folder) for spec in named or [default_text(str(model))]]
+    texts = _read(str(model), named, run)
     loading = find_loading(run, streamed)
     with memory_advice(_ADVICE), token_file(tokens, paired=True, processes=run.processes) as keep:
         pairs = evaluate_pair(folders, texts, lengths, loading, max_windows=max_windows, keep=keep)
@@ -112,6 +113,14 @@ def prepare_tasks(
             return [found.evaluate(folder, loading) for folder in folders]
 
     return evaluate
+
+
+def _read(model: str, named: list[str] | None, run: Run) -> list[Text]:
+    """Read the texts, and warn of default texts that cannot be had."""
+    texts, missing = evaluation_texts(model, named, run.data_folder)
+    for note in missing:
+        (run.warn or (lambda warning: None))(note)
+    return texts
 
 
 def _folder(model: str | Path, run: Run) -> Path:

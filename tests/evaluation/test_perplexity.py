@@ -195,7 +195,8 @@ def test_texts_are_read_tokenized_and_scored_by_name(folder, model, tmp_path):
         return done.append
 
     loading = Loading(CPU, torch.float32, tmp_path, Run(data_dir=tmp_path, progress=progress))
-    first, second = evaluate_folder(folder, ["ptb", str(plain)], loading, seq_len=32, max_windows=None)
+    texts = [read_text(spec, "evaluation", tmp_path) for spec in ("ptb", str(plain))]
+    first, second = evaluate_folder(folder, texts, loading, seq_len=32, max_windows=None)
     text = "\n\n".join(["no it was n't black monday"] * 20)
     alone = perplexity(model, tokenize(tokenizer, text), data="ptb:test", seq_len=32, tokenizer=tokenizer)
     clock = {"seconds": 0.0, "tokens_per_second": 0.0}
@@ -209,9 +210,9 @@ def test_a_bad_text_is_refused_before_the_model_runs(folder, tmp_path, monkeypat
     monkeypatch.setattr("lrc.evaluation.folder.measure", lambda *_: pytest.fail("the model ran"))
     (tmp_path / "long.txt").write_text("word " * 50)
     (tmp_path / "short.txt").write_text("word")
-    specs = [str(tmp_path / "long.txt"), str(tmp_path / "short.txt")]
+    texts = [read_text(str(tmp_path / name), "evaluation") for name in ("long.txt", "short.txt")]
     with pytest.raises(UserError, match=r"short\.txt: the text has 4 tokens, fewer than one window of 64"):
-        evaluate_folder(folder, specs, Loading(CPU, torch.float32, tmp_path), max_windows=None)
+        evaluate_folder(folder, texts, Loading(CPU, torch.float32, tmp_path), max_windows=None)
 
 
 def test_smollm2_cuts_wikitext_as_published(data_dir):

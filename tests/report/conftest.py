@@ -14,6 +14,7 @@ from lrc.compression.measure import Measured
 from lrc.compression.refit import RefitRecord, StreamError
 from lrc.evaluation.answers import Answer, Answers, Written
 from lrc.evaluation.bootstrap import Estimate
+from lrc.evaluation.last_words import LastWords
 from lrc.evaluation.pair import TokenByToken
 from lrc.evaluation.perplexity import Perplexity
 from lrc.methods.contract import Prediction
@@ -21,6 +22,7 @@ from lrc.plan.resolved import Share
 from lrc.records.compression import (
     CalibrationRecord,
     CalibrationSource,
+    Domains,
     PerplexityChange,
     Report,
     TargetRecord,
@@ -110,6 +112,13 @@ def make_report() -> MakeReport:
             peak_bytes={"host": 2**31},
             warnings=[],
             versions={"lrc": "0.1.0", "torch": "2.13.0"},
+            domains=Domains(
+                [change(9.0, 9.9, "chat"), change(10.0, 12.0, "web"), change(4.0, 16.0, "code")],
+                ["domain German is not measured: no file"],
+            ),
+            last_words=LastWords(
+                500, 0.41, 0.38, Estimate(-0.03, -0.05, -0.01), 40.0, 50.0, Estimate(1.25, 1.2, 1.3)
+            ),
             answers=Answers(
                 True,
                 [Answer("Why?", Written("Because light is scattered.", True), Written("The sky", False))],

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lrc.records.compression import Report
-from lrc.report.compression import html_page
+from lrc.records.compression import Domains, Report
+from lrc.report.compression import html_page, report_page
 from lrc.report.outputs import Output
 
 MakeReport = Callable[..., Report]
@@ -86,9 +86,41 @@ def test_what_users_name_is_escaped(worst: Report, worst_page: str) -> None:
 
 def test_what_was_done_is_said_in_a_sentence(make_report: MakeReport) -> None:
     assert Page(html_page(make_report())).has(
-        "llama-7b was compressed by the plan a3-2x to 50.0% of its decoder's weights: 6.519 GiB instead of 12.55 GiB, "
-        "at a perplexity on wikitext2:test of 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255)."
+        "llama-7b was compressed by the plan a3-2x to 50.0% of its decoder's weights: 6.519 GiB instead of 12.55 GiB. "
+        "Perplexity is on wikitext2:test 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255). "
+        "By domain it is from × 1.100 (chat) to × 4.000 (code)."
     )
+
+
+def test_several_texts_and_the_domains_are_in_the_sentence(make_report: MakeReport) -> None:
+    (first,) = make_report().perplexity
+    old, new = (
+        replace(p, data="c4:validation", value=v) for p, v in ((first.before, 7.0), (first.after, 9.1))
+    )
+    report = make_report(perplexity=[first, replace(first, before=old, after=new)])
+    for told in (
+        "on wikitext2:test 6.81 instead of 5.47, × 1.245 (",
+        "; on c4:validation 9.1 instead of 7, × 1.300 (",
+    ):
+        assert told in report.sentence
+    without = make_report(domains=Domains([], ["domain web is not measured: no"]))
+    assert without.sentence.endswith("1.255).")
+
+
+def test_domains_and_last_words_are_shown(make_report: MakeReport) -> None:
+    report = make_report()
+    page = Page(html_page(report))
+    for told in (
+        "Perplexity by domain",
+        "code: largely forgotten",
+        "domain German is not measured: no file",
+        "worst domain, code",
+        "perplexity of the last word, LAMBADA (first 500 passages)",
+        "last word is the most likely one, LAMBADA (first 500 passages)",
+        "change -5.0% to -1.0%",
+    ):
+        assert page.has(told), told
+        assert told in report_page(report) or told.startswith("worst")
 
 
 def test_few_windows_stand_beside_the_headline(make_report: MakeReport) -> None:
@@ -96,7 +128,7 @@ def test_few_windows_stand_beside_the_headline(make_report: MakeReport) -> None:
     change = report.perplexity[0]
     two = replace(change, before=replace(change.before, windows=2), after=replace(change.after, windows=2))
     page = Page(html_page(replace(report, perplexity=[two])))
-    assert page.has("of 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255, 2 windows only).")
+    assert page.has("6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255, 2 windows only).")
     assert page.has("5.47 to 6.81 (95 % interval 1.235 to 1.255, 2 windows only)")
     assert page.has("wikitext2:test: 2 windows are few")
 
@@ -108,7 +140,7 @@ def test_one_window_has_no_interval_and_the_page_says_so(make_report: MakeReport
     figures = {name: replace(each, low=None, high=None) for name, each in vars(change.tokens).items()}
     one = replace(change, before=replace(change.before, windows=1), tokens=replace(change.tokens, **figures))
     page = Page(html_page(replace(report, perplexity=[one])))
-    assert page.has("of 6.81 instead of 5.47, × 1.245 (1 window only).")
+    assert page.has("6.81 instead of 5.47, × 1.245 (1 window only).")
     assert page.has("none: 1 window")
     assert page.has("wikitext2:test: one window is measured, so the figures have no interval")
 
@@ -129,7 +161,7 @@ def test_divergence_and_answers_are_shown(make_report: MakeReport, worst: Report
     assert worst.answers is not None
     assert Page(worst_page).has(worst.answers.skipped[0])
     assert Page(worst_page).has("``` ↵ # <script>alert(1)</script> | \ufffd[31mred\ufffd")
-    assert "same top token" not in html_page(make_report(perplexity=[]))
+    assert "same top token" not in html_page(make_report(perplexity=[], domains=Domains()))
 
 
 def test_provenance_is_whole(make_report: MakeReport) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lrc.errors import UserError
-from lrc.records.compression import REPORT, Report
-from lrc.report.outputs import compared_page, points, read_beside, read_outputs, short
+from lrc.records.compression import REPORT, Domains, Report
+from lrc.report.outputs import compared_page, domain_ratios, points, read_beside, read_outputs, short
 
 MakeReport = Callable[..., Report]
 Written = Callable[..., list[Path]]
@@ -75,6 +75,14 @@ def test_a_dense_figure_that_differs_between_reports_is_told(
     assert "between 5.47 and 5.6 in these reports" in note
 
 
+def test_domains_of_all_outputs_stand_in_one_table(written: Written, make_report: MakeReport) -> None:
+    (source,) = read_outputs(written(a=make_report(), b=make_report(), c=make_report(domains=Domains())))
+    found = domain_ratios(source)
+    assert [column.heading for column in found.columns] == ["domain", "dense", "× dense, a", "× dense, b"]
+    assert found.rows[-1] == ["code", "4", "4.000\n3.990 to 4.010", "4.000\n3.990 to 4.010"]
+    assert "Perplexity by domain" in compared_page([source])
+
+
 def test_what_has_no_place_is_told(written: Written, make_report: MakeReport, many: list[Report]) -> None:
     none = make_report(perplexity=[])
     (source,) = read_outputs(written(a=make_report(), b=none))
@@ -108,6 +116,7 @@ def test_json_has_every_figure(written: Written, make_report: MakeReport) -> Non
     figures = output["perplexity"]["wikitext2:test"]
     assert figures["ratio"] == pytest.approx(6.81 / 5.47)
     assert figures["tokens"]["top1_agreement"] == {"value": 0.871, "low": 0.869, "high": 0.873}
+    assert output["domains"]["code"] == {"before": 4.0, "after": 16.0, "ratio": 4.0}
     assert found["before"]["kv_bytes_per_token"] == report.before.kv_bytes_per_token
     assert math.isclose(output["seconds"], sum(report.seconds.values()))
 

@@ -15,7 +15,8 @@ import pytest
 import lrc
 import lrc.compression.loop
 import lrc.verbs.compress
-from lrc.records.compression import Report, read_report
+from lrc.evaluation.domains import DOMAINS
+from lrc.records.compression import Domains, Report, read_report
 from lrc.verbs.verify import verify
 
 PLAN = "{format: 1, keep: 0.5, method: a3, calibration: {samples: 4, seq_len: 32}}"
@@ -68,12 +69,14 @@ def stopped(shared_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) ->
     return Runs(folder, json.loads((folder / ".out.lrc-partial" / "times.json").read_text(encoding="utf-8")))
 
 
+def copied(runs: Runs, tmp_path: Path) -> Path:
+    return shutil.copytree(runs.folder, tmp_path / "again", copy_function=shutil.copy2)
+
+
 @pytest.fixture
 def again(stopped: Runs, tmp_path: Path, without_pages: None) -> Runs:
     """A copy to go on with."""
-    folder = tmp_path / "again"
-    shutil.copytree(stopped.folder, folder, copy_function=shutil.copy2)
-    return Runs(folder, stopped.times)
+    return Runs(copied(stopped, tmp_path), stopped.times)
 
 
 @pytest.fixture
@@ -151,12 +154,31 @@ def test_prompts_are_answered_before_and_after(stopped: Runs) -> None:
     assert read_report(stopped.folder / "out").answers is None
 
 
-def test_a_template_that_raises_ends_no_run(again: Runs) -> None:
-    (again.folder / "model" / "chat_template.jinja").write_text("{{ raise_exception('no') }}", "utf-8")
-    found = compress(again.folder, "new").answers
+def test_domains_and_last_words_are_measured(stopped: Runs, tmp_path: Path) -> None:
+    domains = read_report(stopped.whole).domains
+    assert [change.before.data for change in domains.changes] == [name for name in DOMAINS if name != "chat"]
+    for change in domains.changes:
+        assert change.tokens is not None
+        assert change.tokens.perplexity_ratio.value == pytest.approx(change.ratio)
+    assert "no chat template" in domains.skipped[0]
+    assert read_report(stopped.folder / "out").domains == Domains()
+    folder = copied(stopped, tmp_path)
+    passages = [json.dumps({"text": f"They went back to the mill {i} times to see him"}) for i in range(5)]
+    (folder / "lambada_openai.jsonl").write_text("\n".join(passages), encoding="utf-8")
+    report = compress(folder, "new", run=lrc.Run(device="cpu", data_dir=folder), max_windows=3)
+    assert {change.before.windows for change in report.domains.changes} == {3}
+    assert report.last_words is not None
+    assert report.last_words.passages == 3
+    assert "LAMBADA (first 3 passages)" in (folder / "new" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_template_that_raises_ends_no_run(stopped: Runs, tmp_path: Path) -> None:
+    folder = copied(stopped, tmp_path)
+    (folder / "model" / "chat_template.jinja").write_text("{{ raise_exception('no') }}", "utf-8")
+    found = compress(folder, "new").answers
     assert found is not None
     assert (found.chat, found.answers, len(found.skipped)) == (True, [], 5)
-    assert "TemplateError: no" in (again.folder / "new" / "report.md").read_text(encoding="utf-8")
+    assert "TemplateError: no" in (folder / "new" / "report.md").read_text(encoding="utf-8")
 
 
 def test_times_and_peaks_of_all_processes_add_up(again: Runs) -> None:
