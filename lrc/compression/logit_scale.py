@@ -9,8 +9,9 @@ KL(p‖q) = E_p[log p] − s E_p[z] + log Σ exp(s z). It is convex in s, with s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,6 +71,11 @@ class Final:
     states: Sequence[Tensor]
     logits: Tail
 
+    @torch.no_grad()
+    def probabilities(self, states: Tensor) -> Tensor:
+        """Return the next-token distributions (rows, vocab), float32, of states (rows, hidden)."""
+        return self.logits(states).float().softmax(dim=-1)
+
 
 @torch.no_grad()
 def fit_scale(original: Final, compressed: Final, vocab: int, processes: Processes = ALONE) -> LogitScale:
@@ -121,28 +127,39 @@ def fit_channels(
 ) -> tuple[Tensor, LogitScale]:
     """Return factors (hidden,), float64, for the channels of the final norm, and ``scale`` with what they reach.
 
-    Uses L-BFGS from the fitted ``scale``; each step computes the logits of all processes' tokens again. Raises
+    Uses L-BFGS from the fitted ``scale``; each step computes the compressed logits of all processes' tokens again. As
+    the logits z are linear in the factors, E_p[z] is so too, and the original's logits are computed once. Raises
     UserError if the divergence is NaN or inf.
     """
     old, new = _chunks(original, vocab), _chunks(compressed, vocab)
     stiffness = 1 / (SPREAD**2 * scale.tokens)
 
-    def at(factors: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the divergence and its gradient."""
+    def means(factors: np.ndarray, each: Sequence[Callable[[Tensor], Tensor]]) -> tuple[float, np.ndarray]:
+        """Return the mean over tokens of what functions of a chunk's logits sum, and its gradient in the factors."""
         found = []
-        for a, b in zip(old, new, strict=True):
-            v = torch.tensor(factors, dtype=torch.float32, device=b.device, requires_grad=True)
-            with torch.no_grad():
-                p = original.logits(a).float().softmax(dim=-1)
+        for chunk, function in zip(new, each, strict=True):
+            v = torch.tensor(factors, dtype=torch.float32, device=chunk.device, requires_grad=True)
             with torch.enable_grad():
-                cross = -(p * compressed.logits(b, v).float().log_softmax(dim=-1)).sum(dim=-1).double().sum()
-            (gradient,) = torch.autograd.grad(cross, v)
-            kl = cross.detach() - torch.special.entr(p).sum(dim=-1).double().sum()
-            found.append(torch.cat([kl[None], gradient.double()]))
+                value = function(compressed.logits(chunk, v).float())
+            (gradient,) = torch.autograd.grad(value, v)
+            found.append(torch.cat([value.detach()[None], gradient.double()]))
         # A process may have no blocks.
         own = torch.stack(found).sum(dim=0).cpu() if found else torch.zeros(1 + hidden, dtype=torch.float64)
         mean = processes.total(own) / scale.tokens
         return float(mean[0]), mean[1:].numpy()
+
+    def expected(chunk: Tensor, z: Tensor) -> Tensor:
+        """Return the sum over a chunk's tokens of E_p[z]."""
+        return (original.probabilities(chunk) * z).sum(dim=-1).double().sum()
+
+    start = np.full(hidden, scale.value)
+    _, pull = means(start, [partial(expected, chunk) for chunk in old])
+    certainty = float(processes.total(_certainty(original, old)) / scale.tokens)
+
+    def at(factors: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the divergence and its gradient."""
+        partition, gradient = means(factors, [_partition] * len(new))
+        return certainty - float(pull @ factors) + partition, gradient - pull
 
     def penalized(factors: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the objective and its gradient, computed by all processes at the factors of the first."""
@@ -150,10 +167,10 @@ def fit_channels(
         off = factors - scale.value
         return kl + stiffness / 2 * float(off @ off), gradient + stiffness * off
 
-    best = np.full(hidden, scale.value)
+    best = start
     if processes.first:
         options = {"maxiter": _CHANNEL_STEPS}
-        best = minimize(penalized, best, jac=True, method="L-BFGS-B", options=options).x
+        best = minimize(penalized, start, jac=True, method="L-BFGS-B", options=options).x
         processes.share(None)
     else:
         while (asked := processes.share(None)) is not None:
@@ -170,6 +187,19 @@ def _chunks(model: Final, vocab: int) -> list[Tensor]:
     """Return the states in parts (rows, hidden) whose logits fit ``CHUNK_BYTES``."""
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     return [chunk for states in model.states for chunk in states.flatten(0, -2).split(rows)]
+
+
+def _certainty(original: Final, chunks: Sequence[Tensor]) -> Tensor:
+    """Return the float64 sum over tokens of E_p[log p]."""
+    found = torch.zeros((), dtype=torch.float64)
+    for chunk in chunks:
+        found -= torch.special.entr(original.probabilities(chunk)).sum(dim=-1).double().sum().cpu()
+    return found
+
+
+def _partition(z: Tensor) -> Tensor:
+    """Return the float64 sum over tokens of log Σ exp(z)."""
+    return z.logsumexp(dim=-1).double().sum()
 
 
 def _fixed(original: Tensor, compressed: Tensor) -> Tensor:
