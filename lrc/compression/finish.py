@@ -13,7 +13,7 @@ from lrc.checkpoint.sizes import Size, size_of
 from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import REST, part_name, part_names
-from lrc.compression.refit import REFITS, RefitRecord
+from lrc.compression.refit import NORMS, REFITS, RefitRecord, StreamNorms
 from lrc.hub.quantizer import FORMAT_VERSION, METHOD, NOTICE
 from lrc.modules.table import Table
 from lrc.plan.job import Job
@@ -48,6 +48,7 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
         **settings,
         "targets": target_records(job, staging),
         "refits": [asdict(record) for record in refit_records(job, staging)],
+        "norms": [asdict(record) for record in norm_records(job, staging)],
         "scale": scale and asdict(scale),
         "sha256": staging.hashes(),
     }
@@ -77,6 +78,12 @@ def refit_records(job: Job, staging: Staging) -> list[RefitRecord]:
     """Return the records of all refits, layer by layer."""
     names = [part_name(layer.index) for layer in job.plan.layers]
     return REFITS.validate_python([record for name in names for record in staging.record(name)["refits"]])
+
+
+def norm_records(job: Job, staging: Staging) -> list[StreamNorms]:
+    """Return the counts of changed norms, layer by layer; none without a refit."""
+    records = [staging.record(part_name(layer.index))["norms"] for layer in job.plan.layers]
+    return NORMS.validate_python([record for record in records if record])
 
 
 def logit_scale(staging: Staging) -> LogitScale | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from lrc.compression.assemble import ReducedLayer, assemble
 from lrc.compression.embedding import TableCompressor
 from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_channels, fit_scale
 from lrc.compression.measure import LayerMeasure, target_record
-from lrc.compression.refit import LayerRefit, RefitRecord, closing_roles, held_out_mask
+from lrc.compression.refit import LayerRefit, RefitRecord, StreamNorms, closing_roles, held_out_mask
 from lrc.compression.solve import solve_layer
 from lrc.errors import UserError
 from lrc.modules.table import apply_table
@@ -168,7 +168,7 @@ class Compressor:
             visit.observe()
             with self._watch.stage("observe"):
                 self._advance_compressed(layer.module, plan.index)
-            self._write(plan.index, ReducedLayer(layer.module, {}, dict(state), {}), [], [])
+            self._write(plan.index, ReducedLayer(layer.module, {}, dict(state), {}), [])
             return
         self._part_streams()
         # The batches to measure, before the original layer changes them in place.
@@ -195,11 +195,11 @@ class Compressor:
             ]
             del solutions, found, chosen, measure  # large: float64 solutions and moments
         with self._watch.stage("refit"):
-            refits: list[RefitRecord] = []
+            refits, norms = list[RefitRecord](), None
             if self._compressed is not None:
                 refit = LayerRefit(self._stream, plan.index, reduced, self._batches, self._held)
-                refits = refit.run(roles, middles.inputs, self._compressed)
-        self._write(plan.index, reduced, records, refits)
+                refits, norms = refit.run(roles, middles.inputs, self._compressed)
+        self._write(plan.index, reduced, records, refits, norms)
 
     def _check_logits(self) -> None:
         """Raise UserError if the original's logits of the first tokens are NaN or inf."""
@@ -255,10 +255,20 @@ class Compressor:
         self._advance_compressed(module, index)
 
     def _write(
-        self, index: int, reduced: ReducedLayer, results: list[dict[str, Any]], refits: list[RefitRecord]
+        self,
+        index: int,
+        reduced: ReducedLayer,
+        results: list[dict[str, Any]],
+        refits: Sequence[RefitRecord] = (),
+        norms: StreamNorms | None = None,
     ) -> None:
         with self._watch.stage("write"):
             prefix = f"{self._family.layers}.{index}."
             tensors = {prefix + name: tensor for name, tensor in reduced.state.items()}
-            record = {"table": reduced.table, "results": results, "refits": [asdict(r) for r in refits]}
+            record = {
+                "table": reduced.table,
+                "results": results,
+                "refits": [asdict(each) for each in refits],
+                "norms": norms and asdict(norms),
+            }
             self._staging.write(part_name(index), tensors, record)

@@ -73,8 +73,47 @@ class RefitRecord:
     applied: bool = True
 
 
+@dataclass(frozen=True)
+class StreamNorms:
+    """Count the tokens whose norm in the residual stream, after a layer, is under half or over twice the original's.
+
+    A few tokens, often the first of a text, have norms far above all others, and later layers attend to them (massive
+    activations, arXiv:2402.17762). ``changed`` of ``tokens`` and ``first_changed`` of ``first`` tokens of a block are
+    counted, on the held-out blocks; on all blocks if there is only one.
+    """
+
+    layer: int
+    tokens: int
+    changed: int
+    first: int
+    first_changed: int
+
+    @property
+    def share(self) -> float:
+        """The larger of the shares changed of all tokens and of first tokens."""
+        return max(self.changed / self.tokens, self.first_changed / self.first)
+
+    @property
+    def text(self) -> str:
+        """The counts in words."""
+        return (
+            f"after layer {self.layer} the residual stream of {self.changed:,} of {self.tokens:,} tokens, and of "
+            f"{self.first_changed:,} of {self.first:,} first tokens of a block, has under half or over twice its norm"
+        )
+
+
 # Read back from JSON values.
 REFITS = TypeAdapter(list[RefitRecord])
+NORMS = TypeAdapter(list[StreamNorms])
+_MANY = 0.05  # tokens
+
+
+def norm_warnings(norms: Sequence[StreamNorms]) -> list[str]:
+    """Return a warning about the worst layer if the norms of more than one token in twenty have changed there."""
+    worst = max(norms, key=lambda each: each.share, default=None)
+    if worst is None or worst.share <= _MANY:
+        return []
+    return [f"{worst.text}: the compressed model may attend to other tokens; keep more there"]
 
 
 def closing_roles(family: Family, targets: Collection[str]) -> list[str]:
@@ -100,11 +139,11 @@ class LayerRefit:
 
     def run(
         self, roles: Sequence[str], middles: Sequence[Tensor], compressed: list[Tensor]
-    ) -> list[RefitRecord]:
+    ) -> tuple[list[RefitRecord], StreamNorms]:
         """Refit ``roles`` and run the ``compressed`` stream through the layer, in place.
 
         Attention is refitted to ``middles``, the original stream between attention and MLP. The MLP is refitted to the
-        original layer's output.
+        original layer's output. Also counts the tokens whose norms change.
         """
         paths, records = {role: self._linear(role) for role in roles}, list[RefitRecord]()
         for half in self._stream.reader.family.halves:
@@ -112,12 +151,15 @@ class LayerRefit:
                 last = half.name == "mlp"
                 goals = (batch.hidden for batch in self._batches) if last else middles
                 records.append(self._refit(half, path, goals, compressed))
-        module = self._reduced.module
+        module, processes = self._reduced.module, self._stream.processes
+        counts, some = torch.zeros(4, dtype=torch.int64), processes.total(sum(self._held)) > 0
         with self._stream.checked(module, self._index):
             for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
                 out = self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
+                if self._held[i] or not some:
+                    counts += _changed_norms(out, batch.hidden.to(out.device))
                 compressed[i] = self._stream.states.keep(out)
-        return records
+        return records, StreamNorms(self._index, *map(int, processes.total(counts)))
 
     def _refit(
         self, half: Half, path: str, goals: Iterable[Tensor], compressed: Sequence[Tensor]
@@ -177,6 +219,14 @@ class LayerRefit:
             return path
         last = module.output_linear
         return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
+
+
+def _changed_norms(stream: Tensor, original: Tensor) -> Tensor:
+    """Count tokens, those whose norms change by half, and of first tokens the same; streams (blocks, tokens, width)."""
+    norms, before = (each.float().norm(dim=-1) for each in (stream, original))
+    changed = (norms < before / 2) | (norms > 2 * before)
+    first = changed[:, 0]
+    return torch.tensor([changed.numel(), int(changed.sum()), first.numel(), int(first.sum())])
 
 
 class RefitSum:

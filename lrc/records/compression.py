@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import RefitRecord
+from lrc.compression.refit import RefitRecord, StreamNorms
 from lrc.errors import UserError
 from lrc.evaluation.answers import Answers
 from lrc.evaluation.bootstrap import few
@@ -27,7 +27,7 @@ from lrc.plan.resolved import Share
 from lrc.records.number import number, ratio_text
 
 REPORT = "report.json"
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 _RAN = 1e-3  # seconds
 _KNOWN, _FORGOTTEN = 1.25, 1.5
 
@@ -168,7 +168,8 @@ class Report:
 
     ``model``: as the user named it. ``fingerprint``: of the tensors' headers and a sample of their values.
     ``plan``: its name; ``plan_text``: as the user wrote it. ``keep``: kept fraction of the decoder's projections;
-    ``with_tables``: with the tables that the plan names, if any. ``scale``: of the logits. ``allocation``: how sizes
+    ``with_tables``: with the tables that the plan names, if any. ``norms``: how far the residual stream's norms move;
+    empty without a refit. ``scale``: of the logits. ``allocation``: how sizes
     were found, None if the plan gives them. ``offload``: where hidden states waited between two layers. ``seconds`` and
     (on a GPU) ``device_bytes``, its peak memory, by stage; ``peak_bytes`` of ``host`` and ``device``: sums and maxima
     over all processes of a run that was resumed. ``pending``: texts whose perplexity is still to be measured.
@@ -190,6 +191,7 @@ class Report:
     perplexity: list[PerplexityChange]
     targets: list[TargetRecord]
     refits: list[RefitRecord]
+    norms: list[StreamNorms]
     scale: LogitScale | None
     calibration: CalibrationRecord
     allocation: dict[str, Any] | None

@@ -67,11 +67,17 @@ def report_sections(report: Report) -> list[Section]:
     return [
         Section("What it cost", beside=[costs], notes=notes, tables=[*domains, *answers]),
         Section("What was kept, and the errors", notes=[error_note(report.targets)], tables=targets),
-        *([Section("Residual stream", folded=refitted)] if report.refits else []),
+        *([Section("Residual stream", notes=_norm_note(report), folded=refitted)] if report.refits else []),
         Section("Time and memory", tables=[_stages_table(report)]),
         Section("How it was made", facts=list(_facts(report))),
         Section("Plan", text=report.plan_text.rstrip()),
     ]
+
+
+def _norm_note(report: Report) -> list[str]:
+    """Return the counts of the layer in which the most norms change."""
+    worst = max(report.norms, key=lambda each: each.share, default=None)
+    return [f"Where it is worst, {worst.text}."] if worst else []
 
 
 def _refits_table(report: Report) -> Table:

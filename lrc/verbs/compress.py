@@ -18,6 +18,7 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
+from lrc.compression.refit import norm_warnings
 from lrc.errors import UserError
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
@@ -239,8 +240,10 @@ def _compress_layers(work: _Work, stage: SharedStaging) -> _Work:
     with memory_advice(f"--batch-size below {work.batch} (with --fresh), or fewer calibration samples"):
         compressor = Compressor(stream, job.plan, stage, setup.watch)
         compressor.run(work.calibration.blocks, work.batch, setup.run.stage)
-    scale = finish.logit_scale(stage.own) if stage.own else None
-    found = scale.warnings if scale else []
+    found = list[str]()
+    if own := stage.own:
+        scale = finish.logit_scale(own)
+        found = [*(scale.warnings if scale else []), *norm_warnings(finish.norm_records(job, own))]
     setup.warn(found)
     return replace(work, warnings=[*work.warnings, *found])
 
@@ -330,6 +333,7 @@ def _report(
         pending=list(pending),
         targets=TypeAdapter(list[TargetRecord]).validate_python(finish.target_records(job, own)),
         refits=finish.refit_records(job, own),
+        norms=finish.norm_records(job, own),
         scale=finish.logit_scale(own),
         calibration=TypeAdapter(CalibrationRecord).validate_python(settings["calibration"]),
         allocation=settings.get("allocation"),

@@ -21,7 +21,7 @@ from lrc.checkpoint.staging import staging
 from lrc.compression.finish import logit_scale, refit_records, target_records, write_checkpoint
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import REFITS, RIDGE, RIDGES, RefitRecord, held_out_mask
+from lrc.compression.refit import NORMS, REFITS, RIDGE, RIDGES, RefitRecord, StreamNorms, held_out_mask
 from lrc.families import families
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
@@ -409,6 +409,14 @@ def test_stream_errors_are_those_of_every_layer(biased, out, family):
             assert reached == pytest.approx(float(apart / old[place][part].double().square().sum()), rel=1e-3)
     manifest = json.loads((run.out / "lrc.json").read_text())
     assert REFITS.validate_python(manifest["refits"]) == run.refits
+    for norms in NORMS.validate_python(manifest["norms"]):
+        place = f"{norms.layer} {shape.mlp_output}"
+        before, after = (states[place][:1].norm(dim=-1) for states in (old, new))
+        changed = (after < before / 2) | (after > 2 * before)
+        first = changed[:, 0]
+        assert norms == StreamNorms(
+            norms.layer, changed.numel(), int(changed.sum()), len(first), int(first.sum())
+        )
     assert all("refit_damping" not in record for record in run.records)
 
 

@@ -14,7 +14,9 @@ from lrc.compression.refit import (
     RIDGES,
     RefitRecord,
     RefitSum,
+    StreamNorms,
     held_out_mask,
+    norm_warnings,
 )
 from lrc.methods.contract import Affine
 
@@ -246,3 +248,14 @@ def test_records_survive_json(seen):
     for mask in (None, held_out_mask(len(x))):
         _, record = solved(x, t, start, mask)
         assert REFITS.validate_python([asdict(record)]) == [record]
+
+
+def test_changed_norms_are_warned_of_where_they_are_many() -> None:
+    few, many = StreamNorms(0, 100, 5, 20, 1), StreamNorms(1, 100, 2, 20, 2)
+    assert norm_warnings([]) == []
+    assert norm_warnings([few]) == []
+    (warning,) = norm_warnings([few, many])
+    assert warning.startswith(
+        "after layer 1 the residual stream of 2 of 100 tokens, and of 2 of 20 first tokens of a block, has under half "
+        "or over twice its norm: "
+    )

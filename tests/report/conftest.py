@@ -11,7 +11,7 @@ import pytest
 from lrc.checkpoint.sizes import Size
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import RefitRecord, StreamError
+from lrc.compression.refit import RefitRecord, StreamError, StreamNorms
 from lrc.evaluation.answers import Answer, Answers, Written
 from lrc.evaluation.bootstrap import Estimate
 from lrc.evaluation.last_words import LastWords
@@ -97,6 +97,7 @@ def make_report() -> MakeReport:
             perplexity=[change(5.47, 6.81)],
             targets=[r for i in range(4) for r in (attention(i), target("ov", i), target("mlp", i))],
             refits=[RefitRecord(0, "o", 0.1, None, StreamError(0.125, 0.1), StreamError(0.15, 0.1234))],
+            norms=[StreamNorms(i, 4096, 10 * i, 8, i) for i in range(4)],
             scale=LogitScale(0.93, 0.4, 0.375, 2048),
             calibration=CalibrationRecord(
                 "c4", 128, 2048, 0, [CalibrationSource("c4", 128, text_sha256="0a" * 32)], "0b" * 32, 8, 32

@@ -51,7 +51,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
     [
         (lambda text: text[:200], "is damaged, it is not JSON"),
         (lambda text: "[]", "has no version of the report"),
-        (broken(lambda r: r.update(version=1)), "has version 1 of the report; this lrc reads version 4"),
+        (broken(lambda r: r.update(version=1)), "has version 1 of the report; this lrc reads version 5"),
         (broken(lambda r: r.update(version=99)), "has version 99 of the report"),
         (broken(lambda r: r.pop("keep")), "is damaged at keep: Field required"),
         (broken(lambda r: r["targets"][3].update(kept="many")), "is damaged at targets.3.kept"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from lrc.checkpoint.sizes import Size
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import REFITS, RefitRecord, StreamError
+from lrc.compression.refit import REFITS, RefitRecord, StreamError, StreamNorms
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.compression import report_page
@@ -61,6 +61,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
             RefitRecord(0, "o", 0.1, None, StreamError(0.125, 0.1), StreamError(0.15, 0.1234)),
             RefitRecord(1, "down", 0.1, 0.2, StreamError(0.5, 0.25), None),
         ],
+        norms=[StreamNorms(0, 100, 1, 4, 2), StreamNorms(1, 100, 0, 4, 0)],
         scale=LogitScale(0.93, 0.4, 0.375, 2048),
         calibration=CalibrationRecord(
             "a=2,b=1", 3, 8, 0, [CalibrationSource("a", 2, 2), CalibrationSource("b", 1, 1)], "0a", 8
