@@ -76,12 +76,12 @@ class Domains:
         """The domains that the original knows and the output has forgotten.
 
         The original knows a domain if its bits per byte are at most 1.25 times the median over domains. The output has
-        forgotten one if its perplexity rose by more than half, and by more than the square of the median's ratio.
+        forgotten one if its perplexity rose by more than half, and by more than the square of the least ratio.
         """
-        typical = median(change.ratio for change in self.changes) if self.changes else 1.0
+        best = min((change.ratio for change in self.changes), default=1.0)
         bits = [change.before.bits_per_byte or math.inf for change in self.changes]
         known = _KNOWN * median(bits) if bits else 0.0
-        least = max(_FORGOTTEN, typical**2)
+        least = max(_FORGOTTEN, best**2)
         return [
             change
             for change, of in zip(self.changes, bits, strict=True)

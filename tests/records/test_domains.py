@@ -1,4 +1,4 @@
-"""A domain is lost if the original knows it and the output pays far more for it than for the others."""
+"""A domain is lost if the original knows it and the output pays far more for it than for another."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_perplexity_must_rise_by_more_than_half(after: float, lost: bool) -> Non
     assert found(*others, change("German", 10, after)) == ["German"] * lost
 
 
-@pytest.mark.parametrize(("after", "lost"), [(39, False), (48, True)])
-def test_and_more_than_all_others_do(after: float, lost: bool) -> None:
+@pytest.mark.parametrize(("after", "lost"), [(39, False), (41, True)])
+def test_and_far_more_than_where_it_rises_least(after: float, lost: bool) -> None:
     others = [change("web", 10, 20), change("code", 10, 20), change("chat", 10, 22)]
     assert found(*others, change("German", 10, after)) == ["German"] * lost
 
