@@ -270,9 +270,9 @@ def test_memory_is_at_most_what_is_estimated(
 def test_states_on_disk_take_what_is_estimated_and_no_memory(
     tiny_checkpoint: TinyCheckpoint, write_plan: Callable[..., Path], tmp_path: Path, family: str, body: str
 ) -> None:
-    plan = write_plan(body, samples=64, seq_len=128, gradient_samples=1)
+    plan = write_plan(body, samples=24, seq_len=128, gradient_samples=1)
     job = prepare(tiny_checkpoint(family, **WIDE[family]), plan)
-    blocks, device = torch.randint(0, 256, (64, 128)), torch.device("cpu")
+    blocks, device = torch.randint(0, 256, (24, 128)), torch.device("cpu")
     peaks = {}
     for place in ("device", "disk"):
         with (
