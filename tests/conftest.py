@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,13 @@ COMMON = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 256}  # as the byt
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest test first, so that the other worker has something to do beside it."""
     items.sort(key=lambda item: item.path.name != "test_golden.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_without_collections() -> None:
+    """Exclude what is imported from garbage collections, which take most of their time to look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 class TinyCheckpoint(Protocol):
