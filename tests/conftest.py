@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,15 @@ def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
     monkeypatch.setattr("lrc.verbs.compress.domain_passages", lambda *given: DomainPassages([], []))
     monkeypatch.setattr("lrc.verbs.compress.write_answers", lambda *models: None)
+
+
+@pytest.fixture
+def few_known_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave lm-evaluation-harness the tasks of ARC alone: indexing its ten thousand files takes 20 s."""
+    from lm_eval.tasks import manager
+
+    shutil.copytree(Path(manager.__file__).with_name("arc"), tmp_path / "harness" / "arc")
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "harness" / "manager.py"))
 
 
 @pytest.fixture

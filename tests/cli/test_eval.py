@@ -259,7 +259,7 @@ def test_perplexity_comes_before_the_tasks(
     assert "--tokens t.csv writes Parquet" in fails(*argv, tmp_path / "text.txt", "--tokens", "t.csv")
 
 
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.usefixtures("unmeasured", "few_known_tasks")
 def test_tasks_are_known_before_perplexity_is_measured(fails: Fails, tasks_dir: Path, tmp_path: Path) -> None:
     argv = ["eval", "tiny-gpt2", "--against", "tiny-gpt2", "--device", "cpu", "--ppl", tmp_path / "text.txt"]
     assert "has no task 'endigns'" in fails(*argv, "--tasks-dir", tasks_dir, "--tasks", "endigns")

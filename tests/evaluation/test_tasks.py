@@ -199,8 +199,10 @@ def test_a_model_that_does_not_fit_whole_is_refused(folder: Path, monkeypatch: p
         prepare_tasks(["tiny-gpt2"], ["endings"], tasks_dir=folder, run=Run(device="cpu"))
 
 
-def test_an_unknown_task_is_told_with_the_nearest(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"has no task 'endigns'; did you mean 'endings'"):
-        prepare_tasks(["tiny-gpt2"], ["endigns"], tasks_dir=folder, run=Run(device="cpu"))
-    with pytest.raises(UserError, match=r"has no task 'standrad'; did you mean 'standard'"):
-        prepare_tasks(["tiny-gpt2"], ["standrad"], tasks_dir=folder, run=Run(device="cpu"))
+@pytest.mark.usefixtures("few_known_tasks")
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("endigns", "endings"), ("standrad", "standard"), ("arc_eazy", "arc_easy")]
+)
+def test_an_unknown_task_is_told_with_the_nearest(folder: Path, name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"has no task '{name}'; did you mean '{nearest}'"):
+        prepare_tasks(["tiny-gpt2"], [name], tasks_dir=folder, run=Run(device="cpu"))
