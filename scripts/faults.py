@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import gc
 import importlib
 import os
 import random
@@ -299,6 +300,8 @@ class Faults:
 
     def prepare(self) -> None:
         """Make the model that all cases share, and see what undisturbed runs come to."""
+        if self.quick:
+            lrc.verbs.compress.html_page = lambda report, others: ""
         in_child(lambda: make_model("tiny", self.root / "model"))
         warm(self.case())
         for sharded in (False, True):
@@ -615,6 +618,8 @@ def warm(case: Case) -> None:
     for name in names.read_text(encoding="utf-8").split("\n"):
         with suppress(Exception):  # names that are no modules
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else every child looks through all modules, and copies the memory that they are in
     threads = {(path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()}
     known = {
         Path("/proc/self/comm").read_text().strip(),
