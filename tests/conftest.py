@@ -93,6 +93,23 @@ def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenize each text once for a tokenizer: of the built-in texts each takes a second, in every compression."""
+    from lrc.text.blocks import tokenize
+
+    known: dict[Any, Tensor] = {}
+
+    def once(tokenizer: Any, text: str, rows: int | None = None) -> Tensor:
+        key = tokenizer.backend_tokenizer.to_str(), text, rows
+        if key not in known:
+            known[key] = tokenize(tokenizer, text, rows)
+        return known[key].clone()
+
+    monkeypatch.setattr("lrc.text.encoding.tokenize", once)
+    monkeypatch.setattr("lrc.evaluation.passage.tokenize", once)
+
+
+@pytest.fixture
 def few_known_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave lm-evaluation-harness the tasks of ARC alone: indexing its ten thousand files takes 20 s."""
     from lm_eval.tasks import manager

@@ -8,7 +8,7 @@ import pytest
 
 import lrc
 
-pytestmark = pytest.mark.usefixtures("without_pages")
+pytestmark = pytest.mark.usefixtures("without_pages", "tokenized_once")
 
 
 def test_beats_whitened_svd_in_perplexity_on_the_built_in_text(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 import lrc
 
-pytestmark = pytest.mark.usefixtures("without_pages")
+pytestmark = pytest.mark.usefixtures("without_pages", "tokenized_once")
 
 KEEP = 0.6
 PUBLISHED = {
