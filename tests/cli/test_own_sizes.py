@@ -18,7 +18,7 @@ from lrc.methods import methods
 from lrc.modules import Factors, kinds
 
 FAKES = Path(__file__).parents[1] / "fakes.py"
-BASE = "format: 1\nmethod: two_ranks\ncalibration: {samples: 2, seq_len: 32}\n"
+BASE = "format: 1\nmethod: two_ranks\ncalibration: {data: builtin, samples: 2, seq_len: 32}\n"
 
 pytestmark = pytest.mark.usefixtures("without_pages")
 
@@ -36,8 +36,13 @@ def sizes(plan: Path) -> list[list[int]]:
     return [entry["ranks"] for rule in rules for entry in rule.values() if isinstance(entry, dict)]
 
 
-def test_planned_compressed_and_loaded(work: Path, succeeds: Any) -> None:
-    model = "tiny-gpt2"
+@pytest.fixture
+def model(shared_checkpoint: Any) -> str:
+    """A model with fewer sizes to measure than the built-in ones."""
+    return str(shared_checkpoint("gpt2", n_embd=64))
+
+
+def test_planned_compressed_and_loaded(work: Path, succeeds: Any, model: str) -> None:
     succeeds("plan", model, "--base", "base.yaml", "--keep", "0.6", "--allocate", "energy", "-o", "q.yaml")
     found = sizes(work / "q.yaml")
     assert found
@@ -79,9 +84,9 @@ def test_a_budget_of_bytes(work: Path, succeeds: Any) -> None:
     assert 0.78 * whole < told["after"]["bytes"] <= int(budget)
 
 
-def test_an_allocation_in_the_plan(work: Path, succeeds: Any) -> None:
+def test_an_allocation_in_the_plan(work: Path, succeeds: Any, model: str) -> None:
     (work / "p.yaml").write_text(f"{BASE}keep: 0.6\nallocate: energy\n", encoding="utf-8")
-    succeeds("compress", "tiny-gpt2", "--plan", "p.yaml", "--out", "out", "--device", "cpu", "--no-eval")
+    succeeds("compress", model, "--plan", "p.yaml", "--out", "out", "--device", "cpu", "--no-eval")
     manifest = json.loads((work / "out" / "lrc.json").read_text(encoding="utf-8"))
     assert 0.59 < manifest["plan"]["kept"] / manifest["plan"]["whole"] <= 0.6
 
