@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,22 @@ def small_plan(name: str, text: str, model: str) -> str:
     return f"{text}calibration: {{{few}}}\n"
 
 
+def write_first_layers(model: str, folder: Path, layers: int = 2) -> None:
+    """Write a built-in model with its first layers alone."""
+    from safetensors.numpy import load_file, save_file
+
+    from lrc.hub.names import ASSETS
+
+    shutil.copytree(ASSETS / model, folder)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    kept = {name: t for name, t in tensors.items() if int((*re.findall(r"\.(\d+)\.", name), 0)[0]) < layers}
+    save_file(kept, weights, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["n_layer" if "n_layer" in config else "num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def weights_sha256(folder: Path) -> str:
     """Hash of every tensor's name, type, shape and bytes, whatever files they are in."""
     from safetensors.numpy import load_file
@@ -89,11 +106,18 @@ def compress_all() -> dict[str, str]:
     found = {}
     with tempfile.TemporaryDirectory() as work:
         for model in MODELS:
+            source = Path(work) / model
+            write_first_layers(model, source)
             for name, text in (plans | OTHERS).items():
                 plan, out = Path(work) / f"{name}.yaml", Path(work) / f"{model}-{name}"
                 plan.write_text(small_plan(name, text, model), encoding="utf-8")
                 lrc.compress(
-                    model, plan, out=out, ppl=[], run=lrc.Run(device="cpu", dtype="float32", batch_size=4)
+                    source,
+                    plan,
+                    out=out,
+                    calib="builtin",
+                    ppl=[],
+                    run=lrc.Run(device="cpu", dtype="float32", batch_size=4),
                 )
                 found[f"{model} {name}"] = weights_sha256(out)
     return found
