@@ -153,13 +153,13 @@ def fit_channels(
         return (original.probabilities(chunk) * z).sum(dim=-1).double().sum()
 
     start = np.full(hidden, scale.value)
-    _, pull = means(start, [partial(expected, chunk) for chunk in old])
+    level, pull = means(start, [partial(expected, chunk) for chunk in old])
     certainty = float(processes.total(_certainty(original, old)) / scale.tokens)
 
     def at(factors: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the divergence and its gradient."""
         partition, gradient = means(factors, [_partition] * len(new))
-        return certainty - float(pull @ factors) + partition, gradient - pull
+        return certainty - level - float(pull @ (factors - start)) + partition, gradient - pull
 
     def penalized(factors: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the objective and its gradient, computed by all processes at the factors of the first."""
