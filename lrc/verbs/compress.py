@@ -91,6 +91,7 @@ def compress(
     others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
     texts, missing = evaluation_texts(setup.model.source, ppl, run.data_folder)
     _check_lengths(setup, texts, max_windows)
+    passages = find_passages(run.data_folder)[:max_windows] if texts and not setup.model.builtin else []
     work = _prepare(setup, job, [*notes, *missing])
     setup.processes.agree(work.settings)
     setup.warn(work.warnings)
@@ -105,7 +106,7 @@ def compress(
         work = _compress_layers(work, stage)
         report = _publish(work, own, target, texts, others) if own and not own.published else None
         setup.processes.meet()
-        cost = _evaluate(work, stage, texts, max_windows) if texts else None
+        cost = _evaluate(work, stage, texts, passages, max_windows) if texts else None
         if own and (cost or report is None):
             report = _report(work, own, target, cost=cost)
             setup.warn(report.warnings)
@@ -272,7 +273,13 @@ class _Cost:
     answers: Answers | None
 
 
-def _evaluate(work: _Work, stage: SharedStaging, texts: Sequence[Text], max_windows: int | None) -> _Cost:
+def _evaluate(
+    work: _Work,
+    stage: SharedStaging,
+    texts: Sequence[Text],
+    passages: Sequence[str],
+    max_windows: int | None,
+) -> _Cost:
     """Compare the published checkpoint with the original; last words and answers on rank 0 alone."""
     setup = work.setup
     advice = "the same command with --no-eval, then lrc eval with --streamed: the checkpoint is finished"
@@ -296,8 +303,7 @@ def _evaluate(work: _Work, stage: SharedStaging, texts: Sequence[Text], max_wind
         by_domain = pair.on(cut.passages, "domains")
         domains = [PerplexityChange(each.theirs, each.ours, each.tokens) for each in by_domain]
         if setup.processes.first:
-            if passages := None if work.job.model.builtin else find_passages(setup.run.data_folder):
-                words = last_words(pair.models, pair.tokenizers[0], passages[:max_windows], loading.run)
+            words = last_words(pair.models, pair.tokenizers[0], passages, loading.run)
             answers = write_answers(pair.models[::-1], folders[::-1], pair.tokenizers[0], loading)
     return _Cost(changes, Domains(domains, cut.skipped), words, answers)
 
