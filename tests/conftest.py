@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_without_collections() -> None:
-    """Exclude what is imported from garbage collections, which take most of their time to look through it."""
+    """Exclude what is alive before a file, mostly imports, from garbage collections: it takes most of their time."""
     gc.collect()
     gc.freeze()
 
@@ -85,10 +85,8 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
 @pytest.fixture
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the page, the domains and the answers of outputs: most of the time of a small compression."""
-    from lrc.evaluation.domains import DomainPassages
-
     monkeypatch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
-    monkeypatch.setattr("lrc.verbs.compress.domain_passages", lambda *given: DomainPassages([], []))
+    monkeypatch.setattr("lrc.verbs.compress.domain_passages", lambda *given: ([], []))
     monkeypatch.setattr("lrc.verbs.compress.write_answers", lambda *models: None)
 
 

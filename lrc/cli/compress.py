@@ -36,7 +36,7 @@ class Output:
 class Measured(Texts):
     """Perplexity before and after."""
 
-    no_eval: bool = option("Do not measure perplexity.", False)
+    no_eval: bool = option("Do not evaluate the output.", False)
 
 
 def verb(
@@ -70,12 +70,10 @@ def verb(
 
 def next_steps(report: Report) -> Iterator[str]:
     """Yield the commands that come next: evaluate the output, load it in Python, measure its speed."""
-    from lrc.hub.names import default_texts
-
     out, model = shlex.quote(report.out), shlex.quote(report.model)
-    texts = [change.before.data for change in report.perplexity] or default_texts(report.model)
+    named = ",".join(change.before.data for change in report.perplexity)
     yield "next:"
-    yield f"  lrc eval {out} --against {model} --ppl {shlex.quote(','.join(texts))}"
+    yield f"  lrc eval {out} --against {model}{f' --ppl {shlex.quote(named)}' if named else ''}"
     yield f"  lrc bench {out} --against {model}"
     yield "or in Python:"
     yield "  import lrc, transformers"

@@ -48,7 +48,7 @@ def write_checkpoint(job: Job, staging: Staging, settings: Mapping[str, Any]) ->
         **settings,
         "targets": target_records(job, staging),
         "refits": [asdict(record) for record in refit_records(job, staging)],
-        "norms": [asdict(record) for record in norm_records(job, staging)],
+        "stream_norms": [asdict(record) for record in norm_records(job, staging)],
         "scale": scale and asdict(scale),
         "sha256": staging.hashes(),
     }

@@ -75,30 +75,32 @@ class RefitRecord:
 
 @dataclass(frozen=True)
 class StreamNorms:
-    """Count the tokens whose norm in the residual stream, after a layer, is under half or over twice the original's.
+    """Count tokens with less than half or more than twice the original's norm in the residual stream after a layer.
 
     A few tokens, often the first of a text, have norms far above all others, and later layers attend to them (massive
-    activations, arXiv:2402.17762). ``changed`` of ``tokens`` and ``first_changed`` of ``first`` tokens of a block are
-    counted, on the held-out blocks; on all blocks if there is only one.
+    activations, arXiv:2402.17762). So first tokens of a block also count apart. The tokens are those of the held-out
+    blocks; of all blocks if there is only one.
     """
 
     layer: int
     tokens: int
     changed: int
-    first: int
-    first_changed: int
+    first_tokens: int
+    changed_first_tokens: int
 
     @property
     def share(self) -> float:
-        """The larger of the shares changed of all tokens and of first tokens."""
-        return max(self.changed / self.tokens, self.first_changed / self.first)
+        """The share of tokens that changed, or that of first tokens if it is larger and more than one has changed."""
+        first = self.changed_first_tokens / self.first_tokens if self.changed_first_tokens > 1 else 0.0
+        return max(self.changed / self.tokens, first)
 
     @property
     def text(self) -> str:
         """The counts in words."""
         return (
-            f"after layer {self.layer} the residual stream of {self.changed:,} of {self.tokens:,} tokens, and of "
-            f"{self.first_changed:,} of {self.first:,} first tokens of a block, has under half or over twice its norm"
+            f"after layer {self.layer}, {self.changed:,} of {self.tokens:,} tokens ({self.changed_first_tokens:,} of "
+            f"{self.first_tokens:,} first tokens of a block) have less than half or more than twice the original's "
+            "norm in the residual stream"
         )
 
 
@@ -109,11 +111,13 @@ _MANY = 0.05  # tokens
 
 
 def norm_warnings(norms: Sequence[StreamNorms]) -> list[str]:
-    """Return a warning about the worst layer if the norms of more than one token in twenty have changed there."""
-    worst = max(norms, key=lambda each: each.share, default=None)
-    if worst is None or worst.share <= _MANY:
+    """Return a warning about the first layer after which the norms of more than one token in twenty have changed."""
+    start = next((each for each in norms if each.share > _MANY), None)
+    if start is None:
         return []
-    return [f"{worst.text}: the compressed model may attend to other tokens; keep more there"]
+    return [
+        f"{start.text}, so that later layers may attend to other tokens; keep more in this layer or before it"
+    ]
 
 
 def closing_roles(family: Family, targets: Collection[str]) -> list[str]:
@@ -222,7 +226,7 @@ class LayerRefit:
 
 
 def _changed_norms(stream: Tensor, original: Tensor) -> Tensor:
-    """Count tokens, those whose norms change by half, and of first tokens the same; streams (blocks, tokens, width)."""
+    """Count in streams (blocks, tokens, width) the tokens and those with a changed norm, then both of first tokens."""
     norms, before = (each.float().norm(dim=-1) for each in (stream, original))
     changed = (norms < before / 2) | (norms > 2 * before)
     first = changed[:, 0]

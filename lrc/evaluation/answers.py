@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lrc.errors import UserError
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.perplexity import Model
 from lrc.evaluation.streamed import StreamedModel
@@ -77,7 +78,7 @@ def write_answers(
         try:
             ids = encode_prompt(tokenizer, prompt, chat, rows)
         except Exception as error:  # templates and tokenizers raise whatever they like
-            skipped.append(f"no answers to {prompt!r}: the tokenizer fails ({_reason(error)})")
+            skipped.append(f"no answers to {prompt!r}: the tokenizer fails ({reason(error)})")
             continue
         if limit is not None and len(ids) + NEW_TOKENS > limit:
             needed = f"{len(ids)} tokens and {NEW_TOKENS} new ones exceed the model's {limit} positions"
@@ -96,7 +97,7 @@ def write_answers(
             try:
                 written.append(_write(whole, tokenizer, [*encoded.values()]))
             except Exception as error:  # such as a lack of memory, or code that comes with a model
-                failed = f"no prompts are answered: {folder} fails to write ({_reason(error)})"
+                failed = f"no prompts are answered: {folder} fails to write ({reason(error)})"
                 return Answers(chat, [], [*skipped, failed])
             del whole  # leaves room for the next one
     return Answers(chat, [Answer(*each) for each in zip(encoded, *written, strict=True)], skipped)
@@ -118,8 +119,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, r
     return [*ids]
 
 
-def _reason(error: Exception) -> str:
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+def reason(error: Exception) -> str:
+    """Return the first line of an error's message, with the name of its class unless it is written for users."""
+    name = [] if isinstance(error, UserError) else [type(error).__name__]
+    return ": ".join([*name, *str(error).splitlines()[:1]])
 
 
 def _write(

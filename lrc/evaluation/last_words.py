@@ -6,7 +6,7 @@ al., "The LAMBADA dataset", ACL 2016; the test set as OpenAI wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,20 +34,21 @@ _LONGEST = 256  # tokens of a passage; of a longer one the beginning is left out
 
 @dataclass(frozen=True)
 class LastWords:
-    """Hold two models' figures on the last words of LAMBADA's first ``passages``.
+    """Hold two models' figures on the last words of ``passages``, of the first ``asked`` of LAMBADA.
 
-    ``right``: the share of words of which each token is the most likely one; ``perplexity``: exp of the mean loss of a
-    word, as of the task ``lambada_openai``. ``gain``: the difference of the shares, and ``ratio`` that of the
-    perplexities, after against before, with paired intervals over passages.
+    The accuracy is the share of words of which each token is the most likely one. The perplexity is exp of the mean
+    loss of a word, as of the task ``lambada_openai``. ``accuracy_change``: the difference of the shares, and
+    ``perplexity_ratio``: that of the perplexities, after against before, with paired intervals over passages.
     """
 
+    asked: int
     passages: int
-    right_before: float
-    right_after: float
-    gain: Estimate
+    accuracy_before: float
+    accuracy_after: float
+    accuracy_change: Estimate
     perplexity_before: float
     perplexity_after: float
-    ratio: Estimate
+    perplexity_ratio: Estimate
 
 
 def find_passages(data_dir: Path | None) -> list[str]:
@@ -66,30 +67,33 @@ def last_words(
 ) -> LastWords | None:
     """Compare the output and the original, in this order, on the last words of passages; None if there are no words.
 
-    The word is what follows the last space. Context and word are tokenized together, without special tokens, as
-    lm-evaluation-harness does. A passage of one word, or with an id beyond the embedding, is left out.
+    The word is what follows the last space. Context and word are tokenized together, with the special tokens of the
+    tokenizer, as lm-evaluation-harness does. A passage of one word, or with an id beyond the embedding, is left out.
+    Each process scores its share.
     """
     configs = [model.config.get_text_config() for model in models]
     rows = min(config.vocab_size for config in configs)
     positions = getattr(configs[0], "max_position_embeddings", None) or _LONGEST
-    found, spans = _encode(tokenizer, passages, rows, min(positions, _LONGEST))
-    if not found:
+    encoded = _encode(tokenizer, passages, rows, min(positions, _LONGEST))
+    if not encoded:
         return None
-    ids, scores = pad_sequence(found, batch_first=True), [list[tuple[Tensor, Tensor]]() for _ in models]
+    ids = run.processes.mine(pad_sequence([each for each, _, _ in encoded], batch_first=True))
+    spans = run.processes.mine(torch.tensor([span for _, *span in encoded]))
     size = min(default_batch(model, ids.shape[1]) for model in models)
     advance = run.stage("last words", sum(steps(model, len(ids)) for model in models) - len(ids))
+    scores = [[torch.empty(0, 2, dtype=torch.float64)] for _ in models]  # a process may have no passages
     with ExitStack() as stack:
         streams = [stack.enter_context(closing(window_logits(model, ids, size, advance))) for model in models]
-        for batch, words in zip(batched(ids, size), batched(torch.tensor(spans), size), strict=True):
+        for batch, words in zip(batched(ids, size), batched(spans, size), strict=True):
             for logits, parts in zip(streams, scores, strict=True):
-                parts += _scores(next(logits), batch, words)
+                parts.append(_scores(next(logits), batch, words))
             advance(len(batch))
     (after, right_after), (before, right_before) = (
-        [torch.stack(column).double().cpu()[:, None] for column in zip(*parts, strict=True)]
-        for parts in scores
+        run.processes.gather_rows(torch.cat(parts)).split(1, dim=1) for parts in scores
     )
     return LastWords(
-        len(ids),
+        len(passages),
+        len(encoded),
         right_before.mean().item(),
         right_after.mean().item(),
         mean(right_after - right_before),
@@ -101,27 +105,33 @@ def last_words(
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], rows: int, limit: int
-) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """Return the ids (tokens,) of passages, and where their last words start and end.
+) -> list[tuple[Tensor, int, int]]:
+    """Return the ids (tokens,) of each passage, and where its last word starts and ends.
 
-    Of more than ``limit`` tokens the first are left out.
+    Of more than ``limit`` tokens the first are left out, but for a token that marks the beginning of a text.
     """
-    found, spans = list[Tensor](), list[tuple[int, int]]()
+    found = []
     for passage in passages:
-        context, whole = (
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (passage.rpartition(" ")[0], passage)
+        context, ids = (
+            tokenizer(text, verbose=False)["input_ids"] for text in (passage.rpartition(" ")[0], passage)
         )
-        cut = max(len(whole) - limit, 0)
-        if cut < len(context) < len(whole) and max(whole) < rows:
-            found.append(torch.tensor(whole[cut:]))
-            spans.append((len(context) - cut, len(whole) - cut))
-    return found, spans
+        marked = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+        cut = max(len(ids) - limit, 0)
+        if cut + marked < len(context) < len(ids) and max(ids) < rows:
+            kept = ids[:marked] + ids[marked + cut :]
+            found.append((torch.tensor(kept), len(context) - cut, len(kept)))
+    return found
 
 
-def _scores(logits: Tensor, ids: Tensor, spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each passage the nats of its last word, and whether each of its tokens is the most likely one."""
-    ids = ids.to(logits.device)
+def _scores(logits: Tensor, ids: Tensor, spans: Tensor) -> Tensor:
+    """Return for each passage the nats of its last word, and 1 if each of its tokens is the most likely one, else 0.
+
+    ``logits`` (passages, n, vocab), ``ids`` (passages, n), ``spans`` (passages, 2); the result (passages, 2) is
+    float64.
+    """
+    found, ids = list[Tensor](), ids.to(logits.device)
     for scores, tokens, (start, end) in zip(logits, ids, spans.tolist(), strict=True):
         scores, word = scores[start - 1 : end - 1].float(), tokens[start:end]
-        yield F.cross_entropy(scores, word, reduction="sum"), (scores.argmax(-1) == word).all()
+        right = (scores.argmax(-1) == word).all()
+        found.append(torch.stack([F.cross_entropy(scores, word, reduction="sum"), right]))
+    return torch.stack(found).double().cpu()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from lrc.errors import UserError
 from lrc.evaluation.bootstrap import Estimate, caveat, mean, percentile, ratio
@@ -138,21 +139,29 @@ class LoadedPair:
         return found
 
     def on(self, passages: Sequence[Passage], label: str) -> list[Pair]:
-        """Compare the models on passages, which both tokenize alike, as one stage of progress."""
+        """Compare the models on passages, which both tokenize alike and whose windows have one length.
+
+        The windows of all run one after another, as one stage of progress: a streamed model is read once.
+        """
         if not passages:
             return []
-        counts = [len(self.run.processes.mine(passage.cut)) for passage in passages]
-        # a step for both models' windows
-        total = sum(steps(model, count) for model in self.models for count in counts) - sum(counts)
-        advance = self.run.stage(label, total)
-        return [self._on(passage, advance) for passage in passages]
+        cut, counts = torch.cat([passage.cut for passage in passages]), [len(p.cut) for p in passages]
+        whole, seconds = self._run_both(cut, label)
+        parts = zip(*(column.split(counts) for column in whole), strict=True)
+        return [
+            self._pair(passage, Divergence(*part), [each * len(passage.cut) / len(cut) for each in seconds])
+            for passage, part in zip(passages, parts, strict=True)
+        ]
 
-    def _on(self, passage: Passage, advance: Callable[[int], object]) -> Pair:
-        """Run both models on a passage, one batch after another, and compare them token by token."""
+    def _run_both(self, cut: Tensor, label: str) -> tuple[Divergence, list[float]]:
+        """Run both models on windows (windows, n), one batch after another; return results and seconds of each."""
         watch, processes = Stopwatch(self.models[0].device), self.run.processes
-        mine = processes.mine(passage.cut)
-        size = min(default_batch(model, passage.seq_len) for model in self.models)
-        none = torch.empty(0, passage.seq_len - 1)
+        mine, seq_len = processes.mine(cut), cut.shape[1]
+        size = min(default_batch(model, seq_len) for model in self.models)
+        # a step for both models' windows
+        total = sum(steps(model, len(mine)) for model in self.models) - len(mine)
+        advance = self.run.stage(label, total)
+        none = torch.empty(0, seq_len - 1)
         parts = [Divergence(none, none, none, none.bool())]  # a process may have no windows
         with ExitStack() as stack:
             ours, theirs = (
@@ -170,11 +179,15 @@ class LoadedPair:
                 del logits, against  # frees them before the next batch
                 advance(len(batch))
         whole = Divergence(*(processes.gather_rows(torch.cat(column)) for column in zip(*parts, strict=True)))
+        return whole, [*watch.seconds.values()]
+
+    def _pair(self, passage: Passage, whole: Divergence, seconds: Sequence[float]) -> Pair:
+        """Return the figures of a passage from the results on its windows."""
         if self.keep:
             self.keep(passage, whole._asdict())
         ours, theirs = (
-            summarise(nll, passage, model.dtype, seconds, self.tokenizers[0], processes)
-            for nll, model, seconds in zip(whole[:2], self.models, watch.seconds.values(), strict=True)
+            summarise(nll, passage, model.dtype, spent, self.tokenizers[0], self.run.processes)
+            for nll, model, spent in zip(whole[:2], self.models, seconds, strict=True)
         )
         tokens = TokenByToken(
             ratio(whole.nll, whole.nll_against),

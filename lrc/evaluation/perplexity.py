@@ -1,4 +1,4 @@
-"""Measure the perplexity of a causal language model by protocol version 1.
+"""Measure the perplexity of a causal language model by protocol version 2.
 
 ``lrc.text`` reads the text by its data set's protocol (WikiText-2 raw: rows joined with two newlines, a blank row is
 the empty string). It is tokenized once, without added special tokens, and cut into non-overlapping windows of
@@ -30,7 +30,7 @@ from lrc.text.blocks import batched, ids_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _LOGIT_BYTES = 2**30  # of one batch, in the model's dtype
 _BATCH_TOKENS = 2**14
 _CPU_BATCH_TOKENS = 2**11  # larger batches spend their time on fresh memory pages for the logits

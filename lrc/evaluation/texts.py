@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lrc.hub.names import default_texts
@@ -10,18 +11,14 @@ from lrc.text.datasets import DATASETS
 from lrc.text.source import Missing, Text, data_folder, local_file, read_text
 
 
-def evaluation_texts(
-    model: str, asked: str | Sequence[str] | None, data_dir: Path | None
-) -> tuple[list[Text], list[str]]:
-    """Read the texts asked for, by default those of ``default_texts`` that can be had.
+def evaluation_texts(model: str, asked: str | Sequence[str] | None, data_dir: Path | None) -> list[Text]:
+    """Read the texts asked for, by default those of ``default_texts`` that can be read.
 
-    Also returns a note for each default text that neither the data folder nor the hub has. Raises UserError for a text
+    A default text that neither the data folder nor the hub has is a note of the others. Raises UserError for a text
     asked for that cannot be read, and if there is no default text at all.
     """
     if asked is not None:
-        return [
-            read_text(s, "evaluation", data_dir) for s in ([asked] if isinstance(asked, str) else asked)
-        ], []
+        return [read_text(s, "evaluation", data_dir) for s in ([asked] if isinstance(asked, str) else asked)]
     found, missing = list[Text](), dict[str, Missing]()
     for name in default_texts(model):
         unreachable = [error for error in missing.values() if error.unreachable]
@@ -34,4 +31,5 @@ def evaluation_texts(
             missing[name] = error
     if not found:
         raise next(iter(missing.values()))
-    return found, [f"perplexity without {name}: {error.reason}" for name, error in missing.items()]
+    notes = tuple(f"{name} is not measured: {error.reason}" for name, error in missing.items())
+    return [replace(text, notes=(*text.notes, *notes)) for text in found]

@@ -29,7 +29,7 @@ from lrc.records.number import number, ratio_text
 REPORT = "report.json"
 REPORT_VERSION = 5
 _RAN = 1e-3  # seconds
-_KNOWN, _FORGOTTEN = 1.25, 1.5
+_WELL, _RISE, _MOST_RISE = 1.25, 1.5, 4.0
 
 
 @dataclass(frozen=True)
@@ -63,50 +63,50 @@ class PerplexityChange:
 
 @dataclass(frozen=True)
 class Domains:
-    """The cost by domain, on small texts of the package, each named as its domain.
+    """The cost by domain, on small texts of the package; ``skipped``: why other domains are missing."""
 
-    ``skipped``: why other domains are missing.
-    """
-
-    changes: list[PerplexityChange] = field(default_factory=list)
+    changes: dict[str, PerplexityChange] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     @property
-    def lost(self) -> list[PerplexityChange]:
-        """The domains that the original knows and the output has forgotten.
+    def ratios(self) -> dict[str, float]:
+        """The ratios by domain, the least first; a perplexity that is no number counts as infinite."""
+        found = {name: change.ratio for name, change in self.changes.items()}
+        found = {name: math.inf if math.isnan(ratio) else ratio for name, ratio in found.items()}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
 
-        The original knows a domain if its bits per byte are at most 1.25 times the median over domains. The output has
-        forgotten one if its perplexity rose by more than half, and by more than the square of the least ratio.
+    @property
+    def much_worse(self) -> list[str]:
+        """The domains that the original predicts well and the output predicts much worse.
+
+        The original predicts a domain well if its bits per byte are at most 1.25 times the median over domains. The
+        output predicts one much worse if its perplexity rose by more than half and by more than the square of the least
+        ratio, or by more than four times.
         """
-        best = min((change.ratio for change in self.changes), default=1.0)
-        bits = [change.before.bits_per_byte or math.inf for change in self.changes]
-        known = _KNOWN * median(bits) if bits else 0.0
-        least = max(_FORGOTTEN, best**2)
-        return [
-            change
-            for change, of in zip(self.changes, bits, strict=True)
-            if of <= known and change.ratio > least
-        ]
+        if not self.changes:
+            return []
+        bits = {name: change.before.bits_per_byte or math.inf for name, change in self.changes.items()}
+        well = _WELL * median(bits.values())
+        least = max(_RISE, min(min(self.ratios.values()) ** 2, _MOST_RISE))
+        return [name for name in self.changes if bits[name] <= well and self.ratios[name] > least]
 
     @property
     def warnings(self) -> list[str]:
-        """A warning for each domain that is lost."""
+        """A warning for each domain that is much worse."""
         return [
-            f"{change.before.data} is largely forgotten: perplexity rises from {number(change.before.value)} to "
-            f"{number(change.after.value)}, × {ratio_text(change.ratio)}; keep more, or calibrate on text of this kind"
-            for change in self.lost
+            f"{name}: perplexity rises from {number(change.before.value)} to {number(change.after.value)}, × "
+            f"{ratio_text(change.ratio)}; keep more, or calibrate on text of this kind too"
+            for name, change in self.changes.items()
+            if name in self.much_worse
         ]
 
     @property
     def summary(self) -> str:
-        """The domains of the least and the largest cost, in a sentence."""
-        if not self.changes:
+        """The domains of the least and of the largest cost, in a sentence."""
+        ends = [f"× {ratio_text(ratio)} ({name})" for name, ratio in self.ratios.items()]
+        if not ends:
             return ""
-        ordered = sorted(self.changes, key=lambda change: change.ratio)
-        least, most = (
-            f"× {ratio_text(each.ratio)} ({each.before.data})" for each in (ordered[0], ordered[-1])
-        )
-        return f"By domain it is from {least} to {most}."
+        return f"By domain, perplexity rises {' to '.join(dict.fromkeys((ends[0], ends[-1])))}."
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ class Report:
 
     ``model``: as the user named it. ``fingerprint``: of the tensors' headers and a sample of their values.
     ``plan``: its name; ``plan_text``: as the user wrote it. ``keep``: kept fraction of the decoder's projections;
-    ``with_tables``: with the tables that the plan names, if any. ``norms``: how far the residual stream's norms move;
-    empty without a refit. ``scale``: of the logits. ``allocation``: how sizes
-    were found, None if the plan gives them. ``offload``: where hidden states waited between two layers. ``seconds`` and
-    (on a GPU) ``device_bytes``, its peak memory, by stage; ``peak_bytes`` of ``host`` and ``device``: sums and maxima
-    over all processes of a run that was resumed. ``pending``: texts whose perplexity is still to be measured.
-    ``domains``: the cost by domain. ``last_words``: on LAMBADA; None if it is not at hand. ``answers``: to a few
+    ``with_tables``: with the tables that the plan names, if any. ``stream_norms``: by layer, empty without a refit.
+    ``scale``: of the logits. ``allocation``: how sizes were found, None if the plan gives them. ``offload``: where
+    hidden states waited between two layers. ``seconds`` and (on a GPU) ``device_bytes``, its peak memory, by stage;
+    ``peak_bytes`` of ``host`` and ``device``: sums and maxima over all processes of a run that was resumed.
+    ``pending``: texts whose perplexity is still to be measured.
+    ``domains``: the cost by domain. ``last_words``: None if the data folder has no LAMBADA. ``answers``: to a few
     prompts, before and after; None if nothing was evaluated.
     """
 
@@ -191,7 +191,7 @@ class Report:
     perplexity: list[PerplexityChange]
     targets: list[TargetRecord]
     refits: list[RefitRecord]
-    norms: list[StreamNorms]
+    stream_norms: list[StreamNorms]
     scale: LogitScale | None
     calibration: CalibrationRecord
     allocation: dict[str, Any] | None
@@ -234,9 +234,8 @@ class Report:
         for change in self.perplexity:
             values = f"{number(change.after.value)} instead of {number(change.before.value)}"
             sure = f" ({change.sureness})" if change.sureness else ""
-            costs.append(f"on {change.before.data} {values}, × {ratio_text(change.ratio)}{sure}")
-        by_domain = f" {self.domains.summary}" if self.domains.changes else ""
-        return f"{done}. Perplexity is {'; '.join(costs)}.{by_domain}"
+            costs.append(f"erplexity on {change.before.data} is {values}, × {ratio_text(change.ratio)}{sure}")
+        return f"{done}. P{'; p'.join(costs)}. {self.domains.summary}".rstrip()
 
     @property
     def unmeasured(self) -> str:

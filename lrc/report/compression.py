@@ -76,8 +76,8 @@ def report_sections(report: Report) -> list[Section]:
 
 def _norm_note(report: Report) -> list[str]:
     """Return the counts of the layer in which the most norms change."""
-    worst = max(report.norms, key=lambda each: each.share, default=None)
-    return [f"Where it is worst, {worst.text}."] if worst else []
+    worst = max(report.stream_norms, key=lambda each: each.share, default=None)
+    return [f"Most norms change {worst.text}."] if worst and worst.changed else []
 
 
 def _refits_table(report: Report) -> Table:
@@ -249,9 +249,10 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
             kl = f"KL divergence {number(found.kl_mean.value, 3)} nats per token"
             yield f"same top token, {change.before.data}", f"{found.top1_agreement.value:.1%}", kl
     if report.domains.changes:
-        worst = max(report.domains.changes, key=lambda change: change.ratio)
+        name = [*report.domains.ratios][-1]
+        worst = report.domains.changes[name]
         both = f"{number(worst.before.value)} to {number(worst.after.value)}"
-        yield f"worst domain, {worst.before.data}", f"× {ratio_text(worst.ratio)}", f"perplexity {both}"
+        yield f"worst domain, {name}", f"× {ratio_text(worst.ratio)}", f"perplexity {both}"
     both = f"{byte_text(before.bytes)} to {byte_text(after.bytes)}"
     yield "bytes", f"× {after.bytes / before.bytes:.3f}", both
     cache = before.kv_bytes_per_token, after.kv_bytes_per_token

@@ -82,6 +82,7 @@ class Original:
     before: Size
     outputs: list[Output]
     texts: list[TextResults]
+    domains: list[TextResults]
 
     @property
     def methods(self) -> list[str]:
@@ -121,27 +122,25 @@ class Original:
                     "after": asdict(output.report.after),
                     "seconds": output.seconds,
                     "perplexity": {
-                        text.text: {
-                            "before": text.changes[i].before.value,
-                            "after": text.changes[i].after.value,
-                            "ratio": text.changes[i].ratio,
-                            "tokens": (tokens := text.changes[i].tokens) and asdict(tokens),
-                        }
-                        for text in self.texts
-                        if i in text.changes
+                        name: {**found, "tokens": (tokens := change.tokens) and asdict(tokens)}
+                        for name, change, found in _figures(self.texts, i)
                     },
-                    "domains": {
-                        change.before.data: {
-                            "before": change.before.value,
-                            "after": change.after.value,
-                            "ratio": change.ratio,
-                        }
-                        for change in output.report.domains.changes
-                    },
+                    "domains": {name: found for name, _, found in _figures(self.domains, i)},
+                    "last_words": (words := output.report.last_words) and asdict(words),
                 }
                 for i, output in enumerate(self.outputs)
             ],
         }
+
+
+def _figures(
+    texts: Iterable[TextResults], output: int
+) -> Iterator[tuple[str, PerplexityChange, dict[str, float]]]:
+    """Yield the name of each text that an output was measured on, its change, and the change as JSON values."""
+    for text in texts:
+        if change := text.changes.get(output):
+            figures = {"before": change.before.value, "after": change.after.value, "ratio": change.ratio}
+            yield text.text, change, figures
 
 
 def read_outputs(folders: Sequence[Path]) -> list[Original]:
@@ -169,7 +168,11 @@ def read_beside(folders: Sequence[Path], model: str, fingerprint: str) -> list[O
 def as_original(outputs: list[Output]) -> Original:
     """Group outputs of one original by text."""
     first = outputs[0].report
-    return Original(first.model, first.fingerprint, first.before, outputs, list(_texts(outputs)))
+    texts = [output.report.perplexity for output in outputs]
+    domains = [[*output.report.domains.changes.values()] for output in outputs]
+    return Original(
+        first.model, first.fingerprint, first.before, outputs, list(_texts(texts)), list(_texts(domains))
+    )
 
 
 def points(original: Original, text: TextResults) -> list[Point]:
@@ -236,14 +239,13 @@ def outputs_table(original: Original) -> Table:
 
 def domain_ratios(original: Original) -> Table:
     """Return a row for each domain: the original's perplexity, and for each output the ratio to it."""
-    rows = dict[str, dict[str, Cell]]()
-    for output in original.outputs:
-        for change in output.report.domains.changes:
-            row = rows.setdefault(
-                change.before.data, {"domain": change.before.data, "dense:n": number(change.before.value)}
-            )
-            row[f"× dense, {output.label}:n"] = ratio_cell(change)
-    return table(rows.values(), "Perplexity by domain, on small texts of the package, with 95 % intervals.")
+    rows = []
+    for text in original.domains:
+        row: dict[str, Cell] = {"domain": text.text, "dense:n": number(text.dense.value)}
+        for i, change in text.changes.items():
+            row[f"× dense, {original.outputs[i].label}:n"] = ratio_cell(change)
+        rows.append(row)
+    return table(rows, "Perplexity by domain, on small texts of the package, with 95 % intervals.")
 
 
 def compared_page(originals: Sequence[Original]) -> str:
@@ -289,11 +291,11 @@ def _read(folders: Sequence[Path], advice: str, option: str = "") -> list[Output
     ]
 
 
-def _texts(outputs: Sequence[Output]) -> Iterable[TextResults]:
-    """Group figures that are comparable: of the same tokens, windows, precision and protocol."""
+def _texts(outputs: Iterable[Iterable[PerplexityChange]]) -> Iterable[TextResults]:
+    """Group outputs' figures that are comparable: of the same tokens, windows, precision and protocol."""
     found: dict[tuple[str, str, int, str], dict[int, PerplexityChange]] = {}
-    for i, output in enumerate(outputs):
-        for change in output.report.perplexity:
+    for i, changes in enumerate(outputs):
+        for change in changes:
             p = change.after
             key = p.data, f"{p.windows} × {p.seq_len}, {p.dtype}", p.protocol, p.ids_sha256
             found.setdefault(key, {}).setdefault(i, change)

@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,8 @@ from lrc.evaluation.answers import Answers, write_answers
 from lrc.evaluation.domains import domain_passages
 from lrc.evaluation.folder import Loading
 from lrc.evaluation.last_words import LastWords, find_passages, last_words
-from lrc.evaluation.pair import loaded_pair
-from lrc.evaluation.passage import DEFAULT_SEQ_LEN, choose_seq_lens, count_windows
+from lrc.evaluation.pair import Pair, loaded_pair
+from lrc.evaluation.passage import DEFAULT_SEQ_LEN, Passage, choose_seq_lens, count_windows
 from lrc.evaluation.texts import evaluation_texts
 from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
@@ -89,11 +89,9 @@ def compress(
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
     others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
-    texts, missing = evaluation_texts(setup.model.source, ppl, run.data_folder)
-    _check_lengths(setup, texts, max_windows)
-    passages = find_passages(run.data_folder)[:max_windows] if texts and not setup.model.builtin else []
-    work = _prepare(setup, job, [*notes, *missing])
-    setup.processes.agree(work.settings)
+    evaluated = _read_evaluated(setup, ppl, max_windows)
+    work = _prepare(setup, job, notes)
+    setup.processes.agree(work.settings | evaluated.key)
     setup.warn(work.warnings)
     source = job.model.path
     read = [*job.reader.files, *finish.copied_files(source)]
@@ -104,9 +102,9 @@ def compress(
         work = _times_kept(work, own) if own else work
         work = _find_sizes(work, stage)
         work = _compress_layers(work, stage)
-        report = _publish(work, own, target, texts, others) if own and not own.published else None
+        report = _publish(work, own, target, evaluated.texts, others) if own and not own.published else None
         setup.processes.meet()
-        cost = _evaluate(work, stage, texts, passages, max_windows) if texts else None
+        cost = _evaluate(work, stage, evaluated) if evaluated.texts else None
         if own and (cost or report is None):
             report = _report(work, own, target, cost=cost)
             setup.warn(report.warnings)
@@ -153,13 +151,40 @@ def _choose_allocation(
     )
 
 
-def _check_lengths(setup: Setup, texts: Sequence[Text], max_windows: int | None) -> None:
-    """Raise UserError for a text that is too short to measure, now rather than after the compression."""
-    window = min(DEFAULT_SEQ_LEN, setup.reader.architecture.positions)
+@dataclass(frozen=True)
+class _Evaluated:
+    """What an output is evaluated on, read before the compression so that a fault in it costs no time.
+
+    ``domains``, of which others are ``skipped`` with a reason, and ``passages`` of LAMBADA. All are empty if nothing is
+    evaluated.
+    """
+
+    texts: list[Text]
+    max_windows: int | None
+    domains: list[Passage] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    passages: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What every process must have read alike."""
+        return {"evaluation texts": [text.sha256 for text in self.texts], "passages": self.passages}
+
+
+def _read_evaluated(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> _Evaluated:
+    """Read what the output is evaluated on. Raises UserError for a missing or short text."""
+    shape, data_folder = setup.reader.architecture, setup.run.data_folder
+    texts = evaluation_texts(setup.model.source, ppl, data_folder)
     for text in texts:
         with about(text.label):
-            ids = tokenize(setup.tokenizer, text.text, setup.reader.architecture.vocab)
-        count_windows(text, ids, window, max_windows)
+            ids = tokenize(setup.tokenizer, text.text, shape.vocab)
+        count_windows(text, ids, min(DEFAULT_SEQ_LEN, shape.positions), max_windows)
+    if not texts:
+        return _Evaluated(texts, max_windows)
+    # The built-in models are far too small to predict a last word.
+    passages = [] if setup.model.builtin else find_passages(data_folder)[:max_windows]
+    domains, skipped = domain_passages(setup.tokenizer, shape.vocab, shape.positions, max_windows)
+    return _Evaluated(texts, max_windows, domains, skipped, passages)
 
 
 def _prepare(setup: Setup, job: Job, notes: list[str]) -> _Work:
@@ -273,14 +298,8 @@ class _Cost:
     answers: Answers | None
 
 
-def _evaluate(
-    work: _Work,
-    stage: SharedStaging,
-    texts: Sequence[Text],
-    passages: Sequence[str],
-    max_windows: int | None,
-) -> _Cost:
-    """Compare the published checkpoint with the original; last words and answers on rank 0 alone."""
+def _evaluate(work: _Work, stage: SharedStaging, evaluated: _Evaluated) -> _Cost:
+    """Compare the published checkpoint with the original; answers on rank 0 alone."""
     setup = work.setup
     advice = "the same command with --no-eval, then lrc eval with --streamed: the checkpoint is finished"
 
@@ -289,23 +308,24 @@ def _evaluate(
 
     loading = Loading(setup.device, setup.dtype, stage.scratch, replace(setup.run, progress=progress))
     lengths = choose_seq_lens([("the model", work.job.reader.config)], None)
-    folders, words, answers = (stage.out, work.job.model.path), None, None
-    shape = setup.reader.architecture
+    folders, answers = (stage.out, work.job.model.path), None
     with (
         setup.watch.stage("evaluate"),
         memory_advice(advice),
-        loaded_pair(folders, texts, lengths, loading, max_windows=max_windows) as pair,
+        loaded_pair(folders, evaluated.texts, lengths, loading, max_windows=evaluated.max_windows) as pair,
     ):
-        changes = [PerplexityChange(each.theirs, each.ours, each.tokens) for each in pair.compare()]
+        changes = [_change(each) for each in pair.compare()]
         if wrong := next((each.before for each in changes if not math.isfinite(each.before.nats)), None):
             raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
-        cut = domain_passages(pair.tokenizers[0], shape.vocab, shape.positions, max_windows)
-        by_domain = pair.on(cut.passages, "domains")
-        domains = [PerplexityChange(each.theirs, each.ours, each.tokens) for each in by_domain]
+        by_domain = {each.ours.data: _change(each) for each in pair.on(evaluated.domains, "domains")}
+        words = last_words(pair.models, pair.tokenizers[0], evaluated.passages, loading.run)
         if setup.processes.first:
-            words = last_words(pair.models, pair.tokenizers[0], passages, loading.run)
             answers = write_answers(pair.models[::-1], folders[::-1], pair.tokenizers[0], loading)
-    return _Cost(changes, Domains(domains, cut.skipped), words, answers)
+    return _Cost(changes, Domains(by_domain, evaluated.skipped), words, answers)
+
+
+def _change(pair: Pair) -> PerplexityChange:
+    return PerplexityChange(pair.theirs, pair.ours, pair.tokens)
 
 
 def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:
@@ -339,7 +359,7 @@ def _report(
         pending=list(pending),
         targets=TypeAdapter(list[TargetRecord]).validate_python(finish.target_records(job, own)),
         refits=finish.refit_records(job, own),
-        norms=finish.norm_records(job, own),
+        stream_norms=finish.norm_records(job, own),
         scale=finish.logit_scale(own),
         calibration=TypeAdapter(CalibrationRecord).validate_python(settings["calibration"]),
         allocation=settings.get("allocation"),

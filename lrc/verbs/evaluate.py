@@ -45,7 +45,8 @@ def evaluate(
     named = None if ppl is None else named_texts(ppl)
     path = newest_output(Path.cwd()) if model is None else _folder(model, run)
     loading = find_loading(run, streamed)
-    texts = _read(str(model or path), named, run)
+    texts = evaluation_texts(str(model or path), named, run.data_folder)
+    _agree(texts, run)
     with memory_advice(_ADVICE), token_file(tokens, paired=False, processes=run.processes) as keep:
         return evaluate_folder(path, texts, loading, seq_len=seq_len, max_windows=max_windows, keep=keep)
 
@@ -72,7 +73,8 @@ def evaluate_against(
     folders = _folder(model, run), _folder(against, replace(run, revision=None))
     configs = [causal_config(folder, trust_remote_code=run.trust_remote_code) for folder in folders]
     lengths = choose_seq_lens(zip((str(model), str(against)), configs, strict=True), seq_len)
-    texts = _read(str(model), named, run)
+    texts = evaluation_texts(str(model), named, run.data_folder)
+    _agree(texts, run)
     loading = find_loading(run, streamed)
     with memory_advice(_ADVICE), token_file(tokens, paired=True, processes=run.processes) as keep:
         pairs = evaluate_pair(folders, texts, lengths, loading, max_windows=max_windows, keep=keep)
@@ -115,12 +117,9 @@ def prepare_tasks(
     return evaluate
 
 
-def _read(model: str, named: list[str] | None, run: Run) -> list[Text]:
-    """Read the texts, and warn of default texts that cannot be had."""
-    texts, missing = evaluation_texts(model, named, run.data_folder)
-    for note in missing:
-        (run.warn or (lambda warning: None))(note)
-    return texts
+def _agree(texts: Sequence[Text], run: Run) -> None:
+    """Raise UserError if a process has read other texts, such as one default text of two."""
+    run.processes.agree({"evaluation texts": [text.sha256 for text in texts]})
 
 
 def _folder(model: str | Path, run: Run) -> Path:

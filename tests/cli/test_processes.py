@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 import lrc
+from lrc.evaluation.domains import domain_passages
 from lrc.plan.schema import Calibration
 
 Run = Callable[..., Result]
@@ -72,8 +73,13 @@ def only_the_first_spoke(ended: Sequence[Any]) -> None:
     assert all(each.out == each.err == "" for each in ended[1:])
 
 
-def test_compress_and_eval(argv: list[str], work: Path, together: Together, succeeds: Run) -> None:
-    argv += ["--max-windows", "3"]
+def test_compress_and_eval(
+    argv: list[str], work: Path, together: Together, succeeds: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrc.verbs.compress.domain_passages", domain_passages)
+    rows = [json.dumps({"text": f"They counted {i} {'very ' * i}old mills"}) + "\n" for i in range(3)]
+    (work / "lambada_openai.jsonl").write_text("".join(rows), encoding="utf-8")
+    argv += ["--max-windows", "3", "--data-dir", str(work)]
     alone = json.loads(succeeds(*argv, "--out", "alone", "--json").stdout)
     for size in (2, 4):  # four are more than the blocks of calibration and the windows
         out = f"by-{size}"
@@ -90,6 +96,15 @@ def test_compress_and_eval(argv: list[str], work: Path, together: Together, succ
         assert other["bits_per_byte"] == pytest.approx(after["bits_per_byte"], rel=1e-3)
         assert [r["ridge"] for r in several["refits"]] == [r["ridge"] for r in alone["refits"]]
         assert several["scale"]["tokens"] == alone["scale"]["tokens"]
+        assert [n["tokens"] for n in several["stream_norms"]] == [n["tokens"] for n in alone["stream_norms"]]
+        assert len(alone["domains"]["changes"]) == 8  # without a template, no chat
+        for name, change in alone["domains"]["changes"].items():
+            nats = several["domains"]["changes"][name]["before"]["nats"]
+            assert nats == pytest.approx(change["before"]["nats"], rel=1e-6)
+        assert several["last_words"]["passages"] == alone["last_words"]["passages"] == 3
+        assert several["last_words"]["perplexity_before"] == pytest.approx(
+            alone["last_words"]["perplexity_before"], rel=1e-5
+        )
         for found, expected in zip(several["targets"], alone["targets"], strict=True):
             assert found["predicted"]["error"] == pytest.approx(expected["predicted"]["error"], rel=1e-3)
             for key, value in expected["measured"].items():

@@ -409,7 +409,9 @@ def test_stream_errors_are_those_of_every_layer(biased, out, family):
             assert reached == pytest.approx(float(apart / old[place][part].double().square().sum()), rel=1e-3)
     manifest = json.loads((run.out / "lrc.json").read_text())
     assert REFITS.validate_python(manifest["refits"]) == run.refits
-    for norms in NORMS.validate_python(manifest["norms"]):
+    counted = NORMS.validate_python(manifest["stream_norms"])
+    assert [norms.layer for norms in counted] == [0, 2]
+    for norms in counted:
         place = f"{norms.layer} {shape.mlp_output}"
         before, after = (states[place][:1].norm(dim=-1) for states in (old, new))
         changed = (after < before / 2) | (after > 2 * before)

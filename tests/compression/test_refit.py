@@ -15,6 +15,7 @@ from lrc.compression.refit import (
     RefitRecord,
     RefitSum,
     StreamNorms,
+    _changed_norms,
     held_out_mask,
     norm_warnings,
 )
@@ -250,12 +251,22 @@ def test_records_survive_json(seen):
         assert REFITS.validate_python([asdict(record)]) == [record]
 
 
-def test_changed_norms_are_warned_of_where_they_are_many() -> None:
-    few, many = StreamNorms(0, 100, 5, 20, 1), StreamNorms(1, 100, 2, 20, 2)
+def test_norms_change_below_half_and_above_twice() -> None:
+    stream = torch.tensor([[0.4, 0.6, 1.9, 2.1], [0.5, 2.0, 1.0, 3.0]])[..., None]
+    assert _changed_norms(stream, torch.ones(2, 4, 1)).tolist() == [8, 3, 2, 1]
+
+
+def test_the_first_layer_with_many_changed_norms_is_warned_of() -> None:
+    few, many, more = (
+        StreamNorms(0, 100, 5, 20, 1),
+        StreamNorms(1, 100, 2, 20, 2),
+        StreamNorms(2, 100, 90, 20, 2),
+    )
     assert norm_warnings([]) == []
     assert norm_warnings([few]) == []
-    (warning,) = norm_warnings([few, many])
+    assert norm_warnings([StreamNorms(0, 100, 1, 16, 1)]) == []  # one first token is no pattern
+    (warning,) = norm_warnings([few, many, more])
     assert warning.startswith(
-        "after layer 1 the residual stream of 2 of 100 tokens, and of 2 of 20 first tokens of a block, has under half "
-        "or over twice its norm: "
+        "after layer 1, 2 of 100 tokens (2 of 20 first tokens of a block) have less than half or more than twice the "
+        "original's norm in the residual stream, "
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lrc.evaluation.domains import DOMAINS, WINDOW, domain_passages
 from lrc.hub.loader import load_tokenizer
 from lrc.text.source import ASSETS
@@ -16,13 +18,13 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 def test_every_domain_is_cut_into_windows(tiny_checkpoint: TinyCheckpoint) -> None:
     tokenizer = load_tokenizer(tiny_checkpoint("llama"))
     tokenizer.chat_template = TEMPLATE
-    cut = domain_passages(tokenizer, 256, 4096)
-    assert [passage.data for passage in cut.passages] == [*DOMAINS]
-    assert cut.skipped == []
-    for passage in cut.passages:
+    passages, skipped = domain_passages(tokenizer, 256, 4096)
+    assert [passage.data for passage in passages] == [*DOMAINS]
+    assert skipped == []
+    for passage in passages:
         assert passage.seq_len == WINDOW
-        assert len(passage.cut) == len(passage.ids) // WINDOW >= 30  # enough bytes for an interval
-    chat = tokenizer.decode(cut.passages[[*DOMAINS].index("chat")].ids)
+        assert len(passage.cut) == len(passage.ids) // WINDOW
+    chat = str(tokenizer.decode(passages[[*DOMAINS].index("chat")].ids))
     assert chat.startswith("<user>")
     assert "<assistant>" in chat
 
@@ -33,18 +35,30 @@ def test_every_file_is_a_domain() -> None:
 
 def test_shorter_models_get_shorter_windows_and_no_more_than_asked(tiny_checkpoint: TinyCheckpoint) -> None:
     tokenizer = load_tokenizer(tiny_checkpoint("llama"))
-    cut = domain_passages(tokenizer, 256, 64, max_windows=3)
-    assert {tuple(passage.cut.shape) for passage in cut.passages} == {(3, 64)}
+    passages, _ = domain_passages(tokenizer, 256, 64, max_windows=3)
+    assert {tuple(passage.cut.shape) for passage in passages} == {(3, 64)}
 
 
 def test_what_the_tokenizer_cannot_write_is_left_out(tiny_checkpoint: TinyCheckpoint) -> None:
     tokenizer = load_tokenizer(tiny_checkpoint("llama"))
-    cut = domain_passages(tokenizer, 256, 64)
-    assert [passage.data for passage in cut.passages] == [name for name in DOMAINS if name != "chat"]
-    (reason,) = cut.skipped
+    passages, (reason,) = domain_passages(tokenizer, 256, 64)
+    assert [passage.data for passage in passages] == [name for name in DOMAINS if name != "chat"]
     assert reason.startswith("domain chat is not measured: ")
     assert "no chat template" in reason
-    few = domain_passages(tokenizer, 100, 64)
-    assert few.passages == []
-    assert len(few.skipped) == len(DOMAINS)
-    assert "embedding has 100 rows" in few.skipped[0]
+    few, reasons = domain_passages(tokenizer, 100, 64)
+    assert few == []
+    assert len(reasons) == len(DOMAINS)
+    assert "embedding has 100 rows" in reasons[0]
+
+
+def test_a_tokenizer_that_fails_leaves_domains_out(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object, **options: object) -> None:
+        raise ValueError("broken\nfor long")
+
+    tokenizer = load_tokenizer(tiny_checkpoint("llama"))
+    monkeypatch.setattr("lrc.text.encoding.tokenize", fail)
+    passages, reasons = domain_passages(tokenizer, 256, 64)
+    assert passages == []
+    assert reasons[0] == "domain encyclopedia is not measured: ValueError: broken"

@@ -6,10 +6,11 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from lrc.evaluation.last_words import FILES, PASSAGES, LastWords, find_passages, last_words
 from lrc.evaluation.streamed import StreamedModel
@@ -48,28 +49,33 @@ def test_each_passage_counts_as_alone(tiny_checkpoint: TinyCheckpoint, family: s
     ours, theirs = tiny_checkpoint(family), tiny_checkpoint(family, seed=1)
     words, with_words = found((ours, theirs)), [text for text in TEXTS if " " in text]
     after, before = ([alone(folder, text) for text in with_words] for folder in (ours, theirs))
-    assert words.passages == len(with_words)
+    assert (words.asked, words.passages) == (len(TEXTS), len(with_words))
     for value, each in ((words.perplexity_after, after), (words.perplexity_before, before)):
         mean = torch.tensor([nats for nats, _ in each], dtype=torch.float64).mean()
         assert value == pytest.approx(mean.exp().item(), rel=1e-4)
-    assert words.ratio.value == pytest.approx(words.perplexity_after / words.perplexity_before)
-    assert words.ratio.low is not None
-    assert words.ratio.low <= words.ratio.value
+    assert words.perplexity_ratio.value == pytest.approx(words.perplexity_after / words.perplexity_before)
+    assert words.perplexity_ratio.low is not None
+    assert words.perplexity_ratio.low <= words.perplexity_ratio.value
     shares = [sum(right for _, right in each) / len(each) for each in (before, after)]
-    assert [words.right_before, words.right_after] == shares
-    assert words.gain.value == shares[1] - shares[0]
+    assert [words.accuracy_before, words.accuracy_after] == shares
+    assert words.accuracy_change.value == shares[1] - shares[0]
 
 
 def test_a_word_that_the_model_would_write_is_right(tiny_checkpoint: TinyCheckpoint) -> None:
-    folder = tiny_checkpoint("llama")
+    folder = tiny_checkpoint("llama", tie_word_embeddings=False)
     model, tokenizer = load(folder), load_tokenizer(folder)
-    ids = torch.tensor([tokenizer("As it is, they ")["input_ids"]])
-    with torch.no_grad():
-        token = model(input_ids=ids).logits[0, -1].argmax().item()
-    # a space ends the context in front of it, so it belongs to the word
-    text = f"As it is, they {tokenizer.decode([token])}"
-    space = alone(folder, text)[1]
-    assert found((folder, folder), (text,)).right_after == float(space)
+    with torch.no_grad():  # whatever comes before, a space is the most likely token, and after it an x
+        model.lm_head.weight.zero_()
+        ids = torch.tensor([tokenizer("They say x")["input_ids"]])
+        states = model.model(input_ids=ids).last_hidden_state[0]
+        space, letter = ids[0, -2:]
+        model.lm_head.weight[space], model.lm_head.weight[letter] = states[-3], states[-2]
+        wanted = model(input_ids=ids).logits[0, -3:-1].argmax(-1)
+    assert wanted.tolist() == [space, letter]
+    words = last_words([model, load(folder)], tokenizer, ["They say x", "They say y"])
+    assert words is not None
+    assert (words.accuracy_before, words.accuracy_after) == (0, 0.5)
+    assert words.accuracy_change.value == 0.5
 
 
 def test_streamed_models_give_the_same(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -104,19 +110,40 @@ def test_the_first_passages_of_the_file_at_hand(tmp_path: Path) -> None:
     assert find_passages(tmp_path) == rows[:-1]
 
 
-def test_scored_as_the_harness_scores(tiny_checkpoint: TinyCheckpoint) -> None:
+def start_every_text(tokenizer: Any) -> None:
+    """Let a tokenizer write the token 0 in front of every text."""
+    token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.bos_token = token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, 0)]
+    )
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_scored_as_the_harness_scores(tiny_checkpoint: TinyCheckpoint, marked: bool) -> None:
     from lm_eval.models.huggingface import HFLM
 
     folder = tiny_checkpoint("llama")
-    harness: Any = HFLM
-    wrapped = harness(
-        pretrained=load(folder), tokenizer=load_tokenizer(folder), batch_size=1, prefix_token_id=0
-    )
+    model, tokenizer, harness = load(folder), load_tokenizer(folder), cast(Any, HFLM)
+    if marked:
+        start_every_text(tokenizer)
+    assert (tokenizer("a")["input_ids"][0] == 0) == marked
+    wrapped = harness(pretrained=model, tokenizer=tokenizer, batch_size=1, prefix_token_id=0)
     texts = [text for text in TEXTS if " " in text]
     split = [(text.rpartition(" ")[0], f" {text.rpartition(' ')[2]}") for text in texts]
     requests = [(each, *wrapped._encode_pair(*each)) for each in split]
     scored = wrapped._loglikelihood_tokens(requests, disable_tqdm=True)
-    words = found((folder, folder))
+    words = last_words([model] * 2, tokenizer, texts)
+    assert words is not None
     mean = torch.tensor([-score for score, _ in scored], dtype=torch.float64).mean()
     assert words.perplexity_after == pytest.approx(mean.exp().item(), rel=1e-4)
-    assert words.right_after == sum(right for _, right in scored) / len(texts)
+    assert words.accuracy_after == sum(right for _, right in scored) / len(texts)
+
+
+def test_a_cut_passage_keeps_the_token_that_starts_a_text(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder = tiny_checkpoint("llama", max_position_embeddings=17)
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    start_every_text(tokenizer)
+    long, short = ("so they say " + 9 * "x" + " and hid.", 7 * "x" + " and hid.")
+    found = [last_words([model] * 2, tokenizer, [text]) for text in (long, short)]
+    assert found[0] == found[1] is not None

@@ -22,20 +22,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_two_texts_by_default_and_the_own_of_a_built_in_model(folder: Path) -> None:
-    texts, notes = evaluation_texts("somewhere", None, folder)
+    texts = evaluation_texts("somewhere", None, folder)
     assert [text.label for text in texts] == ["wikitext2:test", "c4:validation"]
-    assert notes == []
-    texts, notes = evaluation_texts("tiny-gpt2", None, folder)
+    assert [text.notes for text in texts] == [(), ()]
+    texts = evaluation_texts("tiny-gpt2", None, folder)
     assert [text.label for text in texts] == ["builtin:test"]
 
 
 @pytest.mark.parametrize(("gone", "kept"), [(WIKI, "c4:validation"), (C4, "wikitext2:test")])
 def test_one_default_text_is_enough(folder: Path, gone: str, kept: str) -> None:
     (folder / gone).unlink()
-    texts, (note,) = evaluation_texts("somewhere", None, folder)
-    assert [text.label for text in texts] == [kept]
+    (text,) = evaluation_texts("somewhere", None, folder)
+    assert text.label == kept
+    (note,) = text.notes
     name = gone.partition("/")[0].partition("-")[0]
-    assert note.startswith(f"perplexity without {name}: there is no local file, and the hub does not give ")
+    assert note.startswith(f"{name} is not measured: there is no local file, and the hub does not give ")
 
 
 def test_without_a_default_text_the_first_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +51,7 @@ def test_without_a_default_text_the_first_is_named(tmp_path: Path, monkeypatch: 
 
 def test_a_text_asked_for_must_be_there(folder: Path) -> None:
     (folder / C4).unlink()
-    assert evaluation_texts("somewhere", "wikitext2", folder)[0][0].label == "wikitext2:test"
+    assert evaluation_texts("somewhere", "wikitext2", folder)[0].label == "wikitext2:test"
     with pytest.raises(UserError, match=r"no text for c4:validation"):
         evaluation_texts("somewhere", ["wikitext2", "c4"], folder)
-    assert evaluation_texts("somewhere", [], folder) == ([], [])
+    assert evaluation_texts("somewhere", [], folder) == []

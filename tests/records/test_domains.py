@@ -1,6 +1,8 @@
-"""A domain is lost if the original knows it and the output pays far more for it than for another."""
+"""A domain is much worse if the original predicts it well and the output pays far more for it than for another."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 
@@ -8,42 +10,56 @@ from lrc.evaluation.perplexity import Perplexity
 from lrc.records.compression import Domains, PerplexityChange
 
 
-def change(name: str, before: float, after: float, bits: float = 1.0) -> PerplexityChange:
+def change(before: float, after: float, bits: float = 1.0) -> PerplexityChange:
     old, new = (
-        Perplexity(name, value, 1.0, 10, 10, 1, 11, "float32", bits, 1, "ab", 1.0, 10.0)
+        Perplexity("text", value, 1.0, 10, 10, 1, 11, "float32", bits, 1, "ab", 1.0, 10.0)
         for value in (before, after)
     )
     return PerplexityChange(old, new)
 
 
-def found(*changes: PerplexityChange) -> list[str]:
-    return [each.before.data for each in Domains([*changes], []).lost]
+def worse(**changes: PerplexityChange) -> list[str]:
+    return Domains(changes).much_worse
 
 
-@pytest.mark.parametrize(("after", "lost"), [(14.9, False), (15.1, True)])
-def test_perplexity_must_rise_by_more_than_half(after: float, lost: bool) -> None:
-    others = [change("web", 10, 11), change("code", 10, 11.5), change("chat", 10, 12)]
-    assert found(*others, change("German", 10, after)) == ["German"] * lost
+@pytest.mark.parametrize(("after", "told"), [(14.9, False), (15.1, True)])
+def test_perplexity_must_rise_by_more_than_half(after: float, told: bool) -> None:
+    others = {"web": change(10, 11), "code": change(10, 11.5), "chat": change(10, 12)}
+    assert worse(**others, german=change(10, after)) == ["german"] * told
 
 
-@pytest.mark.parametrize(("after", "lost"), [(39, False), (41, True)])
-def test_and_far_more_than_where_it_rises_least(after: float, lost: bool) -> None:
-    others = [change("web", 10, 20), change("code", 10, 20), change("chat", 10, 22)]
-    assert found(*others, change("German", 10, after)) == ["German"] * lost
+@pytest.mark.parametrize(("after", "told"), [(31, False), (33, True)])
+def test_and_far_more_than_where_it_rises_least(after: float, told: bool) -> None:
+    others = {"web": change(10, 18), "code": change(10, 18), "chat": change(10, 22)}
+    assert worse(**others, german=change(10, after)) == ["german"] * told
 
 
-@pytest.mark.parametrize(("bits", "lost"), [(1.2, True), (1.3, False)])
-def test_the_original_must_know_it(bits: float, lost: bool) -> None:
-    others = [change("web", 10, 11), change("code", 10, 11), change("chat", 10, 11)]
-    assert found(*others, change("German", 70, 700, bits)) == ["German"] * lost
+def test_four_times_is_much_worse_wherever() -> None:
+    everywhere = {"web": change(10, 500), "code": change(10, 700)}
+    assert worse(**everywhere) == ["web", "code"]
+    assert worse(web=change(10, 41)) == ["web"]
+
+
+def test_what_is_no_number_is_the_worst() -> None:
+    broken = Domains({"code": change(4, math.nan), "web": change(10, 11), "chat": change(10, 12)})
+    assert broken.much_worse == ["code"]
+    assert broken.summary == "By domain, perplexity rises × 1.100 (web) to × inf (code)."
+    assert "code: perplexity rises from 4 to nan" in broken.warnings[0]
+
+
+@pytest.mark.parametrize(("bits", "told"), [(1.2, True), (1.3, False)])
+def test_the_original_must_predict_it_well(bits: float, told: bool) -> None:
+    others = {"web": change(10, 11), "code": change(10, 11), "chat": change(10, 11)}
+    assert worse(**others, german=change(70, 700, bits)) == ["german"] * told
 
 
 def test_a_warning_names_it() -> None:
-    domains = Domains([change("web", 10, 11), change("chat", 10, 11), change("code", 4, 16)], [])
+    domains = Domains({"web": change(10, 11), "chat": change(10, 11), "code": change(4, 16)})
     (warning,) = domains.warnings
-    assert warning.startswith("code is largely forgotten: perplexity rises from 4 to 16, × 4.000; ")
-    assert domains.summary == "By domain it is from × 1.100 (web) to × 4.000 (code)."
+    assert warning.startswith("code: perplexity rises from 4 to 16, × 4.000; ")
+    assert domains.summary == "By domain, perplexity rises × 1.100 (web) to × 4.000 (code)."
 
 
 def test_without_domains_nothing_is_said() -> None:
-    assert (found(), Domains([], []).warnings, Domains([], []).summary) == ([], [], "")
+    assert (worse(), Domains().warnings, Domains().summary) == ([], [], "")
+    assert Domains({"web": change(10, 11)}).summary == "By domain, perplexity rises × 1.100 (web)."

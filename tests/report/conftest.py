@@ -97,7 +97,7 @@ def make_report() -> MakeReport:
             perplexity=[change(5.47, 6.81)],
             targets=[r for i in range(4) for r in (attention(i), target("ov", i), target("mlp", i))],
             refits=[RefitRecord(0, "o", 0.1, None, StreamError(0.125, 0.1), StreamError(0.15, 0.1234))],
-            norms=[StreamNorms(i, 4096, 10 * i, 8, i) for i in range(4)],
+            stream_norms=[StreamNorms(i, 4096, 10 * i, 8, i) for i in range(4)],
             scale=LogitScale(0.93, 0.4, 0.375, 2048),
             calibration=CalibrationRecord(
                 "c4", 128, 2048, 0, [CalibrationSource("c4", 128, text_sha256="0a" * 32)], "0b" * 32, 8, 32
@@ -114,11 +114,15 @@ def make_report() -> MakeReport:
             warnings=[],
             versions={"lrc": "0.1.0", "torch": "2.13.0"},
             domains=Domains(
-                [change(9.0, 9.9, "chat"), change(10.0, 12.0, "web"), change(4.0, 16.0, "code")],
-                ["domain German is not measured: no file"],
+                {
+                    "chat": change(9.0, 9.9, "chat"),
+                    "web": change(10.0, 12.0, "web"),
+                    "code": change(4.0, 16.0, "code"),
+                },
+                ["domain german is not measured: no file"],
             ),
             last_words=LastWords(
-                500, 0.41, 0.38, Estimate(-0.03, -0.05, -0.01), 40.0, 50.0, Estimate(1.25, 1.2, 1.3)
+                500, 498, 0.41, 0.38, Estimate(-0.03, -0.05, -0.01), 40.0, 50.0, Estimate(1.25, 1.2, 1.3)
             ),
             answers=Answers(
                 True,

@@ -87,8 +87,8 @@ def test_what_users_name_is_escaped(worst: Report, worst_page: str) -> None:
 def test_what_was_done_is_said_in_a_sentence(make_report: MakeReport) -> None:
     assert Page(html_page(make_report())).has(
         "llama-7b was compressed by the plan a3-2x to 50.0% of its decoder's weights: 6.519 GiB instead of 12.55 GiB. "
-        "Perplexity is on wikitext2:test 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255). "
-        "By domain it is from × 1.100 (chat) to × 4.000 (code)."
+        "Perplexity on wikitext2:test is 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255). "
+        "By domain, perplexity rises × 1.100 (chat) to × 4.000 (code)."
     )
 
 
@@ -99,11 +99,11 @@ def test_several_texts_and_the_domains_are_in_the_sentence(make_report: MakeRepo
     )
     report = make_report(perplexity=[first, replace(first, before=old, after=new)])
     for told in (
-        "on wikitext2:test 6.81 instead of 5.47, × 1.245 (",
-        "; on c4:validation 9.1 instead of 7, × 1.300 (",
+        "Perplexity on wikitext2:test is 6.81 instead of 5.47, × 1.245 (",
+        "; perplexity on c4:validation is 9.1 instead of 7, × 1.300 (",
     ):
         assert told in report.sentence
-    without = make_report(domains=Domains([], ["domain web is not measured: no"]))
+    without = make_report(domains=Domains({}, ["domain web is not measured: no"]))
     assert without.sentence.endswith("1.255).")
 
 
@@ -112,12 +112,12 @@ def test_domains_and_last_words_are_shown(make_report: MakeReport) -> None:
     page = Page(html_page(report))
     for told in (
         "Perplexity by domain",
-        "code: largely forgotten",
-        "domain German is not measured: no file",
+        "code: much worse",
+        "domain german is not measured: no file",
         "worst domain, code",
-        "perplexity of the last word, LAMBADA (first 500 passages)",
-        "last word is the most likely one, LAMBADA (first 500 passages)",
-        "change -5.0% to -1.0%",
+        "LAMBADA, 498 of the first 500 passages, last word: perplexity",
+        "LAMBADA, 498 of the first 500 passages, last word: accuracy",
+        "-5.0 to -1.0 points",
     ):
         assert page.has(told), told
         assert told in report_page(report) or told.startswith("worst")

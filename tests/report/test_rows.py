@@ -61,7 +61,7 @@ def test_page_and_table_show_nats_beside_nats() -> None:
             RefitRecord(0, "o", 0.1, None, StreamError(0.125, 0.1), StreamError(0.15, 0.1234)),
             RefitRecord(1, "down", 0.1, 0.2, StreamError(0.5, 0.25), None),
         ],
-        norms=[StreamNorms(0, 100, 1, 4, 2), StreamNorms(1, 100, 0, 4, 0)],
+        stream_norms=[StreamNorms(0, 100, 1, 4, 2), StreamNorms(1, 100, 0, 4, 0)],
         scale=LogitScale(0.93, 0.4, 0.375, 2048),
         calibration=CalibrationRecord(
             "a=2,b=1", 3, 8, 0, [CalibrationSource("a", 2, 2), CalibrationSource("b", 1, 1)], "0a", 8

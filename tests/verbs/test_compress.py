@@ -156,8 +156,8 @@ def test_prompts_are_answered_before_and_after(stopped: Runs) -> None:
 
 def test_domains_and_last_words_are_measured(stopped: Runs, tmp_path: Path) -> None:
     domains = read_report(stopped.whole).domains
-    assert [change.before.data for change in domains.changes] == [name for name in DOMAINS if name != "chat"]
-    for change in domains.changes:
+    assert [*domains.changes] == [name for name in DOMAINS if name != "chat"]
+    for change in domains.changes.values():
         assert change.tokens is not None
         assert change.tokens.perplexity_ratio.value == pytest.approx(change.ratio)
     assert "no chat template" in domains.skipped[0]
@@ -166,10 +166,10 @@ def test_domains_and_last_words_are_measured(stopped: Runs, tmp_path: Path) -> N
     passages = [json.dumps({"text": f"They went back to the mill {i} times to see him"}) for i in range(5)]
     (folder / "lambada_openai.jsonl").write_text("\n".join(passages), encoding="utf-8")
     report = compress(folder, "new", run=lrc.Run(device="cpu", data_dir=folder), max_windows=3)
-    assert {change.before.windows for change in report.domains.changes} == {3}
+    assert {change.before.windows for change in report.domains.changes.values()} == {3}
     assert report.last_words is not None
     assert report.last_words.passages == 3
-    assert "LAMBADA (first 3 passages)" in (folder / "new" / "report.md").read_text(encoding="utf-8")
+    assert "LAMBADA, 3 of the first 3 passages" in (folder / "new" / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_template_that_raises_ends_no_run(stopped: Runs, tmp_path: Path) -> None:
