@@ -28,6 +28,10 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+# So that a test reads the text data only if it asks for ``data_dir``; under a name that other workers also see.
+if _given := os.environ.pop("LRC_DATA_DIR", None):
+    os.environ["LRC_TEST_DATA_DIR"] = _given
+
 COMMON = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 256}  # as the byte tokenizer has it
 
 
@@ -52,7 +56,7 @@ class TinyCheckpoint(Protocol):
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of text data: LRC_DATA_DIR, or shared/data beside the repository."""
-    folder = Path(os.environ.get("LRC_DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
+    folder = Path(os.environ.get("LRC_TEST_DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no text data: {folder} is not a folder; set LRC_DATA_DIR")
     return folder

@@ -14,7 +14,7 @@ from lrc.checkpoint.sizes import Size, byte_text
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import Perplexity
 from lrc.records.compression import REPORT, PerplexityChange, Report, read_report
-from lrc.records.number import number
+from lrc.records.number import number, ratio_text
 from lrc.report.page import Picture, Section, render
 from lrc.report.plots.cost import Point, cost, front
 from lrc.report.table import Cell, Table, grouped, table
@@ -238,14 +238,20 @@ def outputs_table(original: Original) -> Table:
 
 
 def domain_ratios(original: Original) -> Table:
-    """Return a row for each domain: the original's perplexity, and for each output the ratio to it."""
-    rows = []
-    for text in original.domains:
-        row: dict[str, Cell] = {"domain": text.text, "dense:n": number(text.dense.value)}
-        for i, change in text.changes.items():
-            row[f"× dense, {original.outputs[i].label}:n"] = ratio_cell(change)
-        rows.append(row)
-    return table(rows, "Perplexity by domain, on small texts of the package, with 95 % intervals.")
+    """Return the original's perplexity by domain, and for each output the ratios to it and the largest of them."""
+    heads = {text.text: f"{text.text}:n:m" for text in original.domains}
+    dense = {
+        head: number(text.dense.value) for text, head in zip(original.domains, heads.values(), strict=True)
+    }
+    rows: list[dict[str, Cell]] = [{"output:w": "dense", "largest ratio:w": "", **dense}]
+    for i, output in enumerate(original.outputs):
+        ratios = {text.text: text.changes[i].ratio for text in original.domains if i in text.changes}
+        if ratios:
+            worst = max(ratios, key=lambda name: math.inf if math.isnan(ratios[name]) else ratios[name])
+            cells = {heads[name]: f"× {ratio_text(ratio)}" for name, ratio in ratios.items()}
+            largest = f"× {ratio_text(ratios[worst])}, {worst}"
+            rows.append({"output:w": output.label, "largest ratio:w": largest, **cells})
+    return table(rows if rows[1:] else [], "Perplexity by domain, on small texts of the package.")
 
 
 def compared_page(originals: Sequence[Original]) -> str:

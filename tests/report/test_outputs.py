@@ -76,11 +76,27 @@ def test_a_dense_figure_that_differs_between_reports_is_told(
 
 
 def test_domains_of_all_outputs_stand_in_one_table(written: Written, make_report: MakeReport) -> None:
-    (source,) = read_outputs(written(a=make_report(), b=make_report(), c=make_report(domains=Domains())))
+    (source,) = read_outputs(written(a=make_report(), b=make_report(domains=Domains())))
     found = domain_ratios(source)
-    assert [column.heading for column in found.columns] == ["domain", "dense", "× dense, a", "× dense, b"]
-    assert found.rows[-1] == ["code", "4", "4.000\n3.990 to 4.010", "4.000\n3.990 to 4.010"]
+    assert [column.heading for column in found.columns] == ["output", "largest ratio", "chat", "web", "code"]
+    assert found.rows == [
+        ["dense", "", "9", "10", "4"],
+        ["a", "× 4.000, code", "× 1.100", "× 1.200", "× 4.000"],
+    ]
     assert "Perplexity by domain" in compared_page([source])
+    (without,) = read_outputs(written(c=make_report(domains=Domains())))
+    assert domain_ratios(without).rows == []
+
+
+def test_domains_of_other_windows_stand_apart(written: Written, make_report: MakeReport) -> None:
+    report = make_report()
+    code = report.domains.changes["code"]
+    fewer = replace(code, before=replace(code.before, windows=3), after=replace(code.after, windows=3))
+    (source,) = read_outputs(written(a=report, b=make_report(domains=Domains({"code": fewer}))))
+    assert [text.text for text in source.domains if text.text.startswith("code, ")] == [
+        "code, 148 × 2048, float32",
+        "code, 3 × 2048, float32",
+    ]
 
 
 def test_what_has_no_place_is_told(written: Written, make_report: MakeReport, many: list[Report]) -> None:
@@ -100,8 +116,8 @@ def test_on_a_phone_perplexity_is_in_sight(written: Written, make_report: MakeRe
     heads = re.findall(r'<th scope="col"(?: class="([^"]+)")?>([^<]*)</th>', page)
     assert [heading for _, heading in heads[:4]] == ["output", "wikitext2:test", "× dense", "bytes"]
     left_out = [heading for classes, heading in heads if "m" in classes.split()]
-    assert left_out == ["of dense", "KV per token", "keep", "method", "seconds"]
-    assert page.count('<td class="n m">') == 4 * 3  # the dense model and both outputs
+    assert left_out == ["of dense", "KV per token", "keep", "method", "seconds", "chat", "web", "code"]
+    assert page.count('<td class="n m">') == (4 + 3) * 3  # the dense model and both outputs
     assert 'class="beside"' not in page  # there are no notes, so no gap for them
     unmeasured = compared_page(read_outputs(written(c=make_report(), d=make_report(perplexity=[]))))
     assert '<div class="beside">\n<p class="note">without a perplexity: d</p>' in unmeasured
