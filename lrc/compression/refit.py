@@ -156,14 +156,16 @@ class LayerRefit:
                 goals = (batch.hidden for batch in self._batches) if last else middles
                 records.append(self._refit(half, path, goals, compressed))
         module, processes = self._reduced.module, self._stream.processes
-        counts, some = torch.zeros(4, dtype=torch.int64), processes.total(sum(self._held)) > 0
+        some = processes.total(sum(self._held)) > 0
+        # On the device, so that no batch waits for a count.
+        counts = torch.zeros(4, dtype=torch.int64, device=self._stream.device)
         with self._stream.checked(module, self._index):
             for i, (batch, hidden, attention_output, _) in enumerate(self._states(compressed)):
                 out = self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
                 if self._held[i] or not some:
-                    counts += _changed_norms(out, batch.hidden.to(out.device))
+                    counts += _changed_norms(out, self._stream.fetch(batch.hidden))
                 compressed[i] = self._stream.states.keep(out)
-        return records, StreamNorms(self._index, *map(int, processes.total(counts)))
+        return records, StreamNorms(self._index, *processes.total(counts.cpu()).tolist())
 
     def _refit(
         self, half: Half, path: str, goals: Iterable[Tensor], compressed: Sequence[Tensor]
@@ -229,8 +231,8 @@ def _changed_norms(stream: Tensor, original: Tensor) -> Tensor:
     """Count in streams (blocks, tokens, width) the tokens and those with a changed norm, then both of first tokens."""
     norms, before = (each.float().norm(dim=-1) for each in (stream, original))
     changed = (norms < before / 2) | (norms > 2 * before)
-    first = changed[:, 0]
-    return torch.tensor([changed.numel(), int(changed.sum()), first.numel(), int(first.sum())])
+    each = torch.ones_like(changed)
+    return torch.stack([part.sum() for part in (each, changed, each[:, 0], changed[:, 0])])
 
 
 class RefitSum:

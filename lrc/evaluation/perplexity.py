@@ -1,9 +1,9 @@
 """Measure the perplexity of a causal language model by protocol version 2.
 
 ``lrc.text`` reads the text by its data set's protocol (WikiText-2 raw: rows joined with two newlines, a blank row is
-the empty string). It is tokenized once, without added special tokens, and cut into non-overlapping windows of
-``seq_len`` (default 2048, or the model's limit if shorter); the tail is dropped. Each window runs separately and its
-tokens 2..n are scored: natural-log likelihood from a float32 softmax, summed in float64. Perplexity is
+the empty string). It is tokenized once, with the tokenizer's own special tokens, and cut into windows of ``seq_len``
+that do not overlap (default 2048, or the model's limit if shorter); the tail is dropped. Each window runs separately
+and its tokens 2..n are scored: natural-log likelihood from a float32 softmax, summed in float64. Perplexity is
 exp(sum / scored tokens). Bits per byte are sum / ln 2 over the UTF-8 bytes of the scored tokens, counted by decoding:
 the bytes of each window less those of its first token.
 """

@@ -172,9 +172,8 @@ class Report:
     ``scale``: of the logits. ``allocation``: how sizes were found, None if the plan gives them. ``offload``: where
     hidden states waited between two layers. ``seconds`` and (on a GPU) ``device_bytes``, its peak memory, by stage;
     ``peak_bytes`` of ``host`` and ``device``: sums and maxima over all processes of a run that was resumed.
-    ``pending``: texts whose perplexity is still to be measured.
-    ``domains``: the cost by domain. ``last_words``: None if the data folder has no LAMBADA. ``answers``: to a few
-    prompts, before and after; None if nothing was evaluated.
+    ``pending``: texts whose perplexity is still to be measured. ``domains``: the cost by domain. ``last_words``: None
+    if the data folder has no LAMBADA. ``answers``: to a few prompts, before and after; None if nothing was evaluated.
     """
 
     model: str
@@ -234,8 +233,8 @@ class Report:
         for change in self.perplexity:
             values = f"{number(change.after.value)} instead of {number(change.before.value)}"
             sure = f" ({change.sureness})" if change.sureness else ""
-            costs.append(f"erplexity on {change.before.data} is {values}, × {ratio_text(change.ratio)}{sure}")
-        return f"{done}. P{'; p'.join(costs)}. {self.domains.summary}".rstrip()
+            costs.append(f"{values} on {change.before.data}, × {ratio_text(change.ratio)}{sure}")
+        return f"{done}. Perplexity is {'; '.join(costs)}. {self.domains.summary}".rstrip()
 
     @property
     def unmeasured(self) -> str:

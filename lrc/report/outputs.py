@@ -247,9 +247,9 @@ def domain_ratios(original: Original) -> Table:
     for i, output in enumerate(original.outputs):
         ratios = {text.text: text.changes[i].ratio for text in original.domains if i in text.changes}
         if ratios:
-            worst = max(ratios, key=lambda name: math.inf if math.isnan(ratios[name]) else ratios[name])
-            cells = {heads[name]: f"× {ratio_text(ratio)}" for name, ratio in ratios.items()}
-            largest = f"× {ratio_text(ratios[worst])}, {worst}"
+            name, ratio = [*output.report.domains.ratios.items()][-1]
+            cells = {heads[text]: f"× {ratio_text(of)}" for text, of in ratios.items()}
+            largest = f"× {ratio_text(ratio)}, {name}"
             rows.append({"output:w": output.label, "largest ratio:w": largest, **cells})
     return table(rows if rows[1:] else [], "Perplexity by domain, on small texts of the package.")
 

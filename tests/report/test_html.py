@@ -87,7 +87,7 @@ def test_what_users_name_is_escaped(worst: Report, worst_page: str) -> None:
 def test_what_was_done_is_said_in_a_sentence(make_report: MakeReport) -> None:
     assert Page(html_page(make_report())).has(
         "llama-7b was compressed by the plan a3-2x to 50.0% of its decoder's weights: 6.519 GiB instead of 12.55 GiB. "
-        "Perplexity on wikitext2:test is 6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255). "
+        "Perplexity is 6.81 instead of 5.47 on wikitext2:test, × 1.245 (95 % interval 1.235 to 1.255). "
         "By domain, perplexity rises × 1.100 (chat) to × 4.000 (code)."
     )
 
@@ -99,8 +99,8 @@ def test_several_texts_and_the_domains_are_in_the_sentence(make_report: MakeRepo
     )
     report = make_report(perplexity=[first, replace(first, before=old, after=new)])
     for told in (
-        "Perplexity on wikitext2:test is 6.81 instead of 5.47, × 1.245 (",
-        "; perplexity on c4:validation is 9.1 instead of 7, × 1.300 (",
+        "Perplexity is 6.81 instead of 5.47 on wikitext2:test, × 1.245 (",
+        "; 9.1 instead of 7 on c4:validation, × 1.300 (",
     ):
         assert told in report.sentence
     without = make_report(domains=Domains({}, ["domain web is not measured: no"]))
@@ -128,7 +128,9 @@ def test_few_windows_stand_beside_the_headline(make_report: MakeReport) -> None:
     change = report.perplexity[0]
     two = replace(change, before=replace(change.before, windows=2), after=replace(change.after, windows=2))
     page = Page(html_page(replace(report, perplexity=[two])))
-    assert page.has("6.81 instead of 5.47, × 1.245 (95 % interval 1.235 to 1.255, 2 windows only).")
+    assert page.has(
+        "6.81 instead of 5.47 on wikitext2:test, × 1.245 (95 % interval 1.235 to 1.255, 2 windows only)."
+    )
     assert page.has("5.47 to 6.81 (95 % interval 1.235 to 1.255, 2 windows only)")
     assert page.has("wikitext2:test: 2 windows are few")
 
@@ -140,7 +142,7 @@ def test_one_window_has_no_interval_and_the_page_says_so(make_report: MakeReport
     figures = {name: replace(each, low=None, high=None) for name, each in vars(change.tokens).items()}
     one = replace(change, before=replace(change.before, windows=1), tokens=replace(change.tokens, **figures))
     page = Page(html_page(replace(report, perplexity=[one])))
-    assert page.has("6.81 instead of 5.47, × 1.245 (1 window only).")
+    assert page.has("6.81 instead of 5.47 on wikitext2:test, × 1.245 (1 window only).")
     assert page.has("none: 1 window")
     assert page.has("wikitext2:test: one window is measured, so the figures have no interval")
 
