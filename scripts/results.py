@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 TEXTS = {"wikitext2:test": None, "c4:validation": 96}  # windows; None is all
 PPL = ",".join(TEXTS)
-MEASURED = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
 # Of lrc eval --tasks standard: the beginnings of a task's name and of its metric's.
 SCORES = {
     "LAMBADA perplexity": ("lambada_openai", "perplexity"),
@@ -374,7 +373,7 @@ def _figures(
                 setting.model,
                 keep=keeps,
                 base=base,
-                measuring=lrc.Measuring(allocate=task.allocate, keeps=MEASURED),
+                measuring=lrc.Measuring(allocate=task.allocate),
                 run=replace(run, dtype=setting.dtype),
                 limits=lrc.Limits(round_to=step),
                 # beside it lie the curves, which another step, keep or run of the same key takes from there

@@ -33,8 +33,8 @@ from lrc.run.versions import versions
 from lrc.text.mixture import DataLike
 from lrc.walk.needs import reads_gradients, solver_of
 
-FORMAT = 6  # of files of curves
-KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
+FORMAT = 7  # of files of curves
+KEEPS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
 _EXACT = 1e-9  # rounding error of products such as 0.7 * 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -118,9 +119,9 @@ class _Choices:
         costs = isotonic_regression(curve.costs, increasing=False).x.clip(min=0)
         # Factors with nearly as many weights as their matrix still cost something: only full-size factors are exact.
         weights = [curve.exact if each == offer.whole else each.weights for each in self.choices]
-        # Costs grow with the square of the removed share, so their roots are interpolated linearly.
-        roots = np.interp(weights, [*curve.weights, curve.exact], [*np.sqrt(costs), 0.0])
-        self.costs = torch.from_numpy(roots).square()
+        power = _power(curve, costs)
+        roots = np.interp(weights, [*curve.weights, curve.exact], [*costs ** (1 / power), 0.0])
+        self.costs = torch.from_numpy(roots**power)
 
     def move(self, at: int, left: int) -> tuple[float, int] | None:
         """Return the saving per weight and the index of the best larger choice that adds at most ``left``.
@@ -134,6 +135,17 @@ class _Choices:
         saved = (self.costs[at] - self.costs[at + 1 : at + 1 + len(added)]) / added
         best = len(saved) - 1 - int(saved.flip(0).argmax())
         return float(saved[best]), at + 1 + best
+
+
+def _power(curve: Curve, costs: np.ndarray) -> float:
+    """Return the power of the removed weights that costs grow with near full size, from 1 to 2.
+
+    A projection whose singular values fall fast loses by the square, an MLP whose neurons count alike in proportion.
+    """
+    if len(costs) < 2 or costs[-1] <= 0:
+        return 2.0
+    far, near = (curve.exact - weights for weights in curve.weights[-2:])
+    return min(max(math.log(costs[-2] / costs[-1]) / math.log(far / near), 1.0), 2.0)
 
 
 def _taken(choices: Sequence[_Choices], chosen: Sequence[int]) -> int:

@@ -62,7 +62,7 @@ class MeasuringOptions:
     )
     held_out_samples: int | None = option("Blocks of the held-out texts to read.", least=1, shown="16")
     keeps: list[float] | None = option(
-        "Kept fractions at which the cost is measured.", shown="0.9,0.75,0.6,0.45,0.3"
+        "Kept fractions at which the cost is measured.", shown="seven from 0.95 to 0.2"
     )
     curves: Path | None = option(
         "File that caches the cost of sizes. It is read if it exists, else written.",

@@ -38,13 +38,15 @@ def resolved(reader: CheckpointReader, text: str) -> ResolvedPlan:
     return resolve(draft, reader.architecture, methods(), collectors())
 
 
-def sensitivity(folder: Path, held_out: Tensor, *plans: ResolvedPlan) -> Sensitivity:
+def sensitivity(
+    folder: Path, held_out: Tensor, *plans: ResolvedPlan, dtype: torch.dtype = torch.float32
+) -> Sensitivity:
     from transformers import AutoTokenizer
 
     blocks = calibration_blocks(tokenize(AutoTokenizer.from_pretrained(folder), TEXT), 4, 32, 0)
     texts = Texts(Drawn((Source("counted", blocks, {}),), None, blocks), Drawn((), None, held_out))
     reader = CheckpointReader(folder)
-    return Sensitivity(Setting(reader, plans, texts, torch.device("cpu"), torch.float32, 2))
+    return Sensitivity(Setting(reader, plans, texts, torch.device("cpu"), dtype, 2))
 
 
 def curves_of(measuring: Sensitivity, advance: Advance) -> list[Curve]:
@@ -104,10 +106,9 @@ def test_a_point_is_the_divergence_of_the_saved_model(
     assert curve.costs[0] == pytest.approx(expected, rel=1e-2, abs=1e-7)
 
 
-@pytest.mark.parametrize("family", sorted(families()))
-def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
-    source = tiny_checkpoint(family)
-    plan = resolved(CheckpointReader(source), "keep: 0.5\ncomponents: {qk: {metric: attention}}")
+def at_full_size(source: Path, held_out: Tensor, dtype: torch.dtype) -> list[Curve]:
+    """Return the curves of targets that are solved again without being shrunk."""
+    plan = resolved(CheckpointReader(source), f"keep: 0.5\n{QK}")
     targets = CheckpointReader(source).architecture.targets
     full = tuple(
         replace(
@@ -118,12 +119,28 @@ def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
         )
         for layer in plan.layers
     )
-    measuring = sensitivity(source, held_out, replace(plan, layers=full))
-    curves = curves_of(measuring, lambda done: None)
+    measuring = sensitivity(source, held_out, replace(plan, layers=full), dtype=dtype)
+    return curves_of(measuring, lambda done: None)
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
+    curves = at_full_size(tiny_checkpoint(family), held_out, torch.float32)
     assert len(curves) == 6
     for curve in curves:
         assert curve.sizes == (curve.full,)
         assert curve.costs[0] == pytest.approx(0, abs=2e-5)
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_what_half_precision_rounds_otherwise_is_no_cost(tiny_checkpoint, held_out, monkeypatch, family):
+    source = tiny_checkpoint(family)
+    found = at_full_size(source, held_out, torch.bfloat16)
+    monkeypatch.setattr(Sensitivity, "_rounding", lambda *_: 0.0)
+    raw = at_full_size(source, held_out, torch.bfloat16)
+    costs, rounded = (sum(curve.costs[0] for curve in curves) for curves in (found, raw))
+    assert rounded > 5e-5  # else this shows nothing
+    assert costs < rounded / 2
 
 
 def test_measures_what_it_says_and_tells_its_progress(tiny_checkpoint, held_out):

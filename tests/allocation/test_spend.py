@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -18,16 +19,27 @@ def options(offer: Offer) -> list[tuple[SizeValue, int, float]]:
     """Every choice with its weights and its nats, written down from what the contract says of them."""
     curve = offer.curve
     points = [*curve.weights, curve.exact]
-    roots = [value**0.5 for value in (*falling(curve.costs), 0.0)]
+    power = exponent(curve)
+    roots = [value ** (1 / power) for value in (*falling(curve.costs), 0.0)]
     found = []
     for choice in offer.choices:
         x = curve.exact if choice.size == curve.full else choice.weights
         right = next(i for i in range(1, len(points)) if points[i] >= x)
         share = (x - points[right - 1]) / (points[right] - points[right - 1])
         found.append(
-            (choice.size, choice.weights, ((1 - share) * roots[right - 1] + share * roots[right]) ** 2)
+            (choice.size, choice.weights, ((1 - share) * roots[right - 1] + share * roots[right]) ** power)
         )
     return found
+
+
+def exponent(curve: Curve) -> float:
+    """How costs grow with what is removed, between the two largest sizes."""
+    costs = falling(curve.costs)
+    if len(costs) == 1 or costs[-1] == 0:
+        return 2.0
+    removed = [curve.exact - each for each in curve.weights]
+    slope = (math.log(costs[-2]) - math.log(costs[-1])) / (math.log(removed[-2]) - math.log(removed[-1]))
+    return sorted((1.0, slope, 2.0))[1]
 
 
 def falling(values: tuple[float, ...]) -> list[float]:

@@ -506,7 +506,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     [
         ("compress", "./MODEL-PLAN"),
         ("eval", "the newest lrc output below the current folder"),
-        ("plan", "0.9,0.75,0.6,0.45,0.3"),
+        ("plan", "seven from 0.95 to 0.2"),
         ("list", "the names in every group"),
     ],
 )
