@@ -90,8 +90,8 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the page, the domains and the answers of outputs: most of the time of a small compression."""
     monkeypatch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
-    monkeypatch.setattr("lrc.verbs.compress.domain_passages", lambda *given: ([], []))
-    monkeypatch.setattr("lrc.verbs.compress.write_answers", lambda *models: None)
+    monkeypatch.setattr("lrc.verbs.cost.domain_passages", lambda *given: ([], []))
+    monkeypatch.setattr("lrc.verbs.cost.write_answers", lambda *models: None)
 
 
 @pytest.fixture

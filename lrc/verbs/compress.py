@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,23 +18,13 @@ from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
 from lrc.compression.refit import norm_warnings
-from lrc.errors import UserError
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
-from lrc.evaluation.answers import Answers, write_answers
-from lrc.evaluation.domains import domain_passages
-from lrc.evaluation.folder import Loading
-from lrc.evaluation.last_words import LastWords, find_passages, last_words
-from lrc.evaluation.pair import Pair, loaded_pair
-from lrc.evaluation.passage import DEFAULT_SEQ_LEN, Passage, choose_seq_lens, count_windows
-from lrc.evaluation.texts import evaluation_texts
 from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
 from lrc.records.compression import (
     REPORT,
     CalibrationRecord,
-    Domains,
-    PerplexityChange,
     Report,
     TargetRecord,
 )
@@ -44,10 +33,10 @@ from lrc.report.outputs import Output, read_beside
 from lrc.run.offload import Place, States
 from lrc.run.settings import Run
 from lrc.run.versions import versions
-from lrc.text.blocks import tokenize
 from lrc.text.corpus import Drawn
-from lrc.text.mixture import DataLike, about
+from lrc.text.mixture import DataLike
 from lrc.text.source import Text
+from lrc.verbs.cost import Cost, measure_cost, read_evaluated
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream
@@ -89,7 +78,7 @@ def compress(
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
     others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
-    evaluated = _read_evaluated(setup, ppl, max_windows)
+    evaluated = read_evaluated(setup, ppl, max_windows)
     work = _prepare(setup, job, notes)
     setup.processes.agree(work.settings | evaluated.key)
     setup.warn(work.warnings)
@@ -104,7 +93,7 @@ def compress(
         work = _compress_layers(work, stage)
         report = _publish(work, own, target, evaluated.texts, others) if own and not own.published else None
         setup.processes.meet()
-        cost = _evaluate(work, stage, evaluated) if evaluated.texts else None
+        cost = measure_cost(work.setup, work.job, stage, evaluated) if evaluated.texts else None
         if own and (cost or report is None):
             report = _report(work, own, target, cost=cost)
             setup.warn(report.warnings)
@@ -149,42 +138,6 @@ def _choose_allocation(
         f"no plan is given, so lrc uses {used}, as {reason}. For uniform sizes without a measurement, add "
         "--set allocate=uniform"
     )
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """What an output is evaluated on, read before the compression so that a fault in it costs no time.
-
-    ``domains``, of which others are ``skipped`` with a reason, and ``passages`` of LAMBADA. All are empty if nothing is
-    evaluated.
-    """
-
-    texts: list[Text]
-    max_windows: int | None
-    domains: list[Passage] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    passages: list[str] = field(default_factory=list)
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What every process must have read alike."""
-        return {"evaluation texts": [text.sha256 for text in self.texts], "passages": self.passages}
-
-
-def _read_evaluated(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> _Evaluated:
-    """Read what the output is evaluated on. Raises UserError for a missing or short text."""
-    shape, data_folder = setup.reader.architecture, setup.run.data_folder
-    texts = evaluation_texts(setup.model.source, ppl, data_folder)
-    for text in texts:
-        with about(text.label):
-            ids = tokenize(setup.tokenizer, text.text, shape.vocab)
-        count_windows(text, ids, min(DEFAULT_SEQ_LEN, shape.positions), max_windows)
-    if not texts:
-        return _Evaluated(texts, max_windows)
-    # The built-in models are far too small to predict a last word.
-    passages = [] if setup.model.builtin else find_passages(data_folder)[:max_windows]
-    domains, skipped = domain_passages(setup.tokenizer, shape.vocab, shape.positions, max_windows)
-    return _Evaluated(texts, max_windows, domains, skipped, passages)
 
 
 def _prepare(setup: Setup, job: Job, notes: list[str]) -> _Work:
@@ -288,46 +241,6 @@ def _publish(
     return report
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """What the evaluation found, as fields of the report."""
-
-    perplexity: list[PerplexityChange]
-    domains: Domains
-    last_words: LastWords | None
-    answers: Answers | None
-
-
-def _evaluate(work: _Work, stage: SharedStaging, evaluated: _Evaluated) -> _Cost:
-    """Compare the published checkpoint with the original; answers on rank 0 alone."""
-    setup = work.setup
-    advice = "the same command with --no-eval, then lrc eval with --streamed: the checkpoint is finished"
-
-    def progress(label: str, total: int) -> Callable[[int], object]:
-        return setup.run.stage(f"before and after: {label}", total)
-
-    loading = Loading(setup.device, setup.dtype, stage.scratch, replace(setup.run, progress=progress))
-    lengths = choose_seq_lens([("the model", work.job.reader.config)], None)
-    folders, answers = (stage.out, work.job.model.path), None
-    with (
-        setup.watch.stage("evaluate"),
-        memory_advice(advice),
-        loaded_pair(folders, evaluated.texts, lengths, loading, max_windows=evaluated.max_windows) as pair,
-    ):
-        changes = [_change(each) for each in pair.compare()]
-        if wrong := next((each.before for each in changes if not math.isfinite(each.before.nats)), None):
-            raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
-        by_domain = {each.ours.data: _change(each) for each in pair.on(evaluated.domains, "domains")}
-        words = last_words(pair.models, pair.tokenizers[0], evaluated.passages, loading.run)
-        if setup.processes.first:
-            answers = write_answers(pair.models[::-1], folders[::-1], pair.tokenizers[0], loading)
-    return _Cost(changes, Domains(by_domain, evaluated.skipped), words, answers)
-
-
-def _change(pair: Pair) -> PerplexityChange:
-    return PerplexityChange(pair.theirs, pair.ours, pair.tokens)
-
-
 def _write_report(own: Staging, report: Report, source: Path, others: Sequence[Output]) -> None:
     """Write or replace the report in its forms, each whole or not at all; the page only after the evaluation."""
     own.write_file(REPORT, report.to_json())
@@ -338,7 +251,7 @@ def _write_report(own: Staging, report: Report, source: Path, others: Sequence[O
 
 
 def _report(
-    work: _Work, own: Staging, target: Path, *, pending: Sequence[str] = (), cost: _Cost | None = None
+    work: _Work, own: Staging, target: Path, *, pending: Sequence[str] = (), cost: Cost | None = None
 ) -> Report:
     """Return the report of finished layers; ``pending``: texts that are measured next."""
     setup, job, settings = work.setup, work.job, work.settings

@@ -76,7 +76,7 @@ def only_the_first_spoke(ended: Sequence[Any]) -> None:
 def test_compress_and_eval(
     argv: list[str], work: Path, together: Together, succeeds: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrc.verbs.compress.domain_passages", domain_passages)
+    monkeypatch.setattr("lrc.verbs.cost.domain_passages", domain_passages)
     rows = [json.dumps({"text": f"They counted {i} {'very ' * i}old mills"}) + "\n" for i in range(3)]
     (work / "lambada_openai.jsonl").write_text("".join(rows), encoding="utf-8")
     argv += ["--max-windows", "3", "--data-dir", str(work)]

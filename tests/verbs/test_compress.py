@@ -240,7 +240,7 @@ def test_a_mistake_in_the_evaluation_keeps_the_run(again: Runs, monkeypatch: pyt
         raise lrc.errors.UserError("the text is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lrc.verbs.compress.loaded_pair", fail)
+        patch.setattr("lrc.verbs.cost.loaded_pair", fail)
         with pytest.raises(lrc.errors.UserError, match="the text is gone"):
             compress(again.folder, "out")
     assert read_report(again.folder / "out").pending
