@@ -60,7 +60,7 @@ def verb(
     """Measure tokens per second, time to first token, weights, KV cache and (on a GPU) peak memory of MODEL."""
     from lrc.checkpoint.durable import check_file, write_file
     from lrc.records.compression import json_text
-    from lrc.report.tables import bench_tables
+    from lrc.report.benchmark import bench_tables
     from lrc.verbs.bench import bench
 
     if out is not None:

@@ -98,7 +98,7 @@ def verb(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and tasks of MODEL, alone or against another model, or the cost of shrinking each part."""
-    from lrc.report.tables import evaluation_tables
+    from lrc.report.evaluation import evaluation_tables
 
     given = {"against": "--against"} if against else {}
     for group in (windows, tasks, ablation, where, inputs):

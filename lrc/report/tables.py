@@ -8,21 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lrc.benchmark.measure import Timing
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.compression.measure import Measured
 from lrc.evaluation.answers import NEW_TOKENS, Answers, Written
-from lrc.evaluation.bootstrap import FEW, RESAMPLES, Estimate
+from lrc.evaluation.bootstrap import FEW, Estimate
 from lrc.evaluation.domains import WINDOW
 from lrc.evaluation.last_words import LastWords
-from lrc.evaluation.pair import Pair
-from lrc.evaluation.perplexity import Perplexity
-from lrc.evaluation.tasks import TaskScore
 from lrc.methods.contract import Prediction
 from lrc.methods.sizes import SizeValue, size_text
-from lrc.records.benchmark import Bench
 from lrc.records.check import Check, Item
-from lrc.records.comparison import Comparison, Evaluated
 from lrc.records.compression import Domains, PerplexityChange, Report, TargetRecord
 from lrc.records.number import number, ratio_text
 from lrc.report.table import Table, grouped, table
@@ -236,23 +230,6 @@ def _relative(errors: Iterable[Prediction | Measured]) -> float:
     return fmean(e.error / e.reference if e.error and e.reference else 0.0 for e in errors) ** 0.5
 
 
-def evaluation_tables(comparison: Comparison) -> Iterator[RenderableType]:
-    """Yield perplexity and scores on tasks of one model, or of two with their ratios."""
-    of, against = comparison.of, comparison.against
-    yield f"model: {of.model}"
-    if against is not None:
-        yield f"against: {against.model}"
-    if of.perplexity:
-        yield (_perplexity(of) if against is None else _ratios(comparison.pairs)).on_screen()
-    if any(pair.tokens for pair in comparison.pairs):
-        yield _token_by_token(comparison.pairs).on_screen()
-        yield f"95 % intervals in brackets: {RESAMPLES:,} resamples of whole windows, both models' together"
-    if of.tasks:
-        yield _tasks(of, against).on_screen()
-        yield listed(comparison.versions)
-    yield from warning_lines(comparison.notes)
-
-
 def check_tables(check: Check) -> Iterator[RenderableType]:
     """Yield sizes, bytes and memory of a plan for a model."""
     rows = [
@@ -282,46 +259,6 @@ def check_tables(check: Check) -> Iterator[RenderableType]:
     yield from warning_lines(check.warnings)
 
 
-def bench_tables(found: Bench) -> Iterator[RenderableType]:
-    """Yield tokens per second and memory by case, of one model or of two with their ratios."""
-    headings = ("model", "against")
-    for title, side in zip(headings, (found.of, found.against), strict=True):
-        if side is not None:
-            how = f"{side.merged} merged products" if side.merged else "products one by one"
-            yield f"{title}: {side.name}, {byte_text(side.weight_bytes)} of weights, {how}"
-    speed, memory = [], []
-    for row in found.rows:
-        steps = found.new_tokens if row.case.phase == "decode" else 1
-        times, sizes = {"case": str(row.case)}, {"case": str(row.case)}
-        for title, side in zip(headings, (row.ours, row.theirs), strict=True):
-            if side is None:
-                continue
-            times[f"tokens/s, {title}:n"] = _speed(side)
-            times[f"ms, {title}:n"] = number(1e3 * side.seconds / steps)
-            sizes[f"KV cache, {title}:n"] = f"{byte_text(side.kv_bytes)}, {side.kv_bytes_per_token:,} a token"
-            if side.peak_bytes is not None:
-                sizes[f"device peak, {title}:n"] = byte_text(side.peak_bytes)
-        ratios = {"ratio:n": row.speedup, "expected:n": row.expected, "reached:n": row.reached}
-        speed.append(times | {name: f"{ratio:.3f}" for name, ratio in ratios.items() if ratio is not None})
-        memory.append(sizes)
-    yield table(speed).on_screen()
-    yield table(memory).on_screen()
-    first = found.rows[0].ours
-    samples = f"medians of {first.samples} samples" if first.samples > 1 else "one sample"
-    if first.spread is not None:
-        samples += " ± half the distance of their quartiles"
-    yield (
-        f"{found.device}, {found.dtype}; {samples}; a sample of decode is {found.new_tokens} "
-        f"token{'s' * (found.new_tokens > 1)}; ms is the time to the first token, or of a step"
-    )
-    if found.against is not None:
-        yield (
-            "expected: the ratio of operations (prefill) or of bytes read (decode), the speedup if nothing else took "
-            "time; reached: the ratio over expected"
-        )
-    yield from warning_lines(found.warnings)
-
-
 def names_table(groups: Mapping[str, Iterable[Item]]) -> Iterator[RenderableType]:
     """Yield the names in every group, a row each."""
     names = {group: ", ".join(item.name for item in items) for group, items in groups.items()}
@@ -343,106 +280,3 @@ def seconds_line(seconds: Mapping[str, float]) -> str:
 def warning_lines(warnings: Iterable[str]) -> Iterator[str]:
     """Yield a line for each warning."""
     return (f"warning: {warning}" for warning in warnings)
-
-
-def _perplexity(of: Evaluated) -> Table:
-    return table(
-        {
-            "text": p.data,
-            "perplexity:n": number(p.value, 5),
-            "bits per byte:n": "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}",
-            "windows:n": str(p.windows),
-            "seq_len:n": str(p.seq_len),
-            "dtype": p.dtype,
-            "tokens/s:n": f"{p.tokens_per_second:,.0f}",
-        }
-        for p in of.perplexity
-    )
-
-
-def _ratios(pairs: Iterable[Pair]) -> Table:
-    rows = []
-    for pair in pairs:
-        both = (pair.ours, pair.theirs)
-        ours, theirs = (number(p.value, 5) if pair.same_tokens else _bits(p) for p in both)
-        # A setting that both share stands once.
-        windows, seq_len, dtype = (
-            ", ".join(dict.fromkeys(str(getattr(p, key)) for p in both))
-            for key in ("windows", "seq_len", "dtype")
-        )
-        rows.append(
-            {
-                "text": pair.ours.data,
-                "model:n": ours,
-                "against:n": theirs,
-                "ratio:n": "" if pair.ratio is None else f"{pair.ratio:.4f}",
-                "windows:n": windows,
-                "seq_len:n": seq_len,
-                "dtype": dtype,
-            }
-        )
-    return table(rows)
-
-
-def _tasks(of: Evaluated, against: Evaluated | None) -> Table:
-    """Return scores with standard errors, and beside them another model's scores and the differences."""
-    others = {(s.task, s.metric, s.filter): s for s in (against.tasks if against else [])}
-    rows = []
-    for score in of.tasks:
-        name = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
-        better = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
-        row = {
-            "task": score.task,
-            "metric": f"{name}{better}",
-            "shots:n": "" if score.shots is None else str(score.shots),
-            "documents:n": _documents(score),
-            "version:n": score.version or "",
-            "model:n": _score(score),
-        }
-        if other := others.get((score.task, score.metric, score.filter)):
-            row |= {"against:n": _score(other), "difference:n": f"{score.value - other.value:+.4f}"}
-        rows.append(row)
-    return table(rows)
-
-
-def _documents(score: TaskScore) -> str:
-    if score.documents is None:
-        return ""
-    limited = score.documents != score.all_documents
-    return f"first {score.documents} of {score.all_documents}" if limited else str(score.documents)
-
-
-def _score(score: TaskScore) -> str:
-    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
-
-
-def _token_by_token(pairs: Iterable[Pair]) -> Table:
-    return table(
-        {
-            "text": pair.ours.data,
-            "seq_len:n": str(pair.ours.seq_len),
-            "perplexity ratio:n": _interval(found.perplexity_ratio, "{:.4f}".format),
-            "KL, mean:n": _interval(found.kl_mean, number),
-            "KL, 99 %:n": _interval(found.kl_p99, number),
-            "top-1 agreement:n": _interval(found.top1_agreement, "{:.2%}".format),
-        }
-        for pair in pairs
-        if (found := pair.tokens)
-    )
-
-
-def _interval(estimate: Estimate, form: Callable[[float], str]) -> str:
-    ends = [end for end in (estimate.low, estimate.high) if end is not None]
-    within = f"\n[{', '.join(form(end) for end in ends)}]" if ends else ""
-    return f"{form(estimate.value)}{within}"
-
-
-def _bits(p: Perplexity) -> str:
-    bits = "" if p.bits_per_byte is None else f" ({p.bits_per_byte:.4f} bits per byte)"
-    return f"{number(p.value, 5)}{bits}"
-
-
-def _speed(side: Timing) -> str:
-    value = side.tokens_per_second
-    spread = "" if side.spread is None else f" ±{side.spread / 2:.1%}"
-    return number(value) + spread

@@ -8,7 +8,7 @@ from typing import Any
 
 import lrc
 from lrc.records.benchmark import Bench
-from lrc.report.tables import bench_tables
+from lrc.report.benchmark import bench_tables
 
 QUICK = ["--prefill", "1x8,2x8", "--decode", "2x8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
 
