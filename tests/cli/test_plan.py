@@ -140,7 +140,7 @@ def test_a_file_of_curves_is_for_one_key(
 DAMAGES = [
     (lambda found: [found], "no mapping with a format"),
     (lambda found: {}, "no mapping with a format"),
-    (lambda found: found | {"format": 1}, "has format 1, this version of lrc reads 6; remove it"),
+    (lambda found: found | {"format": 1}, "has format 1, this version of lrc reads 7; remove it"),
     (lambda found: found | {"key": 3}, "holds no curves of lrc plan (key: "),
     (lambda found: found | {"curves": 3}, "holds no curves of lrc plan (curves: "),
     (
