@@ -34,7 +34,7 @@ Advance = Callable[[int], object]
 
 # Unit of an allocation's costs and of their sum.
 Unit = Literal[
-    "nats",  # rise of the loss per token, measured on held-out text
+    "nats",  # KL divergence from the original per token, measured on held-out text
     "predicted nats",  # second-order prediction from gradients on the calibration text
     "relative squared error",  # E‖Δy‖² / E‖y‖², averaged over the weights in the budget
     "squared shortfall",  # (weights removed / weights)², the same for every weight; nothing is measured

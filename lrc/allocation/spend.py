@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -138,14 +139,17 @@ class _Choices:
 
 
 def _power(curve: Curve, costs: np.ndarray) -> float:
-    """Return the power of the removed weights that costs grow with near full size, from 1 to 2.
+    """Return the power of the removed weights that costs grow with at the largest sizes, from 1 to 2.
 
     A projection whose singular values fall fast loses by the square, an MLP whose neurons count alike in proportion.
+    Removed are weights of the full-rank factors. It is 2 where no two neighbouring sizes have different costs above 0.
     """
-    if len(costs) < 2 or costs[-1] <= 0:
-        return 2.0
-    far, near = (curve.exact - weights for weights in curve.weights[-2:])
-    return min(max(math.log(costs[-2] / costs[-1]) / math.log(far / near), 1.0), 2.0)
+    points = [(curve.exact - weights, cost) for weights, cost in zip(curve.weights, costs, strict=True)]
+    for (more, higher), (less, lower) in reversed(list(pairwise(points))):
+        if higher > lower > 0:
+            slope = (math.log(higher) - math.log(lower)) / (math.log(more) - math.log(less))
+            return min(max(slope, 1.0), 2.0)
+    return 2.0
 
 
 def _taken(choices: Sequence[_Choices], chosen: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Results as tables: of a compression for every page, and of all other verbs for a terminal."""
+"""Compressions as tables for every page; checks and lists of names as tables for a terminal."""
 
 from __future__ import annotations
 

@@ -22,12 +22,7 @@ from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.plan.job import Job, make_job
 from lrc.plan.library import BEST, PlanLike, find_draft, read_draft
-from lrc.records.compression import (
-    REPORT,
-    CalibrationRecord,
-    Report,
-    TargetRecord,
-)
+from lrc.records.compression import REPORT, CalibrationRecord, Report, TargetRecord
 from lrc.report.compression import html_page, model_card, report_page
 from lrc.report.outputs import Output, read_beside
 from lrc.run.offload import Place, States
@@ -36,7 +31,7 @@ from lrc.run.versions import versions
 from lrc.text.corpus import Drawn
 from lrc.text.mixture import DataLike
 from lrc.text.source import Text
-from lrc.verbs.cost import Cost, measure_cost, read_evaluated
+from lrc.verbs.cost import Cost, measure_cost, read_cost_texts
 from lrc.verbs.setup import Setup, set_up
 from lrc.walk.needs import reads_gradients
 from lrc.walk.stream import ModelStream
@@ -78,7 +73,7 @@ def compress(
     target = Path(job.name if out is None else out)
     check_output(target, source=job.model.path, force=force)
     others = read_beside([Path(each) for each in beside or ()], job.model.source, job.reader.fingerprint)
-    evaluated = read_evaluated(setup, ppl, max_windows)
+    evaluated = read_cost_texts(setup, ppl, max_windows)
     work = _prepare(setup, job, notes)
     setup.processes.agree(work.settings | evaluated.key)
     setup.warn(work.warnings)

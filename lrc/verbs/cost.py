@@ -26,7 +26,7 @@ from lrc.verbs.setup import Setup
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class CostTexts:
     """What an output is evaluated on, read before the compression so that a fault in it costs no time.
 
     ``domains``, of which others are ``skipped`` with a reason, and ``passages`` of LAMBADA. All are empty if nothing is
@@ -45,7 +45,7 @@ class Evaluated:
         return {"evaluation texts": [text.sha256 for text in self.texts], "passages": self.passages}
 
 
-def read_evaluated(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> Evaluated:
+def read_cost_texts(setup: Setup, ppl: str | Sequence[str] | None, max_windows: int | None) -> CostTexts:
     """Read what the output is evaluated on. Raises UserError for a missing or short text."""
     shape, data_folder = setup.reader.architecture, setup.run.data_folder
     texts = evaluation_texts(setup.model.source, ppl, data_folder)
@@ -54,11 +54,11 @@ def read_evaluated(setup: Setup, ppl: str | Sequence[str] | None, max_windows: i
             ids = tokenize(setup.tokenizer, text.text, shape.vocab)
         count_windows(text, ids, min(DEFAULT_SEQ_LEN, shape.positions), max_windows)
     if not texts:
-        return Evaluated(texts, max_windows)
+        return CostTexts(texts, max_windows)
     # The built-in models are far too small to predict a last word.
     passages = [] if setup.model.builtin else find_passages(data_folder)[:max_windows]
     domains, skipped = domain_passages(setup.tokenizer, shape.vocab, shape.positions, max_windows)
-    return Evaluated(texts, max_windows, domains, skipped, passages)
+    return CostTexts(texts, max_windows, domains, skipped, passages)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Cost:
     answers: Answers | None
 
 
-def measure_cost(setup: Setup, job: Job, stage: SharedStaging, evaluated: Evaluated) -> Cost:
+def measure_cost(setup: Setup, job: Job, stage: SharedStaging, evaluated: CostTexts) -> Cost:
     """Compare the published checkpoint with the original; answers on rank 0 alone."""
     advice = "the same command with --no-eval, then lrc eval with --streamed: the checkpoint is finished"
 

@@ -33,13 +33,15 @@ def options(offer: Offer) -> list[tuple[SizeValue, int, float]]:
 
 
 def exponent(curve: Curve) -> float:
-    """How costs grow with what is removed, between the two largest sizes."""
+    """How costs grow with what is removed, between the two largest neighbours whose costs are known to differ."""
     costs = falling(curve.costs)
-    if len(costs) == 1 or costs[-1] == 0:
-        return 2.0
-    removed = [curve.exact - each for each in curve.weights]
-    slope = (math.log(costs[-2]) - math.log(costs[-1])) / (math.log(removed[-2]) - math.log(removed[-1]))
-    return sorted((1.0, slope, 2.0))[1]
+    for i in range(len(costs) - 1, 0, -1):
+        if costs[i - 1] > costs[i] > 0:
+            removed = [curve.exact - curve.weights[each] for each in (i - 1, i)]
+            return sorted((1.0, math.log(costs[i - 1] / costs[i]) / math.log(removed[0] / removed[1]), 2.0))[
+                1
+            ]
+    return 2.0
 
 
 def falling(values: tuple[float, ...]) -> list[float]:
@@ -140,6 +142,20 @@ def test_keeps_the_budget_and_leaves_nothing_that_fits(curves, share):
     for curve, at in chosen:
         larger = options(curve)[at + 1 :]
         assert not larger or larger[0][1] - options(curve)[at][1] > left
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ((0.8, 0.6, 0.4), 0.2),  # in proportion to what is removed
+        ((6.4, 3.6, 1.6), 0.4),  # with its square
+        ((0.64, 0.6, 0.6), 0.3),  # slower than in proportion, which is the least
+        ((6.4, 0.1, -0.1), 0.0),  # free as far as can be seen
+    ],
+)
+def test_near_full_size_costs_grow_as_they_do_at_the_largest_sizes(costs, expected):
+    only = offer((2, 4, 6), costs, 10, 1, 10, range(2, 11))
+    assert allocate([only], 8).cost == pytest.approx(expected)
 
 
 def test_the_whole_budget_keeps_everything_and_the_least_the_smallest_sizes():
