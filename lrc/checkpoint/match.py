@@ -29,12 +29,16 @@ class Match:
 
 
 def match(located: Mapping[str, StoredTensor], model: nn.Module, family: Family) -> Match:
-    """Match tensors by name with a model; names may lack the prefix of its base model or have it twice."""
+    """Match tensors by name with a model.
+
+    Names may lack the prefix of its base model, have it twice, or be old ones.
+    """
     expected, prefix = model.state_dict(), f"{family.prefix}."
     full = {}
     for name in located:
-        once, more = name.removeprefix(prefix), f"{prefix}{name}"
-        full[once if once != name and once in expected else more if more in expected else name] = name
+        new = family.old_names.get(name, name)
+        once, more = new.removeprefix(prefix), f"{prefix}{new}"
+        full[once if once != new and once in expected else more if more in expected else new] = name
     old = re.compile("|".join((*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)))  # type: ignore[arg-type]
     stored = {name: held for name, held in full.items() if name in expected}
     return Match(stored, [name for name in full if name not in expected and not old.search(name)])

@@ -92,8 +92,9 @@ class CheckpointReader:
             no_init_weights(),
             init_empty_weights(include_buffers=False),
         ):
+            implementation = "sdpa" if self.family.sdpa else "eager"
             return AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), dtype=dtype or self.dtype, attn_implementation="sdpa"
+                copy.deepcopy(self.config), dtype=dtype or self.dtype, attn_implementation=implementation
             ).eval()
 
     @cached_property

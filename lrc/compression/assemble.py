@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lrc.families import Architecture, canonical
-from lrc.families.family import ATTENTION_ROLES
 from lrc.methods.contract import Affine, Factors, Solution
 from lrc.modules import Entry, kind_of, kinds
-from lrc.modules.table import DENSE, Table, apply_table, attention_entry
+from lrc.modules.table import DENSE, MLP, Table, apply_table, attention_entry
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,21 @@ def assemble(
     parts |= {role: part for solution in solutions for role, part in solution.parts.items()}
     columns = next((s.rotary_columns for s in solutions if s.rotary_columns is not None), None)
     split = _must_split(architecture, parts)
-    if split:
-        parts = {r: Affine(*canonical(family, architecture, state, r)) for r in ATTENTION_ROLES} | parts
+    apart = [role for home in split for role in family.splits[home]]
+    parts = {role: Affine(*canonical(family, architecture, state, role)) for role in apart} | parts
     replaced = tuple(f"{family.projections[role].module}." for role in parts)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(replaced)}
     table: Table = {}
-    if split:
+    if family.split_mlp and family.mlp in split:
+        table[family.mlp] = {"kind": MLP}
+    if family.attention in split:
         qk, v = (_shape(parts[role])[0] // architecture.kv_heads for role in ("k", "v"))
         if qk == architecture.head_dim:
             columns = None  # nothing was dropped
         table[family.attention] = attention_entry(qk, v, columns is not None)
         if columns is not None:
             kept[f"{family.attention}.rotary_columns"] = columns
-    paths = {role: family.split_module(role) if split else family.projections[role].module for role in parts}
+    paths = {role: family.path(role, split) for role in parts}
     for role, part in parts.items():
         weight, bias = canonical(family, architecture, state, role)
         table[paths[role]], tensors = store(part, weight.dtype, None if bias is None else bias.dtype)
@@ -72,14 +73,19 @@ def assemble(
     return ReducedLayer(module, table, kept, paths)
 
 
-def _must_split(architecture: Architecture, parts: Mapping[str, Affine | Factors]) -> bool:
-    """Return whether q, k, v and o must be stored apart: a head size changes, or a touched one is fused."""
-    touched = [role for role in ATTENTION_ROLES if role in parts]
-    shapes, fused = architecture.matrices, architecture.family.projections
-    return any(
-        fused[role].fused or _shape(parts[role]) != (shapes[role].rows, shapes[role].columns)
-        for role in touched
-    )
+def _must_split(architecture: Architecture, parts: Mapping[str, Affine | Factors]) -> list[str]:
+    """Return the modules that must store projections apart: one that is touched is fused, or a head size changes."""
+    shapes, family = architecture.matrices, architecture.family
+    return [
+        home
+        for home, roles in family.splits.items()
+        if any(
+            family.projections[role].fused
+            or (home == family.attention and _shape(parts[role]) != (shapes[role].rows, shapes[role].columns))
+            for role in roles
+            if role in parts
+        )
+    ]
 
 
 def _shape(part: Affine | Factors) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from lrc.compression.measure import LayerMeasure, target_record
 from lrc.compression.refit import LayerRefit, RefitRecord, StreamNorms, closing_roles, held_out_mask
 from lrc.compression.solve import solve_layer
 from lrc.errors import UserError
+from lrc.families import Architecture, logit_rule
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import Call
@@ -44,22 +45,27 @@ def part_name(layer: int) -> str:
     return f"layer-{layer:05d}"
 
 
-class InputRecorder(Observer):
-    """Store the inputs of one module of a layer by batch, as ``keep`` returns them."""
+class MiddleRecorder(Observer):
+    """Store what attention makes of the residual stream, by batch, as ``keep`` returns it: the goal of its refit."""
 
-    def __init__(self, index: int, path: str, keep: Callable[[Tensor], Tensor]) -> None:
-        self.index, self._path, self._keep = index, path, keep
-        self.inputs: list[Tensor] = []
+    def __init__(self, index: int, architecture: Architecture, keep: Callable[[Tensor], Tensor]) -> None:
+        self.index, self._architecture, self._keep = index, architecture, keep
+        self._entry = architecture.family.half("mlp").entry
+        self.streams: list[Tensor] = []
 
     @property
     def watched(self) -> Collection[str]:
-        return (self._path,)
+        family = self._architecture.family
+        return (self._entry, *([family.attention] if self._architecture.parallel else []))
 
     def add(self, calls: Mapping[str, Call]) -> None:
-        self.inputs.append(self._keep(calls[self._path].input))
+        stream = calls[self._entry].input
+        if self._architecture.parallel:
+            stream = stream + calls[self._architecture.family.attention].output[0]
+        self.streams.append(self._keep(stream))
 
     def reduce(self, processes: Processes) -> None:
-        """Do nothing: every process keeps the inputs of its own batches."""
+        """Do nothing: every process keeps the streams of its own batches."""
 
 
 class Compressor:
@@ -128,9 +134,11 @@ class Compressor:
         with self._watch.stage("write"):
             rest = self._tables.unreplaced(self._stream.reader.rest())
             # A scaled norm scales the logits of a head without bias.
-            for name in (f"{self._family.final_norm}.{each}" for each in ("weight", "bias")):
+            for each, offset in (("weight", self._family.norm_offset), ("bias", 0)):
+                name = f"{self._family.final_norm}.{each}"
                 if scale is not None and name in rest:
-                    rest[name] = (factors * rest[name].double()).to(rest[name].dtype)
+                    scaled = factors * (offset + rest[name].double()) - offset
+                    rest[name] = scaled.to(rest[name].dtype)
             record = {"table": {}, "results": [], "scale": scale and asdict(scale)}
             self._staging.write(REST, rest, record)
 
@@ -174,8 +182,7 @@ class Compressor:
         # The batches to measure, before the original layer changes them in place.
         pairs = zip(self._batches, self._held, strict=True)
         chosen = [replace(batch) for batch, held in pairs if held or not self._any_held]
-        # The residual stream between attention and MLP is the target of the attention refit.
-        middles = InputRecorder(plan.index, self._family.half("mlp").norm, self._stream.states.keep)
+        middles = MiddleRecorder(plan.index, self._architecture, self._stream.states.keep)
         observers = [middles] if self._refits else []
         found = visit.read(plan, self._gradients.pop(plan.index, None), *observers)
         with self._watch.stage("solve"):
@@ -198,7 +205,7 @@ class Compressor:
             refits, norms = list[RefitRecord](), None
             if self._compressed is not None:
                 refit = LayerRefit(self._stream, plan.index, reduced, self._batches, self._held)
-                refits, norms = refit.run(roles, middles.inputs, self._compressed)
+                refits, norms = refit.run(roles, middles.streams, self._compressed)
         self._write(plan.index, reduced, records, refits, norms)
 
     def _check_logits(self) -> None:
@@ -212,13 +219,14 @@ class Compressor:
     def _scale(self, head: nn.Module | None) -> tuple[Tensor, LogitScale | None]:
         """Fit the scale of the logits on the held-out blocks; return factors of the final norm, and the record.
 
-        ``head`` is the reduced LM head, if any. The record is None if the plan has no scale, no block is held out or
-        nothing is reduced.
+        ``head`` is the reduced LM head, if any. The record is None if the plan has no scale, no block is held out,
+        nothing is reduced, or a soft cap follows the head, as logits are then not linear in the scale.
         """
         chosen = [i for i, held in enumerate(self._held) if held]
         parted = self._compressed is not None or head is not None
         one, plan = torch.ones((), dtype=torch.float64), self._plan.plan
-        if not (self._any_held and parted and plan.scales):
+        capped = logit_rule(self._family, self._stream.reader.config).cap is not None
+        if capped or not (self._any_held and parted and plan.scales):
             return one, None
         logits = self._stream.tail()
         states = [batch.hidden for batch in self._batches]

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lrc.compression.assemble import assemble
 from lrc.errors import UserError
 from lrc.families import canonical
 from lrc.methods.contract import Solution
+from lrc.modules.mlp import run_mlp
 from lrc.moments.observe import Call
 from lrc.moments.statistic import Layer, Observer
 from lrc.plan.resolved import Assignment
@@ -69,12 +71,15 @@ class LayerMeasure(Observer):
         self._stream, self._architecture = stream, layer.architecture
         self.index, self._state = layer.index, layer.state
         family = self._architecture.family
-        homes = {"qk": family.attention, "ov": family.attention, "mlp": family.mlp}
-        self._alone: dict[str, nn.Module] = {}
+        self._alone: dict[str, Any] = {}
         for target, solution in solutions.items():
             reduced = assemble(self._architecture, stream.skeletons[self.index], self._state, [solution])
             module = stream.filled(reduced.module, reduced.state)
-            self._alone[target] = module.get_submodule(homes.get(target) or reduced.paths[target])
+            if target == "mlp":
+                self._alone[target] = partial(run_mlp, module, family)
+            else:
+                path = family.attention if target in ("qk", "ov") else reduced.paths[target]
+                self._alone[target] = module.get_submodule(path)
         self._sums = {
             target: torch.zeros(2, dtype=torch.float64, device=stream.device) for target in solutions
         }
@@ -85,12 +90,12 @@ class LayerMeasure(Observer):
     @property
     def watched(self) -> Collection[str]:
         family = self._architecture.family
-        return {family.attention, family.mlp, *family.sites.values()}
+        return {family.attention, family.projections[family.mlp_output].module, *family.sites.values()}
 
     @torch.no_grad()
     def add(self, calls: Mapping[str, Call]) -> None:
         family = self._architecture.family
-        attention, mlp = calls[family.attention], calls[family.mlp]
+        attention, mlp = calls[family.attention], calls[family.sites[family.site(family.mlp_inputs[0])]]
         blocks, tokens, _ = attention.input.shape
         self._tokens += blocks * (tokens + self._first_token - 1)
         with self._stream.precision():
@@ -102,8 +107,8 @@ class LayerMeasure(Observer):
                     new, _ = alone(*attention.args, **attention.kwargs)
                     self._count(target, attention.output[0], new, self._affine("o")[1])
                 elif target == "mlp":
-                    new = alone(mlp.input)
-                    self._count(target, mlp.output, new, self._affine(family.mlp_output)[1])
+                    old = calls[family.projections[family.mlp_output].module].output.view(blocks, tokens, -1)
+                    self._count(target, old, alone(mlp.input), self._affine(family.mlp_output)[1])
                 else:
                     x = calls[family.sites[family.site(target)]].input
                     weight, bias = self._affine(target)

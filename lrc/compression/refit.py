@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lrc.compression.assemble import ReducedLayer
 from lrc.errors import UserError
-from lrc.families import Family
+from lrc.families import Architecture, Family
 from lrc.families.family import Half
 from lrc.maths.linalg import damped_cholesky, data_error
 from lrc.methods.contract import Affine
@@ -171,15 +172,21 @@ class LayerRefit:
         self, half: Half, path: str, goals: Iterable[Tensor], compressed: Sequence[Tensor]
     ) -> RefitRecord:
         """Refit the linear at ``path``, the output of ``half``, so that the stream reaches ``goals``."""
-        module, read = self._reduced.module, list[Tensor]()
-        linear = module.get_submodule(path)
+        module, read, architecture = self._reduced.module, list[Tensor](), self._stream.reader.architecture
+        linear, added = module.get_submodule(path), _Added(module, half, architecture)
+        watched = {"stream": half.entry, "x": path}
+        if half.name == "mlp" and architecture.parallel:
+            watched["attention"] = architecture.family.attention
         out, width = self._reduced.state[f"{path}.weight"].shape
         sums = RefitSum(width, out, self._stream.device)
         for i, (batch, hidden, attention_output, (goal,)) in enumerate(self._states(compressed, goals)):
-            with observe(module, {"stream": half.norm, "x": path}, stop_at="x") as seen:
+            with observe(module, watched, stop_at="x") as seen:
                 self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
             x, before = seen["x"].input.to(self._stream.dtype), seen["stream"].input
-            sums.add(x, goal, before + self._apply(linear, x), self._held[i])
+            if "attention" in seen:
+                before = before + seen["attention"].output[0]
+            output = self._apply(linear, x)
+            sums.add(added.scaled(x, output), goal, before + added.by(output), self._held[i])
             if half.name == "attention":
                 read.append(self._stream.states.keep(x))
         # Replace the linear in the layer's tensors and in its module.
@@ -188,7 +195,7 @@ class LayerRefit:
         sums.reduce(processes)
         start = Affine(reduced.state[weight], reduced.state.get(bias))
         # On one process, so that all have the same bits.
-        solve = partial(sums.solve, layer=self._index, role=half.output)
+        solve = partial(sums.solve, layer=self._index, role=half.output, gain=added.gain, biased=added.linear)
         ((fitted, record),) = processes.spread([start], solve)
         errors = [record.error, *([record.held_out] if record.held_out else [])]
         if not all(math.isfinite(each) for error in errors for each in (error.before, error.after)):
@@ -227,6 +234,39 @@ class LayerRefit:
         return next((f"{path}.{name}" for name, child in module.named_children() if child is last), None)
 
 
+class _Added:
+    """What a layer half adds to the residual stream: the output of its last projection, normed or times a factor.
+
+    A norm g y / rms(y) is taken as linear, with rms(y) that of the output before the refit. ``gain`` (out,): g, or the
+    factor; None if it is 1.
+    """
+
+    def __init__(self, layer: nn.Module, half: Half, architecture: Architecture) -> None:
+        family, factor = architecture.family, architecture.residual_factor
+        self._norm: Any = layer.get_submodule(half.post_norm) if half.post_norm else None
+        self._factor, self._epsilon = factor, family.norm_epsilon
+        self.linear = self._norm is None
+        self.gain: Tensor | None = None
+        if self._norm is not None:
+            self.gain = factor * (family.norm_offset + self._norm.weight.double())
+        elif factor != 1:
+            self.gain = torch.tensor([factor], dtype=torch.float64)
+
+    @torch.no_grad()
+    def by(self, output: Tensor) -> Tensor:
+        """Return what an output (..., out) of the projection adds to the stream."""
+        normed = output if self._norm is None else self._norm(output)
+        return normed if self._factor == 1 else self._factor * normed
+
+    def scaled(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return inputs x (..., width) of the projection divided by the rms of its output, if that is normed."""
+        if self._norm is None:
+            return x
+        assert self._epsilon is not None, "a norm after a module is a root mean square"
+        square = output.float().square().mean(dim=-1, keepdim=True) + getattr(self._norm, self._epsilon)
+        return (x.float() * square.rsqrt()).to(x.dtype)
+
+
 def _changed_norms(stream: Tensor, original: Tensor) -> Tensor:
     """Count in streams (blocks, tokens, width) the tokens and those with a changed norm, then both of first tokens."""
     norms, before = (each.float().norm(dim=-1) for each in (stream, original))
@@ -255,14 +295,17 @@ class RefitSum:
             processes.sum(*sums.tensors)
             sums.tokens = processes.total(sums.tokens)
 
-    def solve(self, start: Affine, layer: int, role: str) -> tuple[Affine, RefitRecord]:
+    def solve(
+        self, start: Affine, layer: int, role: str, gain: Tensor | None = None, *, biased: bool = True
+    ) -> tuple[Affine, RefitRecord]:
         """Return the W, b minimising E‖t − W x − b‖² + λ‖W − W₀‖²_F, where ``start`` is (W₀, b₀), and the record.
 
         The target t has t − W₀ x − b₀ = ``goal`` − ``reached``. λ is the ridge times the mean diagonal of E[x xᵀ],
         centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks;
-        ``start`` is returned if that is not less than its own.
+        ``start`` is returned if that is not less than its own. With ``gain`` (out,), what is fitted is gain · W and
+        gain · b; channels without gain stay. Without ``biased``, b stays b₀.
         """
-        biased = start.bias is not None
+        biased = biased and start.bias is not None
         fitted, held = _means(self._fitted), _means(self._held) if self._held.tokens else None
         ridge = RIDGE
         if held:
@@ -275,8 +318,14 @@ class RefitSum:
         record = RefitRecord(layer, role, ridge, raised, fitted.errors(change), held and held.errors(change))
         if record.held_out and record.held_out.after >= record.held_out.before:
             return start, replace(record, applied=False)
-        bias = None if start.bias is None or change.bias is None else start.bias.double() + change.bias
-        return Affine(start.weight.double() + change.weight, bias), record
+        weight, bias = change.weight, change.bias
+        if gain is not None:
+            gain = gain.to(weight.device)
+            inverse = torch.where(gain == 0, 0, 1 / gain)
+            weight, bias = inverse[:, None] * weight, None if bias is None else inverse * bias
+        if start.bias is not None:
+            bias = start.bias.double() if bias is None else start.bias.double() + bias
+        return Affine(start.weight.double() + weight, bias), record
 
 
 class _Sums:

@@ -86,11 +86,13 @@ def inner_width(architecture: Architecture, assignment: Assignment) -> int:
 
 
 def _replaced(architecture: Architecture, layer: LayerPlan) -> set[str]:
-    """Return the roles whose tensors are replaced; all of attention if it must be stored split."""
-    roles = {role for a in layer.assignments for role in architecture.targets[a.target].matrices}
-    fused = {role for role in roles if architecture.family.projections[role].fused}
-    split = fused or any(a.target in ("qk", "ov") for a in layer.assignments)
-    return roles | set(ATTENTION_ROLES) if split else roles
+    """Return the roles whose tensors are replaced; all that a module stores apart if it must."""
+    family, found = architecture.family, set[str]()
+    for a in layer.assignments:
+        roles = set(architecture.targets[a.target].matrices)
+        apart = a.target in ("qk", "ov") or any(family.projections[role].fused for role in roles)
+        found |= roles.union(*(names for names in family.splits.values() if apart and roles & set(names)))
+    return found
 
 
 def _new_tensors(reader: CheckpointReader, layer: LayerPlan, replaced: set[str]) -> dict[str, StoredTensor]:

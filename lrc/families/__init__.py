@@ -7,7 +7,18 @@ from functools import cache
 
 from lrc.discovery import submodules
 from lrc.errors import UserError, nearest
-from lrc.families.family import Architecture, Family, Heads, Matrix, Stored, Target, canonical, describe
+from lrc.families.family import (
+    Architecture,
+    Family,
+    Heads,
+    Matrix,
+    Stored,
+    Target,
+    canonical,
+    describe,
+    head_counts,
+    logit_rule,
+)
 
 __all__ = [
     "Architecture",
@@ -20,6 +31,8 @@ __all__ = [
     "describe",
     "families",
     "family_of",
+    "head_counts",
+    "logit_rule",
 ]
 
 

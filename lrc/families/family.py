@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lrc.errors import UserError
-from lrc.families.refusals import check_supported
+from lrc.families.refusals import check_supported, closed_components
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,19 +38,25 @@ class Stored:
 
 @dataclass(frozen=True)
 class Half:
-    """Attention or MLP of a decoder layer, with its norm.
+    """Attention or MLP of a decoder layer, with its norms.
 
     ``norm`` reads the residual stream, ``module`` reads the norm's output; all paths are inside the layer. ``reads``:
     the site whose activations each projection reads, by role. ``output``: the role of the last projection.
-    ``post_norm``: a norm between the module's output and the residual stream, if any.
+    ``post_norm``: a norm between the module's output and the residual stream. Either norm may be missing. An MLP whose
+    projections lie on the layer itself has the module "".
     """
 
     name: Literal["attention", "mlp"]
     module: str
-    norm: str
+    norm: str | None
     reads: Mapping[str, str]
     output: str
     post_norm: str | None = None
+
+    @property
+    def entry(self) -> str:
+        """Path of the module that reads the residual stream."""
+        return self.norm or self.module
 
     @property
     def targets(self) -> set[str]:
@@ -62,8 +68,8 @@ class Half:
 class Family:
     """Facts of one ``model_type``; module paths are those of its causal language model in transformers.
 
-    ``rotary_share``, ``soft_caps``, ``window`` and ``experts`` name config keys, as their values differ by model.
-    ``lrc.families.refusals`` lists the facts that lrc cannot handle.
+    Values that differ by model are named: by the key of the config, or by the attribute of the attention module.
+    ``lrc.families.refusals`` says what lrc cannot do with a model because of them.
     """
 
     model_type: str
@@ -76,18 +82,32 @@ class Family:
     rotary: Rotary
     tiny: Mapping[str, Any]  # config of a small model for the contract tests
     head: str = "lm_head"
+    old_names: Mapping[str, str] = field(default_factory=dict)  # of tensors in files, with the model's own
+    # Names of projections, by role, where the attention stores them apart.
     split: Mapping[str, str] = field(default_factory=lambda: {r: f"{r}_proj" for r in ATTENTION_ROLES})
+    split_mlp: Mapping[str, str] = field(default_factory=dict)  # the same of fused projections of the MLP
     dropout: str = "attention_dropout"  # attribute of the attention module: rate on the attention weights
     output_dropout: str | None = None  # module of the attention, after its output projection
     activation: str = "act_fn"  # attribute of a gated MLP
     norm_epsilon: str | None = None  # attribute of a root-mean-square norm; None for others
     norm_offset: int = 0  # norms multiply by this plus their weight
-    # Norm of queries and keys, over each head or over all heads together.
+    # Norm of queries and keys, ``q_norm`` and ``k_norm``: over each head or over all heads together.
     qk_norm: Literal["head", "width"] | None = None
-    parallel: bool = False  # attention and MLP read the same residual stream
-    rotary_share: str | None = None  # fraction of a head's dimensions that are rotated; None: all
-    soft_caps: tuple[str, ...] = ()  # soft caps of scores or logits
-    window: str | None = None  # sliding window of attention, in tokens
+    qk_norm_key: str | None = None  # key of the config: whether the model has that norm; None: it has
+    rotary_share: str | None = (
+        None  # key of rope_parameters: fraction of a head's dimensions that are rotated
+    )
+    rotates: str | None = None  # attribute of the attention: whether this layer has rotary positions
+    window: str | None = None  # attribute of the attention: its sliding window in tokens, if any
+    score_cap: str | None = None  # attribute of the attention and key of the config: soft cap of the scores
+    cache: str = "past_key_values"  # argument of the attention
+    sdpa: bool = True  # whether transformers runs the family with sdpa attention
+    # Keys of the config, of which True stands for all models.
+    parallel: str | bool = False  # whether attention and MLP read the same residual stream
+    residual_factor: str | None = None  # of what attention and MLP add to the residual stream
+    logit_factor: str | None = None
+    logit_divisor: str | None = None
+    logit_cap: str | None = None  # soft cap
     experts: str | None = None  # number of experts
     # The value that lrc cannot handle, by config key.
     unsupported: Mapping[str, object] = field(default_factory=dict)
@@ -139,9 +159,23 @@ class Family:
                 found.setdefault(site, self.projections[role].module)
         return found
 
-    def split_module(self, role: str) -> str:
-        """Return a projection's path inside the layer when q, k, v and o are stored as separate modules."""
-        return f"{self.attention}.{self.split[role]}" if role in self.split else self.projections[role].module
+    @property
+    def splits(self) -> dict[str, Mapping[str, str]]:
+        """Names of the projections by role where a module stores them apart, by its path inside the layer."""
+        return {self.attention: self.split, **({self.mlp: self.split_mlp} if self.split_mlp else {})}
+
+    def path(self, role: str, split: Collection[str] = ()) -> str:
+        """Return a projection's path inside the layer, if the modules ``split`` of the layer store theirs apart."""
+        apart = (
+            f"{home}.{names[role]}" for home, names in self.splits.items() if home in split and role in names
+        )
+        return next(apart, self.projections[role].module)
+
+    @property
+    def mlp_names(self) -> list[str]:
+        """Names of the projections inside the MLP, the output projection last, if they are stored apart."""
+        paths = (self.path(role, self.splits) for role in (*self.mlp_inputs, self.mlp_output))
+        return [path.removeprefix(f"{self.mlp}.") for path in paths]
 
 
 @dataclass(frozen=True)
@@ -196,10 +230,27 @@ class Target:
 
 
 @dataclass(frozen=True)
+class LogitRule:
+    """What a model does with the head's output z: z · factor / divisor, then c tanh(z / c) with the soft cap c."""
+
+    factor: float = 1.0
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the logits; each step as transformers does it, so that they have the same bits."""
+        z = z if self.factor == 1 else z * self.factor
+        z = z if self.divisor == 1 else z / self.divisor
+        return z if self.cap is None else (z / self.cap).tanh() * self.cap
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Shapes of one model, from its config and the headers of its weights.
 
-    ``tables``: the embedding and, unless tied, the head; one row per token.
+    ``tables``: the embedding and, unless tied, the head; one row per token. ``closed``: why a component cannot shrink
+    as a whole, for those that cannot. ``parallel``: attention and MLP read the same residual stream.
+    ``residual_factor``: of what they add to it.
     """
 
     family: Family
@@ -213,6 +264,9 @@ class Architecture:
     matrices: Mapping[str, Matrix]
     tables: Mapping[str, Matrix]
     total_parameters: int
+    closed: Mapping[str, str] = field(default_factory=dict)
+    parallel: bool = False
+    residual_factor: float = 1.0
 
     @cached_property
     def targets(self) -> dict[str, Target]:
@@ -227,6 +281,7 @@ class Architecture:
         found = {
             name: Target(name, {r: self.matrices[r] for r in family.component(name)}, *inner[name])
             for name in ("qk", "ov", "mlp")
+            if name not in self.closed
         }
         return found | {role: _single(role, matrix) for role, matrix in self.matrices.items()}
 
@@ -245,11 +300,24 @@ class Architecture:
         """Head geometry of a layer."""
         return Heads(self.heads, self.kv_heads, self.head_dim, self.family.rotary)
 
-    def output_rows(self, role: str) -> slice:
-        """Return the output rows of the storing module that belong to a projection."""
-        fused = self.family.projections[role].fused
-        start = sum(self.matrices[r].rows for r in fused[: fused.index(role)]) if fused else 0
-        return slice(start, start + self.matrices[role].rows)
+    def own(self, role: str, x: Tensor, dim: int = 0) -> Tensor:
+        """Return a projection's part of x, whose dimension ``dim`` has the outputs of the module that stores it.
+
+        It is a view, unless the module stores all roles of a head before the next head.
+        """
+        stored = self.family.projections[role]
+        if not stored.fused:
+            return x
+        place = stored.fused.index(role)
+        if stored.order == "by_head":
+            dim %= x.ndim
+            return (
+                x.unflatten(dim, (self.heads, len(stored.fused), -1))
+                .select(dim + 1, place)
+                .flatten(dim, dim + 1)
+            )
+        start = sum(self.matrices[r].rows for r in stored.fused[:place])
+        return x.narrow(dim, start, self.matrices[role].rows)
 
     def site_width(self, site: str) -> int:
         """Return the width of the activations at a site."""
@@ -272,9 +340,7 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
     Raises UserError if the model has unsupported features or layers of different shapes.
     """
     check_supported(family, config)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv_heads, head_dim = head_counts(config)
     rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     matrices = {}
     for role, stored in family.projections.items():
@@ -300,7 +366,23 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
         matrices=matrices,
         tables={role: Matrix(*shape, bias=False) for role, shape in tables.items() if shape},
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        closed=closed_components(family, config),
+        parallel=getattr(config, str(family.parallel), bool(family.parallel)),
+        residual_factor=getattr(config, str(family.residual_factor), 1.0),
     )
+
+
+def logit_rule(family: Family, config: Any) -> LogitRule:
+    """Return what a model does with the head's output."""
+    keys = {"factor": family.logit_factor, "divisor": family.logit_divisor, "cap": family.logit_cap}
+    return LogitRule(**{name: getattr(config, key) for name, key in keys.items() if key})
+
+
+def head_counts(config: Any) -> tuple[int, int, int]:
+    """Return the query heads, the key and value heads, and the width of a head."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def _matrix(
@@ -308,13 +390,15 @@ def _matrix(
 ) -> Matrix:
     """Return the shape of a projection whose module has the full path ``name``."""
     out, into = reversed(shapes[f"{name}.weight"]) if stored.input_major else shapes[f"{name}.weight"]
-    return Matrix(rows[role] if stored.fused else out, into, f"{name}.bias" in shapes)
+    if stored.fused:
+        out = rows.get(role, out // len(stored.fused))
+    return Matrix(out, into, f"{name}.bias" in shapes)
 
 
 def canonical(
     family: Family, architecture: Architecture, state: Mapping[str, Tensor], role: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a projection's unfused (out, in) weight and (out,) bias as views of a layer's tensors.
+    """Return a projection's unfused (out, in) weight and (out,) bias from a layer's tensors, as ``Architecture.own``.
 
     ``state`` holds the tensors of one decoder layer, by path inside the layer.
     """
@@ -322,7 +406,4 @@ def canonical(
     weight, bias = state[f"{stored.module}.weight"], state.get(f"{stored.module}.bias")
     if stored.input_major:
         weight = weight.T
-    if stored.fused:
-        rows = architecture.output_rows(role)
-        weight, bias = weight[rows], bias if bias is None else bias[rows]
-    return weight, bias
+    return architecture.own(role, weight), None if bias is None else architecture.own(role, bias)

@@ -1,4 +1,4 @@
-"""Refuse models with unsupported features, from their family and config, before weights are read."""
+"""Say what lrc cannot do with a model, from its family and config, before weights are read."""
 
 from __future__ import annotations
 
@@ -21,30 +21,25 @@ def _refusals(family: Family, config: Any) -> Iterator[str]:
     for key, value in family.unsupported.items():
         if getattr(config, key, None) == value:
             yield f"{key}={value!r}"
-    if family.parallel:
-        yield "attention and MLP in parallel (the refit needs one after the other)"
-    for half in family.halves:
-        if half.post_norm is not None:
-            yield f"a norm after {half.module} ({half.post_norm}), which the refit does not support"
-    if family.norm_offset:
-        yield f"norms that multiply by {family.norm_offset} + w, which the logit scale and fused norms do not support"
     if family.experts and (count := getattr(config, family.experts, None) or 0) > 1:
         yield f"experts ({family.experts}={count})"
-    fused = {stored.module for stored in family.projections.values() if stored.order == "by_head"}
-    for module in sorted(fused):
-        yield f"queries, keys and values fused head by head ({module})"
+
+
+def closed_components(family: Family, config: Any) -> dict[str, str]:
+    """Return why a component cannot shrink as a whole, by its name; its projections can shrink one by one."""
+    reasons = list(_query_reasons(family, config))
+    return {"qk": " and ".join(reasons)} if reasons else {}
+
+
+def _query_reasons(family: Family, config: Any) -> Iterator[str]:
+    if family.qk_norm and getattr(config, str(family.qk_norm_key), True):
+        over = {"head": "each head", "width": "all heads"}[family.qk_norm]
+        yield f"a norm over {over} reads all dimensions of queries and keys"
     if family.rotary == "interleaved":
-        yield "rotary positions that rotate neighbouring dimensions"
-    share = getattr(config, family.rotary_share, None) if family.rotary_share else 1.0
-    if share is None:
-        share = (getattr(config, "rope_parameters", None) or {}).get(family.rotary_share, 1.0)
+        yield "rotary positions turn neighbouring dimensions"
+    rope = getattr(config, "rope_parameters", None) or {}
+    share = rope.get(family.rotary_share, 1.0) if family.rotary_share else 1.0
     if share < 1:
-        yield f"rotary positions on a part of each head ({family.rotary_share}={share:g})"
-    if family.qk_norm:
-        yield f"norms of queries and keys (over the {family.qk_norm})"
-    for key in family.soft_caps:
-        if (cap := getattr(config, key, None)) is not None:
-            yield f"soft caps ({key}={cap:g})"
-    window = getattr(config, family.window, None) if family.window else None
-    if window is not None and window < config.max_position_embeddings:
-        yield f"a sliding window ({family.window}={window})"
+        yield f"rotary positions turn a part of each head ({family.rotary_share}={share:g})"
+    if family.score_cap and (cap := getattr(config, family.score_cap, None)) is not None:
+        yield f"attention scores have a soft cap ({family.score_cap}={cap:g})"

@@ -91,8 +91,7 @@ class Output:
         columns = tensors.get(f"{family.attention}.rotary_columns")
 
         def part(role: str) -> Affine | Factors | None:
-            split = family.attention in table
-            path = family.split_module(role) if split else family.projections[role].module
+            path = family.path(role, table)
             return restore(table[path], below(tensors, path)) if path in table else None
 
         found: dict[str, Solution] = {}

@@ -169,7 +169,8 @@ class Solver:
     ``needs``: statistics in ``lrc.moments``; ``option_needs``: those that an option's value adds. ``metric``: what the
     method minimises. ``exact``: at full size the solution equals the original map. ``refuses``: returns why a family
     with these options is unsupported, or None. ``memory``: returns the bytes of a solve. ``rotary``: with rotary
-    positions, the method for each projection of the component, unless the plan names the component.
+    positions, or where the component cannot shrink as a whole, the method for each of its projections, unless the plan
+    names the component.
     """
 
     target: Literal["projection", "embed", "qk", "ov", "mlp"]

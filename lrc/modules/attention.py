@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrc.errors import UserError
-from lrc.families import Family, families
+from lrc.families import Family, families, head_counts
 from lrc.families.refusals import check_supported
+from lrc.modules.absent import Absent
 from lrc.modules.fused.merged import MergesProjections
 
 PREFIX = "Lrc"
@@ -45,6 +46,8 @@ class ReducedAttention(MergesProjections):
         config: Any
         layer_idx: int
         scaling: float
+        q_norm: nn.Module
+        k_norm: nn.Module
 
     def forward(
         self,
@@ -54,12 +57,18 @@ class ReducedAttention(MergesProjections):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = self.project([self.family.split[role] for role in ("q", "k", "v")], hidden_states)
-        widths = (self.qk_dim, self.qk_dim, self.v_dim)
-        query, key, value = (
-            x.unflatten(-1, (-1, width)).transpose(1, 2) for x, width in zip(inputs, widths, strict=True)
-        )
-        if position_embeddings is not None:
+        family = self.family
+        past_key_values = kwargs.pop(family.cache, past_key_values)
+        query, key, value = self.project([family.split[role] for role in ("q", "k", "v")], hidden_states)
+        norm = family.qk_norm if hasattr(self, "q_norm") else None
+        if norm == "width":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = (x.unflatten(-1, (-1, self.qk_dim)) for x in (query, key))
+        if norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        value = value.unflatten(-1, (-1, self.v_dim))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if position_embeddings is not None and (family.rotates is None or getattr(self, family.rotates)):
             query, key = self._rotate(query, key, *position_embeddings)
         step = STEP.get(query.device.type, 1)
         query, key, value = (_widen(x, x.shape[-1] + -x.shape[-1] % step) for x in (query, key, value))
@@ -68,9 +77,10 @@ class ReducedAttention(MergesProjections):
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         output = output[..., : self.v_dim].reshape(*hidden_states.shape[:-1], -1)
-        output = getattr(self, self.family.split["o"])(output)
-        if self.family.output_dropout:
-            output = getattr(self, self.family.output_dropout)(output)
+        output = getattr(self, family.split["o"])(output)
+        if family.output_dropout:
+            drop = getattr(self, family.output_dropout)
+            output = F.dropout(output, drop, self.training) if isinstance(drop, float) else drop(output)
         return output, weights
 
     def extra_repr(self) -> str:
@@ -85,6 +95,9 @@ class ReducedAttention(MergesProjections):
                     setattr(held, name, states[..., :width])
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if self.family.rotary != "half" or (cos.shape[-1] != self.qk_dim and self.rotary_columns is None):
+            # Of interleaved or partly rotated heads, which keep all dimensions.
+            return sys.modules[self.base.__module__].apply_rotary_pos_emb(query, key, cos, sin)
         if self.rotary_columns is None:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         else:  # (batch, tokens, columns) -> (batch, kv heads, tokens, kept columns)
@@ -107,37 +120,24 @@ class ReducedAttention(MergesProjections):
             implementation, modeling.eager_attention_forward
         )
         dropout = attrgetter(self.family.dropout)(self) if self.training else 0.0
+        for name, path in (("sliding_window", self.family.window), ("softcap", self.family.score_cap)):
+            if path is not None:
+                kwargs[name] = attrgetter(path)(self)
         return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
-class Absent(nn.Module):
-    """Stands where a projection was that is stored split; its empty tensor makes loading without lrc fail.
-
-    Its text is part of what PEFT says where an adapter is asked for it.
-    """
-
-    weight: Tensor
-
-    def __init__(self, like: Tensor, instead: list[str]) -> None:
-        super().__init__()
-        self.register_buffer("weight", like.new_empty(0))
-        self.instead = instead
-
-    def extra_repr(self) -> str:
-        return f"stored as {', '.join(self.instead)}: name these in target_modules"
-
-
-def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family) -> None:
+def reduce_attention(module: Any, entry: Mapping[str, Any], family: Family) -> None:
     """Turn a family's attention module into its reduced form in place; projections are replaced separately.
 
     ``entry`` has the head widths ``qk`` and ``v``, and ``rotary_columns``: whether columns are stored. Raises UserError
     for a config or an entry that reduced attention cannot run.
     """
-    config: Any = module.config
+    config = module.config
     check_supported(family, config)
     if not hasattr(module, "scaling"):
         raise UserError(f"compressed attention of {family.model_type} needs transformers 5.4 or newer")
-    qk, rotary, full = entry["qk"], family.rotary != "none", module.head_dim
+    heads, kv_heads, full = head_counts(config)
+    qk, rotary = entry["qk"], family.rotary != "none"
     if entry["rotary_columns"] and not rotary:
         raise UserError(
             f"an attention entry has rotary columns, but {family.model_type} has no rotary positions"
@@ -146,8 +146,6 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
         raise UserError(
             f"an attention entry keeps {qk} of {full} rotary dimensions, but has no rotary columns"
         )
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
     fused = {family.projections[role].module.removeprefix(f"{family.attention}.") for role in family.split}
     for name in sorted(fused - set(family.split.values())):
         setattr(module, name, Absent(getattr(module, name).weight, sorted(family.split.values())))
@@ -156,7 +154,7 @@ def reduce_attention(module: nn.Module, entry: Mapping[str, Any], family: Family
         device = next(iter(module.state_dict().values())).device
         columns = torch.empty(kv_heads, qk, dtype=torch.int64, device=device)
     set_class(module, family, qk, entry["v"], columns)
-    module.num_key_value_groups = config.num_attention_heads // kv_heads
+    module.num_key_value_groups, module.head_dim = heads // kv_heads, full
 
 
 def set_class(module: nn.Module, family: Family, qk: Any, v: Any, columns: Tensor | None) -> None:
@@ -191,8 +189,11 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def __getattr__(name: str) -> Any:
     """Return a reduced class by name; pickle needs this in a process that has not made the class yet."""
     if name.startswith(PREFIX):
+        from transformers.models.auto.configuration_auto import model_type_to_module_name
+
         for model_type, family in families().items():
-            modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+            folder = model_type_to_module_name(model_type)
+            modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
             if hasattr(modeling, name.removeprefix(PREFIX)):
                 return reduced_class(getattr(modeling, name.removeprefix(PREFIX)), family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

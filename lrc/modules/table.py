@@ -13,10 +13,12 @@ from lrc.families import Family
 from lrc.modules.attention import ReducedAttention, reduce_attention
 from lrc.modules.kind import Entry, kind_of, kinds, with_nested
 from lrc.modules.low_rank import EMBEDDING, FactorizedEmbedding
+from lrc.modules.mlp import GatedMLP, split_mlp
 
 Table = dict[str, Entry]
 
 ATTENTION = "attention"
+MLP = "mlp"  # whose input projections are apart
 DENSE = "dense"
 APPLIED = "_lrc_table_applied"
 
@@ -31,17 +33,19 @@ def apply_table(root: nn.Module, table: Mapping[str, Mapping[str, Any]], family:
         return
     _check(table, family)
     like = next(root.parameters())
-    for path, entry in sorted(table.items(), key=lambda item: item[1]["kind"] != ATTENTION):
+    for path, entry in sorted(table.items(), key=lambda item: item[1]["kind"] not in (ATTENTION, MLP)):
         parent_path, _, name = path.rpartition(".")
         try:
             parent = root.get_submodule(parent_path)
-            if not (isinstance(parent, ReducedAttention) and name in family.split.values()):
+            if not (isinstance(parent, ReducedAttention | GatedMLP) and name in _apart(family)):
                 parent.get_submodule(name)
         except AttributeError:
             raise UserError(f"the module table names {path!r}, which the model does not have") from None
         try:
             if entry["kind"] == ATTENTION:
                 reduce_attention(parent.get_submodule(name), entry, family)
+            elif entry["kind"] == MLP:
+                split_mlp(parent.get_submodule(name), family)
             else:
                 setattr(parent, name, build(entry, like))
         except KeyError as missing:
@@ -69,8 +73,13 @@ def attention_entry(qk: int, v: int, rotary_columns: bool) -> Entry:
     return {"kind": ATTENTION, "qk": qk, "v": v, "rotary_columns": rotary_columns}
 
 
+def _apart(family: Family) -> set[str]:
+    """Return the names of projections that attention and MLP may hold and the family's own modules lack."""
+    return {name for names in family.splits.values() for name in names.values()}
+
+
 def _check(table: Mapping[str, Mapping[str, Any]], family: Family) -> None:
-    known = {ATTENTION, DENSE, EMBEDDING, *kinds()}
+    known = {ATTENTION, MLP, DENSE, EMBEDDING, *kinds()}
     for path, entry in table.items():
         for kind in (each.get("kind") for each in with_nested(entry)):
             if kind not in known:
@@ -78,8 +87,8 @@ def _check(table: Mapping[str, Mapping[str, Any]], family: Family) -> None:
                     f"{path!r} is stored as {kind!r}, which this lrc does not know; {nearest(str(kind), known)}; "
                     "a newer lrc may: pip install --upgrade lrc"
                 )
-        if entry["kind"] == ATTENTION:
-            for name in family.split.values():
+        if entry["kind"] in (ATTENTION, MLP):
+            for name in (family.split if entry["kind"] == ATTENTION else family.split_mlp).values():
                 if f"{path}.{name}" not in table:
                     raise UserError(
                         f"the module table has {path!r} but not its projection {path + '.' + name!r}"

@@ -93,8 +93,10 @@ class QueryStatistic(Statistic):
     def __init__(self, layer: Layer, targets: Iterable[str]) -> None:
         super().__init__(layer, targets)
         self._path = layer.architecture.family.attention
-        scale: Any = layer.module.get_submodule(self._path).scaling
-        self.scale: float = scale
+        module: Any = layer.module.get_submodule(self._path)
+        self.scale: float = module.scaling
+        family = layer.architecture.family
+        self._turned = family.rotary != "none" and (family.rotates is None or getattr(module, family.rotates))
 
     @property
     def watched(self) -> Collection[str]:
@@ -104,7 +106,7 @@ class QueryStatistic(Statistic):
         call = calls[self._path]
         x = call.input.to(self.layer.dtype)
         q, k = (self._heads(role, x) for role in ("q", "k"))
-        if self.layer.architecture.geometry.rotary != "none":
+        if self._turned:
             cos, sin = (table.unsqueeze(1) for table in call.kwargs["position_embeddings"])
             q, k = turn(q, cos, sin), turn(k, cos, sin)
         mask = call.kwargs.get("attention_mask")

@@ -90,7 +90,8 @@ class Levels:
         for component in COMPONENTS:
             wish = replace(base, target=component)
             solver = wish.solver(self.methods)
-            if solver and solver.rotary and self.architecture.family.rotary != "none":
+            closed = component in self.architecture.closed
+            if solver and solver.rotary and (closed or self.architecture.family.rotary != "none"):
                 wish = replace(wish, method=solver.rotary)
             if solver or base.method not in self.methods:
                 self._overlay(wishes, wish)
@@ -157,6 +158,10 @@ class Levels:
                 found[path] = entry
             elif target in self.architecture.outer:
                 self.outside[path] = entry
+            elif target in COMPONENTS:
+                model, roles = self.architecture.family.model_type, self.architecture.family.component(target)
+                reason = f"{model} cannot shrink {target}: {self.architecture.closed[target]}"
+                self.document.mistake(path, f"{reason}; write {' and '.join(roles)} under projections")
             elif target == "lm_head":
                 self.document.mistake(
                     path, "the head of this model is tied to its embedding; write embed for both"
@@ -221,11 +226,12 @@ class Levels:
     def _overlay(self, wishes: dict[str, Wish], new: Wish) -> list[tuple[Wish, Wish]]:
         """Put a wish over others; return each replaced wish with the one in its place.
 
-        A component is split into its projections if only those have a solver in its method.
+        A component is split into its projections if only those have a solver in its method, or can shrink.
         """
         method, targets, replaced = self.methods.get(new.method), [new.target], []
         solvers = method.solvers if method else {}
-        if new.target in COMPONENTS and new.target not in solvers and "projection" in solvers:
+        whole = new.target in solvers and new.target in self.architecture.targets
+        if new.target in COMPONENTS and not whole and "projection" in solvers:
             targets = self.architecture.family.component(new.target)
         for target in targets:
             wish = replace(new, target=target)

@@ -194,9 +194,7 @@ class GradientSweep:
 
     def _rows(self, outputs: Mapping[str, Tensor], role: str) -> Tensor:
         """Return a role's part of its module's output."""
-        return outputs[self._architecture.family.projections[role].module][
-            ..., self._architecture.output_rows(role)
-        ]
+        return self._architecture.own(role, outputs[self._architecture.family.projections[role].module], -1)
 
 
 def _drawn(tail: Callable[[Tensor], Tensor], hidden: Tensor, generator: torch.Generator) -> Tensor:

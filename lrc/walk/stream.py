@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
+from lrc.families import logit_rule
 from lrc.modules.table import Table, apply_table
 from lrc.moments.observe import observe
 from lrc.moments.statistic import Observer, Statistic
@@ -169,12 +170,14 @@ class ModelStream:
         """
         family = self.reader.family
         stored = family.embedding if self.reader.config.tie_word_embeddings else family.head
+        rule = logit_rule(family, self.reader.config)
         norm, last = self.final_norm(), head or self._outer(family.head, stored)
 
         def logits(hidden: Tensor, factors: Tensor | None = None) -> Tensor:
             with self.precision():
                 normed = norm(self.fetch(hidden))
-                return last(normed if factors is None else (normed * factors).to(normed.dtype))
+                found = last(normed if factors is None else (normed * factors).to(normed.dtype))
+            return rule(found)
 
         return logits
 

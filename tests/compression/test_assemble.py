@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.compression.assemble import ReducedLayer, assemble, restore, store
-from lrc.families import canonical, families
+from lrc.families import canonical
 from lrc.maths.linalg import best_pair
 from lrc.methods.contract import Affine, Factors, Prediction, Solution
 from lrc.walk.stream import ModelStream
@@ -75,7 +75,7 @@ def layer(tiny_checkpoint: Any, family: str) -> Layer:
 
 llama = pytest.mark.parametrize("family", ["llama"])
 gpt2 = pytest.mark.parametrize("family", ["gpt2"])
-both = pytest.mark.parametrize("family", sorted(families()))
+both = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
 @both

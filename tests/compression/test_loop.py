@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lrc.compression.finish import logit_scale, refit_records, target_records, w
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
 from lrc.compression.refit import NORMS, REFITS, RIDGE, RIDGES, RefitRecord, StreamNorms, held_out_mask
-from lrc.families import families
+from lrc.families import families, logit_rule
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods
 from lrc.moments import collectors
@@ -37,8 +38,13 @@ from lrc.walk.backward import GradientSweep
 from lrc.walk.stream import ModelStream
 
 CPU = torch.device("cpu")
-FAMILIES = sorted(families())
+FAMILIES = ["gpt2", "llama"]
+OTHERS = sorted(families().keys() - FAMILIES)
 METHODS = ["a3", "whitened_svd", "two_sided_svd", "svd", "monarch"]
+# Every method on two families, and the default one on all.
+WIDELY = pytest.mark.parametrize(
+    ("family", "method"), [*product([*FAMILIES, "llama+"], METHODS), *((family, "a3") for family in OTHERS)]
+)
 
 
 class Killed(Exception):
@@ -154,7 +160,7 @@ def inputs_at(folder: Path, paths: dict[str, str]) -> dict[str, Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with observe(model, paths) as calls, torch.no_grad():
         model(blocks())
-    return {name: call.input for name, call in calls.items()}
+    return {name: call.input.view(*blocks().shape, -1) for name, call in calls.items()}
 
 
 def ridge_on_tokens(
@@ -235,13 +241,17 @@ def test_first_tokens_that_count_more_lose_less(tiny_checkpoint, out, family, al
     assert lost[1000][1:].mean() >= lost[1][1:].mean()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama+"])
-@pytest.mark.parametrize("method", METHODS)
+@WIDELY
 @pytest.mark.parametrize("refit", ["none", "residual"])
 def test_at_full_size_the_model_is_the_same(biased, out, family, method, refit):
     source = biased(family)
     components = method == "a3"
-    targets = ["qk", "ov", "mlp"] if components else list(CheckpointReader(source).architecture.matrices)
+    architecture = CheckpointReader(source).architecture
+    targets = (
+        list(architecture.targets)[: -len(architecture.matrices)]
+        if components
+        else list(architecture.matrices)
+    )
     run = compress(source, out("o"), whole_plan(source, method, refit, targets))
     old, new = outputs(source).logits, outputs(run.out).logits
     assert (new - old).abs().max() < 1e-4 * old.abs().max()
@@ -272,8 +282,7 @@ def test_what_a_config_may_say_holds_at_full_size_and_below(biased, out, family,
         assert record["measured"]["error"] == pytest.approx(record["predicted"]["error"], rel=1e-3)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama+"])
-@pytest.mark.parametrize("method", METHODS)
+@WIDELY
 def test_the_saved_folder_is_the_stream(biased, out, family, method, monkeypatch):
     """``from_pretrained`` gives the hidden states that the run's own compressed stream ended with."""
     source = biased(family)
@@ -295,15 +304,14 @@ def test_the_saved_folder_is_the_stream(biased, out, family, method, monkeypatch
     norm.load_state_dict({n: stored[f"{reader.family.final_norm}.{n}"] for n in norm.state_dict()})
     with torch.no_grad():
         normed = norm(torch.cat(streamed))
-        expected = stock.get_submodule(reader.family.head)(normed)
+        expected = logit_rule(reader.family, reader.config)(stock.get_submodule(reader.family.head)(normed))
     ids = in_order(blocks())
     loaded = outputs(run.out, ids)
     torch.testing.assert_close(loaded.logits, expected, rtol=1e-4, atol=1e-4)
     assert (loaded.logits - outputs(source, ids).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama+"])
-@pytest.mark.parametrize("method", METHODS)
+@WIDELY
 def test_the_refit_brings_the_residual_stream_nearer(biased, out, family, method):
     source = biased(family, num_hidden_layers=3)
     exact = outputs(source)
@@ -349,7 +357,10 @@ def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, fam
     )
     path = next(
         p
-        for p in (f"{layer}.{shape.split_module(role)}", f"{layer}.{shape.projections[role].module}")
+        for p in (
+            f"{layer}.{shape.path(role, [shape.attention])}",
+            f"{layer}.{shape.projections[role].module}",
+        )
         if f"{p}.weight" in fitted.tensors()
     )
     start = weights_of(plain.out, path) or weights_of(source, f"{layer}.{shape.projections[role].module}")
@@ -383,30 +394,36 @@ def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, fam
     assert record.held_out.after == pytest.approx(errors[record.ridge] / float(first), rel=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_stream_errors_are_those_of_every_layer(biased, out, family):
-    """Also behind layers that were refitted in both halves, and none behind a layer that stays whole."""
+    """Also behind layers that were refitted in both halves, and none behind a layer that stays whole.
+
+    A norm behind a projection is taken as linear; no module reads a stream between parallel halves.
+    """
     source = biased(family, num_hidden_layers=3)
-    shape = CheckpointReader(source).family
+    architecture = CheckpointReader(source).architecture
+    shape = architecture.family
+    exact = shape.halves[0].post_norm is None
     run = compress(source, out("o"), "keep: 0.5\nlayers:\n  - {match: 1, keep: 1.0}")
     assert [(r.layer, r.role) for r in run.refits] == [
         (layer, role) for layer in (0, 2) for role in ("o", shape.mlp_output)
     ]
-    places = {
-        "0 o": f"{shape.layers}.0.{shape.half('mlp').norm}",
-        f"0 {shape.mlp_output}": f"{shape.layers}.1",
-    }
-    places |= {"2 o": f"{shape.layers}.2.{shape.half('mlp').norm}", f"2 {shape.mlp_output}": shape.final_norm}
+    places = {f"0 {shape.mlp_output}": f"{shape.layers}.1", f"2 {shape.mlp_output}": shape.final_norm}
+    if not architecture.parallel:
+        places |= {f"{layer} o": f"{shape.layers}.{layer}.{shape.half('mlp').entry}" for layer in (0, 2)}
     old, new = inputs_at(source, places), inputs_at(run.out, places)
     for record in run.refits:
         place = f"{record.layer} {record.role}"
         assert record.held_out is not None
         assert record.applied == (record.held_out.after < record.held_out.before)
         assert record.error.after < record.error.before
+        if place not in places:
+            continue
         for error, part in ((record.held_out, slice(1)), (record.error, slice(1, None))):
             apart = (new[place] - old[place])[part].double().square().sum()
             reached = error.after if record.applied else error.before
-            assert reached == pytest.approx(float(apart / old[place][part].double().square().sum()), rel=1e-3)
+            expected = float(apart / old[place][part].double().square().sum())
+            assert reached == pytest.approx(expected, rel=1e-3 if exact else 0.3)
     manifest = json.loads((run.out / "lrc.json").read_text())
     assert REFITS.validate_python(manifest["refits"]) == run.refits
     counted = NORMS.validate_python(manifest["stream_norms"])

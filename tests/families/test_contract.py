@@ -21,20 +21,19 @@ from lrc.cli import app
 from lrc.compression.assemble import assemble
 from lrc.compression.refit import REFITS
 from lrc.errors import UserError
-from lrc.families import canonical, describe, families
+from lrc.families import canonical, describe, families, logit_rule
 from lrc.moments.observe import observe
 from lrc.walk.stream import ModelStream
 
 CPU = torch.device("cpu")
 WORDS = "It was a bright cold day in April, and nobody had yet counted the words of this sentence. " * 12
-# Heads narrower in keys and values, fewer neurons: everything that the compressed attention can do.
 PLAN = """\
 format: 1
 keep: 0.5
-scale: logits
-components: {qk: {metric: attention}}
 calibration: {samples: 8, seq_len: 32}
 """
+# Narrower heads of keys as of values, where the family can.
+NARROW_KEYS = "components: {qk: {metric: attention}}\n"
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,25 @@ class Made:
         return json.loads((self.out / "lrc.json").read_text(encoding="utf-8"))
 
 
+def capped(source: CheckpointReader) -> bool:
+    """Tells whether logits end in a soft cap, so that a norm cannot scale them."""
+    return logit_rule(source.family, source.config).cap is not None
+
+
 @pytest.fixture(scope="module", params=sorted(families()))
 def made(request: pytest.FixtureRequest, shared_checkpoint: Any, tmp_path_factory: Any) -> Made:
     folder, work = shared_checkpoint(request.param), tmp_path_factory.mktemp("family")
     (work / "text.txt").write_text(WORDS, encoding="utf-8")
-    (work / "plan.yaml").write_text(PLAN, encoding="utf-8")
+    source = CheckpointReader(folder)
+    plan = PLAN + (NARROW_KEYS if "qk" in source.architecture.targets else "")
+    plan += "" if capped(source) else "scale: logits\n"
+    (work / "plan.yaml").write_text(plan, encoding="utf-8")
     words = ["compress", folder, "--plan", work / "plan.yaml", "--calib", work / "text.txt"]
     result = CliRunner().invoke(
         app, [str(word) for word in (*words, "--out", work / "out", "--device", "cpu", "--no-eval")]
     )
     assert result.exit_code == 0, result.output
-    return Made(CheckpointReader(folder), work / "out")
+    return Made(source, work / "out")
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +93,26 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-def test_roles_reassemble_the_state_bit_for_bit(made: Made) -> None:
+def test_roles_are_all_rows_of_the_state_bit_for_bit(made: Made) -> None:
     family, architecture = made.source.family, made.source.architecture
+
+    def in_order(rows: Tensor) -> Tensor:
+        return rows[rows.flatten(1)[:, 0].argsort()]
+
     for index in range(architecture.layers):
-        state, again = made.source.layer(index), dict[str, Tensor]()
+        state, covered = made.source.layer(index), set[str]()
         for stored in set(family.projections.values()):
             roles = stored.fused or [r for r, each in family.projections.items() if each is stored]
             parts = [canonical(family, architecture, state, role) for role in roles]
-            weight = torch.cat([weight for weight, _ in parts])
-            again[f"{stored.module}.weight"] = weight.T if stored.input_major else weight
-            if parts[0][1] is not None:
-                again[f"{stored.module}.bias"] = torch.cat([b for _, b in parts if b is not None])
-        matrices = {name for name, tensor in state.items() if tensor.ndim == 2}
-        assert matrices <= set(again)
-        assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())
+            name = f"{stored.module}.weight"
+            weight = state[name].T if stored.input_major else state[name]
+            assert torch.equal(in_order(torch.cat([each for each, _ in parts])), in_order(weight))
+            covered.add(name)
+            if biases := [bias for _, bias in parts if bias is not None]:
+                whole = state[f"{stored.module}.bias"]
+                assert torch.equal(torch.cat(biases).sort().values, whole.sort().values)
+        matrices = {name for name, tensor in state.items() if tensor.ndim == 2 and "norm" not in name}
+        assert matrices == covered
 
 
 def test_a_projection_maps_what_its_site_has_to_what_its_module_returns(
@@ -113,26 +126,36 @@ def test_a_projection_maps_what_its_site_has_to_what_its_module_returns(
     for role, stored in family.projections.items():
         weight, bias = canonical(family, architecture, made.source.layer(1), role)
         mapped = F.linear(calls[family.site(role)].input, weight, bias)
-        close(mapped, calls[stored.module].output[..., architecture.output_rows(role)])
+        close(mapped, architecture.own(role, calls[stored.module].output, -1).view_as(mapped))
 
 
 def test_the_halves_add_up_to_the_layer(made: Made, stock: Any, ids: Tensor) -> None:
-    family = made.source.family
+    family, architecture = made.source.family, made.source.architecture
     layer = stock.get_submodule(f"{family.layers}.1")
-    paths = {half.name: half.module for half in family.halves}
-    norms = {f"{half.name} norm": half.norm for half in family.halves}
-    closing = {f"{half.name} end": family.projections[half.output].module for half in family.halves}
-    with observe(layer, {**paths, **norms, **closing}) as calls, observe(layer, {"layer": ""}) as whole:
+    used = [path for half in family.halves for path in (half.module, half.norm, half.post_norm) if path]
+    closing = [family.projections[half.output].module for half in family.halves]
+    with (
+        observe(layer, {path: path for path in (*used, *closing)}) as calls,
+        observe(layer, {"": ""}) as whole,
+    ):
         logits(stock, ids)
-    stream = whole["layer"].input
+    before = stream = whole[""].input
     for half in family.halves:
-        close(calls[f"{half.name} norm"].input, stream)
-        assert torch.equal(calls[half.name].input, calls[f"{half.name} norm"].output)
-        output = calls[half.name].output
-        stream = stream + (output[0] if isinstance(output, tuple) else output)
-        close(calls[f"{half.name} end"].output, output[0] if isinstance(output, tuple) else output)
-    out = whole["layer"].output
-    close(out[0] if isinstance(out, tuple) else out, stream)
+        close(calls[half.entry].input, before if architecture.parallel else stream)
+        output = calls[family.projections[half.output].module].output.view_as(stream)
+        if half.module:
+            close(first(calls[half.module].output), output)
+            if half.norm:
+                assert torch.equal(calls[half.module].input, calls[half.norm].output)
+        if half.post_norm:
+            close(calls[half.post_norm].input, output)
+            output = calls[half.post_norm].output
+        stream = stream + architecture.residual_factor * output
+    close(first(whole[""].output), stream)
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def test_nothing_reduced_gives_the_same_logits(made: Made, stock: Any, ids: Tensor) -> None:
@@ -148,6 +171,10 @@ def test_nothing_reduced_gives_the_same_logits(made: Made, stock: Any, ids: Tens
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_generates_the_same_with_caches_and_without(made: Made, ids: Tensor, implementation: str) -> None:
+    if implementation == "sdpa" and not made.source.family.sdpa:
+        with pytest.raises(ValueError, match="does not support"):
+            lrc.load(made.out, attn_implementation=implementation)
+        return
     reduced: Any = lrc.load(made.out, dtype=torch.float32, attn_implementation=implementation)
     greedy: dict[str, Any] = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
     expected = reduced.generate(ids, **greedy, use_cache=False)
@@ -160,8 +187,11 @@ def test_the_cache_is_narrower(made: Made, reduced: Any, ids: Tensor) -> None:
     sizes = {(t["layer"], t["target"]): t["size"] for t in made.manifest["targets"]}
     cache = reduced(ids, use_cache=True).past_key_values
     widths = [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
-    assert widths == [(sizes[i, "qk"], sizes[i, "ov"]) for i in range(made.source.architecture.layers)]
-    assert all(max(each) < made.source.architecture.head_dim for each in widths)
+    full, layers = made.source.architecture.head_dim, range(made.source.architecture.layers)
+    assert widths == [(sizes.get((i, "qk"), full), sizes[i, "ov"]) for i in layers]
+    assert all(v < full for _, v in widths)
+    if "qk" in made.source.architecture.targets:
+        assert all(qk < full for qk, _ in widths)
 
 
 def test_left_padding_changes_nothing(reduced: Any, ids: Tensor) -> None:
@@ -182,6 +212,9 @@ def test_the_refit_lowers_the_error_of_the_stream(made: Made) -> None:
 
 
 def test_the_logit_scale_scales_the_logits(made: Made, reduced: Any, ids: Tensor) -> None:
+    if capped(made.source):
+        assert made.manifest["scale"] is None
+        return
     scale: float = made.manifest["scale"]["value"]
     name = made.source.family.final_norm
     assert abs(scale - 1) > 1e-3
@@ -195,39 +228,33 @@ def test_the_logit_scale_scales_the_logits(made: Made, reduced: Any, ids: Tensor
         norm.load_state_dict(kept)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "parallel": ({"parallel": True}, {}, "in parallel"),
-    "1 + w": ({"norm_offset": 1}, {}, r"multiply by 1 \+ w"),
-    "qk norm": ({"qk_norm": "head"}, {}, "norms of queries and keys"),
+def test_experts_are_refused_before_any_weight_is_read(made: Made) -> None:
+    settings = copy.deepcopy(made.source.config)
+    settings.experts = 8
+    with pytest.raises(UserError, match=f"{made.source.family.model_type} is not supported with experts.*=8"):
+        describe(replace(made.source.family, experts="experts"), settings, {})
+
+
+# A fact of the family and of the config, and why queries and keys cannot shrink together.
+CLOSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "qk norm": ({"qk_norm": "head"}, {}, "a norm over each head"),
     "interleaved": ({"rotary": "interleaved"}, {}, "neighbouring dimensions"),
-    "partial": ({"rotary_share": "share"}, {"share": 0.5}, "share=0.5"),
-    "soft caps": ({"soft_caps": ("cap",)}, {"cap": 50.0}, "cap=50"),
-    "window": ({"window": "window"}, {"window": 16}, "window=16"),
-    "experts": ({"experts": "experts"}, {"experts": 8}, "experts=8"),
+    "partial": ({"rotary_share": "share"}, {"rope_parameters": {"share": 0.5}}, "share=0.5"),
+    "soft caps": ({"score_cap": "cap"}, {"cap": 50.0}, "cap=50"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_fact_without_code_is_refused_before_any_weight_is_read(made: Made, name: str) -> None:
-    facts, config, message = REFUSED[name]
-    source = made.source
-    shapes = {key: stored.shape for key, stored in source.tensors.items()}
-    settings = copy.deepcopy(source.config)
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_component_that_cannot_shrink_is_no_target(made: Made, name: str) -> None:
+    facts, config, message = CLOSED[name]
+    settings = copy.deepcopy(made.source.config)
     for key, value in config.items():
         setattr(settings, key, value)
-    with pytest.raises(UserError, match=f"{source.family.model_type} is not supported with .*{message}"):
-        describe(replace(source.family, **facts), settings, shapes)
-
-
-def test_a_norm_behind_a_module_and_a_fusing_by_head_are_refused(made: Made) -> None:
-    family = made.source.family
-    attention, mlp = family.halves
-    behind = replace(family, halves=(replace(attention, post_norm="post"), mlp))
-    with pytest.raises(UserError, match=rf"a norm after {attention.module} \(post\)"):
-        describe(behind, made.source.config, {})
-    stored = replace(family.projections["q"], order="by_head")
-    with pytest.raises(UserError, match=rf"fused head by head \({stored.module}\)"):
-        describe(replace(family, projections={**family.projections, "q": stored}), made.source.config, {})
+    shapes = {key: stored.shape for key, stored in made.source.tensors.items()}
+    found = describe(replace(made.source.family, **facts), settings, shapes)
+    assert message in found.closed["qk"]
+    assert "qk" not in found.targets
+    assert {"q", "k", "ov", "mlp"} <= set(found.targets)
 
 
 def test_layers_that_differ_are_named_with_both_shapes(made: Made) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import lrc  # noqa: F401
-from lrc.families import Architecture, canonical, describe, family_of
+from lrc.families import Architecture, Stored, canonical, describe, family_of
 from lrc.modules import kinds
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -57,7 +57,10 @@ def reduce_attention(layer: Layer, architecture: Architecture, index: int) -> No
     kv, group = architecture.kv_heads, HEADS // architecture.kv_heads
     rotary = architecture.family.rotary == "half"
     layer.qk, layer.v = (4, 5) if index % 2 else (6, 3)
-    if rotary:
+    if "qk" in architecture.closed:
+        layer.qk = WIDTH
+        kept = torch.arange(WIDTH).expand(kv, WIDTH)
+    elif rotary:
         first = torch.stack([torch.randperm(WIDTH // 2)[: layer.qk // 2] for _ in range(kv)])
         kept = torch.cat([first, first + WIDTH // 2], dim=1)
         layer.columns = kept
@@ -164,12 +167,19 @@ def put_back(stock: PreTrainedModel, architecture: Architecture, index: int, equ
             continue
         done.add(stored.module)
         parts = [equal[r] for r in stored.fused or (role,)]
-        weight = torch.cat([w for w, _ in parts])
+        weight = joined(architecture, stored, [w for w, _ in parts])
         module: Any = decoder.get_submodule(stored.module)
         with torch.no_grad():
             module.weight.copy_(weight.T if stored.input_major else weight)
             if parts[0][1] is not None:
-                module.bias.copy_(torch.cat([b for _, b in parts if b is not None]))
+                module.bias.copy_(joined(architecture, stored, [b for _, b in parts if b is not None]))
+
+
+def joined(architecture: Architecture, stored: Stored, parts: list[Tensor]) -> Tensor:
+    """Put projections together as their module stores them."""
+    if stored.order == "stacked":
+        return torch.cat(parts)
+    return torch.cat([part.unflatten(0, (architecture.heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def write(source: Path, folder: Path, change: str, *, shards: int = 1) -> Compressed:
@@ -179,7 +189,9 @@ def write(source: Path, folder: Path, change: str, *, shards: int = 1) -> Compre
     family = family_of(config.model_type)
     old = load_file(source / "model.safetensors")
     stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    full = {n: t for n, t in stock.state_dict().items() if n in old}
+    full = {
+        n: t for n, t in stock.state_dict().items() if n in {family.old_names.get(each, each) for each in old}
+    }
     architecture = describe(family, config, {name: tuple(t.shape) for name, t in full.items()})
     table: dict[str, Any] = {}
     state = {name: tensor for name, tensor in full.items() if not name.startswith(f"{family.layers}.")}
@@ -207,9 +219,12 @@ def write(source: Path, folder: Path, change: str, *, shards: int = 1) -> Compre
             }
             if layer.columns is not None:
                 state[f"{attention}.rotary_columns"] = layer.columns
-            for name in {family.projections[r].module for r in "qkvo" if family.projections[r].input_major}:
-                state[f"{start}{name}.weight"] = torch.empty(0)
-        store(layer, lambda role, start=start: start + family.split_module(role), table, state)
+        if family.split_mlp and family.mlp_output in touched:
+            table[start + family.mlp] = {"kind": "mlp"}
+        apart = {role: start + family.path(role, family.splits) for role in touched}
+        gone = {start + family.projections[role].module for role in touched} - set(apart.values())
+        state |= {f"{name}.weight": torch.empty(0) for name in gone}
+        store(layer, apart.__getitem__, table, state)
         put_back(stock, architecture, index, layer.equal)
     folder.mkdir()
     raw = json.loads((source / "config.json").read_text())

@@ -26,7 +26,8 @@ from lrc.modules import attention
 from lrc.modules.attention import ReducedAttention
 from lrc.modules.table import apply_table
 
-FAMILIES = sorted(families())
+# Every family passes the tests of its contract; these hold two to all that transformers does with a model.
+FAMILIES = ("gpt2", "llama")
 Make = Callable[..., Any]
 
 
@@ -52,11 +53,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", ["full", "attention", "mlp", "factors", "all"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(families()))
 def test_logits_equal_the_stock_model(compressed: Make, family: str, change: str) -> None:
     made = compressed(family, change)
     tokens = ids()
-    for implementation in ("eager", "sdpa"):
+    for implementation in ("eager", "sdpa") if families()[family].sdpa else ("eager",):
         model = load(made.folder, attn_implementation=implementation)
         made.stock.set_attn_implementation(implementation)
         close(logits(model, tokens), logits(made.stock, tokens))

@@ -131,7 +131,7 @@ def test_the_batch_size_and_what_else_is_wanted_change_only_rounding(tiny_checkp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_half_precision_stays_close(tiny_checkpoint, family, dtype):
     """A label may fall otherwise where its draw is close."""
     folder = tiny_checkpoint(family)
@@ -158,7 +158,7 @@ def test_float16_loses_no_small_gradients(tiny_checkpoint):
         assert (rough[name] - right).norm() < 0.2 * right.norm(), name
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_half_the_trace_is_the_divergence_that_a_change_causes(tiny_checkpoint, family):
     """At the last projection no token's change reaches another's logits; inputs and gradients are not independent."""
     folder, ids = tiny_checkpoint(family), blocks(40, 48)

@@ -85,10 +85,10 @@ def test_bfloat16_layers_stay_close_on_a_float32_stream(tiny_checkpoint, family)
     for ours, theirs, right in zip(states[:-1], stock[:-1], exact[:-1], strict=True):
         assert ours.dtype == torch.float32
         size = right.norm()
-        assert (ours - right).norm() < 0.02 * size
+        assert (ours - right).norm() < 0.03 * size
         assert (ours - right).norm() < 1.5 * (theirs - right).norm()  # no worse than transformers' own
     final = normed(folder, states[-1])
-    assert (final - exact[-1]).norm() < 0.02 * exact[-1].norm()
+    assert (final - exact[-1]).norm() < 0.03 * exact[-1].norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

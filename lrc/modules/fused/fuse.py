@@ -11,18 +11,7 @@ from torch import Tensor, nn
 from lrc.families import Family, family_of
 from lrc.modules.attention import ReducedAttention, set_class
 from lrc.modules.fused.merged import MergesProjections, mergeable
-
-
-class GatedMLP(MergesProjections):
-    """Class that replaces a family's own on its gated MLP; the module's attributes stay."""
-
-    family: Family
-    stock: type[nn.Module]
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.project(_mlp_names(self.family), x)
-        hidden = getattr(self, self.family.activation)(gate) * up
-        return getattr(self, _mlp_name(self.family, self.family.mlp_output))(hidden)
+from lrc.modules.mlp import GatedMLP, gate_mlp
 
 
 class FusedRMSNorm(nn.Module):
@@ -56,11 +45,12 @@ def fuse(model: nn.Module) -> int:
     for path, module in modules:
         if path.endswith(f".{family.attention}"):
             count += _fuse_attention(module, family)
-        elif path.endswith(f".{family.mlp}") and len(family.mlp_inputs) > 1:
+        elif len(family.mlp_inputs) > 1 and path.endswith(f".{family.mlp}"):
             count += _fuse_mlp(module, family)
-    if family.norm_epsilon is None:
+    mlp = family.half("mlp")
+    if family.norm_epsilon is None or family.norm_offset:
         return count
-    norm = f".{family.half('mlp').norm}"
+    norm = f".{mlp.norm or mlp.post_norm}"
     norms = {type(module) for path, module in modules if path.endswith(norm)} - {FusedRMSNorm}
     for _, module in modules:
         # An adapter may have wrapped or replaced a norm.
@@ -80,7 +70,7 @@ def unfuse(model: nn.Module) -> None:
             for parameter in getattr(module, name).parameters():
                 parameter.data = parameter.data.clone()
         module.merged = None
-        if isinstance(module, GatedMLP):
+        if isinstance(module, GatedMLP) and not module.family.split_mlp:
             module.__class__ = module.stock  # type: ignore[assignment]
             del module.family, module.stock
         elif isinstance(module, ReducedAttention) and module.stock:
@@ -103,22 +93,14 @@ def _fuse_attention(module: Any, family: Family) -> bool:
 
 
 def _fuse_mlp(module: Any, family: Family) -> bool:
-    names = _mlp_names(family)
-    if not mergeable(module, names):
+    """Merge gate and up; tell whether that saved products (an MLP that stores them fused saves none)."""
+    split = isinstance(module, GatedMLP)
+    names = family.mlp_names[:-1]
+    if (family.split_mlp and not split) or not mergeable(module, names):
         return False
-    if not isinstance(module, GatedMLP):
-        stock = type(module)
-        module.__class__ = GatedMLP
-        module.family, module.stock = family, stock
+    if not split:
+        gate_mlp(module, family)
     return module.merge(names)
-
-
-def _mlp_names(family: Family) -> list[str]:
-    return [_mlp_name(family, role) for role in family.mlp_inputs]
-
-
-def _mlp_name(family: Family, role: str) -> str:
-    return family.projections[role].module.removeprefix(f"{family.mlp}.")
 
 
 def fuse_norm(module: Any, epsilon: str) -> None:
