@@ -78,9 +78,11 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
     numbers = count()
 
     def make(family: str, *, seed: int = 0, **config: Any) -> Path:
+        from lrc.families import families
+
         folder = parent / f"{family}-{next(numbers)}"
         save_random_model(folder, family, seed, config)
-        save_byte_tokenizer(folder)
+        save_byte_tokenizer(folder, starts=families()[family].starts_texts)
         return folder
 
     return make
@@ -269,8 +271,11 @@ def save_random_model(folder: Path, family: str, seed: int, config: dict[str, An
     model.save_pretrained(folder)
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """Save a tokenizer whose ids are bytes, in the order of the byte-level alphabet; id 0 ends a text."""
+def save_byte_tokenizer(folder: Path, *, starts: bool = False) -> None:
+    """Save a tokenizer whose ids are bytes, in the order of the byte-level alphabet; id 0 ends a text.
+
+    ``starts``: it also starts one, as its BOS token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -278,4 +283,5 @@ def save_byte_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    special = {"bos_token": alphabet[0]} if starts else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

@@ -51,7 +51,7 @@ class Texts:
     @property
     def fitted_to(self) -> str:
         """The calibration text and its blocks, in words."""
-        return _described(self.calibration.label, self.calibration.blocks)
+        return _described(self.calibration.label, self.calibration)
 
     @property
     def measured_on(self) -> str | None:
@@ -59,7 +59,7 @@ class Texts:
         if self.held_out is None:
             return None
         splits = "the validation splits of " if self.held_out.name else ""
-        return _described(f"{splits}{self.held_out.label}", self.held_out.blocks)
+        return _described(f"{splits}{self.held_out.label}", self.held_out)
 
 
 def held_out_mixture(job: Job, named: DataLike | None, calibration: Corpus) -> Mixture:
@@ -71,9 +71,10 @@ def held_out_mixture(job: Job, named: DataLike | None, calibration: Corpus) -> M
     return Mixture(("builtin:train" if job.model.builtin else "wikitext2:validation",), None)
 
 
-def _described(label: str, blocks: Tensor) -> str:
-    count, length = blocks.shape
-    return f"{label} ({count} block{'s' * (count != 1)} of {length} tokens)"
+def _described(label: str, drawn: Drawn) -> str:
+    count, length = drawn.blocks.shape
+    first = "" if drawn.first is None else f", each from token {drawn.first} on"
+    return f"{label} ({count} block{'s' * (count != 1)} of {length} tokens{first})"
 
 
 def blocks_key(blocks: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Generate calibration text with the model itself.
 
-A block follows one start token (``bos_token_id`` of config.json, else ``eos_token_id``), which is not in the block.
+A block follows one start token (``bos_token_id`` of config.json, else ``eos_token_id``), which is not in the block,
+unless the model needs it at the start of every text.
 Tokens are drawn from the full softmax at temperature 1; an end token stays in the block like any other. Token t of
 block b is where a uniform number, a function of (seed, b, t) alone, falls in the float64 cumulative probabilities. So
 blocks do not depend on the batch size, up to the rounding of the logits. Ids are never decoded.
@@ -36,20 +37,23 @@ def synthesize(
     dtype: torch.dtype,
     run: Run,
     watch: Stopwatch,
+    first: int | None = None,
 ) -> Source:
     """Generate ``count`` blocks of the job's seq_len; each process loads the model and generates its share.
+
+    ``first``: the token that every block starts with, if the model needs one.
 
     Raises UserError if the model does not fit on the device, has no start token, or gives NaN.
     """
     batch = min(run.batch_size or generating_batch(job.plan.seq_len), count)
-    needed, start = generating_memory(job, dtype, batch), start_token(job)
+    needed, start = generating_memory(job, dtype, batch), start_token(job) if first is None else first
     if needed > (free := free_bytes(device)):
         raise UserError(
             f"synthetic calibration text is written by the whole model on {device}: it needs about {needed:,} bytes, "
             f"and {free:,} are free. Try --batch-size below {batch} or --dtype bfloat16; a text to calibrate on, such "
             "as --calib wikitext2 or a file, needs one layer at a time"
         )
-    seed, seq_len = job.plan.plan.calibration.seed, job.plan.seq_len
+    seed, seq_len = job.plan.plan.calibration.seed, job.plan.seq_len - (first is not None)
     with watch.stage("generate"):
         model = load(
             job.reader.folder,
@@ -67,6 +71,8 @@ def synthesize(
             # Models hold references to themselves, so only the collector frees the memory.
             del model
             gc.collect()
+    if first is not None:
+        blocks = torch.cat([torch.full_like(blocks[:, :1], first), blocks], dim=1)
     settings = {"start": start, "temperature": 1.0, "ids_sha256": ids_sha256(blocks)}
     return Source(SYNTHETIC, blocks, settings)
 

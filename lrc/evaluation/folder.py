@@ -18,7 +18,7 @@ from lrc.estimate.room import fits_whole
 from lrc.evaluation.passage import choose_seq_lens, passages
 from lrc.evaluation.perplexity import Model, Perplexity, TokenWriter, measure
 from lrc.evaluation.streamed import StreamedModel
-from lrc.hub.loader import load, load_tokenizer
+from lrc.hub.loader import first_token, load, load_tokenizer
 from lrc.run.settings import Run, find_device, find_dtype
 from lrc.text.source import Text
 
@@ -103,5 +103,6 @@ def evaluate_folder(
     with loaded([path], len(tokenizer), loading) as (model,):
         lengths = choose_seq_lens([("the model", model.config)], seq_len)
         rows = model.config.get_text_config().vocab_size
-        cut = passages(tokenizer, texts, lengths, max_windows, rows)
+        first = first_token(model.config, tokenizer)
+        cut = passages(tokenizer, texts, lengths, max_windows, rows, first)
         return [measure(model, passage, tokenizer, run, keep) for passage in cut]

@@ -26,7 +26,7 @@ from lrc.evaluation.perplexity import (
     window_logits,
 )
 from lrc.evaluation.tokens import Divergence, divergence
-from lrc.hub.loader import causal_config, load_tokenizer
+from lrc.hub.loader import causal_config, first_token, load_tokenizer
 from lrc.run.settings import Run
 from lrc.run.stopwatch import Stopwatch
 from lrc.text.blocks import batched
@@ -216,9 +216,10 @@ def loaded_pair(
     tokenizers = [load_tokenizer(f, trust_remote_code=run.trust_remote_code) for f in folders]
     cut = []
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
-        config = causal_config(folder, trust_remote_code=run.trust_remote_code).get_text_config()
+        config = causal_config(folder, trust_remote_code=run.trust_remote_code)
         with about(f"{folder}"):
-            cut.append(passages(tokenizer, texts, seq_lens, max_windows, config.vocab_size))
+            rows, first = config.get_text_config().vocab_size, first_token(config, tokenizer)
+            cut.append(passages(tokenizer, texts, seq_lens, max_windows, rows, first))
     sides = [(ours, theirs) for ours, theirs in zip(*cut, strict=True)]
     differ = next((ours for ours, theirs in sides if not torch.equal(ours.ids, theirs.ids)), None)
     if keep and differ:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lrc.errors import UserError
@@ -39,19 +40,30 @@ def passages(
     seq_lens: Sequence[int],
     max_windows: int | None = None,
     rows: int | None = None,
+    first: int | None = None,
 ) -> list[Passage]:
     """Cut every text into windows of every length, text by text.
 
     All lengths cover the same tokens, the first ``max_windows`` (default: all) windows of the longest length; a length
-    that does not divide them drops the rest. Raises UserError if a text does not fill one window, or has an id beyond
-    the ``rows`` of the embedding.
+    that does not divide them drops the rest. ``first``: the token that every window starts with. Raises UserError if a
+    text does not fill one window, or has an id beyond the ``rows`` of the embedding.
     """
     found = []
     for text in texts:
         with about(text.label):
-            ids, longest = tokenize(tokenizer, text.text, rows), max(seq_lens)
-        span = count_windows(text, ids, longest, max_windows) * longest
-        found += [Passage(text.label, ids, windows(ids[:span], seq_len), text.notes) for seq_len in seq_lens]
+            ids, longest = tokenize(tokenizer, text.text, rows, first), max(seq_lens)
+        span = count_windows(text, ids, longest, max_windows, first) * (longest - (first is not None))
+        notes, whole = text.notes, ids
+        if first is not None:
+            whole = torch.cat([torch.tensor([first]), ids])  # so that other windows have another hash
+            token = tokenizer.convert_ids_to_tokens(first)
+            notes = (
+                *notes,
+                f"{text.label}: every window starts with {token} (id {first}), as the model needs it",
+            )
+        found += [
+            Passage(text.label, whole, windows(ids[:span], length, first), notes) for length in seq_lens
+        ]
     return found
 
 
@@ -79,7 +91,9 @@ def choose_seq_lens(
     return tuple(lengths)
 
 
-def count_windows(text: Text, ids: Tensor, seq_len: int, max_windows: int | None) -> int:
+def count_windows(
+    text: Text, ids: Tensor, seq_len: int, max_windows: int | None, first: int | None = None
+) -> int:
     """Count the windows that a text is scored in; raise UserError if it does not fill one."""
     with about(text.label):
-        return len(windows(ids, seq_len)[:max_windows])
+        return len(windows(ids, seq_len, first)[:max_windows])

@@ -109,6 +109,9 @@ class Family:
     logit_divisor: str | None = None
     logit_cap: str | None = None  # soft cap
     experts: str | None = None  # number of experts
+    starts_texts: bool = (
+        False  # whether every text starts with the tokenizer's BOS token, without which it is garbled
+    )
     # The value that lrc cannot handle, by config key.
     unsupported: Mapping[str, object] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
+from lrc.families import families
 from lrc.hub.names import resolve_model
 from lrc.modules.fused.fuse import fuse as merge
 
@@ -69,6 +70,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> transfor
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         message = f"{folder} has no tokenizer that works ({reason}); copy the model's tokenizer.json into it"
         raise UserError(message) from error
+
+
+def first_token(config: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> int | None:
+    """Return the token that every block and window of a model starts with; None if its family needs none.
+
+    Raises UserError if the tokenizer has no such token.
+    """
+    family = families().get(config.model_type)
+    if family is None or not family.starts_texts:
+        return None
+    token: Any = tokenizer.bos_token_id
+    if token is None:
+        raise UserError(
+            f"{config.model_type} needs a first token in every window, and its tokenizer has no bos_token"
+        )
+    return token
 
 
 def start_tokens(config: transformers.PreTrainedConfig) -> Iterator[int]:

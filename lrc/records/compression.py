@@ -149,7 +149,8 @@ class CalibrationSource:
 class CalibrationRecord:
     """The calibration blocks, drawn by ``seed``; ``gradient_samples`` of them for gradients, if any.
 
-    ``first_token``: the weight of a block's first token in moments and errors.
+    ``first_token``: the weight of a block's first token in moments and errors. ``first_id``: the token that every block
+    starts with, if the model needs one.
     """
 
     data: str
@@ -160,6 +161,7 @@ class CalibrationRecord:
     ids_sha256: str
     first_token: int
     gradient_samples: int | None = None
+    first_id: int | None = None
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,11 @@ def report_sections(report: Report) -> list[Section]:
     record, share = report.calibration, report.with_tables
     drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
     blocks = f"{record.samples} block{'s' * (record.samples != 1)}"
+    first = "" if record.first_id is None else f", each from token {record.first_id} on"
     rest = f", {share.keep:.1%} of {share.weights}" if share else ""
     notes = [
         f"Kept {report.keep:.1%} of the decoder's weights{rest}.",
-        f"Calibrated on {blocks} of {record.seq_len} tokens: {drawn}.",
+        f"Calibrated on {blocks} of {record.seq_len} tokens{first}: {drawn}.",
         *([f"Scale: {report.scale.text}."] if report.scale else []),
         *([] if report.perplexity else [report.unmeasured]),
         *(note for change in report.perplexity for note in change.notes),

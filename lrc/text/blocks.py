@@ -18,14 +18,18 @@ _BASE = 0x1E3779B97F4A7C15  # odd
 _INVERSE = (pow(_BASE, -1, 2**64) + 2**63) % 2**64 - 2**63
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, rows: int | None = None) -> Tensor:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, rows: int | None = None, first: int | None = None
+) -> Tensor:
     """Tokenize a whole text at once into ids (tokens,), int64; special tokens are the tokenizer's own.
 
-    Raises UserError for an id beyond the ``rows`` of the model's embedding.
+    A token ``first`` at the start is left out, as ``windows`` puts it before every window. Raises UserError for an id
+    beyond the ``rows`` of the model's embedding.
     """
     # verbose=False: no warning about the model's limit, as the ids are cut into windows later
     encoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     ids = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+    ids = ids[1:] if first is not None and ids[:1].tolist() == [first] else ids
     if rows is not None:
         check_ids(tokenizer, ids, rows)
     return ids
@@ -43,11 +47,15 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Tensor, rows: int) -> Non
         )
 
 
-def windows(ids: Tensor, seq_len: int) -> Tensor:
+def windows(ids: Tensor, seq_len: int, first: int | None = None) -> Tensor:
     """Cut ids (tokens,) into non-overlapping windows (n, seq_len); drop the tail.
 
-    Raises UserError if the ids do not fill one window.
+    With ``first``, each window is this token and ``seq_len`` − 1 of the ids. Raises UserError if the ids do not fill
+    one window.
     """
+    if first is not None:
+        cut = windows(ids, seq_len - 1)
+        return torch.cat([torch.full_like(cut[:, :1], first), cut], dim=1)
     count = len(ids) // seq_len
     if count == 0:
         raise UserError(
@@ -57,12 +65,14 @@ def windows(ids: Tensor, seq_len: int) -> Tensor:
     return ids[: count * seq_len].view(count, seq_len)
 
 
-def calibration_blocks(ids: Tensor, samples: int | Literal["all"], seq_len: int, seed: int) -> Tensor:
+def calibration_blocks(
+    ids: Tensor, samples: int | Literal["all"], seq_len: int, seed: int, first: int | None = None
+) -> Tensor:
     """Draw blocks (samples, seq_len) without replacement from the windows of ids; return them in text order.
 
     The draw depends on the seed and the number of windows. Raises UserError if there are fewer windows than samples.
     """
-    blocks = windows(ids, seq_len)
+    blocks = windows(ids, seq_len, first)
     if samples == "all":
         return blocks
     if samples < 1:
@@ -85,14 +95,14 @@ def gradient_blocks(blocks: Tensor, samples: int, seed: int) -> Tensor:
     return _drawn(blocks, samples, seed_for(seed, "gradient blocks"))
 
 
-def held_out_blocks(ids: Tensor, count: int, fitted: Tensor) -> Tensor:
+def held_out_blocks(ids: Tensor, count: int, fitted: Tensor, first: int | None = None) -> Tensor:
     """Return the first ``count`` blocks (count, tokens) of ids (n,) that are not among ``fitted`` (m, tokens).
 
     Raises UserError if there are fewer, or if one shares a run of tokens with the fitted blocks: 64 tokens, or half a
     block if that is shorter.
     """
     seq_len = fitted.shape[1]
-    blocks = windows(ids, seq_len)
+    blocks = windows(ids, seq_len, first)
     left = blocks[~torch.isin(_hashes(blocks, seq_len, seq_len), _hashes(fitted, seq_len, seq_len)).flatten()]
     if count > len(left):
         drawn = len(blocks) - len(left)
@@ -113,9 +123,9 @@ def held_out_blocks(ids: Tensor, count: int, fitted: Tensor) -> Tensor:
     return chosen
 
 
-def unshared_blocks(ids: Tensor, fitted: Tensor) -> Tensor:
+def unshared_blocks(ids: Tensor, fitted: Tensor, first: int | None = None) -> Tensor:
     """Return the blocks (n, tokens) of ids that share no run of tokens with ``fitted``, as ``held_out_blocks`` says."""
-    blocks = windows(ids, fitted.shape[1])
+    blocks = windows(ids, fitted.shape[1], first)
     return blocks[~_overlapping(blocks, fitted)]
 
 

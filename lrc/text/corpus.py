@@ -40,6 +40,7 @@ class Drawn:
 
     Each block is of one source. Sources are interleaved evenly, each in the order of its text, so that any run of
     blocks has about the proportions of the whole. ``name``: that of the default mixture. ``notes``: for the report.
+    ``first``: the token that every block starts with, if any.
     """
 
     sources: tuple[Source, ...]
@@ -47,6 +48,7 @@ class Drawn:
     blocks: Tensor
     name: str | None = None
     notes: tuple[str, ...] = ()
+    first: int | None = None
 
     @property
     def data(self) -> Data:
@@ -72,6 +74,7 @@ class Drawn:
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
+            **({} if self.first is None else {"first_id": self.first}),
             "sources": [
                 {"data": source.label, **weight, "blocks": len(source.blocks), **source.provenance}
                 for source, weight in zip(self.sources, weights, strict=True)
@@ -92,13 +95,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Hold the tokenized texts of a mixture that could be had, to be cut into blocks of ``seq_len`` tokens."""
+    """Hold the tokenized texts of a mixture that could be had, to be cut into blocks of ``seq_len`` tokens.
+
+    ``first``: the token that every block starts with, if any.
+    """
 
     mixture: Mixture
     parts: tuple[Part, ...]
     use: Use
     seq_len: int
     notes: tuple[str, ...]
+    first: int | None = None
 
     @property
     def label(self) -> str:
@@ -117,13 +124,16 @@ class Corpus:
         general mixture a source with too few blocks gives all, and the others fill up.
         """
         corpus = self if samples == "all" else self._served(samples)
-        room = [None if part.ids is None else len(windows(part.ids, self.seq_len)) for part in corpus.parts]
+        room = [
+            None if part.ids is None else len(windows(part.ids, self.seq_len, self.first))
+            for part in corpus.parts
+        ]
         counts, notes = corpus._counts(samples, room)
         found: dict[str, Source] = {}
         for part, count in zip(corpus.parts, counts, strict=True):
             if part.ids is not None:
                 with about(f"calibration on {part.label}"):
-                    blocks = calibration_blocks(part.ids, count, self.seq_len, seed)
+                    blocks = calibration_blocks(part.ids, count, self.seq_len, seed, self.first)
                 found[part.name] = Source(part.label, blocks, part.provenance or {})
         if SYNTHETIC in corpus.mixture.names:
             assert generate is not None, "synthetic text needs a model"
@@ -142,10 +152,11 @@ class Corpus:
             for part, count in zip(self.parts, counts, strict=True):
                 assert part.ids is not None, "held-out text is not synthetic"
                 with about(f"held-out text {part.label}"):
-                    blocks = held_out_blocks(part.ids, count, fitted)
+                    blocks = held_out_blocks(part.ids, count, fitted, self.first)
                 sources.append(Source(part.label, blocks, part.provenance or {}))
             return self._drawn(sources, [])
-        free = {part.name: unshared_blocks(part.ids, fitted) for part in self.parts if part.ids is not None}
+        texts = [(part.name, part.ids) for part in self.parts if part.ids is not None]
+        free = {name: unshared_blocks(ids, fitted, self.first) for name, ids in texts}
         corpus = self._of(
             [name for name, blocks in free.items() if len(blocks)], "no block besides calibration"
         )
@@ -160,7 +171,8 @@ class Corpus:
     def _drawn(self, sources: Sequence[Source], notes: Sequence[str]) -> Drawn:
         name = self.label if self.mixture.general else None
         blocks = interleaved([source.blocks for source in sources])
-        return Drawn(tuple(sources), self.mixture.weights, blocks, name, (*self.notes, *notes))
+        notes = (*self.notes, *notes)
+        return Drawn(tuple(sources), self.mixture.weights, blocks, name, notes, self.first)
 
     def _of(self, names: Sequence[str], reason: str) -> Corpus:
         """Return the corpus of these sources alone, with a note that says why the others are left out."""
@@ -223,16 +235,18 @@ def read_corpus(
     use: Use = "calibration",
     data_dir: Path | None = None,
     rows: int | None = None,
+    first: int | None = None,
 ) -> Corpus:
     """Read and tokenize the texts of a mixture.
 
     Of the general mixture, sources that cannot be had are left out, each with a note, and no more is tokenized of a
-    text than ``samples`` blocks need. Raises UserError if no source is left. Of another mixture, raises UserError for a
-    text that cannot be read, is named twice, fills no block, or has an id beyond the ``rows`` of the embedding.
+    text than ``samples`` blocks need. ``first``: the token that every block starts with. Raises UserError if no source
+    is left. Of another mixture, raises UserError for a text that cannot be read, is named twice, fills no block, or has
+    an id beyond the ``rows`` of the embedding.
     """
     mixture.check(samples, use)
     what = "calibration on" if use == "calibration" else "held-out text"
-    texts, first = dict[str, Text | None](), dict[str, str]()
+    texts, known = dict[str, Text | None](), dict[str, str]()
     notes, lost = list[str](), dict[str, UserError]()
     for name in mixture.names:
         if name == SYNTHETIC and use == "calibration":
@@ -243,7 +257,7 @@ def read_corpus(
                 offline = any(isinstance(error, Missing) and error.unreachable for error in lost.values())
                 _check_chance(tokenizer, name, use, data_dir, offline=offline)
             texts[name] = text = read_text(name, use, data_dir)
-            if (other := first.setdefault(text.sha256, name)) != name:
+            if (other := known.setdefault(text.sha256, name)) != name:
                 raise UserError(f"{what} {other} and {name}: they are the same text; name it once")
     there, parts = mixture.of(list(texts)), list[Part]()
     for (name, text), weight in zip(texts.items(), there.fractions, strict=True):
@@ -255,8 +269,8 @@ def read_corpus(
             text = excerpt(text, int(_CHARACTERS * max(share, _LEAST_SHARE) * seq_len))
         with _kept(lost, name, mixture):
             with nullcontext() if mixture.general else about(f"{what} {text.label}"):
-                encoded = encode(tokenizer, text, rows, lenient=mixture.general)
-                windows(encoded.ids, seq_len)
+                encoded = encode(tokenizer, text, rows, first, lenient=mixture.general)
+                windows(encoded.ids, seq_len, first)
             few = f"the tokenizer writes {encoded.bytes_per_token:.2f} bytes a token, below {FEW_BYTES:g}"
             badly = not handles(tokenizer, encoded)
             if badly and mixture.general and name in FOREIGN:
@@ -276,7 +290,8 @@ def read_corpus(
             f"{DATA_DIR_VARIABLE} to a folder with data sets, or name a text file with --calib FILE"
         )
     notes = [*(_without(use, name, reason) for name, reason in reasons.items()), *notes]
-    return Corpus(mixture.of([part.name for part in parts]), tuple(parts), use, seq_len, tuple(notes))
+    there = mixture.of([part.name for part in parts])
+    return Corpus(there, tuple(parts), use, seq_len, tuple(notes), first)
 
 
 @contextmanager

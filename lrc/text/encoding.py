@@ -35,15 +35,21 @@ class Encoded:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: Text, rows: int | None = None, *, lenient: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    rows: int | None = None,
+    first: int | None = None,
+    *,
+    lenient: bool = False,
 ) -> Encoded:
     """Tokenize a text as a whole, or each conversation of a chat as the tokenizer's template writes it.
 
-    Conversations get no special tokens besides those of the template. ``lenient`` as for ``render``. Raises UserError
+    Conversations get no special tokens besides those of the template. ``first`` as for ``tokenize``, ``lenient`` as for
+    ``render``. Raises UserError
     for an id beyond the ``rows`` of the model's embedding, and as ``render`` does.
     """
     if not text.chat:
-        return Encoded(tokenize(tokenizer, text.text, rows), len(text.text.encode()))
+        return Encoded(tokenize(tokenizer, text.text, rows, first), len(text.text.encode()))
     written = render(tokenizer, text.chat, text.label, lenient=lenient)
     encoding = tokenizer(
         written,

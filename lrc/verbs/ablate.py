@@ -63,7 +63,8 @@ def ablate(
         raise UserError(f"{folder} is not a folder; results are cached there")
     (length,) = choose_seq_lens([("the model", setup.reader.config)], seq_len)
     text = read_text(ppl or default_texts(setup.model.source)[0], "evaluation", run.data_folder)
-    (passage,) = passages(setup.tokenizer, [text], [length], max_windows, setup.reader.architecture.vocab)
+    rows = setup.reader.architecture.vocab
+    (passage,) = passages(setup.tokenizer, [text], [length], max_windows, rows, setup.first)
     job = trials[0].job
     texts, plan = setup.texts(job), job.plan
     blocks = texts.calibration.blocks

@@ -51,13 +51,14 @@ def read_cost_texts(setup: Setup, ppl: str | Sequence[str] | None, max_windows: 
     texts = evaluation_texts(setup.model.source, ppl, data_folder)
     for text in texts:
         with about(text.label):
-            ids = tokenize(setup.tokenizer, text.text, shape.vocab)
-        count_windows(text, ids, min(DEFAULT_SEQ_LEN, shape.positions), max_windows)
+            ids = tokenize(setup.tokenizer, text.text, shape.vocab, setup.first)
+        count_windows(text, ids, min(DEFAULT_SEQ_LEN, shape.positions), max_windows, setup.first)
     if not texts:
         return CostTexts(texts, max_windows)
     # The built-in models are far too small to predict a last word.
     passages = [] if setup.model.builtin else find_passages(data_folder)[:max_windows]
-    domains, skipped = domain_passages(setup.tokenizer, shape.vocab, shape.positions, max_windows)
+    limits = shape.vocab, shape.positions, max_windows, setup.first
+    domains, skipped = domain_passages(setup.tokenizer, *limits)
     return CostTexts(texts, max_windows, domains, skipped, passages)
 
 

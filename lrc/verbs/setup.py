@@ -15,7 +15,7 @@ from lrc.calibration.draw import Texts, held_out_mixture
 from lrc.calibration.synthetic import synthesize
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.estimate.room import choose_place, known_place
-from lrc.hub.loader import load_tokenizer
+from lrc.hub.loader import first_token, load_tokenizer
 from lrc.hub.names import ResolvedModel
 from lrc.plan.job import Job, open_checkpoint
 from lrc.run.offload import ON_DEVICE, Place, States
@@ -58,6 +58,11 @@ class Setup:
         """The model's tokenizer. Raises UserError if the model has none."""
         return load_tokenizer(self.model.path, trust_remote_code=self.run.trust_remote_code)
 
+    @cached_property
+    def first(self) -> int | None:
+        """The token that every block and window starts with, if the model needs one."""
+        return first_token(self.reader.config, self.tokenizer)
+
     def batch_size(self, job: Job) -> int:
         """Return how many calibration blocks of a job run at once."""
         return self.run.batch_size or default_batch(self.device.type, job.plan.seq_len)
@@ -96,6 +101,7 @@ class Setup:
             seq_len=seq_len,
             data_dir=self.run.data_folder,
             rows=self.reader.architecture.vocab,
+            first=self.first,
         )
         calibration, held = read(read_mixture(settings.data), samples=settings.samples), None
         # First, so that an unusable held-out text is an error before the model generates synthetic text.
@@ -103,7 +109,13 @@ class Setup:
             mixture = held_out_mixture(job, held_out, calibration)
             held = read(mixture, samples=samples, use="held-out")
         generate = partial(
-            synthesize, job=job, device=self.device, dtype=self.dtype, run=self.run, watch=self.watch
+            synthesize,
+            job=job,
+            device=self.device,
+            dtype=self.dtype,
+            run=self.run,
+            watch=self.watch,
+            first=self.first,
         )
         drawn = calibration.draw(settings.samples, settings.seed, generate)
         if held is None or samples is None:
