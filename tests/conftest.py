@@ -103,10 +103,10 @@ def tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     known: dict[Any, Tensor] = {}
 
-    def once(tokenizer: Any, text: str, rows: int | None = None) -> Tensor:
-        key = tokenizer.backend_tokenizer.to_str(), text, rows
+    def once(tokenizer: Any, text: str, rows: int | None = None, first: int | None = None) -> Tensor:
+        key = tokenizer.backend_tokenizer.to_str(), text, rows, first
         if key not in known:
-            known[key] = tokenize(tokenizer, text, rows)
+            known[key] = tokenize(tokenizer, text, rows, first)
         return known[key].clone()
 
     monkeypatch.setattr("lrc.text.encoding.tokenize", once)

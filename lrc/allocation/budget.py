@@ -125,7 +125,9 @@ def _spend_cache(fraction: float, job: Job, offers: Sequence[Offer]) -> Allocati
     whole = 2 * heads.head_dim * heads.layers
     fixed = whole - sum(offer.whole.width for offer in offers)
     narrower = any(offer.curve.target == "qk" for offer in offers)
-    wide = "" if narrower else " without narrower keys (components: qk)"
+    closed = heads.closed.get("qk")
+    without = f"this model's cannot be narrowed: {closed}" if closed else "components: qk"
+    wide = "" if narrower else f" without narrower keys ({without})"
     return _spend_share(f"a KV cache of {fraction:g}{wide}", fraction, whole, fixed, offers, "width")
 
 

@@ -12,11 +12,12 @@ from lrc.benchmark.cases import Case
 from lrc.checkpoint.headers import read_headers
 from lrc.errors import UserError
 from lrc.estimate.room import free_bytes
-from lrc.families import family_of
+from lrc.families import family_of, head_counts
 from lrc.hub.loader import causal_config
 from lrc.modules.attention import STEP
 
 CONVERT = "lrc bench reads no pickled ones; convert them to safetensors with transformers' save_pretrained"
+_INNER = ("intermediate_size", "ffn_dim", "n_inner")  # keys of the MLP's width
 _SHARE = 0.9  # of the free memory: libraries' workspaces and fragmentation are not counted
 
 
@@ -51,10 +52,8 @@ def needs_of(name: str, folder: Path, dtype: torch.dtype, device: torch.device, 
     weights = sum(
         t.bytes // t.dtype.itemsize * dtype.itemsize if t.dtype.is_floating_point else t.bytes for t in stored
     )
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    full = getattr(config, "head_dim", None) or hidden // heads
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    (_, kv_heads, full), hidden = head_counts(config), config.hidden_size
+    inner = next((n for key in _INNER if (n := getattr(config, key, None))), 4 * hidden)
     step = STEP.get(device.type, 1)
     table = (getattr(config, "quantization_config", None) or {}).get("modules", {})
     reduced = [(e["qk"], e["v"]) for e in table.values() if e["kind"] == "attention"]

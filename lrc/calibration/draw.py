@@ -73,7 +73,7 @@ def held_out_mixture(job: Job, named: DataLike | None, calibration: Corpus) -> M
 
 def _described(label: str, drawn: Drawn) -> str:
     count, length = drawn.blocks.shape
-    first = "" if drawn.first is None else f", each from token {drawn.first} on"
+    first = "" if drawn.first is None else f", each starting with token {drawn.first}"
     return f"{label} ({count} block{'s' * (count != 1)} of {length} tokens{first})"
 
 

@@ -160,6 +160,8 @@ def store_outer(stream: ModelStream, solution: Solution) -> ReducedOuter:
     a, b = (part.tensors[name].to(dtype) for name in ("A", "B"))
     rank, width = a.shape
     table: Table = {path: {"kind": EMBEDDING, "tokens": len(b), "width": width, "rank": rank}}
+    if (factor := stream.reader.architecture.embedding_factor) != 1:
+        table[path]["factor"] = factor
     tensors = {f"{path}.weight": a.new_empty(0), f"{path}.A.weight": a, f"{path}.B.weight": b}
     if stream.reader.architecture.tied:
         table[head] = LowRankLinear.entry({"A": a, "B": b}, bias=False)

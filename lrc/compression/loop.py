@@ -18,7 +18,7 @@ from lrc.compression.measure import LayerMeasure, target_record
 from lrc.compression.refit import LayerRefit, RefitRecord, StreamNorms, closing_roles, held_out_mask
 from lrc.compression.solve import solve_layer
 from lrc.errors import UserError
-from lrc.families import Architecture, logit_rule
+from lrc.families import Architecture
 from lrc.modules.table import apply_table
 from lrc.moments.gradient import GradientMoment
 from lrc.moments.observe import Call
@@ -225,7 +225,7 @@ class Compressor:
         chosen = [i for i, held in enumerate(self._held) if held]
         parted = self._compressed is not None or head is not None
         one, plan = torch.ones((), dtype=torch.float64), self._plan.plan
-        capped = logit_rule(self._family, self._stream.reader.config).cap is not None
+        capped = self._architecture.logits.cap is not None
         if capped or not (self._any_held and parted and plan.scales):
             return one, None
         logits = self._stream.tail()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lrc.compression.assemble import ReducedLayer
 from lrc.errors import UserError
@@ -33,6 +34,8 @@ RIDGE = 0.1  # without held-out blocks
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # the strongest first, as ties take the first
 SHARE = 16  # of the blocks, one is held out
 DIRECTIONS = 256
+STEPS = (1, 0.5, 0.25, 0)  # shares of a change that is fitted through a norm
+_LEAST_GAIN = 0.1  # of the root mean square of a norm's gains
 _SEED = 0
 
 
@@ -153,8 +156,7 @@ class LayerRefit:
         paths, records = {role: self._linear(role) for role in roles}, list[RefitRecord]()
         for half in self._stream.reader.family.halves:
             if path := paths.get(half.output):
-                last = half.name == "mlp"
-                goals = (batch.hidden for batch in self._batches) if last else middles
+                goals = [batch.hidden for batch in self._batches] if half.name == "mlp" else middles
                 records.append(self._refit(half, path, goals, compressed))
         module, processes = self._reduced.module, self._stream.processes
         some = processes.total(sum(self._held)) > 0
@@ -169,22 +171,14 @@ class LayerRefit:
         return records, StreamNorms(self._index, *processes.total(counts.cpu()).tolist())
 
     def _refit(
-        self, half: Half, path: str, goals: Iterable[Tensor], compressed: Sequence[Tensor]
+        self, half: Half, path: str, goals: Sequence[Tensor], compressed: Sequence[Tensor]
     ) -> RefitRecord:
         """Refit the linear at ``path``, the output of ``half``, so that the stream reaches ``goals``."""
         module, read, architecture = self._reduced.module, list[Tensor](), self._stream.reader.architecture
         linear, added = module.get_submodule(path), _Added(module, half, architecture)
-        watched = {"stream": half.entry, "x": path}
-        if half.name == "mlp" and architecture.parallel:
-            watched["attention"] = architecture.family.attention
         out, width = self._reduced.state[f"{path}.weight"].shape
         sums = RefitSum(width, out, self._stream.device)
-        for i, (batch, hidden, attention_output, (goal,)) in enumerate(self._states(compressed, goals)):
-            with observe(module, watched, stop_at="x") as seen:
-                self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
-            x, before = seen["x"].input.to(self._stream.dtype), seen["stream"].input
-            if "attention" in seen:
-                before = before + seen["attention"].output[0]
+        for i, (x, before, goal) in enumerate(self._read(half, path, goals, compressed)):
             output = self._apply(linear, x)
             sums.add(added.scaled(x, output), goal, before + added.by(output), self._held[i])
             if half.name == "attention":
@@ -197,6 +191,9 @@ class LayerRefit:
         # On one process, so that all have the same bits.
         solve = partial(sums.solve, layer=self._index, role=half.output, gain=added.gain, biased=added.linear)
         ((fitted, record),) = processes.spread([start], solve)
+        if record.applied and not added.linear:
+            inputs = self._read(half, path, goals, compressed)
+            fitted, record = self._best_step(added, linear, start, fitted, record, inputs)
         errors = [record.error, *([record.held_out] if record.held_out else [])]
         if not all(math.isfinite(each) for error in errors for each in (error.before, error.after)):
             raise UserError(f"layer {self._index}: the error of the stream after {half.output} is NaN or inf")
@@ -208,6 +205,58 @@ class LayerRefit:
         if read:
             self._attention = linear, read
         return record
+
+    def _read(
+        self, half: Half, path: str, goals: Sequence[Tensor], compressed: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield by batch what the linear at ``path`` reads, the stream that its output is added to, and the goal."""
+        module, architecture = self._reduced.module, self._stream.reader.architecture
+        watched = {"stream": half.entry, "x": path}
+        if half.name == "mlp" and architecture.parallel:
+            watched["attention"] = architecture.family.attention
+        for batch, hidden, attention_output, (goal,) in self._states(compressed, goals):
+            with observe(module, watched, stop_at="x") as seen:
+                self._stream.run(module, self._index, batch, hidden, attention_output=attention_output)
+            before = seen["stream"].input
+            if "attention" in seen:
+                before = before + seen["attention"].output[0]
+            yield seen["x"].input.to(self._stream.dtype), before, goal
+
+    @torch.no_grad()
+    def _best_step(
+        self,
+        added: _Added,
+        linear: nn.Module,
+        start: Affine,
+        fitted: Affine,
+        record: RefitRecord,
+        inputs: Iterable[tuple[Tensor, Tensor, Tensor]],
+    ) -> tuple[Affine, RefitRecord]:
+        """Return the step of ``STEPS`` from ``start`` to ``fitted`` with the least error on held-out blocks.
+
+        Its errors are those of the stream, with the norm of the refitted output; ``applied`` is decided by them.
+        """
+        device, processes = self._stream.device, self._stream.processes
+        change = (fitted.weight - start.weight.double()).to(self._stream.dtype)
+        # Of fitted and held-out blocks: the squared error of each step, and the squared size of the stream.
+        sums = torch.zeros(2, len(STEPS) + 1, dtype=torch.float64, device=device)
+        for held, (x, before, goal) in zip(self._held, inputs, strict=True):
+            output, more = self._apply(linear, x), functional.linear(x, change)
+            streams = [before + added.by(output + step * more) for step in STEPS]
+            sizes = [(goal - stream).square() for stream in streams] + [goal.square()]
+            sums[int(held)] += torch.stack([each.double().sum() for each in sizes])
+        found = processes.total(sums.cpu())
+        (*errors, size), (*own, own_size) = found[1].tolist(), found[0].tolist()
+        if record.held_out is None:
+            errors = own
+        best = min(range(len(STEPS)), key=errors.__getitem__)
+        step, none = STEPS[best], STEPS.index(0)
+        error = StreamError(own[none] / own_size, own[best] / own_size)
+        if record.held_out is not None:
+            held_out = StreamError(errors[none] / size, errors[best] / size)
+            record = replace(record, held_out=held_out)
+        weight = start.weight.double() + step * (fitted.weight - start.weight.double())
+        return Affine(weight, start.bias), replace(record, error=error, applied=step > 0)
 
     def _states(
         self, compressed: Sequence[Tensor], *more: Iterable[Tensor]
@@ -235,10 +284,10 @@ class LayerRefit:
 
 
 class _Added:
-    """What a layer half adds to the residual stream: the output of its last projection, normed or times a factor.
+    """What a layer half adds to the residual stream: its last projection's output, after the half's norm or factor.
 
-    A norm g y / rms(y) is taken as linear, with rms(y) that of the output before the refit. ``gain`` (out,): g, or the
-    factor; None if it is 1.
+    A norm g y / rms(y) is linearised: rms(y) is that of the output before the refit. ``gain`` (out,): g, or the factor;
+    None if it is 1. ``linear``: whether there is no norm.
     """
 
     def __init__(self, layer: nn.Module, half: Half, architecture: Architecture) -> None:
@@ -303,7 +352,7 @@ class RefitSum:
         The target t has t − W₀ x − b₀ = ``goal`` − ``reached``. λ is the ridge times the mean diagonal of E[x xᵀ],
         centred if there is a bias. The ridge is the one of ``RIDGES`` with the least error on the held-out blocks;
         ``start`` is returned if that is not less than its own. With ``gain`` (out,), what is fitted is gain · W and
-        gain · b; channels without gain stay. Without ``biased``, b stays b₀.
+        gain · b; channels of the smallest gains change less. Without ``biased``, b stays b₀.
         """
         biased = biased and start.bias is not None
         fitted, held = _means(self._fitted), _means(self._held) if self._held.tokens else None
@@ -321,7 +370,9 @@ class RefitSum:
         weight, bias = change.weight, change.bias
         if gain is not None:
             gain = gain.to(weight.device)
-            inverse = torch.where(gain == 0, 0, 1 / gain)
+            # A channel that the norm nearly removes would ask for a change that the norm's scale cannot bear.
+            floor = _LEAST_GAIN * gain.square().mean().sqrt()
+            inverse = gain / torch.maximum(gain.square(), floor * floor)
             weight, bias = inverse[:, None] * weight, None if bias is None else inverse * bias
         if start.bias is not None:
             bias = start.bias.double() if bias is None else start.bias.double() + bias

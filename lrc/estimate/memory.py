@@ -190,6 +190,14 @@ def generating_memory(job: Job, dtype: torch.dtype, batch_size: int) -> int:
     return (architecture.total_parameters + (architecture.layers + 1) * keys) * run + logits
 
 
+def _eager(run: _Run, blocks: int) -> int:
+    """Return the bytes of the attention scores of ``blocks``, if they are held: mask, soft cap, float32 softmax."""
+    if run.architecture.family.sdpa:
+        return 0
+    each = 4 * run.dtype.itemsize + 8
+    return blocks * run.architecture.heads * run.job.plan.seq_len**2 * each
+
+
 def _sweep(run: _Run) -> int:
     """Return the bytes of the backward sweep: a batch of logits, or a layer with the activations kept for gradients."""
     architecture, each = run.architecture, run.dtype.itemsize
@@ -198,6 +206,7 @@ def _sweep(run: _Run) -> int:
     head = run.tables + rows * architecture.vocab * (12 + 3 * each) + 8 * tokens * architecture.hidden
     width = architecture.matrices[architecture.family.mlp_output].columns
     activations = tokens * (architecture.hidden * (14 * 4 + 10 * each) + width * 8 * each)
+    activations += 2 * _eager(run, min(run.batch_size, run.gradient_samples))
     return max(head, run.weights + 2 * max(map(run.gradient, run.job.plan.layers)) + activations)
 
 
@@ -221,7 +230,7 @@ def _layer(run: _Run, layer: LayerPlan) -> int:
     width = architecture.matrices[architecture.family.mlp_output].columns
     projections = layer.targets - {"qk", "ov", "mlp"}
     token = architecture.hidden * (6 * 4 + 6 * each) + width * (3 * each + 16 if projections else 7 * each)
-    activations = run.batch_size * run.job.plan.seq_len * token
+    activations = run.batch_size * run.job.plan.seq_len * token + _eager(run, run.batch_size)
     if not layer.assignments:
         return run.weights + activations
     moments = sum(4 * architecture.site_width(site) ** 2 for site in sites_needed(architecture, layer))

@@ -64,17 +64,18 @@ def last_words(
     tokenizer: PreTrainedTokenizerBase,
     passages: Sequence[str],
     run: Run = Run(),
+    first: int | None = None,
 ) -> LastWords | None:
     """Compare the output and the original, in this order, on the last words of passages; None if there are no words.
 
     The word is what follows the last space. Context and word are tokenized together, with the special tokens of the
     tokenizer, as lm-evaluation-harness does. A passage of one word, or with an id beyond the embedding, is left out.
-    Each process scores its share.
+    Each process scores its share. ``first``: the token that every passage starts with, if the model needs one.
     """
     configs = [model.config.get_text_config() for model in models]
     rows = min(config.vocab_size for config in configs)
     positions = getattr(configs[0], "max_position_embeddings", None) or _LONGEST
-    encoded = _encode(tokenizer, passages, rows, min(positions, _LONGEST))
+    encoded = _encode(tokenizer, passages, rows, min(positions, _LONGEST), first)
     if not encoded:
         return None
     ids = run.processes.mine(pad_sequence([each for each, _, _ in encoded], batch_first=True))
@@ -104,7 +105,7 @@ def last_words(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], rows: int, limit: int
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], rows: int, limit: int, first: int | None
 ) -> list[tuple[Tensor, int, int]]:
     """Return the ids (tokens,) of each passage, and where its last word starts and ends.
 
@@ -115,6 +116,8 @@ def _encode(
         context, ids = (
             tokenizer(text, verbose=False)["input_ids"] for text in (passage.rpartition(" ")[0], passage)
         )
+        if first is not None and ids[:1] != [first]:
+            context, ids = [first, *context], [first, *ids]
         marked = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
         cut = max(len(ids) - limit, 0)
         if cut + marked < len(context) < len(ids) and max(ids) < rows:

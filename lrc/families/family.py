@@ -93,25 +93,33 @@ class Family:
     norm_offset: int = 0  # norms multiply by this plus their weight
     # Norm of queries and keys, ``q_norm`` and ``k_norm``: over each head or over all heads together.
     qk_norm: Literal["head", "width"] | None = None
-    qk_norm_key: str | None = None  # key of the config: whether the model has that norm; None: it has
-    rotary_share: str | None = (
-        None  # key of rope_parameters: fraction of a head's dimensions that are rotated
-    )
-    rotates: str | None = None  # attribute of the attention: whether this layer has rotary positions
-    window: str | None = None  # attribute of the attention: its sliding window in tokens, if any
-    score_cap: str | None = None  # attribute of the attention and key of the config: soft cap of the scores
-    cache: str = "past_key_values"  # argument of the attention
+    # Key of the config: whether the model has that norm; None: it has.
+    qk_norm_key: str | None = None
+    # Key of rope_parameters: fraction of a head's dimensions that are rotated.
+    rotary_share: str | None = None
+    # Whether the embedding's module multiplies by the square root of the width.
+    embedding_scaled: bool = False
+    # Whether every text must start with the tokenizer's BOS token.
+    starts_texts: bool = False
     sdpa: bool = True  # whether transformers runs the family with sdpa attention
-    # Keys of the config, of which True stands for all models.
-    parallel: str | bool = False  # whether attention and MLP read the same residual stream
+    cache: str = "past_key_values"  # argument of the attention
+
+    # Attributes of the attention module.
+    rotates: str | None = None  # whether this layer has rotary positions
+    window: str | None = None  # its sliding window in tokens, if any
+    score_cap: str | None = None  # soft cap of the scores; also the key of the config
+
+    # Keys of the config.
+    parallel: str | bool = (
+        False  # whether attention and MLP read the same residual stream; True: in all models
+    )
     residual_factor: str | None = None  # of what attention and MLP add to the residual stream
     logit_factor: str | None = None
     logit_divisor: str | None = None
     logit_cap: str | None = None  # soft cap
     experts: str | None = None  # number of experts
-    starts_texts: bool = (
-        False  # whether every text starts with the tokenizer's BOS token, without which it is garbled
-    )
+    # Pairs of keys that must have the same value.
+    equal: tuple[tuple[str, str], ...] = ()
     # The value that lrc cannot handle, by config key.
     unsupported: Mapping[str, object] = field(default_factory=dict)
 
@@ -253,7 +261,7 @@ class Architecture:
 
     ``tables``: the embedding and, unless tied, the head; one row per token. ``closed``: why a component cannot shrink
     as a whole, for those that cannot. ``parallel``: attention and MLP read the same residual stream.
-    ``residual_factor``: of what they add to it.
+    ``residual_factor``: of what they add to it. ``embedding_factor``: of what the embedding's module gives.
     """
 
     family: Family
@@ -270,6 +278,8 @@ class Architecture:
     closed: Mapping[str, str] = field(default_factory=dict)
     parallel: bool = False
     residual_factor: float = 1.0
+    embedding_factor: float = 1.0
+    logits: LogitRule = LogitRule()
 
     @cached_property
     def targets(self) -> dict[str, Target]:
@@ -370,8 +380,10 @@ def describe(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]])
         tables={role: Matrix(*shape, bias=False) for role, shape in tables.items() if shape},
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
         closed=closed_components(family, config),
-        parallel=getattr(config, str(family.parallel), bool(family.parallel)),
-        residual_factor=getattr(config, str(family.residual_factor), 1.0),
+        parallel=getattr(config, family.parallel) if isinstance(family.parallel, str) else family.parallel,
+        residual_factor=getattr(config, family.residual_factor) if family.residual_factor else 1.0,
+        embedding_factor=config.hidden_size**0.5 if family.embedding_scaled else 1.0,
+        logits=logit_rule(family, config),
     )
 
 

@@ -19,6 +19,7 @@ FAMILY = replace(
     score_cap="attn_logit_softcapping",
     logit_cap="final_logit_softcapping",
     sdpa=False,
+    embedding_scaled=True,
     starts_texts=True,
     unsupported={"use_bidirectional_attention": True},
     tiny={**LLAMA.tiny, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 16},

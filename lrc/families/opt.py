@@ -37,7 +37,12 @@ FAMILY = Family(
     dropout="dropout",
     activation="activation_fn",
     # Norms behind the halves, as in the 350M model, belong to the residual stream itself.
-    unsupported={"do_layer_norm_before": False, "_remove_final_layer_norm": True},
+    unsupported={
+        "do_layer_norm_before": False,
+        "_remove_final_layer_norm": True,
+        "layer_norm_elementwise_affine": False,
+    },
+    equal=(("word_embed_proj_dim", "hidden_size"),),
     tiny={
         "hidden_size": 32,
         "ffn_dim": 48,

@@ -21,6 +21,9 @@ def _refusals(family: Family, config: Any) -> Iterator[str]:
     for key, value in family.unsupported.items():
         if getattr(config, key, None) == value:
             yield f"{key}={value!r}"
+    for key, other in family.equal:
+        if (value := getattr(config, key)) != getattr(config, other):
+            yield f"{key}={value} beside {other}={getattr(config, other)}"
     if family.experts and (count := getattr(config, family.experts, None) or 0) > 1:
         yield f"experts ({family.experts}={count})"
 
@@ -34,12 +37,12 @@ def closed_components(family: Family, config: Any) -> dict[str, str]:
 def _query_reasons(family: Family, config: Any) -> Iterator[str]:
     if family.qk_norm and getattr(config, str(family.qk_norm_key), True):
         over = {"head": "each head", "width": "all heads"}[family.qk_norm]
-        yield f"a norm over {over} reads all dimensions of queries and keys"
+        yield f"a norm over {over} reads all their dimensions"
     if family.rotary == "interleaved":
-        yield "rotary positions turn neighbouring dimensions"
+        yield "rotary embeddings are interleaved"
     rope = getattr(config, "rope_parameters", None) or {}
     share = rope.get(family.rotary_share, 1.0) if family.rotary_share else 1.0
     if share < 1:
-        yield f"rotary positions turn a part of each head ({family.rotary_share}={share:g})"
+        yield f"rotary embeddings are on a part of each head ({family.rotary_share}={share:g})"
     if family.score_cap and (cap := getattr(config, family.score_cap, None)) is not None:
         yield f"attention scores have a soft cap ({family.score_cap}={cap:g})"

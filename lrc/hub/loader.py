@@ -77,13 +77,15 @@ def first_token(config: Any, tokenizer: transformers.PreTrainedTokenizerBase) ->
 
     Raises UserError if the tokenizer has no such token.
     """
-    family = families().get(config.model_type)
+    model_type = config.get_text_config().model_type
+    family = families().get(model_type)
     if family is None or not family.starts_texts:
         return None
     token: Any = tokenizer.bos_token_id
     if token is None:
         raise UserError(
-            f"{config.model_type} needs a first token in every window, and its tokenizer has no bos_token"
+            f"{model_type} needs its BOS token at the start of every text, and the tokenizer has none; set bos_token "
+            "in tokenizer_config.json"
         )
     return token
 

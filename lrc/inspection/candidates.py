@@ -99,6 +99,8 @@ def select(
             raise UserError(
                 "--targets lm_head: the head of this model is tied to its embedding; name embed for both"
             )
+        if why := architecture.closed.get(name):
+            raise UserError(f"--targets {name}: its heads cannot be narrowed: {why}; name its projections")
         if name not in there:
             model = architecture.family.model_type
             raise UserError(f"--targets {name}: {model} has no target {name!r}; {nearest(name, there)}")

@@ -1,4 +1,4 @@
-"""Stand in for a projection that is stored as several."""
+"""Hold the place of a fused projection that is stored as separate ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Absent(nn.Module):
-    """Stands where a projection was that is stored split; its empty tensor makes loading without lrc fail.
+    """Hold the place of a fused projection; its empty tensor makes loading without lrc fail.
 
     Its text is part of what PEFT says where an adapter is asked for it.
     """

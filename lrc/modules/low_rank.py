@@ -109,16 +109,16 @@ class LowRankLinear(Pair, StructuredLinear):
 class FactorizedEmbedding(Pair, nn.Embedding):
     """Embedding whose table is B A, for ``B`` (tokens, rank) and ``A`` (rank, width).
 
-    A tied head is a ``low_rank`` linear that shares both tensors.
+    A tied head is a ``low_rank`` linear that shares both tensors. ``factor`` multiplies what the table gives.
     """
 
     padding_idx = max_norm = None
     norm_type, scale_grad_by_freq, sparse = 2.0, False, False
 
-    def __init__(self, tokens: int, width: int, rank: int) -> None:
+    def __init__(self, tokens: int, width: int, rank: int, factor: float = 1.0) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.rank = tokens, width, rank
-        widening = Widening(rank, width)
+        widening = Widening(rank, width, factor)
         self.B, self.A = Rows(tokens, rank, widening), widening
 
     @property
@@ -138,7 +138,7 @@ class FactorizedEmbedding(Pair, nn.Embedding):
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> Self:
         """Make an uninitialised module with the shapes of a table entry, on the default device and dtype."""
-        return cls(entry["tokens"], entry["width"], entry["rank"])
+        return cls(entry["tokens"], entry["width"], entry["rank"], entry.get("factor", 1.0))
 
 
 class Rows(nn.Module):
@@ -154,11 +154,13 @@ class Rows(nn.Module):
 
 
 class Widening(nn.Module):
-    """x ↦ x A; not an ``nn.Linear``, which would store Aᵀ, while the tied head needs A."""
+    """x ↦ factor · x A; not an ``nn.Linear``, which would store Aᵀ, while the tied head needs A."""
 
-    def __init__(self, rank: int, width: int) -> None:
+    def __init__(self, rank: int, width: int, factor: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rank, width))
+        self.weight, self.factor = nn.Parameter(torch.empty(rank, width)), factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
+        found = x @ self.weight
+        # Rounded to the precision of the table, as transformers rounds it.
+        return found if self.factor == 1 else found * torch.tensor(self.factor).to(found.dtype).item()

@@ -1,4 +1,4 @@
-"""Run an MLP whose input projections are apart, and any family's MLP in a layer."""
+"""Run an MLP whose input projections are stored separately, and any family's MLP in a layer."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lrc.modules.mlp import GatedMLP, split_mlp
 Table = dict[str, Entry]
 
 ATTENTION = "attention"
-MLP = "mlp"  # whose input projections are apart
+MLP = "mlp"  # whose input projections are stored separately
 DENSE = "dense"
 APPLIED = "_lrc_table_applied"
 

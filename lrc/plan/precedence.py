@@ -160,7 +160,8 @@ class Levels:
                 self.outside[path] = entry
             elif target in COMPONENTS:
                 model, roles = self.architecture.family.model_type, self.architecture.family.component(target)
-                reason = f"{model} cannot shrink {target}: {self.architecture.closed[target]}"
+                why = self.architecture.closed[target]
+                reason = f"heads of {' and '.join(roles)} of {model} cannot be narrowed: {why}"
                 self.document.mistake(path, f"{reason}; write {' and '.join(roles)} under projections")
             elif target == "lm_head":
                 self.document.mistake(

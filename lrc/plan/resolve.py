@@ -89,6 +89,15 @@ def resolve(
     if plan.scale in ("channels", "logits") and plan.refit == "none":
         message = f"{plan.scale} needs 'refit: residual'; with 'refit: none' the nearest is none"
         document.mistake(("scale",), message)
+    if architecture.logits.cap is not None and plan.scales:
+        reason = (
+            f"{architecture.family.model_type} caps its logits, so no scale of the final norm scales them"
+        )
+        if plan.scale is None:
+            for index in range(count):
+                assigner.warn(("scale",), f"is left out: {reason}", index)
+        else:
+            document.mistake(("scale",), f"{plan.scale} is not for this model: {reason}; the nearest is none")
     limit = architecture.positions
     seq_len = plan.calibration.seq_len or min(limit, MAX_SEQ_LEN)
     if seq_len > limit:

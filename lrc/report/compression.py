@@ -49,7 +49,7 @@ def report_sections(report: Report) -> list[Section]:
     record, share = report.calibration, report.with_tables
     drawn = ", ".join(f"{source.blocks} of {source.data}" for source in record.sources)
     blocks = f"{record.samples} block{'s' * (record.samples != 1)}"
-    first = "" if record.first_id is None else f", each from token {record.first_id} on"
+    first = "" if record.first_id is None else f", each starting with token {record.first_id}"
     rest = f", {share.keep:.1%} of {share.weights}" if share else ""
     notes = [
         f"Kept {report.keep:.1%} of the decoder's weights{rest}.",

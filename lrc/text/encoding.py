@@ -44,8 +44,8 @@ def encode(
 ) -> Encoded:
     """Tokenize a text as a whole, or each conversation of a chat as the tokenizer's template writes it.
 
-    Conversations get no special tokens besides those of the template. ``first`` as for ``tokenize``, ``lenient`` as for
-    ``render``. Raises UserError
+    Conversations get no special tokens besides those of the template. ``first`` as for ``tokenize``, also of a chat;
+    ``lenient`` as for ``render``. Raises UserError
     for an id beyond the ``rows`` of the model's embedding, and as ``render`` does.
     """
     if not text.chat:
@@ -59,6 +59,7 @@ def encode(
         verbose=False,
     )
     ids = torch.tensor([*chain(*encoding["input_ids"])], dtype=torch.int64)
+    ids = ids[1:] if first is not None and ids[:1].tolist() == [first] else ids
     if rows is not None:
         check_ids(tokenizer, ids, rows)
     refused = len(text.chat) - len(written)

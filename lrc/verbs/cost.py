@@ -91,7 +91,7 @@ def measure_cost(setup: Setup, job: Job, stage: SharedStaging, evaluated: CostTe
         if wrong := next((each.before for each in changes if not math.isfinite(each.before.nats)), None):
             raise UserError(f"{wrong.data}: the original's loss is NaN or inf; try --dtype float32")
         by_domain = {each.ours.data: _change(each) for each in pair.on(evaluated.domains, "domains")}
-        words = last_words(pair.models, pair.tokenizers[0], evaluated.passages, loading.run)
+        words = last_words(pair.models, pair.tokenizers[0], evaluated.passages, loading.run, setup.first)
         if setup.processes.first:
             answers = write_answers(pair.models[::-1], folders[::-1], pair.tokenizers[0], loading)
     return Cost(changes, Domains(by_domain, evaluated.skipped), words, answers)

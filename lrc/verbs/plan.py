@@ -39,7 +39,7 @@ from lrc.walk.needs import solver_of
 
 _MADE = "Made by lrc plan"
 _DEFAULT = Plan()
-# Only narrower heads shrink a cache; a3 makes them narrower with the metric ``attention``.
+# Only narrower heads shrink a cache; a3 makes those of keys narrower with the metric ``attention``, where they can be.
 _FOR_CACHE = Plan(components=Components(qk=Entry.model_validate({"metric": "attention"})))
 
 
@@ -66,13 +66,14 @@ def make_plan(
     """
     out = Path(out)
     budgets = read_budgets(keep, bytes, kv_cache)
-    default = _DEFAULT if kv_cache is None else _FOR_CACHE
+    setup = set_up(model, run)
+    narrow = kv_cache is not None and "qk" in setup.reader.architecture.targets
+    default = _FOR_CACHE if narrow else _DEFAULT
     draft = draft_of(default, "the default base plan") if base is None else read_draft(base)
     name, keeps = measuring.allocation(draft.plan), measuring.fractions
     limits.check(name, keeps)
     paths = [out.with_name(f"{out.stem}-{b.keep:g}{out.suffix}") if budgets[1:] else out for b in budgets]
     _check_files(paths, measuring.curves)
-    setup = set_up(model, run)
     jobs = jobs_at_keeps(setup.model, setup.reader, draft, keeps, calib)
     blank = blank_curves(name, jobs)
     for budget in budgets:  # before the measurement, as some budgets cannot be met

@@ -13,7 +13,6 @@ from torch import Tensor
 from lrc.allocation import ALLOCATORS
 from lrc.allocation.spend import allocate
 from lrc.errors import UserError
-from lrc.families import families
 from lrc.methods import Method, methods
 from lrc.methods.contract import Prediction, Problem, Solution, solves
 from lrc.methods.sizes import ComponentRank
@@ -121,7 +120,7 @@ def test_fisher_is_the_loss_that_methods_predict_whatever_they_minimise(
         assert cost == pytest.approx(nats(left, g), rel=1e-3)
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ["svd", "whitened_svd", "two_sided_svd", "monarch"])
 def test_factors_near_the_weights_of_their_matrix_cost_about_what_the_method_predicts_there(
     tiny_checkpoint: Any, setting: Any, offered: Any, family: str, method: str

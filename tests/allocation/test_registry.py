@@ -9,7 +9,7 @@ from lrc.allocation import ALLOCATORS
 from lrc.allocation.sizing import Limits
 from lrc.allocation.spend import Curve, Offer, allocate
 from lrc.errors import UserError
-from lrc.families import Matrix, Target, families
+from lrc.families import Matrix, Target
 from lrc.methods.sizes import ComponentRank, PairRank, SizeValue
 from lrc.plan.schema import Allocation
 
@@ -18,7 +18,7 @@ def test_a_plan_may_name_every_allocation_there_is() -> None:
     assert set(get_args(Allocation)) == set(ALLOCATORS)
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("keep", [0.15, 0.5, 0.83])
 def test_uniform_keeps_the_same_fraction_of_everything(
     tiny_checkpoint: Any, setting: Any, offered: Any, family: str, keep: float

@@ -18,7 +18,6 @@ from lrc.calibration.draw import Texts
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.evaluation.perplexity import window_losses
-from lrc.families import families
 from lrc.methods import methods
 from lrc.moments import collectors
 from lrc.plan.resolve import parse_plan, resolve
@@ -73,7 +72,7 @@ def held_out() -> Tensor:
     return torch.randint(1, 256, (3, 32), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(
     ("method", "layer", "target", "size"),
     [
@@ -123,7 +122,7 @@ def at_full_size(source: Path, held_out: Tensor, dtype: torch.dtype) -> list[Cur
     return curves_of(measuring, lambda done: None)
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
     curves = at_full_size(tiny_checkpoint(family), held_out, torch.float32)
     assert len(curves) == 6
@@ -132,7 +131,7 @@ def test_nothing_is_lost_at_full_size(tiny_checkpoint, held_out, family):
         assert curve.costs[0] == pytest.approx(0, abs=2e-5)
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_what_half_precision_rounds_otherwise_is_no_cost(tiny_checkpoint, held_out, monkeypatch, family):
     source = tiny_checkpoint(family)
     found = at_full_size(source, held_out, torch.bfloat16)
@@ -145,7 +144,7 @@ def test_what_half_precision_rounds_otherwise_is_no_cost(tiny_checkpoint, held_o
     assert abs(costs) < rounded / 2
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_costs_in_half_precision_are_those_in_full(tiny_checkpoint, held_out, family):
     source = tiny_checkpoint(family)
     plan = resolved(CheckpointReader(source), f"keep: 0.7\n{QK}")

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 import lrc.calibration.synthetic
 from lrc.calibration.synthetic import start_token, synthesize, write_blocks
 from lrc.errors import UserError
-from lrc.families import families
 from lrc.hub.loader import load
 from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.library import read_draft
@@ -37,7 +36,7 @@ def written(model: PreTrainedModel, count: int, seq_len: int, seed: int = 0, bat
     return write_blocks(model, 3, count, seq_len, seed, batch_size, lambda done: None)
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_tokens_are_where_the_numbers_fall_in_the_full_softmax(
     tiny_checkpoint: TinyCheckpoint, family: str
 ) -> None:

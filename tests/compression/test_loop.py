@@ -398,7 +398,7 @@ def test_the_refit_is_a_ridge_regression_to_the_original_stream(biased, out, fam
 def test_stream_errors_are_those_of_every_layer(biased, out, family):
     """Also behind layers that were refitted in both halves, and none behind a layer that stays whole.
 
-    A norm behind a projection is taken as linear; no module reads a stream between parallel halves.
+    A change through a norm is applied only if it lowers the error; no module reads a stream between parallel halves.
     """
     source = biased(family, num_hidden_layers=3)
     architecture = CheckpointReader(source).architecture
@@ -416,14 +416,14 @@ def test_stream_errors_are_those_of_every_layer(biased, out, family):
         place = f"{record.layer} {record.role}"
         assert record.held_out is not None
         assert record.applied == (record.held_out.after < record.held_out.before)
-        assert record.error.after < record.error.before
+        assert record.error.after < record.error.before or not (exact or record.applied)
         if place not in places:
             continue
         for error, part in ((record.held_out, slice(1)), (record.error, slice(1, None))):
             apart = (new[place] - old[place])[part].double().square().sum()
             reached = error.after if record.applied else error.before
             expected = float(apart / old[place][part].double().square().sum())
-            assert reached == pytest.approx(expected, rel=1e-3 if exact else 0.3)
+            assert reached == pytest.approx(expected, rel=1e-3)
     manifest = json.loads((run.out / "lrc.json").read_text())
     assert REFITS.validate_python(manifest["refits"]) == run.refits
     counted = NORMS.validate_python(manifest["stream_norms"])

@@ -75,5 +75,5 @@ def test_a_tokenizer_without_it_is_refused(tiny_checkpoint: TinyCheckpoint, fami
     folder = tiny_checkpoint(family)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.bos_token = None
-    with pytest.raises(UserError, match=f"{family} needs a first token in every window"):
+    with pytest.raises(UserError, match=f"{family} needs its BOS token at the start of every text"):
         first_token(AutoModelForCausalLM.from_pretrained(folder).config, tokenizer)

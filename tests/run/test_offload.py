@@ -14,7 +14,6 @@ import lrc.estimate.room
 from lrc.errors import OutOfResources, UserError
 from lrc.estimate.memory import estimate_memory
 from lrc.estimate.room import choose_place, known_place
-from lrc.families import families
 from lrc.plan.job import Job, make_job, open_checkpoint
 from lrc.plan.library import read_draft
 from lrc.run.offload import ON_DEVICE, States
@@ -71,7 +70,7 @@ def test_a_full_disk_is_told_before_a_page_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_place_changes_no_bit(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, family: str, plan: Path
 ) -> None:

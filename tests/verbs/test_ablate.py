@@ -13,7 +13,6 @@ import lrc
 import lrc.verbs.ablate
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
-from lrc.families import families
 from lrc.plan.schema import Calibration
 from lrc.records.ablation import Ablated, Ablation
 
@@ -64,7 +63,7 @@ def at(found: Ablation, target: str, keep: float) -> Ablated:
     return next(r for r in found.results if (r.target, r.keep) == (target, keep))
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_is_the_perplexity_of_the_saved_model(family, tiny_checkpoint, ablate, texts, tmp_path):
     source = tiny_checkpoint(family)
     found = ablate(source, keeps=[0.25, 0.5])
