@@ -54,7 +54,8 @@ caches, without and with left padding.
 """
 TAIL = """
 Tables: `embed` can be factorized in all of them, and `lm_head` where it is not tied to it. There is no export to stock
-checkpoints yet. Mixtures of experts, ALiBi (bloom, falcon), and models whose layers differ in shape are refused.
+checkpoints yet. Of a multimodal `gemma3` checkpoint the decoder for text is compressed, and the output is a
+`gemma3_text` model. Mixtures of experts, ALiBi (bloom, falcon), and models whose layers differ in shape are refused.
 """
 
 Names = Annotated[list[str] | None, typer.Argument(help="Families (default: all).")]

@@ -36,7 +36,7 @@ def match(located: Mapping[str, StoredTensor], model: nn.Module, family: Family)
     expected, prefix = model.state_dict(), f"{family.prefix}."
     full = {}
     for name in located:
-        new = family.old_names.get(name, name)
+        new = family.own_name(name)
         once, more = new.removeprefix(prefix), f"{prefix}{new}"
         full[once if once != new and once in expected else more if more in expected else new] = name
     old = re.compile("|".join((*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)))  # type: ignore[arg-type]
@@ -47,7 +47,8 @@ def match(located: Mapping[str, StoredTensor], model: nn.Module, family: Family)
 def check_layers(located: Mapping[str, StoredTensor], family: Family, config: Any) -> None:
     """Raise UserError if the config says less than one decoder layer, or more than the files hold."""
     path = re.escape(family.layers.removeprefix(f"{family.prefix}."))
-    found = [re.match(rf"(?:{family.prefix}\.){{0,2}}{path}\.(\d+)\.", name) for name in located]
+    pattern = re.compile(rf"(?:{family.prefix}\.){{0,2}}{path}\.(\d+)\.")
+    found = [pattern.match(family.own_name(name)) for name in located]
     if config.num_hidden_layers < 1:
         raise UserError(f"config.json: num_hidden_layers: {config.num_hidden_layers} is less than 1")
     held = 1 + max((int(each[1]) for each in found if each), default=-1)

@@ -16,12 +16,15 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lrc.checkpoint.files import read_json, weight_files
 from lrc.checkpoint.headers import StoredTensor, read_headers
 from lrc.checkpoint.match import check_layers, check_match, match
-from lrc.errors import UserError
-from lrc.families import Architecture, Family, Target, describe, family_of
+from lrc.errors import UserError, nearest
+from lrc.families import Architecture, Family, Target, describe, families, family_of
+
+_SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
 class CheckpointReader:
@@ -42,13 +45,17 @@ class CheckpointReader:
         for a tensor that is missing or has another shape, for another quantization than ``quantized``, and for pickled
         weights without ``allow_pickle``.
         """
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
         self.folder, self._trust_remote_code = folder, trust_remote_code
         self.raw_config = read_json(folder / "config.json")
         if (generation := folder / "generation_config.json").is_file():
             read_json(generation)  # it is copied, and transformers loads no model beside some damaged ones
         self._check_quantization(quantized)
+        # A multimodal model holds the decoder that is compressed; its other parts are left out.
+        self._wrapped = (
+            self.raw_config.get("model_type") not in families() and "text_config" in self.raw_config
+        )
+        if self._wrapped:
+            self.raw_config = self._decoder_config()
         self.family: Family = family_of(self.raw_config.get("model_type", "(none)"))
         causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
         architectures = self.raw_config.get("architectures") or [causal]
@@ -75,7 +82,8 @@ class CheckpointReader:
         from transformers import AutoConfig
 
         with _blamed_on(self.folder / "config.json"):
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
+            return config.get_text_config() if self._wrapped else config
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -143,6 +151,19 @@ class CheckpointReader:
         """Read all tensors outside the decoder layers, by full name."""
         return self._read(name for name in self.tensors if not name.startswith(f"{self.family.layers}."))
 
+    def _decoder_config(self) -> dict[str, Any]:
+        """Return the config of a multimodal model's decoder. Raises UserError if lrc does not know it."""
+        whole, text = self.raw_config, self.raw_config["text_config"]
+        model_type = text.get("model_type") if isinstance(text, dict) else None
+        if model_type not in families():
+            raise UserError(
+                f"{self.folder} is a {whole.get('model_type')}, which holds {model_type or 'no'} model for text; "
+                f"{nearest(str(model_type), families())}"
+            )
+        shared = {key: whole[key] for key in _SHARED if key in whole}
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        return {**shared, **text, "architectures": [causal]}
+
     def _check_quantization(self, expected: str | None) -> None:
         found = self.raw_config.get("quantization_config")
         if found is None:  # transformers reads null as no quantization
@@ -166,7 +187,12 @@ class CheckpointReader:
         if self.config.tie_word_embeddings and self._tie(head := f"{self.family.head}.weight"):
             del shapes[head]
         check_match(found, located, shapes, self.config)
-        if found.unused:
+        if self._wrapped:
+            self.warnings.append(
+                f"{self.folder} holds more than a language model; only its decoder for text ({self.family.model_type}) "
+                f"is compressed, and {len(found.unused)} tensors are left out"
+            )
+        elif found.unused:
             self.warnings.append(
                 f"{self.folder} holds tensors that the model of config.json lacks; they are left out, as in "
                 f"transformers: {', '.join(found.unused)}"

@@ -82,7 +82,8 @@ class Family:
     rotary: Rotary
     tiny: Mapping[str, Any]  # config of a small model for the contract tests
     head: str = "lm_head"
-    old_names: Mapping[str, str] = field(default_factory=dict)  # of tensors in files, with the model's own
+    # Starts of tensor names in files, such as those of a multimodal model that holds the decoder, with the model's own.
+    old_names: Mapping[str, str] = field(default_factory=dict)
     # Names of projections, by role, where the attention stores them apart.
     split: Mapping[str, str] = field(default_factory=lambda: {r: f"{r}_proj" for r in ATTENTION_ROLES})
     split_mlp: Mapping[str, str] = field(default_factory=dict)  # the same of fused projections of the MLP
@@ -122,6 +123,11 @@ class Family:
     equal: tuple[tuple[str, str], ...] = ()
     # The value that lrc cannot handle, by config key.
     unsupported: Mapping[str, object] = field(default_factory=dict)
+
+    def own_name(self, name: str) -> str:
+        """Return the name in the model of a tensor in a file."""
+        found = ((old, own) for old, own in self.old_names.items() if name.startswith(old))
+        return next((own + name.removeprefix(old) for old, own in found), name)
 
     def half(self, name: Literal["attention", "mlp"]) -> Half:
         """Return the attention or MLP half of a layer."""

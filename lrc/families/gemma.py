@@ -12,5 +12,5 @@ FAMILY = replace(
     embedding_scaled=True,
     starts_texts=True,
     unsupported={"use_bidirectional_attention": True},
-    tiny={**LLAMA.tiny, "head_dim": 8},
+    tiny={**LLAMA.tiny, "head_dim": 8, "intermediate_size": 128},  # Gemma's MLPs are wide
 )

@@ -1,4 +1,4 @@
-"""Gemma 3's text decoder (arXiv:2503.19786): Gemma 2 with normed queries and keys, two rotary bases and no caps."""
+"""Gemma 3's text decoder (arXiv:2503.19786): Gemma 2 with normed q and k, two rotary bases, no caps on scores."""
 
 from dataclasses import replace
 
@@ -10,5 +10,6 @@ FAMILY = replace(
     qk_norm="head",
     score_cap=None,
     sdpa=True,
+    old_names={"language_model.": "", "model.language_model.": "model."},
     tiny={**GEMMA2.tiny, "sliding_window_pattern": 2},
 )

@@ -34,7 +34,7 @@ FAMILY = Family(
     },
     final_norm="gpt_neox.final_layer_norm",
     embedding="gpt_neox.embed_in",
-    old_names={"embed_out.weight": "lm_head.weight"},
+    old_names={"embed_out.": "lm_head."},
     rotary="half",
     rotary_share="partial_rotary_factor",
     parallel="use_parallel_residual",
