@@ -87,10 +87,10 @@ def leave_out_what_writes_no_weights() -> None:
 
     tokenize, known = lrc.text.encoding.tokenize, {}
 
-    def tokenize_once(tokenizer: Any, text: str, rows: int | None = None) -> Any:
-        key = tokenizer.name_or_path, text, rows
+    def tokenize_once(tokenizer: Any, text: str, rows: int | None = None, first: int | None = None) -> Any:
+        key = tokenizer.name_or_path, text, rows, first
         if key not in known:
-            known[key] = tokenize(tokenizer, text, rows)
+            known[key] = tokenize(tokenizer, text, rows, first)
         return known[key].clone()
 
     lrc.text.encoding.tokenize = tokenize_once
