@@ -189,9 +189,7 @@ def write(source: Path, folder: Path, change: str, *, shards: int = 1) -> Compre
     family = family_of(config.model_type)
     old = load_file(source / "model.safetensors")
     stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    full = {
-        n: t for n, t in stock.state_dict().items() if n in {family.old_names.get(each, each) for each in old}
-    }
+    full = {n: t for n, t in stock.state_dict().items() if n in {family.own_name(each) for each in old}}
     architecture = describe(family, config, {name: tuple(t.shape) for name, t in full.items()})
     table: dict[str, Any] = {}
     state = {name: tensor for name, tensor in full.items() if not name.startswith(f"{family.layers}.")}
