@@ -111,9 +111,8 @@ class Family:
     score_cap: str | None = None  # soft cap of the scores; also the key of the config
 
     # Keys of the config.
-    parallel: str | bool = (
-        False  # whether attention and MLP read the same residual stream; True: in all models
-    )
+    # Whether attention and MLP read the same residual stream; True: in all models.
+    parallel: str | bool = False
     residual_factor: str | None = None  # of what attention and MLP add to the residual stream
     logit_factor: str | None = None
     logit_divisor: str | None = None

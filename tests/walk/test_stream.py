@@ -77,6 +77,8 @@ def test_no_token_sees_a_later_one(tiny_checkpoint, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_layers_stay_close_on_a_float32_stream(tiny_checkpoint, family):
     folder, ids = tiny_checkpoint(family), blocks()
+    # Random norms that multiply by 1 + w amplify rounding.
+    near = 0.03 if family in ("gemma", "gemma2") else 0.02
     stream = open_stream(folder, torch.bfloat16)
     batches = stream.embed(ids.split(2))
     assert all(batch.hidden.dtype == torch.float32 for batch in batches)
@@ -85,10 +87,10 @@ def test_bfloat16_layers_stay_close_on_a_float32_stream(tiny_checkpoint, family)
     for ours, theirs, right in zip(states[:-1], stock[:-1], exact[:-1], strict=True):
         assert ours.dtype == torch.float32
         size = right.norm()
-        assert (ours - right).norm() < 0.03 * size
+        assert (ours - right).norm() < near * size
         assert (ours - right).norm() < 1.5 * (theirs - right).norm()  # no worse than transformers' own
     final = normed(folder, states[-1])
-    assert (final - exact[-1]).norm() < 0.03 * exact[-1].norm()
+    assert (final - exact[-1]).norm() < near * exact[-1].norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
