@@ -80,7 +80,7 @@ GENERAL_WEIGHTS = {
     "web": 2,
     "c4": 2,
     "textbooks": 0.75,
-    "code": 0.5,
+    "code": 1,
     "wikipedia-es": 0.25,
     "wikipedia-fr": 0.25,
     "chat": 0.75,
