@@ -100,6 +100,8 @@ class Family:
     rotary_share: str | None = None
     # Whether the embedding's module multiplies by the square root of the width.
     embedding_scaled: bool = False
+    # Whether the attention scales the queries, not the scores: the same but for rounding.
+    queries_scaled: bool = False
     # Whether every text must start with the tokenizer's BOS token.
     starts_texts: bool = False
     sdpa: bool = True  # whether transformers runs the family with sdpa attention

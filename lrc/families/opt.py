@@ -35,6 +35,7 @@ FAMILY = Family(
     rotary="none",
     split={"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},
     dropout="dropout",
+    queries_scaled=True,
     activation="activation_fn",
     # Norms behind the halves, as in the 350M model, belong to the residual stream itself.
     unsupported={

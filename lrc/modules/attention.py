@@ -95,8 +95,9 @@ class ReducedAttention(MergesProjections):
                     setattr(held, name, states[..., :width])
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if self.family.rotary != "half" or (cos.shape[-1] != self.qk_dim and self.rotary_columns is None):
-            # Of interleaved or partly rotated heads, which keep all dimensions.
+        fast = self.merged is not None and self.family.rotary == "half" and cos.shape[-1] == self.qk_dim
+        if self.rotary_columns is None and not fast:
+            # Heads with all dimensions turn as in the family's own class: the logits then have the same bits.
             return sys.modules[self.base.__module__].apply_rotary_pos_emb(query, key, cos, sin)
         if self.rotary_columns is None:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -120,10 +121,13 @@ class ReducedAttention(MergesProjections):
             implementation, modeling.eager_attention_forward
         )
         dropout = attrgetter(self.family.dropout)(self) if self.training else 0.0
+        scaling = self.scaling
+        if self.family.queries_scaled:
+            query, scaling = query * scaling, 1.0
         for name, path in (("sliding_window", self.family.window), ("softcap", self.family.score_cap)):
             if path is not None:
                 kwargs[name] = attrgetter(path)(self)
-        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return attend(self, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def reduce_attention(module: Any, entry: Mapping[str, Any], family: Family) -> None:
