@@ -182,12 +182,12 @@ def _widen(x: Tensor, width: int) -> Tensor:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (..., D) by rotary tables of its width, dimension i with i + D/2."""
+    """Rotate x (..., D) by rotary tables of its width, dimension i with i + D/2; return it in the dtype of x."""
     half = x.shape[-1] // 2
     turned = x * cos
     turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)  # in place: three kernels, not five
     turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return turned
+    return turned.to(x.dtype)  # the tables of some families are float32
 
 
 def __getattr__(name: str) -> Any:

@@ -166,6 +166,12 @@ def test_nothing_reduced_gives_the_same_bits(made: Made, stock: Any, ids: Tensor
     assert torch.equal(stream.tail()(batch.hidden), logits(stock, ids))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_half_precision_is_near(made: Made, reduced: Any, ids: Tensor, fuse: bool) -> None:
+    half, expected = lrc.load(made.out, dtype=torch.bfloat16, fuse=fuse), logits(reduced, ids)
+    assert (logits(half, ids) - expected).norm() < 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_generates_the_same_with_caches_and_without(made: Made, ids: Tensor, implementation: str) -> None:
     if implementation == "sdpa" and not made.source.family.sdpa:
