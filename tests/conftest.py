@@ -9,7 +9,7 @@ import pickle
 import runpy
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -91,9 +91,21 @@ def _checkpoints_in(parent: Path) -> TinyCheckpoint:
 @pytest.fixture
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the page, the domains and the answers of outputs: most of the time of a small compression."""
-    monkeypatch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
-    monkeypatch.setattr("lrc.verbs.cost.domain_passages", lambda *given: ([], []))
-    monkeypatch.setattr("lrc.verbs.cost.write_answers", lambda *models: None)
+    _leave_out_pages(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def module_without_pages() -> Iterator[None]:
+    """The same for the tests of a whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        _leave_out_pages(patch)
+        yield
+
+
+def _leave_out_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("lrc.verbs.compress.html_page", lambda report, others: "")
+    patch.setattr("lrc.verbs.cost.domain_passages", lambda *given: ([], []))
+    patch.setattr("lrc.verbs.cost.write_answers", lambda *models: None)
 
 
 @pytest.fixture

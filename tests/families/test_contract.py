@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lrc
@@ -21,7 +22,7 @@ from lrc.cli import app
 from lrc.compression.assemble import assemble
 from lrc.compression.refit import REFITS
 from lrc.errors import UserError
-from lrc.families import canonical, describe, families, logit_rule
+from lrc.families import Family, canonical, describe, families, logit_rule
 from lrc.moments.observe import observe
 from lrc.walk.stream import ModelStream
 
@@ -44,6 +45,10 @@ class Made:
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.out / "lrc.json").read_text(encoding="utf-8"))
 
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
+
 
 def capped(source: CheckpointReader) -> bool:
     """Tells whether logits end in a soft cap, so that a norm cannot scale them."""
@@ -51,7 +56,9 @@ def capped(source: CheckpointReader) -> bool:
 
 
 @pytest.fixture(scope="module", params=sorted(families()))
-def made(request: pytest.FixtureRequest, shared_checkpoint: Any, tmp_path_factory: Any) -> Made:
+def made(
+    request: pytest.FixtureRequest, shared_checkpoint: Any, tmp_path_factory: Any, module_without_pages: None
+) -> Made:
     folder, work = shared_checkpoint(request.param), tmp_path_factory.mktemp("family")
     (work / "text.txt").write_text(WORDS, encoding="utf-8")
     source = CheckpointReader(folder)
@@ -59,9 +66,8 @@ def made(request: pytest.FixtureRequest, shared_checkpoint: Any, tmp_path_factor
     plan += "" if capped(source) else "scale: logits\n"
     (work / "plan.yaml").write_text(plan, encoding="utf-8")
     words = ["compress", folder, "--plan", work / "plan.yaml", "--calib", work / "text.txt"]
-    result = CliRunner().invoke(
-        app, [str(word) for word in (*words, "--out", work / "out", "--device", "cpu", "--no-eval")]
-    )
+    words += ["--ppl", work / "text.txt", "--out", work / "out", "--device", "cpu"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return Made(source, work / "out")
 
@@ -164,6 +170,50 @@ def test_nothing_reduced_gives_the_same_bits(made: Made, stock: Any, ids: Tensor
         assert set(whole.paths) == set(architecture.matrices)
         stream.advance(stream.filled(whole.module, whole.state), index, [batch])
     assert torch.equal(stream.tail()(batch.hidden), logits(stock, ids))
+
+
+def test_keep_1_writes_the_original(made: Made, stock: Any, ids: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(WORDS, encoding="utf-8")
+    plan, text, out = f"{{keep: 1, {CALIBRATION.strip()}}}", str(tmp_path / "text.txt"), tmp_path / "out"
+    lrc.compress(made.source.folder, plan, out=out, calib=text, ppl=[], run=lrc.Run(device="cpu"))
+    same_tensors(made.source.family, out, made.source.folder)
+    assert torch.equal(logits(lrc.load(out), ids), logits(stock, ids))
+
+
+def test_saving_again_changes_no_bit(made: Made, reduced: Any, ids: Tensor, tmp_path: Path) -> None:
+    reduced.save_pretrained(tmp_path / "once")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    again.save_pretrained(tmp_path / "twice")
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        same_tensors(made.source.family, folder, made.out)
+    assert torch.equal(logits(lrc.load(tmp_path / "twice"), ids), logits(reduced, ids))
+
+
+def same_tensors(family: Family, *folders: Path) -> None:
+    files = (load_file(folder / "model.safetensors") for folder in folders)
+    ours, theirs = ({family.own_name(name): tensor for name, tensor in file.items()} for file in files)
+    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+
+
+def test_the_perplexities_of_the_report_are_those_of_a_plain_script(made: Made) -> None:
+    starts = made.source.family.starts_texts
+    (change,) = made.report["perplexity"]
+    for folder, found in ((made.source.folder, change["before"]), (made.out, change["after"])):
+        assert found["value"] == pytest.approx(plain_perplexity(folder, starts), rel=1e-5)
+        assert any("every window starts with" in note for note in found["notes"]) == starts
+
+
+def plain_perplexity(folder: Path, starts: bool) -> float:
+    """Exp of the mean cross entropy on the text's windows, each with a BOS token if ``starts``; nothing of lrc."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(tokenizer(WORDS)["input_ids"])
+    windows = ids.unfold(0, *[model.config.max_position_embeddings - starts] * 2)
+    if starts:
+        windows = F.pad(windows, (1, 0), value=tokenizer.bos_token_id)
+    scores = logits(model, windows)[:, :-1]
+    return F.cross_entropy(scores.double().flatten(0, 1), windows[:, 1:].flatten()).exp().item()
 
 
 @pytest.mark.parametrize("fuse", [False, True])
