@@ -19,7 +19,10 @@ from lrc.errors import UserError
 if TYPE_CHECKING:
     from lrc.run.settings import Run
 
-MODEL_HELP = "A folder, a hub id, a short name (llama-7b) or a built-in model (tiny-gpt2, tiny-llama)."
+MODEL_HELP = (
+    "A folder, a GGUF file, a PEFT adapter, a hub id, a short name (llama-7b) or a built-in model "
+    "(tiny-gpt2, tiny-llama)."
+)
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 

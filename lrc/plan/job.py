@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrc.checkpoint.reader import CheckpointReader
-from lrc.hub.names import ResolvedModel, default_calibration, resolve_model
+from lrc.hub.names import ResolvedModel, default_calibration, dequantized, resolve_model
 from lrc.methods import methods
 from lrc.moments import collectors
 from lrc.plan.resolve import Draft, resolve
@@ -34,11 +34,14 @@ class Job:
 
 
 def open_checkpoint(model: str | Path, run: Run) -> tuple[ResolvedModel, CheckpointReader]:
-    """Find a model and read its headers. Raises UserError for a missing model."""
-    found = resolve_model(str(model), revision=run.revision, allow_pickle=run.allow_pickle)
-    return found, CheckpointReader(
+    """Find a model, in full precision, and read its headers. Raises UserError for a missing model."""
+    named = resolve_model(str(model), revision=run.revision, allow_pickle=run.allow_pickle)
+    found = dequantized(named, trust_remote_code=run.trust_remote_code)
+    reader = CheckpointReader(
         found.path, allow_pickle=run.allow_pickle, trust_remote_code=run.trust_remote_code
     )
+    reader.warnings += [found.note] if found.note else []
+    return found, reader
 
 
 def make_job(

@@ -19,6 +19,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     state: dict[str, Any] = {"folder": tmp_path / "0123abc", "raises": None}
     state["folder"].mkdir()
     (state["folder"] / "model.safetensors").touch()
+    (state["folder"] / "config.json").touch()
 
     def snapshot_download(repository: str, **kwargs: Any) -> str:
         state["call"] = {"repository": repository, **kwargs}
@@ -103,9 +104,9 @@ def test_unknown_names(tmp_path: Path) -> None:
         resolve_model("./nowhere")
     with pytest.raises(UserError, match=r"has no config\.json"):
         resolve_model(str(tmp_path))
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.bin").touch()
     with pytest.raises(UserError, match="is a file"):
-        resolve_model(str(tmp_path / "model.gguf"))
+        resolve_model(str(tmp_path / "model.bin"))
 
 
 def test_a_link_is_named_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,11 +124,11 @@ def test_the_default_mixture_has_its_proportions_and_names_its_origins(read: Cor
     found = read(samples=42).draw(42, 0)
     assert [(s.label.partition(":")[0], len(s.blocks)) for s in found.sources] == [
         ("wikitext2", 9),
-        ("wikipedia", 7),
+        ("wikipedia", 6),
         ("web", 8),
-        ("c4", 8),
+        ("c4", 7),
         ("textbooks", 3),
-        ("code", 2),
+        ("code", 4),
         ("wikipedia-es", 1),
         ("wikipedia-fr", 1),
         ("chat", 3),

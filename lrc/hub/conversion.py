@@ -1,0 +1,255 @@
+"""Turn a model that is no full-precision checkpoint into one, once, in a folder of the Hugging Face cache.
+
+These are a GGUF file, a PEFT adapter, which is merged into its base, and a folder of quantized weights. transformers
+and PEFT read the whole model into memory; nothing of a decoder is known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from safetensors import safe_open
+
+from lrc.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
+_BESIDE = (*_TOKENIZER, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds a PEFT adapter alone; a model's own folder may hold one beside its weights."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def from_gguf(file: Path) -> Path:
+    """Return a folder with the model of a GGUF file in float32, dequantized. A tokenizer beside the file comes first.
+
+    Raises UserError for a file that transformers or the gguf package cannot read.
+    """
+    import transformers
+
+    def make(folder: Path) -> None:
+        options: dict[str, Any] = {"gguf_file": file.name, "dtype": "float32"}
+        if hasattr(transformers, "GgufConfig"):  # newer releases keep weights quantized by default
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        _save(_load(file.parent, **options), folder)
+        if (file.parent / "tokenizer.json").is_file():
+            _copy(file.parent, _TOKENIZER, folder)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer.save_pretrained(folder)
+
+    with _blamed_on(file):
+        return _cached(file.stem, [file, *_files(file.parent, _TOKENIZER)], make)
+
+
+def from_adapter(adapter: Path, base: Path) -> Path:
+    """Return a folder with ``base`` and a PEFT adapter merged into it, in the base's precision.
+
+    The adapter's tokenizer, if it has one, takes the place of the base's. Raises UserError for an adapter that cannot
+    be merged or has other weights than ``base`` takes.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            f"{adapter} is a PEFT adapter, and peft is not installed; pip install peft"
+        ) from error
+
+    def make(folder: Path) -> None:
+        whole = _load(base)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of names that do not fit, which are refused, and of heads untied
+            model = peft.PeftModel.from_pretrained(whole, adapter)
+            settings: Any = model.active_peft_config
+            if settings.is_prompt_learning:
+                kind = settings.peft_type.value
+                raise UserError(
+                    f"{adapter} is a {kind} adapter, which has no weights to merge; name its base"
+                )
+            _check_names(peft, model, adapter, base)
+            merged = model.merge_and_unload(safe_merge=True)
+        _save(merged, folder)
+        _copy(base, _BESIDE, folder)
+        if (adapter / "tokenizer_config.json").is_file():
+            _copy(adapter, _TOKENIZER, folder)
+
+    with _blamed_on(adapter):
+        return _cached(f"{base.name}-{adapter.name}", [*_files(adapter, ("*",)), *_files(base, ("*",))], make)
+
+
+def dequantized(folder: Path, *, trust_remote_code: bool = False) -> Path:
+    """Return a folder with the weights of a quantized checkpoint in its own config's precision.
+
+    Raises UserError naming the format if transformers cannot dequantize it.
+    """
+    from transformers import AutoConfig
+
+    def make(made: Path) -> None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        named = config.quantization_config
+        model = _load(
+            folder,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            quantization_config=_dequantizing(named, folder),
+        )
+        if getattr(model, "is_quantized", False):
+            model = model.dequantize()
+        # transformers cannot turn names back that it changed while it dequantized
+        _save(model, made, save_original_format=False)
+        _copy(folder, _BESIDE, made)
+
+    with _blamed_on(folder):
+        return _cached(folder.name, _files(folder, ("*",)), make)
+
+
+def _dequantizing(named: Any, folder: Path) -> Any:
+    """Return the quantization config that makes transformers dequantize; None if the loaded model does it itself."""
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+    from transformers.quantizers.base import HfQuantizer
+
+    held = named if isinstance(named, dict) else named.to_dict()
+    method = str(held.get("quant_method", "quantized"))
+    try:
+        config = AutoQuantizationConfig.from_dict(held)
+        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    except (ValueError, ImportError):
+        _refuse(folder, method)
+    if hasattr(config, "dequantize"):
+        if blocks := held.get("weight_block_size"):
+            _check_blocks(folder, blocks)
+        config.dequantize = True
+        return config
+    if type(quantizer)._dequantize is HfQuantizer._dequantize:
+        _refuse(folder, method)
+    return None
+
+
+def _check_blocks(folder: Path, blocks: list[int]) -> None:
+    """Raise UserError if blocks do not fill a matrix: transformers then divides it into blocks of another size."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                stored = tensors.get_slice(name)
+                shape = stored.get_shape()
+                if stored.get_dtype().startswith("F8") and any(
+                    n % of for n, of in zip(shape, blocks, strict=True)
+                ):
+                    raise UserError(
+                        f"{folder} is quantized in blocks of {' x '.join(map(str, blocks))}, which do not fill {name} "
+                        f"of {' x '.join(map(str, shape))}; transformers would read other weights. Name the "
+                        "full-precision original"
+                    )
+
+
+def _refuse(folder: Path, method: str) -> NoReturn:
+    raise UserError(
+        f"{folder} is quantized ({method}), which transformers cannot turn back; name the full-precision original"
+    )
+
+
+def _load(folder: Path, **options: Any) -> PreTrainedModel:
+    """Load a whole model on the CPU. Raises UserError if the files lack a weight, or one has another shape."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, **{"dtype": "auto", "output_loading_info": True, **options}
+    )
+    model, found = loaded
+    wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if wrong:
+        raise UserError(
+            f"{folder} lacks weights of its model, or has others: {', '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if wrong[3:] else "")
+        )
+    return model
+
+
+def _check_names(peft: Any, model: Any, adapter: Path, base: Path) -> None:
+    """Raise UserError unless the file has all weights of the adapter, and no other but whole embeddings of the base.
+
+    PEFT leaves a weight that the file lacks at its initial value, and one that has no place unread.
+    """
+    taken = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    held = set(peft.utils.load_peft_weights(str(adapter), device="cpu"))
+    lacking, unplaced = sorted(taken - held), sorted(held - taken - set(model.state_dict()))
+    for names, fault in ((unplaced, "has no place for"), (lacking, "also takes")):
+        if names:
+            raise UserError(f"{adapter} is an adapter for another model: {base} {fault} {names[0]}")
+
+
+def _save(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder, **options)
+
+
+def _copy(source: Path, patterns: tuple[str, ...], folder: Path) -> None:
+    for file in _files(source, patterns):
+        if file.suffix not in (".safetensors", ".bin"):
+            shutil.copy(file, folder)
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def _cached(name: str, sources: list[Path], make: Callable[[Path], None]) -> Path:
+    """Return the folder that ``make`` filled for these files, as long as neither they nor transformers change.
+
+    Processes that need the same folder wait for the first. A folder appears whole or not at all.
+    """
+    import transformers
+    from filelock import FileLock
+    from huggingface_hub.constants import HF_HOME
+
+    marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
+    key = hashlib.sha256(json.dumps([transformers.__version__, marks]).encode()).hexdigest()[:16]
+    cache = Path(HF_HOME) / "lrc"
+    folder = cache / f"{name}-{key}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            unfinished = cache / f".{folder.name}"
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            unfinished.mkdir()
+            try:
+                make(unfinished)
+                os.replace(unfinished, folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """Turn what transformers, gguf, PEFT and the file system raise into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each of these libraries raises its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read as a model: {reason}") from error
