@@ -95,7 +95,7 @@ def write_adapter(base: Path, folder: Path, config: peft.PeftConfig) -> Any:
     """Write an adapter with random weights for a base; return the base with it."""
     torch.manual_seed(0)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return model
 
 
