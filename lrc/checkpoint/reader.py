@@ -60,7 +60,10 @@ class CheckpointReader:
         causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
         architectures = self.raw_config.get("architectures") or [causal]
         if causal not in architectures:
-            raise UserError(f"{folder} is a {architectures[0]}, not a causal language model ({causal})")
+            own = "AutoModelForCausalLM" in self.raw_config.get("auto_map", {})
+            of_its_own = f"which is Python code of its own; lrc compresses {causal}"
+            kind = of_its_own if own else f"not a causal language model ({causal})"
+            raise UserError(f"{folder} is a {architectures[0]}, {kind}")
         named = self.raw_config.pop("transformers_weights", None)  # outputs have their weights in other files
         original = self.raw_config.get("quantization_config") is None
         weights = weight_files(folder, named if original else None)

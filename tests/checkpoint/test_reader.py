@@ -168,6 +168,13 @@ def test_a_pickle_that_would_run_code_is_refused(tiny_checkpoint, tmp_path):
         ({"quantization_config": {"quant_method": "gptq"}}, r"is compressed already \(gptq\)"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
+        (
+            {
+                "architectures": ["MineForCausalLM"],
+                "auto_map": {"AutoModelForCausalLM": "mine.MineForCausalLM"},
+            },
+            "MineForCausalLM, which is Python code of its own; lrc compresses LlamaForCausalLM",
+        ),
     ],
 )
 def test_what_is_no_supported_model_is_refused(tiny_checkpoint, damage, words):
