@@ -13,7 +13,8 @@ from lrc.checkpoint.sizes import Size, size_of
 from lrc.checkpoint.staging import MANIFEST, Staging
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import REST, part_name, part_names
-from lrc.compression.refit import NORMS, REFITS, RefitRecord, StreamNorms
+from lrc.compression.norms import NORMS, StreamNorms
+from lrc.compression.ridge import REFITS, RefitRecord
 from lrc.hub.quantizer import FORMAT_VERSION, METHOD, NOTICE
 from lrc.modules.table import Table
 from lrc.plan.job import Job

@@ -15,7 +15,9 @@ from lrc.compression.assemble import ReducedLayer, assemble
 from lrc.compression.embedding import TableCompressor
 from lrc.compression.logit_scale import CHUNK_BYTES, Final, LogitScale, fit_channels, fit_scale
 from lrc.compression.measure import LayerMeasure, target_record
-from lrc.compression.refit import LayerRefit, RefitRecord, StreamNorms, closing_roles, held_out_mask
+from lrc.compression.norms import StreamNorms
+from lrc.compression.refit import LayerRefit, closing_roles, held_out_mask
+from lrc.compression.ridge import RefitRecord
 from lrc.compression.solve import solve_layer
 from lrc.errors import UserError
 from lrc.families import Architecture

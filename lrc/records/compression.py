@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from lrc.checkpoint.sizes import Size, byte_text
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import RefitRecord, StreamNorms
+from lrc.compression.norms import StreamNorms
+from lrc.compression.ridge import RefitRecord
 from lrc.errors import UserError
 from lrc.evaluation.answers import Answers
 from lrc.evaluation.bootstrap import few

@@ -17,7 +17,7 @@ from lrc.calibration.draw import too_few
 from lrc.checkpoint.staging import SharedStaging, Staging, check_output, staging
 from lrc.compression import finish
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import norm_warnings
+from lrc.compression.norms import norm_warnings
 from lrc.estimate.memory import ASSUMED_SAMPLES
 from lrc.estimate.room import fits_measuring, memory_advice
 from lrc.plan.job import Job, make_job

@@ -22,7 +22,9 @@ from lrc.checkpoint.staging import staging
 from lrc.compression.finish import logit_scale, refit_records, target_records, write_checkpoint
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.loop import Compressor
-from lrc.compression.refit import NORMS, REFITS, RIDGE, RIDGES, RefitRecord, StreamNorms, held_out_mask
+from lrc.compression.norms import NORMS, StreamNorms
+from lrc.compression.refit import held_out_mask
+from lrc.compression.ridge import REFITS, RIDGE, RIDGES, RefitRecord
 from lrc.families import families, logit_rule
 from lrc.hub.names import ResolvedModel
 from lrc.methods import methods

@@ -7,18 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.compression import refit
-from lrc.compression.refit import (
-    REFITS,
-    RIDGE,
-    RIDGES,
-    RefitRecord,
-    RefitSum,
-    StreamNorms,
-    _changed_norms,
-    held_out_mask,
-    norm_warnings,
-)
+from lrc.compression import ridge as ridges
+from lrc.compression.norms import StreamNorms, changed_norms, norm_warnings
+from lrc.compression.refit import held_out_mask
+from lrc.compression.ridge import REFITS, RIDGE, RIDGES, RefitRecord, RefitSum
 from lrc.methods.contract import Affine
 
 CPU = torch.device("cpu")
@@ -57,7 +49,7 @@ def solved(
 
 
 def fixed(monkeypatch: pytest.MonkeyPatch, ridge: float) -> None:
-    monkeypatch.setattr(refit, "RIDGE", ridge)
+    monkeypatch.setattr(ridges, "RIDGE", ridge)
 
 
 def ridge_on_tokens(x: Tensor, t: Tensor, start: Affine, ridge: float) -> Affine:
@@ -136,14 +128,14 @@ def test_wide_outputs_are_compared_in_some_directions(monkeypatch):
     t = x @ truth.T + 2 * normal(9, 8, 64, seed=3)
     start, held = Affine(truth + 0.5 * normal(64, 20, seed=4)), held_out_mask(9)
     _, every = solved(x, t, start, held)
-    monkeypatch.setattr(refit, "DIRECTIONS", 16)
+    monkeypatch.setattr(ridges, "DIRECTIONS", 16)
     _, some = solved(x, t, start, held)
     assert every.held_out is not None
     assert some.held_out is not None
     assert some.held_out.after <= 1.05 * every.held_out.after
     exact = relative(x[held], t[held], ridge_on_tokens(x[~held], t[~held], start, some.ridge))
     assert some.held_out.after == pytest.approx(exact, rel=1e-3)
-    monkeypatch.setattr(refit, "RIDGES", (1e6, some.ridge))
+    monkeypatch.setattr(ridges, "RIDGES", (1e6, some.ridge))
     assert solved(x, t, start, held)[1].ridge == some.ridge
 
 
@@ -253,10 +245,10 @@ def test_records_survive_json(seen):
 
 def test_norms_change_below_half_and_above_twice() -> None:
     stream = torch.tensor([[0.4, 0.6, 1.9, 2.1], [0.5, 2.0, 1.0, 3.0]])[..., None]
-    assert _changed_norms(stream, torch.ones(2, 4, 1)).tolist() == [8, 3, 2, 1]
+    assert changed_norms(stream, torch.ones(2, 4, 1)).tolist() == [8, 3, 2, 1]
 
 
-def test_the_first_layer_with_many_changed_norms_is_warned_of() -> None:
+def test_the_first_layer_with_manychanged_norms_is_warned_of() -> None:
     few, many, more = (
         StreamNorms(0, 100, 5, 20, 1),
         StreamNorms(1, 100, 2, 20, 2),

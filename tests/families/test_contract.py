@@ -20,7 +20,7 @@ import lrc
 from lrc.checkpoint.reader import CheckpointReader
 from lrc.cli import app
 from lrc.compression.assemble import assemble
-from lrc.compression.refit import REFITS
+from lrc.compression.ridge import REFITS
 from lrc.errors import UserError
 from lrc.families import Family, canonical, describe, families, logit_rule
 from lrc.moments.observe import observe

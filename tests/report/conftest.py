@@ -11,7 +11,8 @@ import pytest
 from lrc.checkpoint.sizes import Size
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import RefitRecord, StreamError, StreamNorms
+from lrc.compression.norms import StreamNorms
+from lrc.compression.ridge import RefitRecord, StreamError
 from lrc.evaluation.answers import Answer, Answers, Written
 from lrc.evaluation.bootstrap import Estimate
 from lrc.evaluation.last_words import LastWords

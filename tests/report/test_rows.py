@@ -12,7 +12,8 @@ from rich.console import Console
 from lrc.checkpoint.sizes import Size
 from lrc.compression.logit_scale import LogitScale
 from lrc.compression.measure import Measured
-from lrc.compression.refit import REFITS, RefitRecord, StreamError, StreamNorms
+from lrc.compression.norms import StreamNorms
+from lrc.compression.ridge import REFITS, RefitRecord, StreamError
 from lrc.methods.contract import Prediction
 from lrc.records.compression import CalibrationRecord, CalibrationSource, Report, TargetRecord
 from lrc.report.compression import report_page

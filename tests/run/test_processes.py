@@ -22,7 +22,7 @@ from lrc.checkpoint.reader import CheckpointReader
 from lrc.checkpoint.staging import SharedStaging, staging
 from lrc.compression.embedding import final_moment
 from lrc.compression.logit_scale import Final, fit_channels, fit_scale
-from lrc.compression.refit import RefitSum
+from lrc.compression.ridge import RefitSum
 from lrc.compression.solve import solve_layer
 from lrc.errors import OutOfResources, ProcessEnded, UserError
 from lrc.families import Architecture
