@@ -32,8 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lrc.benchmark.cases import make_cases, parse_shapes
 from lrc.benchmark.measure import measure, weigh
 from lrc.compression.assemble import assemble
-from lrc.families import Architecture, family_of
-from lrc.families.family import describe
+from lrc.families import Architecture, describe, family_of
 from lrc.hub.quantizer import FORMAT_VERSION, METHOD, replace_modules
 from lrc.methods import methods
 from lrc.methods.contract import Affine, Factors, Prediction, Solution

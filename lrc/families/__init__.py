@@ -7,18 +7,17 @@ from functools import cache
 
 from lrc.discovery import submodules
 from lrc.errors import UserError, nearest
-from lrc.families.family import (
+from lrc.families.architecture import (
     Architecture,
-    Family,
     Heads,
     Matrix,
-    Stored,
     Target,
     canonical,
     describe,
     head_counts,
     logit_rule,
 )
+from lrc.families.family import Family, Stored
 
 __all__ = [
     "Architecture",
