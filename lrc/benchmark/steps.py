@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from lrc.benchmark.cases import Case
 from lrc.errors import UserError
+from lrc.modules.cache import cache_argument
 
 _WARM = 3  # steps before a capture: they choose kernels and allocate workspaces
 
@@ -23,7 +24,7 @@ class Steps(ABC):
     tokens: int
 
     def __init__(self, model: PreTrainedModel, case: Case) -> None:
-        self.model, self.device = model, model.device
+        self.model, self.device, self.cache_name = model, model.device, cache_argument(model.forward)
         self.forward: Any = torch.compile(model, dynamic=False) if case.mode == "compile" else model
         generator = torch.Generator().manual_seed(0)
         shape = (case.batch, case.length if case.phase == "prefill" else 1)
@@ -62,7 +63,7 @@ class Prefill(Steps):
     def run(self) -> None:
         found = self.forward(input_ids=self.ids, use_cache=True, logits_to_keep=1)
         found.logits[:, -1].argmax(-1)
-        self.cache = found.past_key_values
+        self.cache = found[self.cache_name]
 
 
 class Decode(Steps):
@@ -101,7 +102,7 @@ class Decode(Steps):
             self._once()
 
     def _step(self, forward: Any) -> None:
-        found = forward(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
+        found = forward(input_ids=self.ids, use_cache=True, **{self.cache_name: self.cache})
         self.ids.copy_(found.logits[:, -1:].argmax(-1))
 
     def _captured(self) -> Callable[[], object]:

@@ -20,6 +20,7 @@ from lrc.errors import UserError
 from lrc.estimate.memory import generating_memory
 from lrc.estimate.room import free_bytes, memory_advice
 from lrc.hub.loader import load, start_tokens
+from lrc.modules.cache import cache_argument
 from lrc.plan.job import Job
 from lrc.run.processes import ALONE, Processes
 from lrc.run.settings import Run, generating_batch
@@ -101,11 +102,11 @@ def _write(model: PreTrainedModel, start: int, numbers: Tensor, advance: Callabl
     """Return the blocks that uniform ``numbers`` (blocks, seq_len) choose."""
     numbers = numbers.to(model.device)
     ids = torch.empty(numbers.shape, dtype=torch.int64, device=model.device)
-    last, cache = torch.full_like(ids[:, :1], start), None
+    last, cache, name = torch.full_like(ids[:, :1], start), None, cache_argument(model.forward)
     sound = torch.ones((), dtype=torch.bool, device=model.device)
     for t in range(ids.shape[1]):
-        out = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=last, use_cache=True, **{name: cache})
+        cache = out[name]
         total = out.logits[:, -1].double().softmax(-1).cumsum(-1)
         sound &= total[:, -1].isfinite().all()
         last = torch.searchsorted(total, numbers[:, t : t + 1] * total[:, -1:], right=True)

@@ -15,6 +15,7 @@ from lrc.errors import UserError
 from lrc.evaluation.folder import Loading, loaded
 from lrc.evaluation.perplexity import Model
 from lrc.evaluation.streamed import StreamedModel
+from lrc.modules.cache import cache_argument
 from lrc.text.blocks import check_ids
 
 if TYPE_CHECKING:
@@ -149,12 +150,10 @@ def continue_prompts(
     last = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts]).to(model.device)
     mask = (torch.arange(longest) >= pads).long().to(model.device)
     places, cache, found = (mask.cumsum(1) - 1).clamp_min(0), None, list[Tensor]()
-    ended = torch.zeros_like(last[:, :1], dtype=torch.bool)
+    ended, name = torch.zeros_like(last[:, :1], dtype=torch.bool), cache_argument(model.forward)
     while len(found) < new_tokens and not ended.all():
-        out = model(
-            input_ids=last, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
-        )
-        last, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        out = model(input_ids=last, attention_mask=mask, position_ids=places, use_cache=True, **{name: cache})
+        last, cache = out.logits[:, -1:].argmax(-1), out[name]
         ended = ended | torch.isin(last, end)
         found.append(last)
         places, mask = places[:, -1:] + 1, torch.cat([mask, torch.ones_like(last)], dim=1)

@@ -100,7 +100,6 @@ class Family:
     # Whether every text must start with the tokenizer's BOS token.
     starts_texts: bool = False
     sdpa: bool = True  # whether transformers runs the family with sdpa attention
-    cache: str = "past_key_values"  # argument of the attention
 
     # Attributes of the attention module.
     rotates: str | None = None  # whether this layer has rotary positions

@@ -38,7 +38,6 @@ FAMILY = Family(
     rotary="half",
     rotary_share="partial_rotary_factor",
     parallel="use_parallel_residual",
-    cache="layer_past",
     tiny={
         "hidden_size": 32,
         "intermediate_size": 48,

@@ -16,6 +16,7 @@ from lrc.errors import UserError
 from lrc.families import Family, families, head_counts
 from lrc.families.refusals import check_supported
 from lrc.modules.absent import Absent
+from lrc.modules.cache import cache_argument
 from lrc.modules.fused.merged import MergesProjections
 
 PREFIX = "Lrc"
@@ -36,6 +37,7 @@ class ReducedAttention(MergesProjections):
 
     family: ClassVar[Family]
     base: ClassVar[type[nn.Module]]
+    cache: ClassVar[str]  # the argument for the KV cache
     qk_dim: int
     v_dim: int
     rotary_columns: Tensor | None
@@ -54,11 +56,10 @@ class ReducedAttention(MergesProjections):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         family = self.family
-        past_key_values = kwargs.pop(family.cache, past_key_values)
+        cache = kwargs.pop(self.cache, None)
         query, key, value = self.project([family.split[role] for role in ("q", "k", "v")], hidden_states)
         norm = family.qk_norm if hasattr(self, "q_norm") else None
         if norm == "width":
@@ -72,9 +73,10 @@ class ReducedAttention(MergesProjections):
             query, key = self._rotate(query, key, *position_embeddings)
         step = STEP.get(query.device.type, 1)
         query, key, value = (_widen(x, x.shape[-1] + -x.shape[-1] % step) for x in (query, key, value))
-        if past_key_values is not None:
-            self._narrow_prefix(past_key_values, key.shape[-1], value.shape[-1])
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            self._narrow_prefix(cache, key.shape[-1], value.shape[-1])
+            more = {"kwargs": kwargs} if self.cache == "cache" else {}
+            key, value = cache.update(key, value, self.layer_idx, **more)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         output = output[..., : self.v_dim].reshape(*hidden_states.shape[:-1], -1)
         output = getattr(self, family.split["o"])(output)
@@ -172,7 +174,8 @@ def reduced_class(base: type[nn.Module], family: Family) -> type[ReducedAttentio
     """Return the reduced subclass of ``base``, made once; as a subclass, transformers still recognizes it."""
     name = PREFIX + base.__name__
     if name not in _classes:
-        _classes[name] = type(name, (ReducedAttention, base), {"family": family, "base": base})
+        facts = {"family": family, "base": base, "cache": cache_argument(base.forward)}
+        _classes[name] = type(name, (ReducedAttention, base), facts)
     return _classes[name]
 
 

@@ -43,7 +43,7 @@ def test_decode_goes_on_from_what_is_cached(config: Any) -> None:
     run.prepare()
     for layer in run.cache.layers:
         layer.cumulative_length.zero_()
-    found = model(ids, past_key_values=run.cache).logits[:, -1:].argmax(-1)
+    found = model(ids, **{run.cache_name: run.cache}).logits[:, -1:].argmax(-1)
     assert all(layer.cumulative_length == 6 for layer in run.cache.layers)
     expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[:, 6:]
     run.ids.copy_(found)
