@@ -33,13 +33,18 @@ def load(
     unknown model, one that is no causal language model, a damaged file, or pickled weights without ``allow_pickle``.
     """
     folder = resolve_model(str(model), revision=revision, allow_pickle=allow_pickle).path
-    causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
+    config = causal_config(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     files = sorted(folder.glob("*.safetensors"))
     if not files and not allow_pickle:
         raise UserError(
             f"{folder} has no safetensors weights; --allow-pickle (allow_pickle) reads pickled ones"
         )
     read_headers(files)
+    family = families().get(config.get_text_config().model_type)
+    if family is not None and not family.sdpa:
+        kwargs.setdefault(
+            "attn_implementation", "eager"
+        )  # transformers before 5.21 takes sdpa, without soft caps
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()

@@ -141,7 +141,13 @@ def reduce_attention(module: Any, entry: Mapping[str, Any], family: Family) -> N
     config = module.config
     check_supported(family, config)
     if not hasattr(module, "scaling"):
-        raise UserError(f"compressed attention of {family.model_type} needs transformers 5.4 or newer")
+        raise UserError(f"compressed attention of {family.model_type} needs transformers 5.15 or newer")
+    if (
+        not family.sdpa and config._attn_implementation == "sdpa"
+    ):  # which releases before 5.21 take by default
+        raise UserError(
+            f"sdpa attention has no soft caps, which {family.model_type} needs; pass attn_implementation='eager'"
+        )
     heads, kv_heads, full = head_counts(config)
     qk, rotary = entry["qk"], family.rotary != "none"
     if entry["rotary_columns"] and not rotary:

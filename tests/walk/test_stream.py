@@ -40,7 +40,9 @@ def walk(stream: ModelStream, batches: list[Batch]) -> list[Tensor]:
 @torch.no_grad()
 def stock_states(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """The same by transformers; its last ones have gone through the final norm."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    # By name, as transformers before 5.21 runs gemma2 in sdpa, without its soft caps.
+    attention = "sdpa" if CheckpointReader(folder).family.sdpa else "eager"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
     return [h.float() for h in model(ids, output_hidden_states=True).hidden_states]
 
 
