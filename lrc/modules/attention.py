@@ -142,9 +142,8 @@ def reduce_attention(module: Any, entry: Mapping[str, Any], family: Family) -> N
     check_supported(family, config)
     if not hasattr(module, "scaling"):
         raise UserError(f"compressed attention of {family.model_type} needs transformers 5.15 or newer")
-    if (
-        not family.sdpa and config._attn_implementation == "sdpa"
-    ):  # which releases before 5.21 take by default
+    # transformers before 5.21 takes sdpa by default
+    if not family.sdpa and config._attn_implementation == "sdpa":
         raise UserError(
             f"sdpa attention has no soft caps, which {family.model_type} needs; pass attn_implementation='eager'"
         )
