@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrc
+from lrc.checkpoint.reader import CheckpointReader
 from lrc.errors import UserError
 from lrc.families import families
 from lrc.hub.loader import first_token
@@ -41,7 +42,11 @@ def test_the_perplexity_is_that_of_a_plain_script(
     tiny_checkpoint: TinyCheckpoint, text: Path, family: str
 ) -> None:
     folder = tiny_checkpoint(family)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # By name, as transformers before 5.21 runs gemma2 in sdpa, without its soft caps.
+    attention = "sdpa" if CheckpointReader(folder).family.sdpa else "eager"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     losses = []
