@@ -6,6 +6,7 @@ and PEFT read the whole model into memory; nothing of a decoder is known here.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ _TOKENIZER = (
     "merges.txt",
     "*.jinja",
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _BESIDE = (*_TOKENIZER, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -229,18 +231,29 @@ def _cached(name: str, sources: list[Path], make: Callable[[Path], None]) -> Pat
     key = hashlib.sha256(json.dumps([transformers.__version__, marks]).encode()).hexdigest()[:16]
     cache = Path(HF_HOME) / "lrc"
     folder = cache / f"{name}-{key}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{folder.name}.lock"):
-        if not folder.is_dir():
-            unfinished = cache / f".{folder.name}"
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            unfinished.mkdir()
-            try:
-                make(unfinished)
-                os.replace(unfinished, folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{folder.name}.lock"):
+            if not folder.is_dir():
+                _fill(cache / f".{folder.name}", folder, make)
+    except OSError as error:
+        at = Path(str(error.filename))
+        if error.errno not in _NO_ROOM and cache not in (at, *at.parents) and at not in cache.parents:
+            raise
+        reason = error.strerror or type(error).__name__
+        message = f"{cache} cannot hold the converted model ({reason}); set HF_HOME to a folder that can"
+        raise UserError(message) from error
     return folder
+
+
+def _fill(unfinished: Path, folder: Path, make: Callable[[Path], None]) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir()
+    try:
+        make(unfinished)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager

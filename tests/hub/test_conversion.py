@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -307,3 +308,21 @@ def test_what_a_killed_process_left_is_replaced(
     assert not (cache / f".{made.name}").exists()
     monkeypatch.setattr(conversion, "_load", None)  # nothing is made again
     assert resolve_model(str(adapter)).path == made
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_cache_that_cannot_hold_the_model_is_named(
+    adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    def fails(*names: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if full:
+        monkeypatch.setattr(conversion, "_save", fails)
+    else:
+        cache.parent.touch()  # a file where the folder should be
+    with pytest.raises(
+        UserError, match=r"cannot hold the converted model .*; set HF_HOME to a folder that can"
+    ):
+        resolve_model(str(adapter))
+    assert not full or not [path for path in cache.iterdir() if path.is_dir()]
