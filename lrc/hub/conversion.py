@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -228,7 +227,7 @@ def _cached(name: str, sources: list[Path], make: Callable[[Path], None]) -> Pat
     from huggingface_hub.constants import HF_HOME
 
     marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-    key = hashlib.sha256(json.dumps([transformers.__version__, marks]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((transformers.__version__, marks)).encode()).hexdigest()[:16]
     cache = Path(HF_HOME) / "lrc"
     folder = cache / f"{name}-{key}"
     try:
