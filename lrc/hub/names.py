@@ -84,7 +84,10 @@ def resolve_model(
 
 
 def _locate(name: str, revision: str | None, allow_pickle: bool, remedy: str) -> ResolvedModel:
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # of a user without a home
+        raise UserError(f"there is no folder {name}: {error}") from error
     if path.is_dir():
         return ResolvedModel(path, name)
     if path.is_file():
@@ -103,7 +106,9 @@ def _locate(name: str, revision: str | None, allow_pickle: bool, remedy: str) ->
     raise UserError(f"unknown model {name!r}; {known}, or a folder, or org/name")
 
 
-def dequantized(model: ResolvedModel, *, trust_remote_code: bool = False) -> ResolvedModel:
+def dequantized(
+    model: ResolvedModel, *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> ResolvedModel:
     """Return a quantized model's full-precision copy in the cache; any other model, and lrc's output, as it is.
 
     Raises UserError naming the format if transformers cannot dequantize it.
@@ -111,7 +116,7 @@ def dequantized(model: ResolvedModel, *, trust_remote_code: bool = False) -> Res
     method = _quantization(model.path)
     if method in (None, "lrc"):
         return model
-    made = dequantize(model.path, trust_remote_code=trust_remote_code)
+    made = dequantize(model.path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     note = f"{model.source} is quantized ({method}); its weights were dequantized, into {made}"
     return replace(model, path=made, note=" ".join(filter(None, (model.note, note))))
 
@@ -137,11 +142,11 @@ def _merged(found: ResolvedModel, allow_pickle: bool) -> ResolvedModel:
     """Return the base of a PEFT adapter with the adapter merged into it."""
     settings = read_json(found.path / ADAPTER)
     name = settings.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(
             f"{found.path / ADAPTER} names no base (base_model_name_or_path); write the base's there"
         )
-    if not allow_pickle and not any(found.path.glob("*.safetensors")):
+    if not allow_pickle and not (found.path / "adapter_model.safetensors").is_file():
         raise UserError(f"{found.source} has no safetensors weights; {ALLOW_PICKLE}")
     try:
         base = _locate(name, settings.get("revision"), allow_pickle, ALLOW_PICKLE)
@@ -153,8 +158,8 @@ def _merged(found: ResolvedModel, allow_pickle: bool) -> ResolvedModel:
         )
     if _quantization(base.path) == "lrc":
         raise UserError(f"{found.source} is a PEFT adapter of {name}, which is compressed already (lrc)")
-    base = dequantized(base)
-    made = from_adapter(found.path, base.path)
+    base = dequantized(base, allow_pickle=allow_pickle)
+    made = from_adapter(found.path, base.path, allow_pickle=allow_pickle)
     note = f"{found.source} is a PEFT adapter; it was merged into {name}, in {made}"
     return replace(found, path=made, note=" ".join(filter(None, (base.note, note))))
 

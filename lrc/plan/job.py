@@ -36,7 +36,7 @@ class Job:
 def open_checkpoint(model: str | Path, run: Run) -> tuple[ResolvedModel, CheckpointReader]:
     """Find a model, in full precision, and read its headers. Raises UserError for a missing model."""
     named = resolve_model(str(model), revision=run.revision, allow_pickle=run.allow_pickle)
-    found = dequantized(named, trust_remote_code=run.trust_remote_code)
+    found = dequantized(named, allow_pickle=run.allow_pickle, trust_remote_code=run.trust_remote_code)
     reader = CheckpointReader(
         found.path, allow_pickle=run.allow_pickle, trust_remote_code=run.trust_remote_code
     )

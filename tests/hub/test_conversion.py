@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -14,9 +13,10 @@ import huggingface_hub.constants
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lrc
@@ -65,7 +65,7 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(source: Path, file: Path, leave_out: str = "") -> None:
+def write_gguf(source: Path, file: Path, leave_out: str = "", scaling: float | None = None) -> None:
     """Write a llama checkpoint and its config, without a tokenizer, as llama.cpp does."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -78,6 +78,9 @@ def write_gguf(source: Path, file: Path, leave_out: str = "") -> None:
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling)
     writer.add_vocab_size(config["vocab_size"])
     for name, tensor in tensors(source).items():
         layer, _, inner = name.removeprefix("model.layers.").partition(".")
@@ -165,6 +168,14 @@ def test_a_gguf_file_without_a_weight_is_refused_and_leaves_nothing(
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
+def test_a_gguf_file_with_scaled_positions_is_refused(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "tiny.gguf", scaling=4.0)
+    with pytest.raises(UserError, match=r"scales its rotary positions \(linear\)"):
+        resolve_model(str(tmp_path / "tiny.gguf"))
+
+
 def test_a_folder_of_gguf_files_names_one(tmp_path: Path) -> None:
     (tmp_path / "tiny.Q4_0.gguf").touch()
     with pytest.raises(UserError, match=r"name one of its GGUF files, such as .*tiny\.Q4_0\.gguf"):
@@ -233,6 +244,7 @@ def rename_base(name: str | None) -> Callable[[Path], None]:
         (rename_base("tiny-llama"), "cannot be read as a model: .*size mismatch"),
         (rename_base("./nowhere"), r"its base cannot be had: there is no folder \./nowhere"),
         (rename_base(None), "names no base"),
+        (rename_base("~nobody_here/x"), "its base cannot be had: there is no folder ~nobody_here/x"),
         (lambda folder: rename_base(str(folder))(folder), "which is an adapter too"),
         (
             lambda folder: (folder / "adapter_config.json").write_text("{"),
@@ -252,6 +264,36 @@ def test_an_adapter_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match=message):
         resolve_model(str(adapter))
     assert not cache.exists() or not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_matrices_is_refused(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], target: str
+) -> None:
+    config = peft.LoraConfig(r=4, target_modules=[target], init_lora_weights=False, task_type="CAUSAL_LM")
+    write_adapter(tiny_checkpoint("llama", tie_word_embeddings=True), tmp_path / "tied", config)
+    with pytest.raises(UserError, match="which its base ties to one tensor"):
+        resolve_model(str(tmp_path / "tied"))
+    write_adapter(tiny_checkpoint("llama"), tmp_path / "untied", config)
+    assert resolve_model(str(tmp_path / "untied")).note
+
+
+def test_an_adapter_beside_a_model_is_refused(adapter: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    shutil.copy(tiny_checkpoint("gpt2") / "config.json", adapter)
+    assert resolve_model(str(adapter)).note  # training tools write the base's config there
+    shutil.copy(tiny_checkpoint("gpt2") / "model.safetensors", adapter)
+    with pytest.raises(UserError, match=r"holds a model \(model\.safetensors\) and a PEFT adapter"):
+        resolve_model(str(adapter))
+
+
+def test_a_pickled_base_needs_permission(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    base = tiny_checkpoint("llama")
+    write_adapter(base, tmp_path / "adapter", lora())
+    torch.save(tensors(base), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        resolve_model(str(tmp_path / "adapter"))
+    assert resolve_model(str(tmp_path / "adapter"), allow_pickle=True).note
 
 
 def test_an_adapter_without_weights_to_merge_is_refused(
@@ -281,8 +323,12 @@ def test_blocks_that_do_not_fill_a_matrix_are_refused(
     write_fp8(tiny_checkpoint("llama"), tmp_path / "fp8", 16, 16)
     method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [20, 20]}
     change(tmp_path / "fp8" / "config.json", quantization_config=method)
+    with pytest.raises(UserError, match="in blocks of 20 x 20"):
+        dequantized(resolve_model(str(tmp_path / "fp8")))
+    del method["weight_block_size"]  # transformers then takes 128 x 128
+    change(tmp_path / "fp8" / "config.json", quantization_config=method)
     with pytest.raises(
-        UserError, match=r"in blocks of 20 x 20, which do not fill .* would read other weights"
+        UserError, match=r"in blocks of 128 x 128, which do not fill .* would read other weights"
     ):
         dequantized(resolve_model(str(tmp_path / "fp8")))
 
@@ -315,10 +361,10 @@ def test_a_cache_that_cannot_hold_the_model_is_named(
     adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     def fails(*names: Any, **options: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     if full:
-        monkeypatch.setattr(conversion, "_save", fails)
+        monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fails)
     else:
         cache.parent.touch()  # a file where the folder should be
     with pytest.raises(
